@@ -1,0 +1,56 @@
+# Everything a user or contributor needs; .venv is made when it is needed and reused.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help demo test lint format soak slurm-test clean
+
+help:
+	@echo "make demo        set up, train both models on this machine, sample them: about 10 minutes on two CPU cores"
+	@echo "make test        set up and run the tests"
+	@echo "make lint        style and types"
+	@echo "make format      put the code into shape"
+	@echo "make slurm-test  the tests that start a Slurm of their own (root, Debian or Ubuntu packages)"
+	@echo "make soak        the long repetitions: hundreds of kills"
+
+$(VENV)/ready: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed: apt-get install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) -V). Name another: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
+	@echo "Setting up $(VENV): a few minutes, several GB (PyTorch)."
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+demo: $(VENV)/ready
+	$(RUN) launch.py train 1d --name demo
+	$(RUN) launch.py sample 1d/demo --num-samples 100000 --sampler dpm++
+	$(RUN) launch.py train mnist-small --name demo
+	$(RUN) launch.py sample mnist-small/demo --num-samples 64 --sampler dpm++
+	@echo
+	@echo "The pictures are in"
+	@ls -d runs/1d/demo/figures/* runs/1d/demo/samples/*/grid.png \
+	  runs/mnist-small/demo/figures/* runs/mnist-small/demo/samples/*/grid.png
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+
+slurm-test: $(VENV)/ready
+	$(RUN) -m pytest -m slurm
+
+soak: $(VENV)/ready
+	$(RUN) -m pytest -m soak --timeout 0
+
+lint: $(VENV)/ready
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The mathematics and the models: schedules, processes, samplers, networks, metrics, figures."""

@@ -1,0 +1,49 @@
+"""What all figures share: look, size, and how they are saved."""
+
+from pathlib import Path
+from typing import Any
+
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+# Font sizes for a picture that is shown at half of its 1,200 pixels in a README.
+sns.set_theme(
+    context="notebook", style="ticks", palette="deep", rc={"figure.dpi": 150, "axes.grid": True, "grid.alpha": 0.3}
+)
+MODEL, EXACT = sns.color_palette("deep")[0], sns.color_palette("deep")[3]
+"""Colours of what the model does and of the exact answer, the same in all figures."""
+
+
+def new_figure(width: float = 8, height: float = 4.5) -> tuple[Figure, Axes]:
+    """A figure with one pair of axes; sizes in inches. Not pyplot's, so it needs no display and no closing."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG whose bytes depend on the picture alone."""
+    sns.despine(figure)
+    figure.savefig(path, metadata={"Software": None})
+
+
+def training_curve(history: list[dict[str, Any]], title: str) -> tuple[Figure, Axes]:
+    """The training loss by step, with its running mean, from the lines of metrics.jsonl."""
+    points = [(line["step"], line["loss"]) for line in history if line["loss"] is not None]
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    figure, axes = new_figure()
+    axes.plot(steps, losses, color=MODEL, alpha=0.3, linewidth=1, label="each logged batch")
+    axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=MODEL, linewidth=2, label="running mean")
+    axes.set(title=title, xlabel="step (optimizer updates)", ylabel="mean squared error of the noise")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="y", which="minor", labelsize="small")
+    return figure, axes
+
+
+def _running_mean(values: list[float], width: int) -> list[float]:
+    """The mean of the last `width` values at each place."""
+    windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

@@ -1,0 +1,96 @@
+"""Figures of the MNIST experiments."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from diffusion.figures import save, training_curve
+from diffusion.model import DiffusionModel
+from diffusion.randomness import Stream, normal
+from diffusion.samplers import ddim
+
+ToArray = Callable[[Tensor], NDArray[np.uint8]]
+
+
+def tile(images: NDArray[np.uint8], columns: int, gap: int = 2) -> NDArray[np.uint8]:
+    """Images [n, 28, 28, 1] side by side in rows, white on black with grey gaps: [height, width]."""
+    rows = -(-len(images) // columns)
+    cell = 28 + gap
+    sheet = np.full((rows * cell + gap, columns * cell + gap), 64, dtype=np.uint8)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        top, left = row * cell + gap, column * cell + gap
+        sheet[top : top + 28, left : left + 28] = image[..., 0]
+    return sheet
+
+
+def grid(images: NDArray[np.uint8], path: Path) -> None:
+    """The first 64 images in a square, three times enlarged, nothing around them."""
+    shown = images[:64]
+    Image.fromarray(_enlarged(tile(shown, columns=max(1, round(len(shown) ** 0.5))))).save(path)
+
+
+def forward_process(images: Tensor, abar: Tensor, path: Path) -> None:
+    """Digits uint8 [rows, 1, 28, 28] under growing noise."""
+    times = [0, *np.linspace(len(abar) // 10, len(abar) - 1, 8).round().astype(int).tolist()]
+    x0 = images.float() / 127.5 - 1
+    eps = torch.from_numpy(normal(0, Stream.FIGURE, 1, 0, len(x0), (1, 28, 28)))
+    noisy = [x0 if t == 0 else abar[t] ** 0.5 * x0 + (1 - abar[t]) ** 0.5 * eps for t in times]
+    columns = [((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy() for x in noisy]
+    _labelled(columns, [f"t = {t}" if t else "$x_0$" for t in times], "Forward process: digits become noise", path)
+
+
+def reverse_process(model: DiffusionModel, xt: Tensor, to_array: ToArray, folder: Path) -> None:
+    """From the noise xt [64, 1, 28, 28]: samples.png, denoising.png (a strip of steps) and denoising.gif."""
+    steps = 50
+    with torch.inference_mode(), torch.autocast(xt.device.type, enabled=False):
+        x = [
+            xt,
+            *ddim(model.predict, xt, model.alphas_cumprod.double().cpu(), steps=steps, noise=torch.randn, clip=(-1, 1)),
+        ]
+    arrays = [to_array(value) for value in x]
+    grid(arrays[-1], folder / "samples.png")
+    times = np.linspace(0, steps, 9).round().astype(int)
+    labels = [f"t = {round(len(model.alphas_cumprod) * (1 - i / steps))}" for i in times]
+    _labelled(
+        [arrays[i][:6] for i in times],
+        labels,
+        f"Reverse process: noise becomes digits (DDIM, {steps} steps)",
+        folder / "denoising.png",
+    )
+    frames = [Image.fromarray(_enlarged(tile(arrays[i][:36], columns=6))) for i in range(0, steps + 1, 2)]
+    durations = [80] * (len(frames) - 1) + [2000]  # milliseconds; the digits stay for two seconds
+    frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def loss(history: list[dict[str, Any]], path: Path) -> None:
+    """The training loss by step."""
+    figure, axes = training_curve(history, "Training loss")
+    axes.legend(frameon=False)
+    save(figure, path)
+
+
+def _labelled(columns: list[NDArray[np.uint8]], labels: list[str], title: str, path: Path) -> None:
+    """Columns of images [rows, 28, 28, 1], each with a label above."""
+    rows = len(columns[0])
+    figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows + 0.8), layout="constrained")
+    all_axes = figure.subplots(rows, len(columns), squeeze=False)
+    for column, (images, label) in enumerate(zip(columns, labels, strict=True)):
+        all_axes[0, column].set_title(label, fontsize="medium")
+        for row, image in enumerate(images):
+            axes = all_axes[row, column]
+            axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
+            axes.set_axis_off()
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def _enlarged(sheet: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return sheet.repeat(3, axis=0).repeat(3, axis=1)

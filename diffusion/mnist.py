@@ -1,0 +1,96 @@
+"""The MNIST experiment: denoising-diffusion-pytorch's U-Net and Gaussian diffusion on 28x28 digits."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusion.model import DiffusionModel, Experiment
+from diffusion.randomness import Stream, normal, permutation
+from diffusion.settings import DiffusionSettings, UnetSettings
+
+
+class MnistModel(DiffusionModel):
+    """The library's `Unet` under the library's process, with space-to-depth around the network if asked for."""
+
+    def __init__(self, unet: Unet, diffusion: GaussianDiffusion, patch_size: int) -> None:
+        super().__init__(unet, diffusion.alphas_cumprod)
+        self.patch_size = patch_size
+
+    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
+        patches = F.pixel_unshuffle(xt, self.patch_size)  # [batch, patch_size^2, 28 / patch_size, 28 / patch_size]
+        return F.pixel_shuffle(self.network(patches, t), self.patch_size)
+
+
+class Mnist(Experiment):
+    """Digits scaled to [-1, 1], [n, 1, 28, 28], from images [60000, 28, 28] in uint8."""
+
+    sample_shape = (1, 28, 28)
+    clip = (-1.0, 1.0)
+
+    def __init__(
+        self, load_images: Callable[[], NDArray[np.uint8]], model: UnetSettings, diffusion: DiffusionSettings
+    ) -> None:
+        self.load_images = load_images
+        self.model_settings = model
+        self.diffusion_settings = diffusion
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """uint8 [60000, 1, 28, 28]; loaded when training first asks for it, sampling does not."""
+        return torch.from_numpy(self.load_images())[:, None]
+
+    def build_model(self) -> DiffusionModel:
+        settings = self.model_settings
+        unet = Unet(dim=settings.dim, dim_mults=settings.dim_mults, channels=settings.patch_size**2)
+        diffusion = GaussianDiffusion(
+            unet,
+            image_size=28 // settings.patch_size,
+            timesteps=self.diffusion_settings.timesteps,
+            objective="pred_noise",
+            beta_schedule=self.diffusion_settings.beta_schedule,
+        )
+        return MnistModel(unet, diffusion, settings.patch_size)
+
+    def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
+        if self.images.device != device:
+            self.images = self.images.to(device)
+        first = (step - 1) * batch_size
+        indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
+        return self.images[torch.from_numpy(indices).to(device)].float() / 127.5 - 1
+
+    def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
+        """uint8 [n, 28, 28, 1]."""
+        pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
+        from diffusion import figures_mnist  # here, because plotting libraries take a second to import
+
+        figures_mnist.grid(samples, path)
+
+    def report(self, model: DiffusionModel, history: list[dict[str, Any]], folder: Path) -> list[str]:
+        from diffusion import figures_mnist
+
+        device = model.alphas_cumprod.device
+        xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, 64, self.sample_shape)).to(device)
+        figures_mnist.forward_process(self.images[:6].cpu(), model.alphas_cumprod.cpu(), folder / "forward.png")
+        figures_mnist.loss(history, folder / "loss.png")
+        figures_mnist.reverse_process(model, xt, self.to_array, folder)
+        return []
+
+    def _index(self, seed: int, position: int) -> int:
+        """The image at this position of the endless sequence of shuffled epochs."""
+        epoch, place = divmod(position, len(self.images))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(seed, Stream.EPOCH, epoch, len(self.images))
+        return int(self._order[place])

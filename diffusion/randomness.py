@@ -1,0 +1,67 @@
+"""Random numbers as pure functions of (seed, stream, step, index), so that nothing random is ever stored.
+
+Philox (Salmon et al. 2011) turns a 128-bit key and a 256-bit counter into numbers. The key is (seed, stream), the
+counter starts at (step, block), where a block is `BLOCK` neighbouring examples: whichever process draws examples
+[start, stop) of a step gets the same bytes for each of them.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 256
+
+T = TypeVar("T", bound=np.generic)
+
+
+class Stream(IntEnum):
+    """What the numbers are for. The values are part of every run's identity: never renumber."""
+
+    DATA = 0
+    COMPONENT = 1
+    EPOCH = 2
+    TIMESTEP = 3
+    NOISE = 4
+    SAMPLE_START = 5
+    SAMPLE_STEP = 6
+    FIGURE = 7
+    WEIGHTS = 8
+
+
+def generator(seed: int, stream: Stream, step: int = 0, block: int = 0) -> np.random.Generator:
+    """The generator of one block; `seed` lies in [0, 2^64)."""
+    key = np.array([seed, stream], dtype=np.uint64)
+    # The two low words of the counter stay free: 2^128 numbers for each block.
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, block, step], dtype=np.uint64)))
+
+
+def normal(
+    seed: int, stream: Stream, step: int, start: int, stop: int, shape: tuple[int, ...] = ()
+) -> NDArray[np.float32]:
+    """Standard normals for examples [start, stop), [stop - start, *shape]."""
+    return _blocks(seed, stream, step, start, stop, lambda g, n: g.standard_normal((n, *shape), dtype=np.float32))
+
+
+def uniform(seed: int, stream: Stream, step: int, start: int, stop: int) -> NDArray[np.float64]:
+    """Numbers on [0, 1) for examples [start, stop), [stop - start]."""
+    return _blocks(seed, stream, step, start, stop, lambda g, n: g.random(n))
+
+
+def permutation(seed: int, stream: Stream, step: int, n: int) -> NDArray[np.int64]:
+    """A permutation of 0..n-1."""
+    return generator(seed, stream, step).permutation(n)
+
+
+def _blocks(
+    seed: int, stream: Stream, step: int, start: int, stop: int, draw: Callable[[np.random.Generator, int], NDArray[T]]
+) -> NDArray[T]:
+    parts = []
+    for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+        first = block * BLOCK
+        # A block's numbers come in order, so a shorter draw is the beginning of a longer one.
+        numbers = draw(generator(seed, stream, step, block), min(stop - first, BLOCK))
+        parts.append(numbers[max(start - first, 0) :])
+    return np.concatenate(parts)

@@ -1,0 +1,123 @@
+"""Settings of data, networks and diffusion processes. Importable without torch: the command line is made of them."""
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+class SettingsError(Exception):
+    """A wrong setting, in one sentence. Not a ValueError: tyro catches those and adds words of its own."""
+
+
+def require(holds: bool, rule: str, got: object) -> None:
+    """Raises SettingsError("rule; got value") unless the rule holds."""
+    if not holds:
+        raise SettingsError(f"{rule}; got {got}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSettings:
+    """A Gaussian mixture in one dimension, whose diffusion is known in closed form."""
+
+    means: tuple[float, ...] = (-2.0, 1.5)
+    """Mean of each component."""
+    stds: tuple[float, ...] = (0.4, 0.8)
+    """Standard deviation of each component."""
+    weights: tuple[float, ...] = (0.35, 0.65)
+    """Probability of each component; they sum to 1."""
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.means), len(self.stds), len(self.weights))
+        require(len(set(lengths)) == 1, "data.means, data.stds and data.weights must be equally long", lengths)
+        require(lengths[0] >= 1, "data.means needs at least one component", "none")
+        require(all(map(math.isfinite, self.means)), "data.means must be finite", self.means)
+        require(all(math.isfinite(s) and s > 0 for s in self.stds), "data.stds must be positive", self.stds)
+        require(all(w > 0 for w in self.weights), "data.weights must be positive", self.weights)
+        require(math.isclose(sum(self.weights), 1, abs_tol=1e-6), "data.weights must sum to 1", self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistSettings:
+    """The MNIST digits."""
+
+    root: str = field(default_factory=lambda: os.environ.get("MNIST_ROOT", "data"))
+    """Folder of the data set, as torchvision lays it out; fetched when missing. Default: $MNIST_ROOT, or data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlpSettings:
+    """A multilayer perceptron with a time embedding."""
+
+    dim: int = 128
+    """Width of the hidden layers."""
+    layers: int = 3
+    """Number of hidden layers."""
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 2 and self.dim % 2 == 0, "model.dim must be even and at least 2", self.dim)
+        require(self.layers >= 1, "model.layers must be at least 1", self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnetSettings:
+    """denoising-diffusion-pytorch's U-Net."""
+
+    dim: int = 64
+    """Channels at full resolution; a multiple of 8."""
+    dim_mults: tuple[int, ...] = (1, 2, 4)
+    """Channels at each resolution, in multiples of dim; 28x28 can be halved twice."""
+    patch_size: int = 1
+    """Side of the squares folded into channels before the network (space-to-depth): 2 gives it 4x14x14."""
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 8 and self.dim % 8 == 0, "model.dim must be a multiple of 8", self.dim)
+        require(self.patch_size in (1, 2), "model.patch-size must be 1 or 2", self.patch_size)
+        require(len(self.dim_mults) >= 1, "model.dim-mults needs at least one entry", self.dim_mults)
+        require(all(m >= 1 for m in self.dim_mults), "model.dim-mults must be at least 1", self.dim_mults)
+        side, halvings = 28 // self.patch_size, len(self.dim_mults) - 1
+        rule = f"model.dim-mults halves {side}x{side} once for each entry after the first, which must divide evenly"
+        require(side % 2**halvings == 0, rule, self.dim_mults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings:
+    """The forward process."""
+
+    timesteps: int = 1000
+    """T, the number of noise levels."""
+    beta_schedule: Literal["linear", "cosine"] = "linear"
+    """Variance schedule: linear (DDPM) or cosine (Improved DDPM)."""
+
+    def __post_init__(self) -> None:
+        # The linear schedule's last beta is 20 / T, a variance below 1.
+        require(self.timesteps > 20, "diffusion.timesteps must be more than 20", self.timesteps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerSettings:
+    """How samples are drawn. The defaults of a sampler stand in `SAMPLER_STEPS`."""
+
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    """ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M)."""
+    steps: int = 50
+    """Network evaluations for each sample."""
+    eta: float = 0.0
+    """DDIM's noise: 0 is deterministic, 1 is as random as ddpm."""
+
+    def check(self, timesteps: int) -> None:
+        """Raises SettingsError if these settings do not fit a process of `timesteps` noise levels."""
+        require(
+            1 <= self.steps <= timesteps, f"steps must lie between 1 and diffusion.timesteps={timesteps}", self.steps
+        )
+        require(0 <= self.eta <= 1, "eta must lie between 0 and 1", self.eta)
+        require(self.eta == 0 or self.sampler == "ddim", f"only ddim takes eta, not {self.sampler}", self.eta)
+
+    @property
+    def label(self) -> str:
+        """Names the settings in file names, as in `dpm++-25` and `ddim-50-eta0.5`."""
+        return f"{self.sampler}-{self.steps}" + (f"-eta{self.eta:g}" if self.eta else "")
+
+
+SAMPLER_STEPS: dict[str, int | None] = {"ddpm": None, "ddim": 50, "dpm++": 25}
+"""Network evaluations when the user names none; None is one for each of the process's timesteps."""

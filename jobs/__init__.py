@@ -1,0 +1,1 @@
+"""What a job does: train and sample; checkpoints, metrics, data order, run folders."""

@@ -1,0 +1,200 @@
+"""Checkpoints that appear whole or not at all, verified by hash when they are read."""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from jobs.files import sha256, sync_file, sync_folder, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
+FILES = (MODEL, EMA, OPTIMIZER)
+
+
+class CorruptCheckpoint(ValueError):
+    """A checkpoint whose files are not those that were written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in CPU memory that training does not touch any more."""
+
+    step: int
+    model: "dict[str, Tensor]"
+    ema: "dict[str, Tensor]"
+    optimizer: dict[str, Any]
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in the folder, newest first."""
+    names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def verify(folder: Path, step: int) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files all have the recorded size and hash; raises CorruptCheckpoint."""
+    path = folder / folder_name(step)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        files: dict[str, dict[str, Any]] = manifest["files"]
+        if manifest["step"] != step or set(files) != set(FILES):
+            raise CorruptCheckpoint(f"checkpoint {path} has a manifest of something else")
+        for name, recorded in files.items():
+            if (path / name).stat().st_size != recorded["size"]:
+                raise CorruptCheckpoint(f"checkpoint {path}: {name} has not the size that was written")
+            if sha256(path / name) != recorded["sha256"]:
+                raise CorruptCheckpoint(f"checkpoint {path}: {name} has changed since it was written")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CorruptCheckpoint):
+            raise
+        raise CorruptCheckpoint(f"checkpoint {path} is damaged: {error}") from error
+    return dict(manifest)
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> int | None:
+    """The step of the newest good checkpoint, None if there is none; says loudly which ones are bad."""
+    for step in steps(folder):
+        try:
+            verify(folder, step)
+        except CorruptCheckpoint as error:
+            say(f"WARNING: {error}; falling back to the one before it")
+        else:
+            return step
+    return None
+
+
+def choose(folder: Path, step: int | None, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
+    """(step, manifest) of the good checkpoint that a user means, None meaning the newest; raises ValueError."""
+    found = newest(folder, say) if step is None else step
+    if found is None:
+        raise ValueError(f"{folder.parent} has no checkpoint yet: train it first")
+    if found not in steps(folder):
+        held = ", ".join(map(str, steps(folder))) or "none"
+        raise ValueError(f"--checkpoint must be a step that {folder.parent} holds ({held}); got {found}")
+    return found, verify(folder, found)
+
+
+def load(folder: Path, step: int) -> Snapshot:
+    """Reads a verified checkpoint; executes nothing from it."""
+    import torch
+    from safetensors.torch import load_file
+
+    path = folder / folder_name(step)
+    optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+    return Snapshot(step, load_file(path / MODEL), load_file(path / EMA), optimizer)
+
+
+def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> None:
+    """Writes a checkpoint aside, syncs it, renames it into place; `may_write` raises if the run is ours no more."""
+    import torch
+    from safetensors.torch import save_file
+
+    name = folder_name(snapshot.step)
+    # The files keep their final names: torch.save writes the stem into the file.
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(snapshot.model, temporary / MODEL)
+        save_file(snapshot.ema, temporary / EMA)
+        torch.save(snapshot.optimizer, temporary / OPTIMIZER)
+        recorded = {}
+        for file in FILES:
+            sync_file(temporary / file)
+            recorded[file] = {"size": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
+        write_json(temporary / "manifest.json", {"step": snapshot.step, "files": recorded})
+        may_write()
+        if (folder / name).exists():  # a run that went back to an older checkpoint comes by again
+            _remove(folder / name)
+        temporary.rename(folder / name)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints."""
+    for step in steps(folder)[keep:]:
+        _remove(folder / folder_name(step))
+
+
+def clean(folder: Path) -> None:
+    """Deletes what writers that died have left half-written; only for the run's owner, before it writes."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(folder: Path, newer_than: int) -> None:
+    """Renames checkpoints newer than the good one that training continues from: they are corrupt."""
+    for step in steps(folder):
+        if step > newer_than:
+            corrupt = folder / f"corrupt-{folder_name(step)}"
+            shutil.rmtree(corrupt, ignore_errors=True)
+            (folder / folder_name(step)).rename(corrupt)
+
+
+def _remove(path: Path) -> None:
+    """Deletes a checkpoint; renamed first, so that a reader never finds half of one under its name."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one at a time, so that training does not wait for the disk."""
+
+    def __init__(self, folder: Path, keep: int, newest: int, may_write: Callable[[], None], say: Callable[[str], None]):
+        self.newest = newest
+        """Step of the newest checkpoint that is safely on the disk, 0 before the first."""
+        self.waited_s = 0.0
+        """Seconds that training has waited for the disk."""
+        self._folder, self._keep = folder, keep
+        self._may_write, self._say = may_write, say
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Starts writing, after the checkpoint before it is done."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until the disk is done.
+
+        What the disk refuses, because it is full, is said aloud and not raised: the next checkpoint may find room.
+        """
+        started = time.perf_counter()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.waited_s += time.perf_counter() - started
+        error, self._error = self._error, None
+        if isinstance(error, OSError | SafetensorError):
+            self._say(
+                f"WARNING: a checkpoint could not be written: {error}; the last good one is of step {self.newest}"
+            )
+        elif error is not None:
+            raise error
+
+    def _write(self, snapshot: Snapshot) -> None:
+        try:
+            save(self._folder, snapshot, self._may_write)
+            self.newest = snapshot.step
+            prune(self._folder, self._keep)
+        except BaseException as error:  # raised in the training thread by wait()
+            self._error = error

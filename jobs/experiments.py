@@ -1,0 +1,182 @@
+"""The table of experiments: settings of each, presets, and how to build them. Importable without torch."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings, MnistSettings, UnetSettings
+from jobs import mnist_files
+from jobs.settings import TrainSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from diffusion.model import Experiment
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian1dConfig:
+    """Settings of the 1D experiment."""
+
+    data: MixtureSettings = field(default_factory=MixtureSettings)
+    model: MlpSettings = field(default_factory=MlpSettings)
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    train: TrainSettings
+
+    def absolute(self) -> "Gaussian1dConfig":
+        """The same settings where another working folder must find the same files."""
+        return self
+
+    def prepare(self, say: Say) -> None:
+        """The data are drawn, there is nothing to fetch."""
+
+    def build(self) -> "Experiment":
+        """The experiment itself; imports torch."""
+        from diffusion.gaussian1d import Gaussian1d
+
+        return Gaussian1d(self.data, self.model, self.diffusion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistConfig:
+    """Settings of the MNIST experiments."""
+
+    data: MnistSettings = field(default_factory=MnistSettings)
+    model: UnetSettings = field(default_factory=UnetSettings)
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    train: TrainSettings
+
+    def absolute(self) -> "MnistConfig":
+        """The same settings where another working folder must find the same files."""
+        return replace(self, data=replace(self.data, root=str(Path(self.data.root).absolute())))
+
+    def prepare(self, say: Say) -> None:
+        """Fetches what is missing of the data; raises ValueError when they are wrong or cannot be had."""
+        mnist_files.fetch(Path(self.data.root), say=say)
+
+    def build(self) -> "Experiment":
+        """The experiment itself; imports torch."""
+        from diffusion.mnist import Mnist
+
+        def load_images() -> "NDArray[np.uint8]":
+            mnist_files.require(Path(self.data.root))
+            return mnist_files.read_images(Path(self.data.root), "train")
+
+        return Mnist(load_images, self.model, self.diffusion)
+
+
+ExperimentConfig = Gaussian1dConfig | MnistConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """An experiment of the table."""
+
+    preset: ExperimentConfig
+    help: str
+    sub_batch_size: int
+    """Samples that go through the network together. A constant: they depend on it in the last bits."""
+    shard_size: int
+    """Samples in one file, a multiple of sub_batch_size."""
+    cpu_advice: str | None = None
+    """What to say before a training starts on a CPU."""
+
+
+EXPERIMENTS: dict[str, Entry] = {
+    "1d": Entry(
+        preset=Gaussian1dConfig(train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32")),
+        help="an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop",
+        sub_batch_size=4096,
+        shard_size=65536,
+    ),
+    "mnist": Entry(
+        preset=MnistConfig(
+            train=TrainSettings(steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995)
+        ),
+        help="a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs",
+        sub_batch_size=256,
+        shard_size=1024,
+        cpu_advice="mnist is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on this "
+        "CPU. `python launch.py train mnist-small` draws recognisable digits after a few minutes.",
+    ),
+    "mnist-small": Entry(
+        preset=MnistConfig(
+            model=UnetSettings(dim=32, dim_mults=(1, 2), patch_size=2),
+            train=TrainSettings(steps=1600, batch_size=64, lr=2e-3, ema_decay=0.995, checkpoint_every=500),
+        ),
+        help="a DDPM on MNIST that trains in minutes on a CPU",
+        sub_batch_size=64,
+        shard_size=256,
+    ),
+}
+
+
+def write(experiment: str, config: ExperimentConfig) -> str:
+    """The content of experiment.json."""
+    return json.dumps({"experiment": experiment, **dataclasses.asdict(config)}, indent=2) + "\n"
+
+
+def read(text: str) -> tuple[str, ExperimentConfig]:
+    """What `write` wrote; raises ValueError for anything else."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"experiment.json must hold an object; got {type(values).__name__}")
+    experiment = values.pop("experiment", None)
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")
+    return experiment, _from_dict(type(EXPERIMENTS[experiment].preset), values)
+
+
+def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:
+    """(flag, old value, new value) of every setting that differs, named as on the command line."""
+    a, b = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [(flag, a.get(flag), b.get(flag)) for flag in a.keys() | b.keys() if a.get(flag) != b.get(flag)]
+
+
+MAY_CHANGE = frozenset(
+    {
+        "data.root",
+        "train.log-every",
+        "train.checkpoint-every",
+        "train.checkpoint-minutes",
+        "train.keep-checkpoints",
+        "train.micro-batch-size",
+    }
+)
+"""Settings that a continued run may change: they do not touch its result."""
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key.replace("_", "-")
+        flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+C = TypeVar("C")
+
+
+def _from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """Builds nested dataclasses from JSON; raises ValueError where names or types do not fit."""
+    hints = get_type_hints(cls)
+    for name in sorted(values.keys() ^ hints.keys()):
+        raise ValueError(
+            f"experiment.json must hold exactly the settings of this version; {name} is in only one of them"
+        )
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            built[name] = _from_dict(hints[name], value)
+        else:
+            built[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ValueError(f"experiment.json holds a value of the wrong type: {error}") from error

@@ -1,0 +1,96 @@
+"""Jobs as values: what the launcher hands to wherever they run. Importable without torch, picklable."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from jobs.ownership import Superseded
+from jobs.run_folder import RunFolder
+from jobs.stop import SignalWatch
+
+if TYPE_CHECKING:
+    from jobs.samples import SampleSet
+    from jobs.world import Kind
+
+Requeue = Callable[[], None]
+
+
+class JobError(RuntimeError):
+    """A failure that one sentence explains; no traceback is printed."""
+
+
+class Job(Protocol):
+    """What the launcher starts, in each of its processes."""
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        """Does the work and returns an exit code; `requeue` queues the job again where that is possible."""
+
+    def failed(self, rank: int, trace: str) -> None:
+        """Tells and records why process `rank` failed, unless another one has failed before it."""
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Trains a run."""
+
+    run: Path
+    processes: int
+    device: "Kind"
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        # DDP's C++ code warns about find_unused_parameters, which is set on purpose (see jobs/world.py).
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
+        with SignalWatch() as signals:
+            try:
+                from jobs.train import train
+
+                return train(RunFolder(self.run), self.processes, self.device, signals, requeue)
+            except Superseded as error:
+                print(error, file=sys.stderr)
+            except JobError as error:
+                self.failed(_rank(), str(error))
+            except Exception:
+                self.failed(_rank(), traceback.format_exc())
+        return 1
+
+    def failed(self, rank: int, trace: str) -> None:
+        try:
+            first = RunFolder(self.run).write_failure(rank, trace)
+        except OSError as error:  # the disk may be full; then the terminal must do
+            first, trace = True, f"{trace}\n(not recorded: {error})"
+        # The processes that fail after the first one fail because it is gone: only its words help.
+        if first:
+            print(trace, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class SampleJob:
+    """Draws what is missing of a set of samples, each process its share; whoever finishes last merges."""
+
+    samples: "SampleSet"
+    processes: int
+    device: "Kind"
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        try:
+            from jobs.sample import sample
+
+            return sample(self.samples, _rank(), self.processes, self.device)
+        except KeyboardInterrupt:
+            print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
+            return 130
+        except Exception:
+            self.failed(_rank(), traceback.format_exc())
+        return 1
+
+    def failed(self, rank: int, trace: str) -> None:
+        print(trace, file=sys.stderr, flush=True)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,61 @@
+"""Who may write into a run folder: one living process group on this machine, and always the last one that took over."""
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.files import write_json
+
+
+class Superseded(RuntimeError):
+    """Another job has taken this run over; the one that gets this must stop without writing."""
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[int | None]:
+    """Locks the folder for this machine; yields None if a living process has it locked.
+
+    Yields a file descriptor. The kernel drops the lock with the last process that holds the descriptor, however it
+    dies: a dead writer never locks anybody out. Child processes that inherit the descriptor keep the lock.
+    """
+    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield descriptor if _try_lock(descriptor) else None
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """The right to write, until somebody takes it over: on a cluster the old job may still be alive on another node."""
+
+    run: Path
+    token: str
+
+    @staticmethod
+    def take(run: Path) -> "Ownership":
+        token = uuid.uuid4().hex
+        write_json(run / ".writer.json", {"token": token})
+        return Ownership(run, token)
+
+    def check(self) -> None:
+        """Raises Superseded if the run has been taken over; to be called right before every write."""
+        try:
+            token = json.loads((self.run / ".writer.json").read_text())["token"]
+        except FileNotFoundError:
+            raise Superseded(f"{self.run} has been moved or deleted") from None
+        if token != self.token:
+            raise Superseded(f"another job has taken over {self.run}; this one stops without writing")

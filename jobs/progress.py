@@ -1,0 +1,85 @@
+"""Progress on a terminal and in a log file."""
+
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+LOG_LINE_S = 30.0
+
+
+class Console:
+    """Prints, and keeps what it printed in a file."""
+
+    def __init__(self, log: Path | None) -> None:
+        self._log = log
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self.log(text)
+
+    def log(self, text: str) -> None:
+        """Into the file only."""
+        if self._log is not None:
+            with self._log.open("a") as file:
+                file.write(text + "\n")
+
+
+class Progress:
+    """A bar on a terminal, a line every 30 s in a file, for work that is counted in steps."""
+
+    def __init__(self, console: Console, label: str, total: int, done: int, unit: str, per_step: int) -> None:
+        self._console = console
+        self._label, self._total, self._unit, self._per_step = label, total, unit, per_step
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} {elapsed}<{remaining}",
+        )
+        self._window = [(time.monotonic(), done)]
+        self._said = time.monotonic()
+
+    def update(self, step: int, detail: str) -> None:
+        """After `step` steps; `detail` is shown beside the rate."""
+        self._window = [*self._window[-30:], (time.monotonic(), step)]
+        shown = f"{detail} {self.rate:,.0f} {self._unit}/s".strip()
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if time.monotonic() - self._said >= LOG_LINE_S:
+            self._said = time.monotonic()
+            line = f"{self._label} {step:,}/{self._total:,} {shown}, {_duration(self.eta_s(step))} left"
+            self._console.log(line)
+            if self._bar.disable:
+                print(line, flush=True)
+
+    @property
+    def rate(self) -> float:
+        """Units per second over the last updates."""
+        (t0, first), (t1, last) = self._window[0], self._window[-1]
+        return (last - first) * self._per_step / (t1 - t0) if t1 > t0 else 0.0
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds to the end, None before a rate is known."""
+        return (self._total - step) * self._per_step / self.rate if self.rate else None
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def in_words(seconds: float) -> str:
+    """A duration in its largest fitting unit, as in `3.4 days`."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return tqdm.format_interval(seconds)

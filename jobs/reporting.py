@@ -1,0 +1,92 @@
+"""What a training leaves beside its checkpoints: metrics.jsonl, timing.jsonl and the heartbeat status.json."""
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jobs.files import write_atomically, write_json
+from jobs.ownership import Ownership
+from jobs.run_folder import RunFolder
+
+HEARTBEAT_S = 2.0
+
+
+def now() -> str:
+    """This moment in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Metrics:
+    """metrics.jsonl: one object for each logged step, nothing but values that the settings determine."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Continues after `step`: later lines are cut, they will be made again."""
+        cut_after(path, step)
+        self._file = path.open("a")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts the lines on the disk: they must be there before a checkpoint that covers them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines, [] if it is not there; a last line that a kill has cut is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Removes the lines of metrics.jsonl from the first one that is of a later step."""
+    if path.exists():
+        kept = [line for line in read_jsonl(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_timing(run: RunFolder, values: dict[str, Any]) -> None:
+    """One line of timing.jsonl."""
+    with run.timing.open("a") as file:
+        file.write(json.dumps({"time": now(), **values}) + "\n")
+
+
+class Status:
+    """status.json, the heartbeat."""
+
+    def __init__(self, run: RunFolder, owner: Ownership, total: int) -> None:
+        self._run, self._owner = run, owner
+        self._beat = -HEARTBEAT_S
+        previous = run.read_status()
+        self.values: dict[str, Any] = {
+            "state": "running",
+            "step": 0,
+            "total": total,
+            "loss": previous.get("loss"),
+            "rate_images_per_s": None,
+            "eta_s": None,
+            "updated": None,
+            "restarts": previous.get("restarts", -1) + 1,
+            "pid": os.getpid(),
+        }
+
+    def beat(self, **values: Any) -> None:
+        """Takes the values in; writes them if the last time is 2 s ago."""
+        self.values.update(values)
+        if time.monotonic() - self._beat >= HEARTBEAT_S:
+            self.write()
+
+    def write(self, **values: Any) -> None:
+        """Writes at once."""
+        self._owner.check()
+        self._beat = time.monotonic()
+        self.values.update(values, updated=now())
+        write_json(self._run.status, {**self.values, **self._run.read_failure()})

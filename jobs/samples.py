@@ -1,0 +1,134 @@
+"""A set of samples on disk: its settings, its shards, and how they become one file. Importable without torch."""
+
+import json
+import os
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusion.settings import SamplerSettings
+from jobs.files import sha256, sync_file, sync_folder, write_json
+
+Weights = Literal["ema", "model"]
+
+_NPZ_MEMBER = zipfile.ZipInfo("arr_0.npy")  # its date is fixed, so equal samples make equal files
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What determines the samples of a set, besides the number of them: sample i is a function of these and i."""
+
+    step: int
+    """Checkpoint that the weights come from."""
+    weights: Weights
+    weights_sha256: str
+    sampler: SamplerSettings
+    seed: int
+    precision: str
+    sub_batch_size: int
+    shard_size: int
+
+    @property
+    def label(self) -> str:
+        """The default name of the set, as in step-00002000-dpm++-25-seed0."""
+        model = "-model" if self.weights == "model" else ""
+        return f"step-{self.step:08d}-{self.sampler.label}{model}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """`num_samples` samples with these settings, in the folder RUN/samples/NAME.
+
+    They are cut into shards of fixed size, so that any number of processes does the same work on the same shards.
+    """
+
+    run: Path
+    name: str
+    settings: SampleSettings
+    num_samples: int
+
+    @property
+    def folder(self) -> Path:
+        return self.run / "samples" / self.name
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // self.settings.shard_size)
+
+    def shard_path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.npy"
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """[start, stop) of the samples in a shard; the last shard may be shorter."""
+        start = shard * self.settings.shard_size
+        return start, min(start + self.settings.shard_size, self.num_samples)
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether the shard is there with all its samples."""
+        start, stop = self.shard_range(shard)
+        try:
+            return len(np.load(self.shard_path(shard), mmap_mode="r")) == stop - start
+        except (FileNotFoundError, ValueError, EOFError):
+            return False
+
+    def missing(self) -> list[int]:
+        return [shard for shard in range(self.num_shards) if not self.has_shard(shard)]
+
+    def read_manifest(self) -> dict[str, Any]:
+        """manifest.json, {} if there is none."""
+        try:
+            return dict(json.loads((self.folder / "manifest.json").read_text()))
+        except FileNotFoundError:
+            return {}
+
+    def is_complete(self) -> bool:
+        manifest = self.read_manifest()
+        merged = manifest.get("complete") and manifest["num_samples"] == self.num_samples
+        return bool(merged) and (self.folder / "samples.npz").is_file() and not self.missing()
+
+    def write_manifest(self, **more: Any) -> None:
+        """Settings and number of samples; `complete` and hashes once all are there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = {**asdict(self.settings), "num_samples": self.num_samples, "complete": False, **more}
+        write_json(self.folder / "manifest.json", values)
+
+    def check_existing(self) -> None:
+        """Raises ValueError if the folder holds samples of other settings, or more of them."""
+        manifest = self.read_manifest()
+        if not manifest:
+            return
+        for key, value in asdict(self.settings).items():
+            if manifest.get(key) != value:
+                raise ValueError(
+                    f"samples {self.name} were drawn with {key}={manifest.get(key)}, not {value}; choose another --name"
+                )
+        if manifest["num_samples"] > self.num_samples:
+            raise ValueError(
+                f"samples {self.name} already hold {manifest['num_samples']}, more than "
+                f"--num-samples {self.num_samples}; choose another --name"
+            )
+
+    def merge(self) -> None:
+        """Writes samples.npz from the shards and completes the manifest. Idempotent; memory does not grow with n.
+
+        Two processes that merge at once write the same bytes.
+        """
+        first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
+        temporary = self.folder / f".samples.npz.{os.getpid()}.tmp"
+        try:
+            with zipfile.ZipFile(temporary, "w") as archive, archive.open(_NPZ_MEMBER, "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for shard in range(self.num_shards):
+                    file.write(np.load(self.shard_path(shard)).data)
+            sync_file(temporary)
+            temporary.replace(self.folder / "samples.npz")
+            sync_folder(self.folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+        hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
+        self.write_manifest(complete=True, sha256={"samples.npz": sha256(self.folder / "samples.npz"), **hashes})

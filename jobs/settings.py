@@ -1,0 +1,72 @@
+"""Settings of training and tracking. Importable without torch: the command line is made of them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from diffusion.settings import require
+
+MAX_SEED = 2**63 - 1
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raises SettingsError for a seed that the random number generators do not take."""
+    require(0 <= seed <= MAX_SEED, f"{name} must lie between 0 and 2^63 - 1", seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long and how fast to train."""
+
+    steps: int
+    """Optimizer updates."""
+    batch_size: int
+    """Examples in each update, over all GPUs."""
+    micro_batch_size: int | None = None
+    """Examples that one GPU takes at a time, when its share of the batch does not fit; None is all of them."""
+    lr: float
+    """AdamW's learning rate between warm-up and decay."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0; from there it falls as a cosine to 0 at the last step."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    beta2: float = 0.99
+    """AdamW's decay of the squared gradient."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights, reached after a warm-up: min(ema_decay, (1 + step) / (10 + step))."""
+    seed: int = 0
+    """Decides initial weights, data order, timesteps and noise."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto is bf16 where the hardware computes in it."""
+    compile: bool = False
+    """Compile the network with torch.compile: takes a minute or two, then steps are faster."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    checkpoint_minutes: float = 10.0
+    """Minutes after which a checkpoint is written in any case."""
+    keep_checkpoints: int = 2
+    """Number of newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
+            require(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1", getattr(self, name))
+        for name in ("lr", "max_grad_norm", "checkpoint_minutes"):
+            value = getattr(self, name)
+            require(math.isfinite(value) and value > 0, f"{_flag(name)} must be positive and finite", value)
+        for name in ("ema_decay", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{_flag(name)} must lie in [0, 1)", getattr(self, name))
+        micro = self.micro_batch_size
+        require(micro is None or micro >= 1, "train.micro-batch-size must be at least 1", micro)
+        require(self.warmup_steps >= 0, "train.warmup-steps must be at least 0", self.warmup_steps)
+        decay = self.weight_decay
+        require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)
+        require(self.keep_checkpoints >= 2, "train.keep-checkpoints must be at least 2", self.keep_checkpoints)
+        check_seed("train.seed", self.seed)
+
+
+def _flag(field: str) -> str:
+    return f"train.{field.replace('_', '-')}"

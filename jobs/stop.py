@@ -1,0 +1,80 @@
+"""Signals that ask a job to stop, and how all its processes agree on the step at which they do."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from types import FrameType, TracebackType
+from typing import Any
+
+
+class Stop(IntEnum):
+    """Why to stop; where several reasons meet, the largest holds."""
+
+    NO = 0
+    REQUEUE = 1
+    """USR1 or USR2: the time limit is near or somebody else needs the node. Save and queue again."""
+    TERMINATE = 2
+    """SIGTERM: cancelled, or preempted by a cluster that queues the job again itself. Save."""
+    INTERRUPT = 3
+    """Ctrl-C. Save."""
+
+
+SIGNALS = {
+    signal.SIGUSR1: Stop.REQUEUE,
+    signal.SIGUSR2: Stop.REQUEUE,
+    signal.SIGTERM: Stop.TERMINATE,
+    signal.SIGINT: Stop.INTERRUPT,
+}
+
+
+class SignalWatch:
+    """While entered, signals set `requested` instead of ending the process, and may come again without harm.
+
+    Only a second Ctrl-C ends the process at once: somebody sits there and means it.
+    """
+
+    def __init__(self) -> None:
+        self.requested = Stop.NO
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "SignalWatch":
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested == Stop.INTERRUPT:
+            sys.stderr.write("\nEnded at once; the last finished checkpoint is intact.\n")
+            sys.stderr.flush()
+            os._exit(130)
+        self.requested = max(self.requested, SIGNALS[signal.Signals(number)])
+
+
+class StopVote:
+    """Agreement of all processes on a reason to stop, without waiting for one another.
+
+    Each step every process posts its own reason; the maximum over all, reduced while the next step computes, is read
+    one step later. All processes read the same value at the same step.
+    """
+
+    def __init__(self, reduce_max: "Callable[[int], Callable[[], int]]") -> None:
+        self._reduce_max = reduce_max
+        self._pending: Callable[[], int] | None = None
+
+    def post_and_read(self, own: Stop) -> Stop:
+        """Posts this process's reason and returns what all agreed on at the step before."""
+        agreed = self.read()
+        self._pending = self._reduce_max(own)
+        return agreed
+
+    def read(self) -> Stop:
+        """What all agreed on last; nothing is on its way afterwards."""
+        pending, self._pending = self._pending, None
+        return Stop(pending()) if pending is not None else Stop.NO

@@ -1,0 +1,132 @@
+"""The training job: from a run folder to a trained model, through as many interruptions as come."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from jobs import checkpoints
+from jobs.experiments import EXPERIMENTS
+from jobs.ownership import Ownership
+from jobs.progress import Console, in_words
+from jobs.recorder import NullRecorder, RunRecorder
+from jobs.run_folder import RunFolder
+from jobs.stop import SignalWatch, Stop, StopVote
+from jobs.training import NotFinite, Training, Update
+from jobs.world import Kind, resolve_precision, start
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+def train(
+    run: RunFolder, processes: int, device: Kind, signals: SignalWatch, requeue: Callable[[], None] | None
+) -> int:
+    """Trains the run to its last step, or to the step at which all processes agree to stop; returns the exit code.
+
+    `requeue` queues the job again, where that is possible.
+    """
+    experiment, config = run.read_experiment()
+    settings = config.train
+    world = start(processes, device, resolve_precision(settings.precision, device))
+    console = Console(run.log)
+    training = Training(config.build(), settings, world)
+    owner = Ownership.take(run.path) if world.rank == 0 else None
+    resume(training, run, owner, console)
+    recorder = NullRecorder()
+    if owner is not None:
+        advise(training, EXPERIMENTS[experiment].cpu_advice, console)
+        facts = {"processes": processes, "device": str(world.device), "precision": world.precision}
+        recorder = RunRecorder(run, training, owner, console, {**facts, "threads": torch.get_num_threads()})
+    try:
+        recorder.start()
+        reason = run_steps(training, recorder, signals)
+        recorder.save()
+        outcome = conclude(run, training, recorder, reason, requeue is not None)
+        world.close()
+    except NotFinite as error:
+        good = next(iter(checkpoints.steps(run.checkpoints)), "0, the beginning")
+        raise NotFinite(f"{error}; the last good checkpoint is of step {good}") from None
+    finally:
+        recorder.close()
+    if outcome == "requeued" and requeue is not None and world.rank == 0:
+        requeue()
+    return 0 if outcome in ("finished", "requeued") else 130
+
+
+def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) -> Stop:
+    """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
+    settings, vote = training.settings, StopVote(training.world.reduce_max)
+    skipped_in_a_row, reason = 0, Stop.NO
+    while training.step < settings.steps:
+        update = training.update()
+        recorder.after_step(logged(training, update))
+        skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
+        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise NotFinite(
+                f"the loss or its gradient was not finite in the {MAX_SKIPPED_IN_A_ROW} steps up to {training.step}; "
+                "a smaller --train.lr may help"
+            )
+        if (reason := vote.post_and_read(signals.requested)) is not Stop.NO:
+            break
+    vote.read()
+    return reason
+
+
+def logged(training: Training, update: Update) -> dict[str, Any] | None:
+    """What metrics.jsonl says of this step; None if it is not logged."""
+    settings, step = training.settings, training.step
+    if not (step % settings.log_every == 0 or step == settings.steps or update.skipped):
+        return None
+    values = {"loss": training.world.mean(update.loss), "lr": update.lr, "grad_norm": update.grad_norm}
+    # JSON has no NaN.
+    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {**finite, "skipped": int(update.skipped)}
+
+
+def resume(training: Training, run: RunFolder, owner: Ownership | None, console: Console) -> None:
+    """Restores the newest good checkpoint, the one that the first process finds, on every process."""
+    step = 0
+    if owner is not None:
+        checkpoints.clean(run.checkpoints)
+        step = checkpoints.newest(run.checkpoints, console.say) or 0
+        checkpoints.set_aside(run.checkpoints, newer_than=step)
+    step = training.world.reduce_max(step)()
+    if step:
+        training.restore(checkpoints.load(run.checkpoints, step))
+        if owner is not None:
+            console.say(f"Continuing {run} after step {step:,} of {training.settings.steps:,}.")
+
+
+def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason: Stop, can_requeue: bool) -> str:
+    """Says how the job ended and returns it, as status.json names it."""
+    step, steps = training.step, training.settings.steps
+    if step == steps:
+        recorder.draw()
+        recorder.finish("finished", f"Finished {run} at step {step:,}; pictures are in {run}/figures.")
+        return "finished"
+    saved = f"Saved {run} at step {step:,} of {steps:,}."
+    if reason is Stop.REQUEUE and can_requeue:
+        recorder.finish("requeued", f"{saved} It is queued again.")
+        return "requeued"
+    state = "cancelled" if reason is Stop.TERMINATE else "interrupted"
+    recorder.finish(state, f"{saved} Continue with: python launch.py resume {run}")
+    return state
+
+
+def advise(training: Training, advice: str | None, console: Console) -> None:
+    """On a CPU, says how long a model that is sized for GPUs will take, measured on a few examples."""
+    if advice is None or training.world.device.type != "cpu":
+        return
+    x0, t, eps = (part[:16] for part in training.examples(1))
+    seconds = 0.0
+    for _ in range(2):  # the first pass also allocates
+        started = time.perf_counter()
+        with torch.no_grad():
+            training.raw(x0, t, eps)
+        seconds = 3 * (time.perf_counter() - started)  # the backward pass costs about twice the forward pass
+    settings = training.settings
+    images = (settings.steps - training.step) * settings.batch_size
+    duration = in_words(images / training.world.size * seconds / len(x0))
+    console.say(advice.format(steps=settings.steps, batch_size=settings.batch_size, duration=duration))

@@ -1,0 +1,137 @@
+"""One training: model, moving average and optimizer, and the update that takes them from step k to step k + 1."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.model import DiffusionModel, Experiment, timesteps
+from diffusion.randomness import Stream, generator, normal, uniform
+from jobs.checkpoints import Snapshot
+from jobs.ema import Ema
+from jobs.job import JobError
+from jobs.settings import TrainSettings
+from jobs.world import World
+
+
+class NotFinite(JobError):
+    """Weights that are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step did, as tensors: reading them would wait for the device."""
+
+    loss: Tensor
+    """Mean loss of this process's share of the batch."""
+    grad_norm: float
+    """Norm of the whole batch's gradient before clipping, the same on every process."""
+    lr: float
+
+    @property
+    def skipped(self) -> bool:
+        """The gradient was not finite, so the weights stayed as they were."""
+        return not math.isfinite(self.grad_norm)
+
+
+def lr_at(step: int, settings: TrainSettings) -> float:
+    """The learning rate of a step (from 1): a linear rise over `warmup_steps`, then a cosine towards 0."""
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps + 1)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Training:
+    """The state of a run. It is a pure function of (settings, step): data, timesteps and noise are drawn by counter."""
+
+    def __init__(self, experiment: Experiment, settings: TrainSettings, world: World) -> None:
+        self.experiment, self.settings, self.world = experiment, settings, world
+        # torch's CPU generator keeps 32 bits of its seed, so those must depend on all bits of ours.
+        torch.manual_seed(int(generator(settings.seed, Stream.WEIGHTS).integers(2**32)))
+        self.raw: DiffusionModel = experiment.build_model()
+        # Convolutions are fastest with channels last; tensors that are not images are left as they are.
+        self.raw.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = Ema(self.raw.network, settings.ema_decay)
+        if settings.compile:
+            self.raw.network.compile()
+        self.model: nn.Module = world.accelerator.prepare_model(self.raw)
+        betas = (0.9, settings.beta2)
+        self.optimizer = torch.optim.AdamW(
+            self.raw.network.parameters(), betas=betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.step = 0
+
+    def update(self) -> Update:
+        """One optimizer update on the next global batch."""
+        self.step += 1
+        x0, t, eps = self.examples(self.step)
+        micro = self.settings.micro_batch_size or len(x0)
+        parts = list(zip(x0.split(micro), t.split(micro), eps.split(micro), strict=True))
+        loss = torch.zeros((), device=self.world.device)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            # Gradients are summed over processes once, with the last part.
+            with nullcontext() if last else self.world.accelerator.no_sync(self.model):
+                part_loss = self.model(*part).sum() / len(x0)
+                self.world.accelerator.backward(part_loss)
+            loss += part_loss.detach()
+        grad_norm = nn.utils.clip_grad_norm_(self.raw.network.parameters(), self.settings.max_grad_norm)
+        update = Update(loss, float(grad_norm), lr_at(self.step, self.settings))
+        if not update.skipped:
+            self.optimizer.param_groups[0]["lr"] = update.lr
+            self.optimizer.step()
+            self.ema.update(self.step)
+        self.optimizer.zero_grad()
+        return update
+
+    def examples(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's share of a step's global batch: x0 and eps [n, *sample_shape], t [n]."""
+        seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
+        start, stop = self.world.share(batch_size)
+        x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
+        u = uniform(seed, Stream.TIMESTEP, step, start, stop)
+        t = torch.from_numpy(timesteps(u, len(self.raw.alphas_cumprod)))
+        eps = torch.from_numpy(normal(seed, Stream.NOISE, step, start, stop, self.experiment.sample_shape))
+        return x0, t.to(device, non_blocking=True), eps.to(device, non_blocking=True)
+
+    def ema_model(self) -> DiffusionModel:
+        """A model whose network has the averaged weights."""
+        model = self.experiment.build_model().to(self.world.device)
+        model.network = self.ema.network
+        return model
+
+    def snapshot(self) -> Snapshot:
+        """A copy for a checkpoint; raises NotFinite rather than keep weights that are lost."""
+        weights, averages = self.raw.network.state_dict(), self.ema.network.state_dict()
+        for name, value in (*weights.items(), *averages.items()):
+            if not bool(torch.isfinite(value).all()):
+                raise NotFinite(
+                    f"the weights {name} are not finite after step {self.step}; no checkpoint is written of them"
+                )
+        return Snapshot(self.step, _to_cpu(weights), _to_cpu(averages), _copy_optimizer(self.optimizer))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continues from a checkpoint."""
+        self.raw.network.load_state_dict(snapshot.model)
+        self.ema.network.load_state_dict(snapshot.ema)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.step = snapshot.step
+
+
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+        for name, value in tensors.items()
+    }
+
+
+def _copy_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """The optimizer's state_dict in memory of its own, strides kept: a fused update needs those of the weights."""
+    state = optimizer.state_dict()
+    tensors = {
+        i: {k: torch.empty_like(v, device="cpu").copy_(v) for k, v in s.items()} for i, s in state["state"].items()
+    }
+    return {"state": tensors, "param_groups": state["param_groups"]}

@@ -1,0 +1,119 @@
+"""Several processes of one job on this machine, under one parent that outlives none of them."""
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+ROOT = Path(__file__).resolve().parent.parent
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+GRACE_S = 5.0
+"""How long the other processes may take to end after one has failed: they may hang in a collective without it."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    exit_code: int
+    failed_rank: int = 0
+    """The first process that failed, if one did."""
+    signal: str | None = None
+    """The name of the signal that ended it, if one did."""
+
+
+def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()) -> Outcome:
+    """Calls the picklable `job` in `processes` processes, with torchrun's environment variables, and waits for them.
+
+    Signals are passed on to all of them. When one fails, the others are ended. When this process dies, they are told to
+    terminate. `keep_open` are file descriptors that they inherit.
+    """
+    children = _start(pickle.dumps(job), processes, keep_open)
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        return _wait(children)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torch.distributed and Accelerate read, beside the environment that this process has."""
+    cores = len(os.sched_getaffinity(0))
+    return {
+        # The same threads for each process of a run, or sums are rounded differently.
+        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+
+
+def _start(job: bytes, processes: int, keep_open: Sequence[int]) -> list[subprocess.Popen[bytes]]:
+    port = _free_port()
+    children = []
+    for rank in range(processes):
+        child = subprocess.Popen(
+            [sys.executable, "-u", "-m", "slurm.worker"],
+            env=environment(rank, processes, port),
+            stdin=subprocess.PIPE,
+            stdout=None if rank == 0 else subprocess.DEVNULL,
+            # Ctrl-C on the terminal reaches this process alone, which passes it on.
+            start_new_session=True,
+            pass_fds=keep_open,
+        )
+        children.append(child)
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.write(len(job).to_bytes(8, "big") + job)
+        child.stdin.flush()  # it stays open: the worker terminates when it closes
+    return children
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
+    """Waits for all; after the first failure ends the others."""
+    ranks = {child.pid: rank for rank, child in enumerate(children)}
+    codes: dict[int, int] = {}
+    failure: Outcome | None = None
+    killer = threading.Timer(GRACE_S, _kill, [children])
+    while ranks:
+        pid, status = os.wait()
+        if pid not in ranks:
+            continue
+        rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+        codes[rank] = children[rank].returncode = code
+        if code not in (0, 130) and failure is None:
+            failure = Outcome(1, rank, signal.Signals(-code).name if code < 0 else None)
+            for child in children:
+                child.terminate()
+            killer.start()
+    killer.cancel()
+    return failure or Outcome(max(codes.values()))
+
+
+def _kill(children: list[subprocess.Popen[bytes]]) -> None:
+    for child in children:
+        child.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

@@ -1,0 +1,171 @@
+"""Samplers against the exact denoiser, the exact end of the probability-flow ODE, and denoising-diffusion-pytorch."""
+
+import math
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from torch import Tensor
+
+from diffusion.gaussian1d import Gaussian1d
+from diffusion.metrics import wasserstein1, wasserstein1_floor
+from diffusion.randomness import Stream, normal
+from diffusion.samplers import SAMPLERS, Sampler, ddim, ddpm, dpm_solver, posterior_variance, strided_timesteps
+from diffusion.schedules import alphas_cumprod
+from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings
+
+MIXTURE = MixtureSettings(means=(-2.0, 0.0, 2.0), stds=(0.3, 0.5, 0.4), weights=(0.3, 0.4, 0.3))
+
+
+def experiment(schedule: str = "linear") -> Gaussian1d:
+    return Gaussian1d(MIXTURE, MlpSettings(), DiffusionSettings(beta_schedule=schedule))  # type: ignore[arg-type]
+
+
+def no_noise(k: int) -> Tensor:
+    raise AssertionError("a deterministic sampler must not ask for noise")
+
+
+def ode_error(sampler: Sampler, steps: int, schedule: str = "linear") -> float:
+    """Mean distance to the exact end F_0^-1(F_T(x_T)) of the probability-flow ODE, from the quantiles of the noise."""
+    exact = experiment(schedule)
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    x_t = torch.special.ndtri(u)[:, None]
+    end = exact.mixture.quantile(exact.mixture.at(float(exact.abar[-1])).cdf(x_t))
+    *_, x0 = sampler(exact.exact_predict, x_t, exact.abar, steps=steps, noise=no_noise)
+    return float((x0 - end).abs().mean())
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver, 2)])
+def test_the_error_to_the_exact_ode_has_the_samplers_order(sampler: Sampler, order: int, schedule: str) -> None:
+    coarse, fine = ode_error(sampler, 40, schedule), ode_error(sampler, 160, schedule)
+    assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize(("steps", "largest"), [(10, 0.2), (50, 0.05), (100, 0.025)])
+def test_ddim_is_as_close_to_the_mixture_as_it_is_known_to_be(steps: int, largest: float) -> None:
+    assert largest / 4 < ode_error(ddim, steps) < largest
+
+
+@pytest.mark.parametrize(("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50)])
+def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int) -> None:
+    exact, n = experiment(), 20_000
+    x_t = torch.from_numpy(normal(0, Stream.SAMPLE_START, 0, 0, n, (1,)))
+
+    def noise(k: int) -> Tensor:
+        return torch.from_numpy(normal(0, Stream.SAMPLE_STEP, k, 0, n, (1,)))
+
+    *_, x0 = SAMPLERS[name](exact.exact_predict, x_t, exact.abar, steps=steps, noise=noise)
+    assert wasserstein1(x0[:, 0], exact.mixture) < 2.5 * wasserstein1_floor(exact.mixture, n)
+
+
+def test_ddim_with_eta_one_equals_ddpm() -> None:
+    exact, n = experiment(), 50
+    x_t = torch.from_numpy(normal(0, Stream.SAMPLE_START, 0, 0, n, (1,))).double()
+
+    def noise(k: int) -> Tensor:
+        return torch.from_numpy(normal(0, Stream.SAMPLE_STEP, k, 0, n, (1,))).double()
+
+    for a, b in zip(
+        ddim(exact.exact_predict, x_t, exact.abar, steps=100, eta=1.0, noise=noise),
+        ddpm(exact.exact_predict, x_t, exact.abar, steps=100, noise=noise),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("t", "t_prev", "known"),
+    [(487, 486, 0.0097916), (999, 998, 0.0199998), (420, 400, 0.14772), (980, 960, 0.32461)],
+)
+def test_variances_have_their_known_values(t: int, t_prev: int, known: float) -> None:
+    abar = alphas_cumprod("linear", 1000)
+    assert posterior_variance(float(abar[t]), float(abar[t_prev])) == pytest.approx(known, rel=2e-4)
+    assert posterior_variance(float(abar[0]), 1.0) == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 50, 333, 1000])
+def test_timesteps_start_at_the_noisiest_and_are_as_many_as_asked_for(steps: int) -> None:
+    times = strided_timesteps(1000, steps)
+    assert times[0] == 999
+    assert len(set(times)) == len(times) == steps
+    assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_steps_counts_network_evaluations(sampler: Sampler, steps: int) -> None:
+    exact, calls = experiment(), []
+
+    def predict(xt: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return exact.exact_predict(xt, t)
+
+    xs = list(sampler(predict, torch.zeros(3, 1), exact.abar, steps=steps, noise=lambda k: torch.zeros(3, 1)))
+    assert len(calls) == len(xs) == steps
+
+
+@pytest.fixture(scope="module")
+def library_model() -> GaussianDiffusion:
+    torch.manual_seed(0)
+    unet = Unet(dim=8, dim_mults=(1, 2), channels=1)
+    return GaussianDiffusion(unet, image_size=28, objective="pred_noise", beta_schedule="linear").eval()
+
+
+class RecordedNoise:
+    """Stands in for torch.randn_like in the library and gives the same noise to our samplers."""
+
+    def __init__(self) -> None:
+        self.drawn: list[Tensor] = []
+
+    def __call__(self, like: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(len(self.drawn))
+        self.drawn.append(torch.randn(like.shape, generator=generator))
+        return self.drawn[-1]
+
+
+def library_noise() -> "mock._patch[Callable[[Tensor], Tensor]]":
+    return mock.patch("denoising_diffusion_pytorch.denoising_diffusion_pytorch.torch.randn_like", RecordedNoise())
+
+
+def test_ancestral_steps_equal_the_librarys_p_sample(library_model: GaussianDiffusion) -> None:
+    x_t = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    abar = library_model.alphas_cumprod.double()
+    with library_noise() as recorded, torch.inference_mode():
+        ours = ddpm(
+            lambda x, t: library_model.model(x, t),
+            x_t,
+            abar,
+            steps=1000,
+            noise=lambda k: recorded.drawn[k],
+            clip=(-1, 1),
+        )
+        theirs = x_t
+        for t in [999, 998, 997]:
+            theirs, _ = library_model.p_sample(theirs, t)
+            torch.testing.assert_close(next(ours), theirs, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_ddim_equals_the_librarys_ddim_sample(library_model: GaussianDiffusion, eta: float) -> None:
+    library_model.sampling_timesteps, library_model.ddim_sampling_eta = 7, eta
+    x_t = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    with (
+        library_noise() as recorded,
+        mock.patch("denoising_diffusion_pytorch.denoising_diffusion_pytorch.torch.randn", return_value=x_t),
+        torch.inference_mode(),
+    ):
+        theirs = library_model.ddim_sample((2, 1, 28, 28), return_all_timesteps=True)
+        ours = ddim(
+            lambda x, t: library_model.model(x, t),
+            x_t,
+            library_model.alphas_cumprod.double(),
+            steps=7,
+            eta=eta,
+            noise=lambda k: recorded.drawn[k],
+            clip=(-1, 1),
+        )
+        for i, x in enumerate(ours):
+            torch.testing.assert_close((x + 1) / 2, theirs[:, i + 1], rtol=0, atol=2e-5)

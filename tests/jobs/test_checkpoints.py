@@ -1,0 +1,164 @@
+"""Checkpoints are whole, verified, and never lost to what can happen to a disk."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import checkpoints
+from jobs.checkpoints import CorruptCheckpoint, Snapshot
+
+
+def snapshot(step: int) -> Snapshot:
+    weights = {"a.weight": torch.full((3, 4), float(step)), "b": torch.arange(5.0)}
+    optimizer = {"state": {0: {"step": torch.tensor(float(step))}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    return Snapshot(step, weights, {name: value / 2 for name, value in weights.items()}, optimizer)
+
+
+def ours() -> None:
+    """The run is ours."""
+
+
+def save(folder: Path, *steps: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for step in steps:
+        checkpoints.save(folder, snapshot(step), ours)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path / "ema.safetensors", 10)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+
+
+def delete_a_file(path: Path) -> None:
+    (path / "optimizer.pt").unlink()
+
+
+def empty_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("")
+
+
+def garble_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text('{"step": 30, "files": {"model.safetensors": 3}}')
+
+
+def delete_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def swap_with_another(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("step-00000020"), path)
+
+
+DAMAGES = [
+    truncate,
+    flip_a_byte,
+    delete_a_file,
+    empty_the_manifest,
+    garble_the_manifest,
+    delete_the_manifest,
+    swap_with_another,
+]
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    save(tmp_path, 7)
+    assert checkpoints.newest(tmp_path, pytest.fail) == 7
+    loaded, saved = checkpoints.load(tmp_path, 7), snapshot(7)
+    assert loaded.step == 7
+    for name, value in saved.model.items():
+        assert torch.equal(loaded.model[name], value)
+        assert torch.equal(loaded.ema[name], value / 2)
+    assert loaded.optimizer["param_groups"] == saved.optimizer["param_groups"]
+
+
+def test_equal_states_make_equal_files(tmp_path: Path) -> None:
+    save(tmp_path / "a", 7)
+    save(tmp_path / "b", 3, 7)
+    for name in (*checkpoints.FILES, "manifest.json"):
+        assert (tmp_path / "a/step-00000007" / name).read_bytes() == (tmp_path / "b/step-00000007" / name).read_bytes()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_is_used(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    save(tmp_path, 10, 20, 30)
+    damage(tmp_path / "step-00000030")
+    with pytest.raises(CorruptCheckpoint, match="step-00000030"):
+        checkpoints.verify(tmp_path, 30)
+    said: list[str] = []
+    assert checkpoints.newest(tmp_path, said.append) == 20
+    assert len(said) == 1
+    assert "step-00000030" in said[0]
+    checkpoints.set_aside(tmp_path, newer_than=20)
+    assert checkpoints.steps(tmp_path) == [20, 10]
+    assert (tmp_path / "corrupt-step-00000030").is_dir()
+
+
+def test_a_half_written_checkpoint_is_invisible_and_cleaned_up(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    left = tmp_path / ".step-00000020.1234.tmp"
+    shutil.copytree(tmp_path / "step-00000010", left)
+    assert checkpoints.newest(tmp_path, pytest.fail) == 10
+    checkpoints.clean(tmp_path)
+    assert os.listdir(tmp_path) == ["step-00000010"]
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20, 30, 40)
+    checkpoints.prune(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step-00000030", "step-00000040"]
+
+
+def test_who_does_not_own_the_run_writes_nothing(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+
+    def taken_over() -> None:
+        raise PermissionError("taken over")
+
+    with pytest.raises(PermissionError):
+        checkpoints.save(tmp_path, snapshot(20), taken_over)
+    assert os.listdir(tmp_path) == ["step-00000010"]
+
+
+def test_the_writer_reports_a_refusing_disk_and_writes_the_next_one(tmp_path: Path) -> None:
+    said: list[str] = []
+    refuse = True
+
+    def may_write() -> None:
+        if refuse:
+            raise OSError(28, "No space left on device")
+
+    writer = checkpoints.Writer(tmp_path, 2, 0, may_write, said.append)
+    writer.write(snapshot(10))
+    writer.wait()
+    assert "No space left" in said[0]
+    assert writer.newest == 0
+    refuse = False
+    writer.write(snapshot(20))
+    writer.wait()
+    assert (writer.newest, checkpoints.steps(tmp_path)) == (20, [20])
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    marker = tmp_path / "executed"
+
+    class Malicious:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {marker}",)
+
+    torch.save({"state": Malicious()}, tmp_path / "step-00000010" / "optimizer.pt")
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoints.load(tmp_path, 10)
+    assert not marker.exists()

@@ -1,0 +1,135 @@
+"""Training against a full disk, damaged checkpoints, NaN, and other jobs that take a run over."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from jobs import checkpoints
+from jobs.ownership import Ownership
+from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
+
+COMMAND = ("train", "1d", *TINY, "--name", "a")
+
+
+def all_finite(run: Path) -> bool:
+    files = [path for pattern in ("model", "ema") for path in run.glob(f"checkpoints/step-*/{pattern}.safetensors")]
+    return all(bool(torch.isfinite(value).all()) for path in files for value in load_file(path).values())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_diverging_run_stops_and_names_the_step_and_the_last_good_checkpoint(processes: int, tmp_path: Path) -> None:
+    where = ("--device", "cpu", "--gpus", processes)
+    explode = (
+        "--train.lr",
+        "1e30",
+        "--train.checkpoint-every",
+        "1",
+        "--train.steps",
+        "200",
+        "--train.warmup-steps",
+        "0",
+    )
+    ended = launch(*COMMAND, *explode, *where, cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    assert ended.code == 1
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-5:]
+    assert [line["skipped"] for line in last] == [1] * 5
+    assert f"steps up to {last[-1]['step']}" in ended.err
+    assert "last good checkpoint is of step" in ended.err
+    assert "Traceback" not in ended.err
+    assert status(run)["state"] == "failed"
+    assert all_finite(run)
+
+
+def test_damage_to_the_newest_checkpoint_costs_steps_and_nothing_else(tmp_path: Path) -> None:
+    long = ("--train.steps", "300", "--train.checkpoint-every", "100", "--train.keep-checkpoints", "5")
+    run = tmp_path / "runs" / "1d" / "a"
+    done(*COMMAND, *long, cwd=tmp_path)
+    reference = tmp_path / "reference"
+    shutil.copytree(run, reference)
+    os.truncate(run / "checkpoints" / "step-00000300" / "model.safetensors", 100)
+    (run / "status.json").unlink()
+    again = done(*COMMAND, *long, cwd=tmp_path)
+    assert "step-00000300" in again.out
+    assert "step 200" in again.out
+    for name in (
+        "metrics.jsonl",
+        *(f"checkpoints/step-00000300/{file}" for file in (*checkpoints.FILES, "manifest.json")),
+    ):
+        assert (run / name).read_bytes() == (reference / name).read_bytes()
+
+
+def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
+    try:
+        settings = ("--train.steps", "4000", "--train.checkpoint-every", "50", "--runs-dir", disk)
+        run = disk / "1d" / "a"
+        process = start(*COMMAND, *settings, cwd=tmp_path)
+        wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
+        filler = disk / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], stderr=subprocess.DEVNULL, check=False)
+        ended = finish(process)
+        assert ended.code == 1
+        assert "No space left" in ended.err
+        kept = checkpoints.newest(run / "checkpoints", pytest.fail)
+        assert kept
+        filler.unlink()
+        done("resume", run, cwd=tmp_path)
+        assert status(run)["step"] == steps_logged(run) == 4000
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_superseded_run_stops_without_writing(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    process = start(*COMMAND, "--train.steps", "1000000", "--train.checkpoint-every", "100", cwd=tmp_path)
+    wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 1)
+    os.kill(process.pid, signal.SIGSTOP)  # so that nothing is written between taking over and looking
+    Ownership.take(run)
+    visible = {path: path.stat().st_mtime_ns for path in run.rglob("*") if not path.name.startswith(".")}
+    lines = steps_logged(run)
+    os.kill(process.pid, signal.SIGCONT)
+    ended = finish(process)
+    assert ended.code == 1
+    assert "taken over" in ended.err
+    assert steps_logged(run) - lines <= 1  # a line that was on its way
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if not path.name.startswith(".")}
+    changed = {path.name for path in after.keys() | visible.keys() if after.get(path) != visible.get(path)}
+    assert changed <= {"metrics.jsonl", "timing.jsonl"}
+
+
+def test_micro_batches_keep_the_global_batch(tmp_path: Path) -> None:
+    losses = []
+    for name, extra in (("whole", ()), ("parts", ("--train.micro-batch-size", "20"))):
+        done("train", "1d", *TINY, "--train.steps", "100", "--name", name, *extra, cwd=tmp_path)
+        lines = (tmp_path / "runs" / "1d" / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0][-1] < losses[0][0] / 2
+
+
+def test_time_alone_makes_checkpoints_too(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    process = start(
+        *COMMAND,
+        "--train.steps",
+        "1000000",
+        "--train.checkpoint-every",
+        "1000000",
+        "--train.checkpoint-minutes",
+        "0.01",
+        cwd=tmp_path,
+    )
+    wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process).code == 130
+    assert status(run)["state"] == "cancelled"

@@ -1,0 +1,130 @@
+"""An interrupted run equals an uninterrupted one, byte for byte, whatever interrupts it."""
+
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.launching import TINY, Finished, done, finish, launch, relatives, start, status, steps_logged, wait_until
+
+STEPS = 1500
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "fp32": ("1d", *TINY, "--train.steps", str(STEPS), "--train.checkpoint-every", "400"),
+    "bf16": (
+        *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--train.batch-size", "4"),
+        *(
+            "--train.steps",
+            "60",
+            "--train.checkpoint-every",
+            "20",
+            "--train.log-every",
+            "1",
+            "--train.precision",
+            "bf16",
+        ),
+    ),
+}
+
+
+def arguments(precision: str, processes: int, name: str) -> list[str]:
+    return ["train", *SETTINGS[precision], "--name", name, "--device", "cpu", "--gpus", str(processes)]
+
+
+def run_folder(root: Path, precision: str, name: str) -> Path:
+    return root / "runs" / SETTINGS[precision][0] / name
+
+
+def result(run: Path) -> dict[str, bytes]:
+    """The final checkpoint's files and the metrics."""
+    final = max((run / "checkpoints").glob("step-*"))
+    files = {path.name: path.read_bytes() for path in sorted(final.iterdir())}
+    return {"final": final.name.encode(), "metrics": (run / "metrics.jsonl").read_bytes(), **files}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Callable[[str, int], dict[str, bytes]]:
+    """The result of a run that nothing disturbs, for each precision and number of processes."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+
+    @cache
+    def reference(precision: str, processes: int) -> dict[str, bytes]:
+        name = f"{precision}-{processes}"
+        done(*arguments(precision, processes, name), cwd=root, MNIST_ROOT=str(mnist_root))
+        return result(run_folder(root, precision, name))
+
+    return reference
+
+
+def disturb(kind: str, root: Path, precision: str, processes: int, at_line: int, env: dict[str, str]) -> Finished:
+    """Starts a run, interrupts it once after so many logged steps, and waits for its end."""
+    run = run_folder(root, precision, "disturbed")
+    process = start(*arguments(precision, processes, "disturbed"), cwd=root, **env)
+    wait_until(lambda: steps_logged(run) >= at_line or process.poll() is not None, timeout_s=120)
+    if kind == "kill -9":
+        process.kill()
+    elif kind == "crash":
+        victim = status(run)["pid"] if processes == 1 else random.Random(at_line).choice(relatives(process)[1:])
+        os.kill(victim, signal.SIGKILL)
+    else:
+        process.send_signal(signal.Signals[kind])
+    ended = finish(process)
+    wait_until(lambda: not relatives(process), timeout_s=30)
+    return ended
+
+
+CODES = {"SIGINT": 130, "SIGTERM": 130, "SIGUSR1": 130, "SIGUSR2": 130, "kill -9": -9, "crash": 1}
+CASES = [
+    *[("fp32", 1, kind) for kind in ("SIGINT", "SIGTERM", "SIGUSR2", "kill -9")],
+    *[("fp32", 2, kind) for kind in ("SIGINT", "SIGUSR1", "kill -9", "crash")],
+    *[("fp32", 4, kind) for kind in ("SIGTERM", "crash")],
+    *[("bf16", 1, "SIGTERM"), ("bf16", 2, "SIGINT")],
+]
+
+
+@pytest.mark.parametrize(("precision", "processes", "kind"), CASES)
+def test_an_interrupted_run_equals_an_uninterrupted_one(
+    precision: str,
+    processes: int,
+    kind: str,
+    uninterrupted: Callable[[str, int], dict[str, bytes]],
+    tmp_path: Path,
+    mnist_root: Path,
+) -> None:
+    env = {"MNIST_ROOT": str(mnist_root)}
+    expected = uninterrupted(precision, processes)
+    lines = expected["metrics"].count(b"\n")
+    at_line = random.Random(f"{precision}{processes}{kind}").randrange(1, lines * 3 // 4)
+    ended = disturb(kind, tmp_path, precision, processes, at_line, env)
+    assert ended.code == CODES[kind], ended
+    run = run_folder(tmp_path, precision, "disturbed")
+    if kind == "crash":
+        assert status(run)["state"] == "failed"
+        refused = launch(*arguments(precision, processes, "disturbed"), cwd=tmp_path, **env)
+        assert refused.code == 2
+        assert "resume" in refused.err
+        done("resume", run, "--device", "cpu", "--gpus", processes, cwd=tmp_path, **env)
+    else:
+        done(*arguments(precision, processes, "disturbed"), cwd=tmp_path, **env)
+    assert status(run)["restarts"] == 1
+    found = result(run)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_a_run_may_go_on_with_another_number_of_processes(
+    uninterrupted: Callable[[str, int], dict[str, bytes]], tmp_path: Path
+) -> None:
+    ended = disturb("SIGTERM", tmp_path, "fp32", 1, STEPS // 3, {})
+    assert ended.code == 130
+    run = run_folder(tmp_path, "fp32", "disturbed")
+    done("resume", run, "--device", "cpu", "--gpus", 4, cwd=tmp_path)
+    ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    alone = [json.loads(line) for line in uninterrupted("fp32", 1)["metrics"].decode().splitlines()]
+    assert [line["step"] for line in ours] == [line["step"] for line in alone] == list(range(1, STEPS + 1))
+    for a, b in zip(ours, alone, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)

@@ -1,0 +1,156 @@
+"""Sampling jobs write exactly the samples asked for, the same bytes however they are run."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.launching import TINY, done, finish, launch, relatives, start, wait_until
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
+    """A folder with a 1D run and a tiny MNIST run, both trained for a moment."""
+    root = tmp_path_factory.mktemp("trained")
+    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=root)
+    small = ("--model.dim", "8", "--train.batch-size", "4", "--train.steps", "3", "--name", "a")
+    done("train", "mnist-small", *small, cwd=root, MNIST_ROOT=str(mnist_root))
+    return root
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+COMMANDS = {
+    "1d": ("--num-samples", "200001", "--sampler", "dpm++", "--steps", "5"),
+    "mnist-small": ("--num-samples", "600", "--sampler", "ddim", "--steps", "2", "--eta", "0.5"),
+}
+
+
+@pytest.mark.parametrize("experiment", COMMANDS)
+def test_any_number_of_processes_writes_the_same_bytes(experiment: str, root: Path) -> None:
+    folder = root / "runs" / experiment / "a" / "samples"
+    for processes in (1, 2, 4):
+        where = ("--device", "cpu", "--gpus", processes, "--name", f"by-{processes}")
+        done("sample", f"{experiment}/a", *COMMANDS[experiment], *where, cwd=root)
+    assert contents(folder / "by-1") == contents(folder / "by-2") == contents(folder / "by-4")
+    array = np.load(folder / "by-1" / "samples.npz")["arr_0"]
+    if experiment == "1d":
+        assert (array.shape, array.dtype) == ((200_001,), np.float32)
+        assert len(np.unique(array)) > 190_000  # nothing is drawn twice, but for chance in 32 bits
+    else:
+        assert (array.shape, array.dtype) == ((600, 28, 28, 1), np.uint8)
+        assert len({image.tobytes() for image in array}) == 600
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_job_goes_on_with_what_is_missing(processes: int, root: Path) -> None:
+    command = ("sample", "1d/a", "--num-samples", "600000", "--sampler", "ddim", "--steps", "40")
+    folder = root / "runs" / "1d" / "a" / "samples"
+    done(*command, "--name", "whole", cwd=root)
+    where = ("--name", "killed", "--device", "cpu", "--gpus", processes)
+    process = start(*command, *where, cwd=root)
+    wait_until(lambda: len(list((folder / "killed").glob("shard-*.npy"))) >= 2)
+    victim = random.Random(processes).choice(relatives(process))
+    os.kill(victim, signal.SIGKILL)
+    assert finish(process).code != 0
+    wait_until(lambda: not relatives(process))
+    before = {path: path.stat().st_mtime_ns for path in (folder / "killed").glob("shard-*.npy")}
+    assert 2 <= len(before) < 10
+    done(*command, *where, cwd=root)
+    assert contents(folder / "killed") == contents(folder / "whole")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_sample_depends_on_its_index_and_not_on_how_many_are_drawn(root: Path) -> None:
+    folder = root / "runs" / "mnist-small" / "a" / "samples"
+    steps = ("--sampler", "ddim", "--steps", "2")
+    done("sample", "mnist-small", *steps, "--num-samples", "10", cwd=root)
+    (few,) = folder.iterdir()
+    ten = np.load(few / "samples.npz")["arr_0"]
+    done("sample", "mnist-small", *steps, "--num-samples", "300", cwd=root)
+    assert [path.name for path in folder.iterdir()] == [few.name]
+    more = np.load(few / "samples.npz")["arr_0"]
+    assert more.shape[0] == 300
+    assert np.array_equal(more[:10], ten)
+    other = launch("sample", "mnist-small", *steps, "--num-samples", "10", "--seed", "1", "--name", "other", cwd=root)
+    assert other.code == 0
+    assert not np.array_equal(np.load(folder / "other" / "samples.npz")["arr_0"], ten)
+
+
+def test_what_would_change_existing_samples_is_refused(root: Path) -> None:
+    command = ("sample", "1d", "--num-samples", "100", "--sampler", "ddim", "--steps", "3", "--name", "kept")
+    done(*command, cwd=root)
+    folder = root / "runs" / "1d" / "a" / "samples" / "kept"
+    before = contents(folder)
+    for flag, value in (("--steps", "4"), ("--seed", "1"), ("--weights", "model"), ("--num-samples", "50")):
+        changed = [value if command[i - 1] == flag else word for i, word in enumerate(command)]
+        ended = launch(*(changed if flag in command else [*command, flag, value]), cwd=root)
+        assert ended.code == 2, ended
+        assert "choose another --name" in ended.err
+    again = done(*command, cwd=root)
+    assert "already" in again.out
+    assert contents(folder) == before
+
+
+def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
+    command = ("sample", "1d", "--num-samples", "200000", "--sampler", "dpm++", "--steps", "3", "--name", "kept")
+    done(*command, cwd=root)
+    folder = root / "runs" / "1d" / "a" / "samples" / "kept"
+    before = contents(folder)
+    (folder / "shard-00001.npy").unlink()
+    content = (folder / "shard-00002.npy").read_bytes()
+    (folder / "shard-00002.npy").write_bytes(content[:1000])
+    done(*command, cwd=root)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num-samples", "0"], "--num-samples must be at least 1"),
+        (["--steps", "0"], "steps must lie between 1 and diffusion.timesteps=1000"),
+        (["--steps", "1001"], "steps must lie between 1 and diffusion.timesteps=1000"),
+        (["--eta", "2"], "eta must lie between 0 and 1"),
+        (["--sampler", "dpm++", "--eta", "0.5"], "only ddim takes eta"),
+        (["--seed", "-1"], "--seed must lie between"),
+        (["--checkpoint", "7"], "--checkpoint must be a step"),
+        (["--name", "../x"], "a name is made of"),
+        (["--sampler", "euler"], "euler"),
+    ],
+)
+def test_wrong_settings_are_refused_and_nothing_is_written(arguments: list[str], words: str, root: Path) -> None:
+    ended = launch("sample", "1d/a", *arguments, cwd=root)
+    assert ended.code == 2
+    assert words in " ".join(ended.err.split())
+    assert "Traceback" not in ended.err
+    assert list((root / "runs" / "1d" / "a" / "samples").iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint_is_refused(root: Path) -> None:
+    shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints")
+    ended = launch("sample", "1d/a", cwd=root)
+    assert ended.code == 2
+    assert "no checkpoint" in ended.err
+
+
+def test_the_manifest_says_what_was_used(root: Path) -> None:
+    done("sample", "1d", "--num-samples", "100", "--sampler", "ddim", "--steps", "3", "--name", "kept", cwd=root)
+    manifest = json.loads((root / "runs" / "1d" / "a" / "samples" / "kept" / "manifest.json").read_text())
+    assert manifest["complete"] is True
+    assert manifest["num_samples"] == 100
+    assert manifest["sampler"] == {"sampler": "ddim", "steps": 3, "eta": 0.0}
+    checkpoint = json.loads((root / "runs/1d/a/checkpoints/step-00000050/manifest.json").read_text())
+    assert manifest["weights_sha256"] == checkpoint["files"]["ema.safetensors"]["sha256"]

@@ -1,0 +1,99 @@
+"""Runs launch.py as a user does: real processes, real signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("--train.batch-size", "64", "--train.log-every", "1", "--model.dim", "16")
+"""Settings of a 1D run whose steps take a millisecond."""
+
+_MARKS: dict[int, str] = {}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start(*arguments: object, cwd: Path, **env: str) -> "subprocess.Popen[str]":
+    """Starts `launch.py ARGUMENTS` in a session of its own."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "LAUNCHED_AS": mark, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    _MARKS[process.pid] = mark
+    return process
+
+
+def finish(process: "subprocess.Popen[str]", timeout_s: float = 120) -> Finished:
+    out, err = process.communicate(timeout=timeout_s)
+    return Finished(process.returncode, out, err)
+
+
+def launch(*arguments: object, cwd: Path, **env: str) -> Finished:
+    """Runs `launch.py ARGUMENTS` to its end."""
+    return finish(start(*arguments, cwd=cwd, **env))
+
+
+def done(*arguments: object, cwd: Path, **env: str) -> Finished:
+    """Runs a command that must succeed."""
+    ended = launch(*arguments, cwd=cwd, **env)
+    assert ended.code == 0, ended
+    return ended
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    """Polls until the condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition was not met in time"
+        time.sleep(0.005)
+
+
+def steps_logged(run: Path) -> int:
+    """The number of lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def status(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "status.json").read_text()))
+
+
+def relatives(process: "subprocess.Popen[str]") -> list[int]:
+    """Living processes that the command has started, itself included, in whatever session they are."""
+    mark = f"LAUNCHED_AS={_MARKS[process.pid]}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z" and mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> Finished:
+    process.send_signal(number)
+    return finish(process)

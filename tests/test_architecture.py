@@ -1,0 +1,95 @@
+"""The house rules: imports flow one way, the command line needs no torch, README tells the truth."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+FORBIDDEN = {
+    "diffusion": {"jobs", "slurm", "launch", "accelerate", "submitit", "wandb", "tyro"},
+    "jobs": {"slurm", "launch", "tyro", "submitit"},
+    "slurm": {"diffusion", "jobs", "launch", "torch", "torchvision", "accelerate", "wandb", "tyro"},
+    "launch.py": {"torch", "torchvision", "diffusion.model", "wandb", "accelerate"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Names of all modules that a file imports, wherever in it, with their packages."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {".".join(parts[: i + 1]) for name in names for parts in [name.split(".")] for i in range(len(parts))}
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_flow_one_way(package: str) -> None:
+    files = [ROOT / package] if package.endswith(".py") else sorted((ROOT / package).rglob("*.py"))
+    assert files
+    wrong = {str(path.relative_to(ROOT)): imported(path) & FORBIDDEN[package] for path in files}
+    assert {path: names for path, names in wrong.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "1d", "--help"], ["train", "nonsense"], ["resume", "nowhere"]]
+)
+def test_the_command_line_answers_without_torch(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        "import runpy, sys\n"
+        f"sys.argv = ['launch.py', *{arguments!r}]\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "try:\n"
+        f"    runpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n"
+        "finally:\n"
+        "    print([name for name in ('torch', 'accelerate', 'matplotlib') if name in sys.modules], file=sys.stderr)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ended.stderr.splitlines()[-1] == "[]"
+
+
+def test_links_in_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)|<img src=\"([^\"]+)\"", README)
+    local = [link for pair in links for link in pair if link and "://" not in link]
+    assert local
+    assert [link for link in local if not (ROOT / link).exists()] == []
+
+
+def test_the_file_tree_in_the_readme_is_the_tree() -> None:
+    block = README.partition("<!-- file tree -->")[2].partition("```text\n")[2].partition("```")[0]
+    listed, folder = set(), Path()
+    for line in block.splitlines():
+        name = line.split()[0]
+        depth = len(line) - len(line.lstrip())
+        path = Path(name) if depth == 0 else folder / name
+        if name.endswith("/") and depth == 0:
+            folder = Path(name)
+        listed.add(path.as_posix().rstrip("/"))
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    sources = {
+        path
+        for path in tracked.stdout.split()
+        if path == "launch.py"
+        or (path.startswith(("diffusion/", "jobs/", "slurm/")) and not path.endswith("__init__.py"))
+    }
+    described = {path for path in listed if (ROOT / path).is_file()}
+    inside_described_folder = {p for p in sources if any(p.startswith(f"{f}/") for f in listed if f.count("/"))}
+    assert sources - described - inside_described_folder == set()
+    assert {path for path in listed if not (ROOT / path).exists()} == set()
+
+
+def test_commands_in_the_readme_exist() -> None:
+    helped = subprocess.run(
+        [sys.executable, ROOT / "launch.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    used = set(re.findall(r"python launch\.py ([a-z]+)", README))
+    assert used
+    assert {command for command in used if command not in helped} == set()

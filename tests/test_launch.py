@@ -1,0 +1,183 @@
+"""The command line: bad input ends with one sentence and exit code 2, and nothing is written."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.launching import TINY, done, launch, start, status, steps_logged, wait_until
+
+ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
+
+
+def sentence(err: str) -> str:
+    """What is printed to a user, without tyro's frame."""
+    assert "Traceback" not in err, err
+    return " ".join(line.strip("│╭╮╰╯─ ") for line in err.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "2d"], ["2d", "1d, mnist, mnist-small"]),
+        (["train", "1d", "--train.stps", "3"], ["--train.stps", "--train.steps"]),
+        (["train", "1d", "--train.steps", "0"], ["train.steps must be at least 1", "0"]),
+        (["train", "1d", "--train.steps", "-5"], ["train.steps must be at least 1", "-5"]),
+        (["train", "1d", "--train.steps", "many"], ["--train.steps", "many"]),
+        (["train", "1d", "--train.batch-size", "0"], ["train.batch-size must be at least 1", "0"]),
+        (["train", "1d", "--train.micro-batch-size", "0"], ["train.micro-batch-size", "0"]),
+        (["train", "1d", "--train.lr", "nan"], ["train.lr must be positive and finite", "nan"]),
+        (["train", "1d", "--train.lr", "inf"], ["train.lr must be positive and finite", "inf"]),
+        (["train", "1d", "--train.lr", "-1"], ["train.lr must be positive and finite", "-1"]),
+        (["train", "1d", "--train.seed", "-1"], ["train.seed must lie between 0 and 2^63 - 1", "-1"]),
+        (["train", "1d", "--train.keep-checkpoints", "1"], ["train.keep-checkpoints must be at least 2", "1"]),
+        (["train", "1d", "--data.weights", "0.5", "0.6"], ["data.weights must sum to 1", "0.6"]),
+        (["train", "1d", "--data.means", "0", "1", "2"], ["must be equally long", "3, 2, 2"]),
+        (["train", "1d", "--data.stds", "1", "-1"], ["data.stds must be positive", "-1"]),
+        (["train", "1d", "--diffusion.timesteps", "20"], ["diffusion.timesteps must be more than 20", "20"]),
+        (["train", "mnist", "--model.dim", "12"], ["model.dim must be a multiple of 8", "12"]),
+        (["train", "mnist", "--model.dim-mults", "1", "2", "4", "8"], ["28x28", "1, 2, 4, 8"]),
+        (["train", "1d", "--name=-x"], ["a name is made of letters", "-x"]),
+        (["train", "1d", "--name", "a/b"], ["a name is made of letters", "a/b"]),
+        (["train", "1d", "--name", "../b"], ["a name is made of letters", "../b"]),
+        (["train", "1d", "--name", ""], ["a name is made of letters", "''"]),
+        (["train", "1d", "--device", "cuda"], ["--device cuda needs a CUDA GPU"]),
+        (["train", "1d", "--gpus", "2"], ["--gpus", "2", "--device cpu --gpus 2"]),
+        (["train", "1d", "--gpus", "0"], ["--gpus must be at least 1", "0"]),
+        (["train", "1d", "--device", "cpu", "--gpus", "3"], ["multiple of the number of GPUs", "2048", "3"]),
+        (["resume", "nowhere"], ["nowhere", "1d, mnist, mnist-small"]),
+        (["resume", "1d"], ["no run of 1d"]),
+        (["sample", "1d/a"], ["1d/a"]),
+    ],
+)
+def test_a_wrong_command_gets_one_sentence_and_writes_nothing(
+    arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
+    ended = launch(*arguments, cwd=tmp_path)
+    assert ended.code == 2, ended
+    said = sentence(ended.err)
+    for word in words:
+        assert word in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stuff").mkdir()
+    ended = launch("sample", "stuff", cwd=tmp_path)
+    assert ended.code == 2
+    assert "experiment.json" in sentence(ended.err)
+    (tmp_path / "stuff" / "experiment.json").write_text('{"experiment": "1d", "train": 3}')
+    ended = launch("sample", "stuff", cwd=tmp_path)
+    assert ended.code == 2
+    assert "experiment.json" in sentence(ended.err)
+    (tmp_path / "runs" / "1d" / "taken").mkdir(parents=True)
+    ended = launch("train", "1d", "--name", "taken", cwd=tmp_path)
+    assert ended.code == 2
+    assert "no run folder" in sentence(ended.err)
+
+
+def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    ended = launch("train", "1d", cwd=tmp_path)
+    assert ended.code == 2
+    assert "must be a folder that can be written" in sentence(ended.err)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_missing_and_cut_data_files_are_named_before_anything_is_written(tmp_path: Path, mnist_root: Path) -> None:
+    offline = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": "",
+        "https_proxy": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+    }
+    ended = launch("train", "mnist-small", cwd=tmp_path, MNIST_ROOT=str(tmp_path / "data"), **offline)
+    assert ended.code == 2
+    assert "train-images-idx3-ubyte" in sentence(ended.err)
+    assert list(tmp_path.iterdir()) == []
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in (mnist_root / "MNIST" / "raw").iterdir():
+        (raw / path.name).write_bytes(path.read_bytes()[: -100 if "t10k-labels" in path.name else None])
+    ended = launch("train", "mnist-small", cwd=tmp_path, MNIST_ROOT=str(tmp_path / "data"))
+    assert ended.code == 2
+    assert "t10k-labels-idx1-ubyte" in sentence(ended.err)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_same_command_continues_and_other_settings_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    command = ("train", "1d", *TINY, "--train.steps", "50", "--name", "a")
+    done(*command, cwd=tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = done(*command, cwd=tmp_path)
+    assert "finished" in again.out
+    refused = launch(*command, "--train.lr", "0.5", cwd=tmp_path)
+    assert refused.code == 2
+    assert "train.lr is 0.004, not 0.5" in sentence(refused.err)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert launch("resume", "1d", "--train.steps", "40", cwd=tmp_path).code == 2
+    done("resume", "1d", "--train.steps", "80", cwd=tmp_path)
+    assert status(run)["step"] == steps_logged(run) == 80
+
+
+def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    process = start(*ENDLESS, cwd=tmp_path)
+    try:
+        wait_until(lambda: steps_logged(run) >= 5)
+        second = launch(*ENDLESS, cwd=tmp_path)
+        assert second.code == 2
+        assert "running already" in sentence(second.err)
+    finally:
+        process.kill()
+        process.communicate()
+    lines = steps_logged(run)
+    third = start(*ENDLESS, cwd=tmp_path)
+    wait_until(lambda: (run / "status.json").exists() and status(run)["restarts"] == 1 and steps_logged(run) >= 5)
+    third.send_signal(signal.SIGINT)
+    out, _ = third.communicate(timeout=60)
+    assert third.returncode == 130
+    assert f"resume {run.relative_to(tmp_path)}" in out
+    assert lines > 0
+    assert status(run)["state"] == "interrupted"
+
+
+def test_a_second_ctrl_c_ends_at_once_with_the_last_checkpoint_intact(tmp_path: Path) -> None:
+    from jobs import checkpoints
+
+    run = tmp_path / "runs" / "1d" / "a"
+    process = start(*ENDLESS, "--train.checkpoint-every", "50", cwd=tmp_path)
+    wait_until(lambda: steps_logged(run) >= 200)
+    for _ in range(50):
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    newest = checkpoints.newest(run / "checkpoints", print)
+    assert newest is not None
+    assert newest >= 50
+
+
+def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
+    done("train", "1d", *TINY, "--train.steps", "30", "--name", "a", cwd=tmp_path)
+    done("sample", "1d", "--num-samples", "1000", "--sampler", "dpm++", cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    files = {"experiment.json", "launch.json", "metrics.jsonl", "timing.jsonl", "status.json", "log.txt"}
+    assert names == files | {"code", "checkpoints", "figures", "samples"}
+    checkpoint = run / "checkpoints" / "step-00000030"
+    assert sorted(os.listdir(checkpoint)) == ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.pt"]
+    assert set(json.loads((checkpoint / "manifest.json").read_text())) == {"step", "files"}
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(line) == {"step", "loss", "lr", "grad_norm", "skipped"}
+    assert line["step"] == 1
+    samples = run / "samples" / "step-00000030-dpm++-25-seed0"
+    assert sorted(os.listdir(samples)) == ["grid.png", "manifest.json", "samples.npz", "shard-00000.npy"]
+    array = np.load(samples / "samples.npz")["arr_0"]
+    assert array.shape == (1000,)
+    assert array.dtype == np.float32
+    assert np.array_equal(array, np.load(samples / "shard-00000.npy"))
