@@ -5,14 +5,20 @@ import pickle
 import signal
 import sys
 import threading
+from typing import NoReturn
 
 
-def main() -> int:
-    """Receives the job, watches over the parent, and returns the job's exit code."""
+def main() -> NoReturn:
+    """Receives the job, watches over the parent, and ends with the job's exit code."""
     size = int.from_bytes(sys.stdin.buffer.read(8), "big")
     job = pickle.loads(sys.stdin.buffer.read(size))
     threading.Thread(target=_terminate_with_parent, daemon=True).start()
-    return int(job())
+    code = int(job())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by the interpreter's own end: gloo's threads let go of Python objects late, and abort the process if there is
+    # no interpreter left to do so.
+    os._exit(code)
 
 
 def _terminate_with_parent() -> None:
@@ -23,4 +29,4 @@ def _terminate_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,159 @@
+"""The dev cluster's options, and the configuration files that follow from them."""
+
+import os
+import random
+import re
+import socket
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+# submitit draws torch's port from 20000 to 60000, the kernel its own from 32768 on: keep out of both.
+PORT_RANGE = range(10_000, 20_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the cluster looks like; every field is also a flag of `python -m slurm.devcluster up`."""
+
+    nodes: Annotated[int, "compute nodes: one slurmd each, all on this machine"] = 2
+    gpus_per_node: Annotated[int, "pretended GPUs per node; CUDA_VISIBLE_DEVICES is set for each job"] = 4
+    cpus_per_node: Annotated[int, "CPUs per node; may be more than this machine has"] = 4
+    accounting: Annotated[bool, "run slurmdbd and MariaDB, so that sacct answers"] = True
+    user_signal: Annotated[bool, "preemption sends the signal of sbatch --signal; otherwise SIGTERM alone"] = True
+    job_requeue: Annotated[bool, "batch jobs may be requeued unless they say otherwise (JobRequeue)"] = True
+    max_array_size: Annotated[int, "array indices end before this (MaxArraySize)"] = 1001
+    grace_time_s: Annotated[int, "seconds from the preemption signal to SIGTERM and the kill"] = 30
+    node_prefix: Annotated[str, "nodes are called n1, n2, ...; change it where those names are taken"] = "n"
+
+    def __post_init__(self) -> None:
+        least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_node": 1, "max_array_size": 2, "grace_time_s": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}; got {getattr(self, name)}")
+        if not re.fullmatch("[a-z]+", self.node_prefix):
+            raise ValueError(f"node_prefix must be lower-case letters; got {self.node_prefix!r}")
+
+    @property
+    def node_names(self) -> list[str]:
+        return [f"{self.node_prefix}{i}" for i in range(1, self.nodes + 1)]
+
+
+def write_config(dir: Path, options: Options) -> None:
+    """Writes all configuration files, the munge key and the GPUs' device files into `dir`."""
+    for name in ("log", "state", "spool", "gpu"):
+        (dir / name).mkdir()
+    for i in range(options.gpus_per_node):
+        # Slurm only looks at the file's type: a second /dev/null will do for a GPU.
+        os.mknod(dir / "gpu" / f"gpu{i}", 0o020666, os.makedev(1, 3))
+    ports = free_ports(options.nodes + 2)
+    _write(dir / "munge.key", os.urandom(128))
+    _write(dir / "slurmdbd.conf", render_slurmdbd_conf(dir, ports[1]).encode())
+    _write(dir / "slurm.conf", render_slurm_conf(dir, options, ports).encode(), mode=0o644)
+    _write(dir / "gres.conf", render_gres_conf(dir, options).encode(), mode=0o644)
+
+
+def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
+    path.touch(mode)
+    path.chmod(mode)
+    path.write_bytes(content)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing on this machine listens on."""
+    free: list[int] = []
+    # A random order: the port of a node that another cluster has just lost looks free, too.
+    for port in random.sample(PORT_RANGE, len(PORT_RANGE)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("", port))
+            free.append(port)
+        if len(free) == count:
+            return free
+    raise RuntimeError(f"no {count} free ports between {PORT_RANGE.start} and {PORT_RANGE.stop}")
+
+
+def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
+    """slurm.conf for ports = [slurmctld, slurmdbd, slurmd of each node ...]."""
+    host = socket.gethostname().split(".")[0]
+    ctld_port, dbd_port, *node_ports = ports
+    gres = f" Gres=gpu:{options.gpus_per_node}" if options.gpus_per_node else ""
+    lines = [
+        "ClusterName=devcluster",
+        f"SlurmctldHost={host}(127.0.0.1)",
+        f"SlurmctldPort={ctld_port}",
+        "SlurmUser=root",
+        "AuthType=auth/munge",
+        # A requeued job waits until its old credential has expired: by default two minutes.
+        f"AuthInfo=socket={dir}/munge.socket,cred_expire=5",
+        f"StateSaveLocation={dir}/state",
+        f"SlurmdSpoolDir={dir}/spool/%n",
+        f"SlurmctldPidFile={dir}/slurmctld.pid",
+        f"SlurmdPidFile={dir}/slurmd-%n.pid",
+        f"SlurmctldLogFile={dir}/log/slurmctld.log",
+        f"SlurmdLogFile={dir}/log/slurmd-%n.log",
+        # submitit derives torch's port from the job id: clusters side by side must not share ids.
+        f"FirstJobId={(ctld_port - PORT_RANGE.start) * 1000 + 1}",
+        "ProctrackType=proctrack/linuxproc",
+        "TaskPlugin=task/none",
+        "MpiDefault=none",
+        "SelectType=select/cons_tres",
+        "SelectTypeParameters=CR_CPU",
+        "SlurmdParameters=config_overrides",
+        "GresTypes=gpu",
+        "ReturnToService=2",
+        "KillWait=5",
+        "SlurmdTimeout=20",
+        "InactiveLimit=30",
+        "OverTimeLimit=0",
+        "SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0",
+        f"MaxArraySize={options.max_array_size}",
+        f"JobRequeue={int(options.job_requeue)}",
+        "PreemptType=preempt/partition_prio",
+        "PreemptMode=REQUEUE",
+    ]
+    if options.user_signal:
+        lines += ["SlurmctldParameters=preempt_send_user_signal"]
+    if options.accounting:
+        lines += [
+            "AccountingStorageType=accounting_storage/slurmdbd",
+            "AccountingStorageHost=127.0.0.1",
+            f"AccountingStoragePort={dbd_port}",
+            f"AccountingStoragePass={dir}/munge.socket",
+            "JobAcctGatherType=jobacct_gather/linux",
+        ]
+    # Memory is not handed out (CR_CPU); the figure only lets a request meant for a large node pass.
+    node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={options.cpus_per_node} RealMemory=1000000{gres}"
+    lines += [f"NodeName={name} {node} Port={port}" for name, port in zip(options.node_names, node_ports, strict=True)]
+    lines += [
+        f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={options.grace_time_s}",
+        "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_gres_conf(dir: Path, options: Options) -> str:
+    """gres.conf: a plain count would schedule GPUs, but set no CUDA_VISIBLE_DEVICES."""
+    if not options.gpus_per_node:
+        return ""
+    names = ",".join(options.node_names)
+    return f"NodeName={names} Name=gpu File={dir}/gpu/gpu[0-{options.gpus_per_node - 1}]\n"
+
+
+def render_slurmdbd_conf(dir: Path, port: int) -> str:
+    """slurmdbd.conf; the database's socket is given by the environment (MYSQL_UNIX_PORT)."""
+    lines = [
+        "DbdHost=localhost",
+        "DbdAddr=127.0.0.1",
+        f"DbdPort={port}",
+        "SlurmUser=root",
+        "AuthType=auth/munge",
+        f"AuthInfo=socket={dir}/munge.socket",
+        f"LogFile={dir}/log/slurmdbd.log",
+        f"PidFile={dir}/slurmdbd.pid",
+        "StorageType=accounting_storage/mysql",
+        "StorageHost=localhost",
+        "StorageUser=root",
+        "StorageLoc=slurm_acct_db",
+    ]
+    return "\n".join(lines) + "\n"
