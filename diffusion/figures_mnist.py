@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.figures import save, training_curve
 from diffusion.model import DiffusionModel
 from diffusion.randomness import Stream, normal
-from diffusion.samplers import ddim
+from diffusion.samplers import ddpm
 
 ToArray = Callable[[Tensor], NDArray[np.uint8]]
 
@@ -47,25 +47,26 @@ def forward_process(images: Tensor, abar: Tensor, path: Path) -> None:
     _labelled(columns, [f"t = {t}" if t else "$x_0$" for t in times], "Forward process: digits become noise", path)
 
 
-def reverse_process(model: DiffusionModel, xt: Tensor, to_array: ToArray, folder: Path) -> None:
-    """From the noise xt [64, 1, 28, 28]: samples.png, denoising.png (a strip of steps) and denoising.gif."""
-    steps = 50
-    with torch.inference_mode(), torch.autocast(xt.device.type, enabled=False):
-        x = [
-            xt,
-            *ddim(model.predict, xt, model.alphas_cumprod.double().cpu(), steps=steps, noise=torch.randn, clip=(-1, 1)),
-        ]
+def reverse_process(model: DiffusionModel, n: int, to_array: ToArray, folder: Path) -> None:
+    """n digits by the ancestral sampler: samples.png, denoising.png (a strip of steps) and denoising.gif."""
+    abar, device = model.alphas_cumprod.double().cpu(), model.alphas_cumprod.device
+    steps = min(250, len(abar))
+
+    def noise(k: int) -> Tensor:
+        return torch.from_numpy(normal(0, Stream.FIGURE, k, 0, n, (1, 28, 28))).to(device)
+
+    xt = noise(steps)
+    with torch.inference_mode():
+        x = [xt, *ddpm(model.predict, xt, abar, steps=steps, noise=noise, clip=(-1, 1))]
     arrays = [to_array(value) for value in x]
     grid(arrays[-1], folder / "samples.png")
-    times = np.linspace(0, steps, 9).round().astype(int)
-    labels = [f"t = {round(len(model.alphas_cumprod) * (1 - i / steps))}" for i in times]
-    _labelled(
-        [arrays[i][:6] for i in times],
-        labels,
-        f"Reverse process: noise becomes digits (DDIM, {steps} steps)",
-        folder / "denoising.png",
-    )
-    frames = [Image.fromarray(_enlarged(tile(arrays[i][:36], columns=6))) for i in range(0, steps + 1, 2)]
+    shown = np.linspace(0, steps, 9).round().astype(int)
+    labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
+    title = f"Reverse process: noise becomes digits (DDPM, {steps} steps)"
+    _labelled([arrays[i][:6] for i in shown], labels, title, folder / "denoising.png")
+    frames = [
+        Image.fromarray(_enlarged(tile(arrays[i][:36], columns=6))) for i in np.linspace(0, steps, 40).astype(int)
+    ]
     durations = [80] * (len(frames) - 1) + [2000]  # milliseconds; the digits stay for two seconds
     frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 

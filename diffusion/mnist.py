@@ -13,20 +13,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.model import DiffusionModel, Experiment
-from diffusion.randomness import Stream, normal, permutation
+from diffusion.randomness import Stream, permutation
+from diffusion.schedules import alphas_cumprod_at
 from diffusion.settings import DiffusionSettings, UnetSettings
 
 
 class MnistModel(DiffusionModel):
-    """The library's `Unet` under the library's process, with space-to-depth around the network if asked for."""
+    """The library's `Unet` under the library's process, with space-to-depth and a skip around it if asked for."""
 
-    def __init__(self, unet: Unet, diffusion: GaussianDiffusion, patch_size: int) -> None:
+    def __init__(self, unet: Unet, diffusion: GaussianDiffusion, settings: UnetSettings) -> None:
         super().__init__(unet, diffusion.alphas_cumprod)
-        self.patch_size = patch_size
+        self.patch_size, self.noise_skip = settings.patch_size, settings.noise_skip
 
     def predict(self, xt: Tensor, t: Tensor) -> Tensor:
         patches = F.pixel_unshuffle(xt, self.patch_size)  # [batch, patch_size^2, 28 / patch_size, 28 / patch_size]
-        return F.pixel_shuffle(self.network(patches, t), self.patch_size)
+        out = F.pixel_shuffle(self.network(patches, t), self.patch_size)
+        if not self.noise_skip:
+            return out
+        # eps = b x_t + a v, with v of progressive distillation (Salimans & Ho 2022): the network's part is of unit size.
+        abar = alphas_cumprod_at(self.alphas_cumprod, t).float().view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * xt + abar.sqrt() * out.float()
 
 
 class Mnist(Experiment):
@@ -51,7 +57,8 @@ class Mnist(Experiment):
 
     def build_model(self) -> DiffusionModel:
         settings = self.model_settings
-        unet = Unet(dim=settings.dim, dim_mults=settings.dim_mults, channels=settings.patch_size**2)
+        heads = settings.attn_heads or 4
+        unet = Unet(settings.dim, dim_mults=settings.dim_mults, channels=settings.patch_size**2, attn_heads=heads)
         diffusion = GaussianDiffusion(
             unet,
             image_size=28 // settings.patch_size,
@@ -59,7 +66,7 @@ class Mnist(Experiment):
             objective="pred_noise",
             beta_schedule=self.diffusion_settings.beta_schedule,
         )
-        return MnistModel(unet, diffusion, settings.patch_size)
+        return MnistModel(unet, diffusion, settings)
 
     def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
         if self.images.device != device:
@@ -81,11 +88,10 @@ class Mnist(Experiment):
     def report(self, model: DiffusionModel, history: list[dict[str, Any]], folder: Path) -> list[str]:
         from diffusion import figures_mnist
 
-        device = model.alphas_cumprod.device
-        xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, 64, self.sample_shape)).to(device)
-        figures_mnist.forward_process(self.images[:6].cpu(), model.alphas_cumprod.cpu(), folder / "forward.png")
+        abar = model.alphas_cumprod.cpu()
+        figures_mnist.forward_process(self.images[:6].cpu(), abar, folder / "forward.png")
         figures_mnist.loss(history, folder / "loss.png")
-        figures_mnist.reverse_process(model, xt, self.to_array, folder)
+        figures_mnist.reverse_process(model, 64, self.to_array, folder)
         return []
 
     def _index(self, seed: int, position: int) -> int:

@@ -143,7 +143,7 @@ def _log_snr_grid(alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 def _predictions(predict: Predict, xt: Tensor, t: float, abar: float, clip: Clip | None) -> tuple[Tensor, Tensor]:
     """x0 and eps as the network sees them; where x0 is clipped, eps is what leads from it to xt."""
-    eps = predict(xt, torch.full((len(xt),), t, device=xt.device))
+    eps = predict(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)  # autocast may have made it shorter
     x0 = (xt - (1 - abar) ** 0.5 * eps) / abar**0.5
     if clip is not None:
         x0 = x0.clamp(*clip)

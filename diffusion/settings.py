@@ -67,6 +67,10 @@ class UnetSettings:
     """Channels at full resolution; a multiple of 8."""
     dim_mults: tuple[int, ...] = (1, 2, 4)
     """Channels at each resolution, in multiples of dim; 28x28 can be halved twice."""
+    attn_heads: tuple[int, ...] | None = None
+    """Attention heads at each resolution; None is the library's 4 everywhere."""
+    noise_skip: bool = False
+    """Predict eps as sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) network(x_t): right at large t from the beginning."""
     patch_size: int = 1
     """Side of the squares folded into channels before the network (space-to-depth): 2 gives it 4x14x14."""
 
@@ -75,6 +79,9 @@ class UnetSettings:
         require(self.patch_size in (1, 2), "model.patch-size must be 1 or 2", self.patch_size)
         require(len(self.dim_mults) >= 1, "model.dim-mults needs at least one entry", self.dim_mults)
         require(all(m >= 1 for m in self.dim_mults), "model.dim-mults must be at least 1", self.dim_mults)
+        fits = self.attn_heads is None or len(self.attn_heads) == len(self.dim_mults)
+        require(fits, "model.attn-heads must be as long as model.dim-mults", self.attn_heads)
+        require(all(h >= 1 for h in self.attn_heads or ()), "model.attn-heads must be at least 1", self.attn_heads)
         side, halvings = 28 // self.patch_size, len(self.dim_mults) - 1
         rule = f"model.dim-mults halves {side}x{side} once for each entry after the first, which must divide evenly"
         require(side % 2**halvings == 0, rule, self.dim_mults)

@@ -1,4 +1,4 @@
-"""The drill: one training undisturbed, the same one killed again and again, and whether they are equal byte for byte."""
+"""The drill: a training undisturbed, the same killed again and again, and whether they are equal byte for byte."""
 
 import random
 import signal
@@ -27,7 +27,7 @@ class Drill:
     seed: int
 
     def run(self, say: Callable[[str], None]) -> bool:
-        """Trains both, says what happens, and returns whether the results are equal; RuntimeError if a training fails."""
+        """Trains both, says what happens, and returns whether the results are equal; RuntimeError if one fails."""
         started = time.monotonic()
         _expect_success(self.start("whole"), "the undisturbed training")
         say(f"  undisturbed             {self.steps} steps in {time.monotonic() - started:.1f} s")

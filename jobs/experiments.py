@@ -107,8 +107,8 @@ EXPERIMENTS: dict[str, Entry] = {
     ),
     "mnist-small": Entry(
         preset=MnistConfig(
-            model=UnetSettings(dim=32, dim_mults=(1, 2), patch_size=2),
-            train=TrainSettings(steps=1600, batch_size=64, lr=2e-3, ema_decay=0.995, checkpoint_every=500),
+            model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
+            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
         ),
         help="a DDPM on MNIST that trains in minutes on a CPU",
         sub_batch_size=64,

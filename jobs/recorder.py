@@ -106,7 +106,9 @@ class RunRecorder(NullRecorder):
         history = read_jsonl(self._run.metrics)
         model = self._training.ema_model()
         self._run.figures.mkdir(exist_ok=True)
-        for line in self._training.experiment.report(model, history, self._run.figures):
+        with self._training.world.accelerator.autocast():
+            lines = self._training.experiment.report(model, history, self._run.figures)
+        for line in lines:
             self._console.say(line)
 
     def close(self) -> None:

@@ -56,7 +56,7 @@ def draw(model: DiffusionModel, experiment: Experiment, settings: SampleSettings
     sampler = SAMPLERS[settings.sampler.sampler]
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
         *_, x0 = sampler(
-            lambda xt, t: model.predict(xt, t).float(),
+            model.predict,
             noise(Stream.SAMPLE_START, 0),
             model.alphas_cumprod.double().cpu(),
             steps=settings.sampler.steps,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.model import DiffusionModel, Experiment, timesteps
-from diffusion.randomness import Stream, generator, normal, uniform
+from diffusion.randomness import Stream, generator, normal, stratified
 from jobs.checkpoints import Snapshot
 from jobs.ema import Ema
 from jobs.job import JobError
@@ -92,7 +92,7 @@ class Training:
         seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
         start, stop = self.world.share(batch_size)
         x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
-        u = uniform(seed, Stream.TIMESTEP, step, start, stop)
+        u = stratified(seed, Stream.TIMESTEP, step, start, stop, batch_size)
         t = torch.from_numpy(timesteps(u, len(self.raw.alphas_cumprod)))
         eps = torch.from_numpy(normal(seed, Stream.NOISE, step, start, stop, self.experiment.sample_shape))
         return x0, t.to(device, non_blocking=True), eps.to(device, non_blocking=True)
