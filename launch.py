@@ -1,8 +1,10 @@
 """The command line: `python launch.py COMMAND --help`. Puts jobs and places together; imports no torch on the way."""
 
+import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass, replace
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -10,13 +12,15 @@ import tyro
 from tyro.conf import CascadeSubcommandArgs, Positional, arg, subcommand
 
 from diffusion.settings import SAMPLER_STEPS, SamplerSettings, SettingsError
-from jobs import checkpoints, drill, experiments, ownership, provenance, run_folder
+from jobs import drill, experiments, ownership, provenance, run_folder, samples
 from jobs.experiments import EXPERIMENTS, MAY_CHANGE, ExperimentConfig
 from jobs.job import Job, SampleJob, TrainJob
 from jobs.run_folder import RunFolder
-from jobs.samples import SampleSet, SampleSettings, Weights
-from jobs.settings import check_seed
-from slurm import local
+from jobs.samples import Weights
+from slurm import local, queue
+from slurm.profile import Profile
+from slurm.profile import load as load_profile
+from slurm.submit import Submission
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -31,15 +35,48 @@ Run = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlurmChanges:
+    """What to ask Slurm for; replaces what the profile says."""
+
+    partition: Annotated[str | None, optional("NAME", "the profile's")] = None
+    """Partition."""
+    account: Annotated[str | None, optional("NAME", "the profile's")] = None
+    """Account to charge."""
+    qos: Annotated[str | None, optional("NAME", "the profile's")] = None
+    """Quality of service."""
+    constraint: Annotated[str | None, optional("FEATURES", "the profile's")] = None
+    """Node features, such as a100|h100."""
+    gpus_per_node: Annotated[int | None, optional("INT", "the profile's, or 8")] = None
+    """GPUs of one node; a job with more takes several whole nodes."""
+    cpus_per_gpu: Annotated[int | None, optional("INT", "the profile's, or 4")] = None
+    """CPU cores for each GPU."""
+    mem_gb: Annotated[int | None, optional("INT", "the profile's")] = None
+    """Memory on each node."""
+    time_min: Annotated[int | None, optional("INT", "the profile's, or 60")] = None
+    """Time limit. A run that needs longer is queued again as often as it takes."""
+    signal_delay_s: Annotated[int | None, optional("INT", "the profile's, or 120")] = None
+    """How long before the limit the job is told to save."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Where:
     """Where the job runs."""
 
+    cluster: Literal["auto", "local", "slurm"] = "auto"
+    """auto is Slurm where it answers, but not from within a job."""
     gpus: Annotated[int | None, optional("INT", "one")] = None
-    """Number of GPUs; with --device cpu, number of processes."""
+    """Number of GPUs in all; with --device cpu, number of processes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto is a GPU where there is one."""
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
+    profile: Annotated[str | None, optional("NAME", "none")] = None
+    """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
+    slurm: SlurmChanges = field(default_factory=SlurmChanges)
+    dry_run: bool = False
+    """Show the settings and, for Slurm, the script; touch nothing."""
+    wait: bool = False
+    """Stay until the Slurm job has ended."""
 
     def __post_init__(self) -> None:
         if self.gpus is not None and self.gpus < 1:
@@ -48,6 +85,30 @@ class Where:
     @property
     def processes(self) -> int:
         return self.gpus or 1
+
+    def on_slurm(self) -> bool:
+        """Whether the job goes to Slurm; raises ValueError if it should and cannot."""
+        if self.cluster == "slurm" and not queue.has_slurm():
+            raise ValueError(
+                "--cluster slurm needs sbatch and a controller that answers `scontrol ping`; there is none here"
+            )
+        return self.cluster == "slurm" or (self.cluster == "auto" and queue.is_available())
+
+    def slurm_profile(self) -> Profile:
+        return load_profile(self.profile, _given(self.slurm))
+
+    def resolve_device(self, on_slurm: bool) -> Literal["cuda", "cpu"]:
+        """The kind of device; raises ValueError where GPUs are asked for that are not there."""
+        if on_slurm:
+            return "cpu" if self.device == "cpu" else "cuda"
+        from jobs.world import resolve_device  # imports torch, which this machine is about to use anyway
+
+        return resolve_device(self.device, self.gpus)
+
+
+def _given(changes: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not None."""
+    return {f.name: getattr(changes, f.name) for f in fields(changes) if getattr(changes, f.name) is not None}
 
 
 def _choice(name: str) -> Any:
@@ -111,8 +172,7 @@ class Resume:
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
         experiment, config = run.read_experiment()
-        given = {f.name: getattr(self.train, f.name) for f in fields(self.train)}
-        changes = {name: value for name, value in given.items() if value is not None}
+        changes = _given(self.train)
         if changes.get("steps", config.train.steps) < config.train.steps:
             raise ValueError(f"--train.steps may only be raised from {config.train.steps}; got {changes['steps']}")
         return _train(run, experiment, replace(config, train=replace(config.train, **changes)), self.where)
@@ -143,40 +203,33 @@ class Sample:
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
-        samples = self._sample_set(run)
-        samples.check_existing()
-        if samples.is_complete():
-            print(f"{samples.num_samples:,} samples are in {run}/samples/{samples.name} already.")
-            return 0
-        device = _local_device(self.where)
-        samples.write_manifest()
-        code = _run_here(SampleJob(samples, self.where.processes, device), self.where.processes)
-        if code == 0:
-            print(f"{samples.num_samples:,} samples are in {run}/samples/{samples.name}: samples.npz, grid.png.")
-        return code
-
-    def _sample_set(self, run: RunFolder) -> SampleSet:
-        experiment, config = run.read_experiment()
-        if self.num_samples < 1:
-            raise ValueError(f"--num-samples must be at least 1; got {self.num_samples}")
-        check_seed("--seed", self.seed)
-        timesteps = config.diffusion.timesteps
-        steps = self.steps if self.steps is not None else SAMPLER_STEPS[self.sampler] or timesteps
-        sampler = SamplerSettings(sampler=self.sampler, steps=steps, eta=self.eta)
-        sampler.check(timesteps)
-        step, manifest = checkpoints.choose(run.checkpoints, self.checkpoint, print)
-        settings = SampleSettings(
-            step=step,
-            weights=self.weights,
-            weights_sha256=manifest["files"][f"{self.weights}.safetensors"]["sha256"],
-            sampler=sampler,
+        _, config = run.read_experiment()
+        steps = self.steps if self.steps is not None else SAMPLER_STEPS[self.sampler] or config.diffusion.timesteps
+        asked = samples.plan(
+            run,
+            num_samples=self.num_samples,
             seed=self.seed,
-            precision=config.train.precision,
-            sub_batch_size=EXPERIMENTS[experiment].sub_batch_size,
-            shard_size=EXPERIMENTS[experiment].shard_size,
+            sampler=SamplerSettings(sampler=self.sampler, steps=steps, eta=self.eta),
+            weights=self.weights,
+            checkpoint=self.checkpoint,
+            name=self.name,
+            say=print,
         )
-        name = self.name or settings.label
-        return SampleSet(run.path, run_folder.check_name(name, run_folder.SAMPLES_NAME), settings, self.num_samples)
+        where = f"{run}/samples/{asked.name}"
+        if asked.is_complete():
+            print(f"{asked.num_samples:,} samples are in {where} already.")
+            return 0
+        on_slurm = self.where.on_slurm()
+        job = SampleJob(asked, self.where.processes, self.where.resolve_device(on_slurm))
+        if self.where.dry_run:
+            return _show(asdict(asked.settings) | {"num_samples": asked.num_samples}, job, run, self.where, on_slurm)
+        asked.write_manifest()
+        if on_slurm:
+            return _submit(job, run, self.where, lambda: asked.is_complete())
+        code = _run_here(job, self.where.processes)
+        if code == 0:
+            print(f"{asked.num_samples:,} samples are in {where}: samples.npz, grid.png.")
+        return code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +249,7 @@ class DrillCommand:
             raise ValueError(
                 f"--kills must lie between 1 and --steps - 1; got --kills {self.kills} --steps {self.steps}"
             )
-        device = _local_device(self.where)
+        device = self.where.resolve_device(on_slurm=False)
         folder = self.where.runs_dir.absolute() / "drill" / run_folder.new_name(self.where.runs_dir / "drill")
         folder.mkdir(parents=True)
         command = [sys.executable, __file__, "train", "1d", "--runs-dir", folder, "--device", device]
@@ -216,32 +269,73 @@ class DrillCommand:
 
 
 def _train(run: RunFolder, experiment: str, config: ExperimentConfig, where: Where) -> int:
-    """Creates or continues the run, here, and waits for its end."""
-    processes = where.processes
-    if config.train.batch_size % processes:
+    """Creates or continues the run, here or on Slurm; returns the exit code."""
+    if config.train.batch_size % where.processes:
         raise ValueError(
-            f"train.batch-size must be a multiple of the number of GPUs; "
-            f"got train.batch-size={config.train.batch_size} on {processes} GPUs"
+            "train.batch-size must be a multiple of the number of GPUs; "
+            f"got train.batch-size={config.train.batch_size} on {where.processes} GPUs"
         )
     if _is_finished(run, config):
-        print(
-            f"{run} is finished: {config.train.steps:,} steps are done. `resume {run} --train.steps N` trains longer."
-        )
+        print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
         return 0
-    device = _local_device(where)
+    on_slurm = where.on_slurm()
+    job = TrainJob(run.path, where.processes, where.resolve_device(on_slurm))
+    if where.dry_run:
+        return _show({"experiment": experiment, **asdict(config)}, job, run, where, on_slurm)
+    _check_idle(run)
     config.prepare(print)
-    resources = {"processes": processes, "device": device}
-    if not run.exists():
-        try:
-            run.create(experiment, config, provenance.describe(resources=resources), provenance.save_code)
-        except OSError as error:
-            raise ValueError(f"{run} must be a folder that can be written: {error.strerror}") from error
+    _create(run, experiment, config, {"processes": job.processes, "device": job.device, "slurm": on_slurm})
     with ownership.locked(run.path) as descriptor:
         if descriptor is None:
             raise ValueError(f"{run} is running already (process {run.read_status().get('pid')} on this machine)")
         run.write_experiment(experiment, config)
         run.clear_failure()
-        return _run_here(TrainJob(run.path, processes, device), processes, [descriptor])
+        if not on_slurm:
+            return _run_here(job, job.processes, keep_open=descriptor)
+    return _submit(job, run, where, lambda: run.read_status().get("state") == "finished")
+
+
+def _create(run: RunFolder, experiment: str, config: ExperimentConfig, resources: dict[str, Any]) -> None:
+    """Makes the run's folder unless it is there; raises ValueError if it cannot be made."""
+    if run.exists():
+        return
+    try:
+        run.create(experiment, config, provenance.describe(resources=resources), provenance.save_code)
+    except OSError as error:
+        raise ValueError(f"{run} must be a folder that can be written: {error.strerror}") from error
+
+
+def _check_idle(run: RunFolder) -> None:
+    """Raises ValueError if a Slurm job of the run waits or runs."""
+    for job_id, state in queue.active(run.read_launch().get("job_ids", [])).items():
+        raise ValueError(f"{run} is on Slurm already: job {job_id} is {state}")
+
+
+def _submission(job: Job, run: RunFolder, where: Where) -> Submission:
+    on_gpus = job.device == "cuda"
+    name = f"{run.path.parent.name}/{run.path.name}"
+    return Submission(name, job, where.slurm_profile(), where.processes, on_gpus, run.path / "slurm", run.code)
+
+
+def _submit(job: Job, run: RunFolder, where: Where, succeeded: Callable[[], bool]) -> int:
+    """Submits the job to Slurm; with --wait, stays until it has ended."""
+    submission = _submission(job, run, where)
+    job_id = job.submitted(submission.submit)
+    print(f"Submitted {run} as job {job_id}: {submission.shape.tasks} tasks on {submission.shape.nodes} nodes.")
+    print(f"It prints into {run}/slurm/{job_id}_0_log.out")
+    while where.wait and queue.active([job_id]):
+        time.sleep(1)
+    return 0 if not where.wait or succeeded() else 1
+
+
+def _show(settings: dict[str, Any], job: Job, run: RunFolder, where: Where, on_slurm: bool) -> int:
+    """Prints what would run; touches nothing."""
+    print(json.dumps(settings, indent=2))
+    if on_slurm:
+        print(_submission(job, run, where).script())
+    else:
+        print(f"Would run here in {run}: {job.processes} process(es) on {job.device}.")
+    return 0
 
 
 def _check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfig) -> None:
@@ -263,20 +357,14 @@ def _is_finished(run: RunFolder, config: ExperimentConfig) -> bool:
     return status.get("state") == "finished" and status["step"] >= config.train.steps
 
 
-def _run_here(job: Job, processes: int, keep_open: Sequence[int] = ()) -> int:
+def _run_here(job: Job, processes: int, keep_open: int | None = None) -> int:
     """Runs a job on this machine: one process in this one, so that debuggers work, several below it."""
     if processes == 1:
         return job()
-    outcome = local.run(job, processes, keep_open=keep_open)
+    outcome = local.run(job, processes, keep_open=[] if keep_open is None else [keep_open])
     if outcome.signal is not None:
         job.failed(outcome.failed_rank, f"process {outcome.failed_rank} was ended by {outcome.signal}")
     return outcome.exit_code
-
-
-def _local_device(where: Where) -> Literal["cuda", "cpu"]:
-    from jobs.world import resolve_device  # imports torch, which this machine is about to use anyway
-
-    return resolve_device(where.device, where.gpus)
 
 
 def main() -> int:
@@ -298,6 +386,9 @@ def main() -> int:
     except (SettingsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # Slurm refuses or does not answer
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -30,7 +30,7 @@ class MnistModel(DiffusionModel):
         out = F.pixel_shuffle(self.network(patches, t), self.patch_size)
         if not self.noise_skip:
             return out
-        # eps = b x_t + a v, with v of progressive distillation (Salimans & Ho 2022): the network's part is of unit size.
+        # eps = b x_t + a v, with v of unit size at every t (Salimans & Ho 2022, appendix D).
         abar = alphas_cumprod_at(self.alphas_cumprod, t).float().view(-1, 1, 1, 1)
         return (1 - abar).sqrt() * xt + abar.sqrt() * out.float()
 

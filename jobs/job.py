@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from jobs.files import write_json
 from jobs.ownership import Superseded
+from jobs.reporting import now
 from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from jobs.samples import SampleSet
     from jobs.world import Kind
 
-Requeue = Callable[[], None]
+Requeue = Callable[[], str | None]
+"""Queues the job again unless it has been cancelled; returns the id under which it comes back, None if it does not."""
 
 
 class JobError(RuntimeError):
@@ -26,11 +29,20 @@ class JobError(RuntimeError):
 class Job(Protocol):
     """What the launcher starts, in each of its processes."""
 
+    @property
+    def processes(self) -> int: ...
+
+    @property
+    def device(self) -> "Kind": ...
+
     def __call__(self, requeue: Requeue | None = None) -> int:
-        """Does the work and returns an exit code; `requeue` queues the job again where that is possible."""
+        """Does the work and returns an exit code; `requeue` is given where the job can be queued again."""
 
     def failed(self, rank: int, trace: str) -> None:
         """Tells and records why process `rank` failed, unless another one has failed before it."""
+
+    def submitted(self, submit: Callable[[], str]) -> str:
+        """Submits with `submit`, which returns the id of the Slurm job, and records it; returns the id."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,19 @@ class TrainJob:
         if first:
             print(trace, file=sys.stderr, flush=True)
 
+    def submitted(self, submit: Callable[[], str]) -> str:
+        run = RunFolder(self.run)
+        before = run.read_status()
+        # Before the job can run and say otherwise.
+        write_json(run.status, {**before, "state": "queued", "updated": now()})
+        try:
+            job_id = submit()
+        except BaseException:
+            write_json(run.status, {**before, "state": before.get("state", "failed"), "updated": now()})
+            raise
+        run.update_launch(job_ids=[*run.read_launch().get("job_ids", []), job_id])
+        return job_id
+
 
 @dataclass(frozen=True)
 class SampleJob:
@@ -90,6 +115,12 @@ class SampleJob:
 
     def failed(self, rank: int, trace: str) -> None:
         print(trace, file=sys.stderr, flush=True)
+
+    def submitted(self, submit: Callable[[], str]) -> str:
+        job_id = submit()
+        run = RunFolder(self.samples.run)
+        run.update_launch(sample_job_ids=[*run.read_launch().get("sample_job_ids", []), job_id])
+        return job_id
 
 
 def _rank() -> int:

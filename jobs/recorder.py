@@ -27,8 +27,14 @@ class NullRecorder:
     def save(self) -> None:
         """Makes sure that a checkpoint of this step is on the disk; raises JobError if it cannot be."""
 
+    def check_progress(self) -> None:
+        """Before the job is queued again: raises JobError if it has got nowhere, and neither did the time before."""
+
     def finish(self, state: str, message: str, **facts: Any) -> None:
         """The job ends in this state."""
+
+    def came_back_as(self, job_id: str) -> None:
+        """The job is queued again under this id."""
 
     def draw(self) -> None:
         """The last step is done: figures and final numbers."""
@@ -84,6 +90,14 @@ class RunRecorder(NullRecorder):
             step, good = self._training.step, self._writer.newest
             raise JobError(f"step {step} could not be saved; the last good checkpoint is of step {good}")
 
+    def check_progress(self) -> None:
+        step = self._training.step
+        if step == self._first_step == self._status.values.get("requeued_at"):
+            raise JobError(
+                f"no progress between two requeues: both times the job had to stop at step {step}. "
+                "Its time limit may be too short for it to start"
+            )
+
     def finish(self, state: str, message: str, **facts: Any) -> None:
         self._progress.close()
         elapsed = time.monotonic() - self._started
@@ -100,6 +114,11 @@ class RunRecorder(NullRecorder):
         append_timing(self._run, timing)
         self._status.write(state=state, step=self._training.step, eta_s=None, **facts)
         self._console.say(message)
+
+    def came_back_as(self, job_id: str) -> None:
+        known = self._run.read_launch().get("job_ids", [])
+        if job_id not in known:
+            self._run.update_launch(job_ids=[*known, job_id])
 
     def draw(self) -> None:
         self._progress.close()

@@ -75,6 +75,7 @@ class Status:
             "eta_s": None,
             "updated": None,
             "restarts": previous.get("restarts", -1) + 1,
+            "requeued_at": previous.get("requeued_at"),
             "pid": os.getpid(),
         }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion.settings import SamplerSettings
+from diffusion.settings import SamplerSettings, require
+from jobs import checkpoints
+from jobs.experiments import EXPERIMENTS
 from jobs.files import sha256, sync_file, sync_folder, write_json
+from jobs.run_folder import SAMPLES_NAME, RunFolder, check_name
+from jobs.settings import check_seed
 
 Weights = Literal["ema", "model"]
 
@@ -37,6 +42,38 @@ class SampleSettings:
         """The default name of the set, as in step-00002000-dpm++-25-seed0."""
         model = "-model" if self.weights == "model" else ""
         return f"step-{self.step:08d}-{self.sampler.label}{model}-seed{self.seed}"
+
+
+def plan(
+    run: RunFolder,
+    *,
+    num_samples: int,
+    seed: int,
+    sampler: SamplerSettings,
+    weights: Weights,
+    checkpoint: int | None,
+    name: str | None,
+    say: Callable[[str], None],
+) -> "SampleSet":
+    """The set of samples that a user asks for; raises ValueError or SettingsError where that cannot be."""
+    experiment, config = run.read_experiment()
+    require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
+    check_seed("--seed", seed)
+    sampler.check(config.diffusion.timesteps)
+    step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
+    settings = SampleSettings(
+        step=step,
+        weights=weights,
+        weights_sha256=manifest["files"][f"{weights}.safetensors"]["sha256"],
+        sampler=sampler,
+        seed=seed,
+        precision=config.train.precision,
+        sub_batch_size=EXPERIMENTS[experiment].sub_batch_size,
+        shard_size=EXPERIMENTS[experiment].shard_size,
+    )
+    found = SampleSet(run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples)
+    found.check_existing()
+    return found
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from jobs import checkpoints
 from jobs.experiments import EXPERIMENTS
+from jobs.job import Requeue
 from jobs.ownership import Ownership
 from jobs.progress import Console, in_words
 from jobs.recorder import NullRecorder, RunRecorder
@@ -20,13 +20,8 @@ from jobs.world import Kind, resolve_precision, start
 MAX_SKIPPED_IN_A_ROW = 5
 
 
-def train(
-    run: RunFolder, processes: int, device: Kind, signals: SignalWatch, requeue: Callable[[], None] | None
-) -> int:
-    """Trains the run to its last step, or to the step at which all processes agree to stop; returns the exit code.
-
-    `requeue` queues the job again, where that is possible.
-    """
+def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, requeue: Requeue | None) -> int:
+    """Trains the run to its last step, or to the step at which all processes agree to stop; returns the exit code."""
     experiment, config = run.read_experiment()
     settings = config.train
     world = start(processes, device, resolve_precision(settings.precision, device))
@@ -43,23 +38,24 @@ def train(
         recorder.start()
         reason = run_steps(training, recorder, signals)
         recorder.save()
-        outcome = conclude(run, training, recorder, reason, requeue is not None)
+        if training.step == settings.steps:
+            recorder.draw()
         world.close()
+        return conclude(run, training, recorder, reason, requeue)
     except NotFinite as error:
         good = next(iter(checkpoints.steps(run.checkpoints)), "0, the beginning")
         raise NotFinite(f"{error}; the last good checkpoint is of step {good}") from None
     finally:
         recorder.close()
-    if outcome == "requeued" and requeue is not None and world.rank == 0:
-        requeue()
-    return 0 if outcome in ("finished", "requeued") else 130
 
 
 def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) -> Stop:
     """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
     settings, vote = training.settings, StopVote(training.world.reduce_max)
-    skipped_in_a_row, reason = 0, Stop.NO
-    while training.step < settings.steps:
+    skipped_in_a_row = 0
+    # What was asked for before the first step counts before the first step.
+    reason = Stop(training.world.reduce_max(signals.requested)())
+    while reason is Stop.NO and training.step < settings.steps:
         update = training.update()
         recorder.after_step(logged(training, update))
         skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
@@ -68,8 +64,7 @@ def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) 
                 f"the loss or its gradient was not finite in the {MAX_SKIPPED_IN_A_ROW} steps up to {training.step}; "
                 "a smaller --train.lr may help"
             )
-        if (reason := vote.post_and_read(signals.requested)) is not Stop.NO:
-            break
+        reason = vote.post_and_read(signals.requested)
     vote.read()
     return reason
 
@@ -99,20 +94,24 @@ def resume(training: Training, run: RunFolder, owner: Ownership | None, console:
             console.say(f"Continuing {run} after step {step:,} of {training.settings.steps:,}.")
 
 
-def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason: Stop, can_requeue: bool) -> str:
-    """Says how the job ended and returns it, as status.json names it."""
+def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason: Stop, requeue: Requeue | None) -> int:
+    """Says how the job ended, queues it again if it was told to make room, and returns the exit code."""
     step, steps = training.step, training.settings.steps
     if step == steps:
-        recorder.draw()
         recorder.finish("finished", f"Finished {run} at step {step:,}; pictures are in {run}/figures.")
-        return "finished"
+        return 0
     saved = f"Saved {run} at step {step:,} of {steps:,}."
-    if reason is Stop.REQUEUE and can_requeue:
-        recorder.finish("requeued", f"{saved} It is queued again.")
-        return "requeued"
+    if requeue is not None and reason is not Stop.INTERRUPT:
+        recorder.check_progress()
+        # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
+        job_id = requeue() if training.world.rank == 0 else "told by rank 0"
+        if job_id is not None:
+            recorder.finish("requeued", f"{saved} It is queued again as job {job_id}.", requeued_at=step)
+            recorder.came_back_as(job_id)
+            return 0
     state = "cancelled" if reason is Stop.TERMINATE else "interrupted"
     recorder.finish(state, f"{saved} Continue with: python launch.py resume {run}")
-    return state
+    return 130
 
 
 def advise(training: Training, advice: str | None, console: Console) -> None:

@@ -1,0 +1,99 @@
+"""Submitting a job to Slurm through submitit."""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slurm.profile import Profile
+from slurm.task import SlurmTask, Work
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many tasks a job has, one for each GPU, and where."""
+
+    nodes: int
+    tasks_per_node: int
+
+    @staticmethod
+    def of(gpus: int, gpus_per_node: int) -> "Shape":
+        """Raises ValueError where several nodes would not be filled."""
+        if gpus <= gpus_per_node:
+            return Shape(1, gpus)
+        if gpus % gpus_per_node:
+            raise ValueError(
+                f"--gpus must be a multiple of gpus_per_node={gpus_per_node} where it takes several nodes; got {gpus}"
+            )
+        return Shape(gpus // gpus_per_node, gpus_per_node)
+
+    @property
+    def tasks(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job, ready to be submitted: what runs, with which resources, from which folders."""
+
+    name: str
+    work: Work
+    profile: Profile
+    gpus: int
+    on_gpus: bool
+    """False for a rehearsal of a GPU job with CPU processes."""
+    folder: Path
+    """For submitit: script, pickles, logs."""
+    code: Path
+    """The copy of the code that the job runs."""
+
+    @property
+    def shape(self) -> Shape:
+        return Shape.of(self.gpus, self.profile.gpus_per_node)
+
+    def script(self) -> str:
+        """The sbatch script that `submit` submits; nothing is written."""
+        from submitit.slurm.slurm import _make_sbatch_string
+
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
+        script: str = _make_sbatch_string(command, self.folder, **self._parameters())
+        return script
+
+    def submit(self) -> str:
+        """Submits and returns the job's id; RuntimeError with Slurm's own words if it refuses."""
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        from submitit.slurm.slurm import SlurmExecutor
+
+        self.folder.mkdir(parents=True, exist_ok=True)  # before Slurm 23.02 logs are lost if it is not there
+        executor = SlurmExecutor(self.folder)
+        executor.update_parameters(**self._parameters())
+        try:
+            job_id: str = executor.submit(SlurmTask(self.work)).job_id
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise RuntimeError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}") from None
+        return job_id
+
+    def _parameters(self) -> dict[str, Any]:
+        profile, shape = self.profile, self.shape
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
+        return {
+            "job_name": self.name,
+            "partition": profile.partition,
+            "account": profile.account,
+            "qos": profile.qos,
+            "constraint": profile.constraint,
+            "time": profile.time_min,
+            "nodes": shape.nodes,
+            "ntasks_per_node": shape.tasks_per_node,
+            "gpus_per_node": shape.tasks_per_node if self.on_gpus else None,
+            "cpus_per_task": profile.cpus_per_gpu,
+            "mem": f"{profile.mem_gb}GB" if profile.mem_gb is not None else None,
+            "signal_delay_s": profile.signal_delay_s,
+            "stderr_to_stdout": True,
+            "setup": [*profile.setup, *exports],
+            # Slurm 22.05 and later do not hand --cpus-per-task on to srun; one failed task must end the others.
+            "srun_args": [f"--cpus-per-task={profile.cpus_per_gpu}", "--kill-on-bad-exit=1"],
+            # Without requeue a site with JobRequeue=0 refuses to do it. `python -m` looks for modules in chdir first.
+            "additional_parameters": {"requeue": True, "chdir": str(self.code)},
+        }

@@ -1,0 +1,88 @@
+"""Jobs for tests of several processes: each writes what it saw into a file of its own."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion.gaussian1d import Gaussian1d
+from jobs.experiments import EXPERIMENTS, Gaussian1dConfig
+from jobs.training import Training
+from jobs.world import start
+
+
+class PoisonedAtStepThree(Gaussian1d):
+    """The last example of step 3 is NaN: it lies in the last process's share."""
+
+    def batch(self, seed: int, step: int, first: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
+        x0 = super().batch(seed, step, first, stop, batch_size, device)
+        if step == 3 and stop == batch_size:
+            x0[-1] = torch.nan
+        return x0
+
+
+def config(batch_size: int) -> Gaussian1dConfig:
+    preset = EXPERIMENTS["1d"].preset
+    assert isinstance(preset, Gaussian1dConfig)
+    return replace(preset, train=replace(preset.train, batch_size=batch_size, steps=10))
+
+
+@dataclass(frozen=True)
+class SkipJob:
+    """Five updates, the third poisoned: for each whether it was skipped and a fingerprint of the weights after it."""
+
+    folder: Path
+    processes: int
+
+    def __call__(self) -> int:
+        settings = config(64)
+        world = start(self.processes, "cpu", "fp32")
+        experiment = PoisonedAtStepThree(settings.data, settings.model, settings.diffusion)
+        training = Training(experiment, settings.train, world)
+        seen = []
+        for _ in range(5):
+            update = training.update()
+            weights = [float(p.double().sum()) for p in training.raw.network.parameters()]
+            averages = [float(p.double().sum()) for p in training.ema.network.parameters()]
+            seen.append({"skipped": update.skipped, "weights": weights, "averages": averages})
+        (self.folder / f"{world.rank}.json").write_text(json.dumps(seen))
+        world.close()
+        return 0
+
+
+@dataclass(frozen=True)
+class ExamplesJob:
+    """Data, timesteps and noise of three steps, as this process draws them."""
+
+    folder: Path
+    processes: int
+
+    def __call__(self) -> int:
+        settings = config(520)  # no multiple of the blocks in which numbers are drawn
+        world = start(self.processes, "cpu", "fp32")
+        training = Training(settings.build(), settings.train, world)  # type: ignore[arg-type]
+        parts = [torch.cat([x.flatten().double() for x in training.examples(step)]) for step in (1, 2, 500)]
+        # [3 steps, 3 quantities, share]
+        np.save(self.folder / f"{world.rank}.npy", torch.stack(parts).reshape(3, 3, -1).numpy())
+        world.close()
+        return 0
+
+
+@dataclass(frozen=True)
+class FailJob:
+    """Process 1 fails, the others would wait for ever."""
+
+    folder: Path
+
+    def __call__(self) -> int:
+        (self.folder / os.environ["RANK"]).write_text(str(os.getpid()))
+        if os.environ["RANK"] == "1":
+            raise AssertionError("broken on purpose")
+        import threading
+
+        threading.Event().wait()
+        return 0

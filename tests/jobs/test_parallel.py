@@ -1,0 +1,58 @@
+"""Several processes are one: the same examples, the same decisions, and none is left behind."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jobs.world import start
+from slurm import local
+from tests.jobs.parallel import ExamplesJob, FailJob, SkipJob
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_any_number_of_processes_sees_the_same_bytes(tmp_path: Path) -> None:
+    seen = []
+    for processes in (1, 2, 4):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        assert local.run(ExamplesJob(folder, processes), processes).exit_code == 0
+        seen.append(np.concatenate([np.load(folder / f"{rank}.npy") for rank in range(processes)], axis=2))
+    assert seen[0].shape == (3, 3, 520)
+    assert seen[0].tobytes() == seen[1].tobytes() == seen[2].tobytes()
+    assert len(np.unique(seen[0][:, 2])) == 3 * 520  # no noise is drawn twice
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_step_that_is_not_finite_is_skipped_by_all(processes: int, tmp_path: Path) -> None:
+    assert local.run(SkipJob(tmp_path, processes), processes).exit_code == 0
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
+    assert all(other == seen[0] for other in seen)
+    steps = seen[0]
+    assert [step["skipped"] for step in steps] == [False, False, True, False, False]
+    assert steps[2]["weights"] == steps[1]["weights"]
+    assert steps[2]["averages"] == steps[1]["averages"]
+    assert steps[3]["weights"] != steps[2]["weights"]
+    assert np.isfinite(steps[4]["weights"] + steps[4]["averages"]).all()
+
+
+def test_a_failing_process_ends_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    outcome = local.run(FailJob(tmp_path), 3)
+    assert (outcome.exit_code, outcome.failed_rank, outcome.signal) == (1, 1, None)
+    assert "broken on purpose" in capfd.readouterr().err
+    pids = [int((tmp_path / str(rank)).read_text()) for rank in range(3) if (tmp_path / str(rank)).exists()]
+    assert pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_processes_that_believe_themselves_alone_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="this job has 2 processes, but process 0 finds 1"):
+        start(2, "cpu", "fp32")

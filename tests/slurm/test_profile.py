@@ -1,0 +1,57 @@
+"""Profiles: what a site says, checked; and the shape of a job."""
+
+from pathlib import Path
+
+import pytest
+
+from slurm import profile
+from slurm.profile import Profile
+from slurm.submit import Shape
+
+
+def test_the_example_is_a_profile() -> None:
+    example = profile.load("example", {"time_min": 30})
+    assert (example.partition, example.gpus_per_node, example.time_min) == ("gpu", 4, 30)
+    assert example.setup == ("module purge",)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("partitoin = 'gpu'", "partitoin is no key of a profile; they are partition"),
+        ("time_min = 'long'", "time_min must be a number; got 'long'"),
+        ("time_min = true", "time_min must be a number; got True"),
+        ("time_min = 0", "slurm.time-min must be at least 1; got 0"),
+        ("partition = 3", "partition must be a string; got 3"),
+        ("setup = 'module load cuda'", "setup must be a list of strings"),
+        ("[environment]\nA = 1", "environment must be a table of strings"),
+        ("partition = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_key_or_value_is_named(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=words.replace(".", r"\.").replace("'", ".")):
+        profile.load(str(path), {})
+
+
+def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="example; got nonsense"):
+        profile.load("nonsense", {})
+
+
+def test_overrides_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="gpus-per-node must be at least 1; got 0"):
+        profile.load(None, {"gpus_per_node": 0})
+    assert profile.load(None, {}) == Profile()
+
+
+@pytest.mark.parametrize(("gpus", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (8, (2, 4)), (12, (3, 4))])
+def test_gpus_become_nodes_and_tasks(gpus: int, shape: tuple[int, int]) -> None:
+    assert Shape.of(gpus, 4) == Shape(*shape)
+
+
+@pytest.mark.parametrize("gpus", [5, 6, 7, 9])
+def test_nodes_must_be_filled(gpus: int) -> None:
+    with pytest.raises(ValueError, match=f"multiple of gpus_per_node=4 where it takes several nodes; got {gpus}"):
+        Shape.of(gpus, 4)
