@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
@@ -14,13 +13,12 @@ from tyro.conf import CascadeSubcommandArgs, Positional, arg, subcommand
 from diffusion.settings import SAMPLER_STEPS, SamplerSettings, SettingsError
 from jobs import drill, experiments, ownership, provenance, run_folder, samples
 from jobs.experiments import EXPERIMENTS, MAY_CHANGE, ExperimentConfig
-from jobs.job import Job, SampleJob, TrainJob
+from jobs.job import SampleJob, TrainJob
 from jobs.run_folder import RunFolder
 from jobs.samples import Weights
-from slurm import local, queue
-from slurm.profile import Profile
+from slurm import queue
+from slurm.place import Here, OnSlurm
 from slurm.profile import load as load_profile
-from slurm.submit import Submission
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -86,6 +84,14 @@ class Where:
     def processes(self) -> int:
         return self.gpus or 1
 
+    def place(self, run: RunFolder) -> Here | OnSlurm:
+        """Where a job of the run is to run; raises ValueError where that cannot be."""
+        if not self.on_slurm():
+            return Here(self.processes)
+        site = load_profile(self.profile, _given(self.slurm))
+        name = f"{run.path.parent.name}/{run.path.name}"
+        return OnSlurm(self.processes, site, self.device != "cpu", name, run.path / "slurm", run.code)
+
     def on_slurm(self) -> bool:
         """Whether the job goes to Slurm; raises ValueError if it should and cannot."""
         if self.cluster == "slurm" and not queue.has_slurm():
@@ -94,12 +100,9 @@ class Where:
             )
         return self.cluster == "slurm" or (self.cluster == "auto" and queue.is_available())
 
-    def slurm_profile(self) -> Profile:
-        return load_profile(self.profile, _given(self.slurm))
-
-    def resolve_device(self, on_slurm: bool) -> Literal["cuda", "cpu"]:
+    def resolve_device(self, place: Here | OnSlurm) -> Literal["cuda", "cpu"]:
         """The kind of device; raises ValueError where GPUs are asked for that are not there."""
-        if on_slurm:
+        if isinstance(place, OnSlurm):
             return "cpu" if self.device == "cpu" else "cuda"
         from jobs.world import resolve_device  # imports torch, which this machine is about to use anyway
 
@@ -219,14 +222,15 @@ class Sample:
         if asked.is_complete():
             print(f"{asked.num_samples:,} samples are in {where} already.")
             return 0
-        on_slurm = self.where.on_slurm()
-        job = SampleJob(asked, self.where.processes, self.where.resolve_device(on_slurm))
+        place = self.where.place(run)
+        job = SampleJob(asked, self.where.processes, self.where.resolve_device(place))
         if self.where.dry_run:
-            return _show(asdict(asked.settings) | {"num_samples": asked.num_samples}, job, run, self.where, on_slurm)
+            return _show({**asdict(asked.settings), "num_samples": asked.num_samples}, place.describe(job))
         asked.write_manifest()
-        if on_slurm:
-            return _submit(job, run, self.where, lambda: asked.is_complete())
-        code = _run_here(job, self.where.processes)
+        if isinstance(place, OnSlurm):
+            place.run(job, self.where.wait)
+            return 0 if not self.where.wait or asked.is_complete() else 1
+        code = place.run(job)
         if code == 0:
             print(f"{asked.num_samples:,} samples are in {where}: samples.npz, grid.png.")
         return code
@@ -249,7 +253,7 @@ class DrillCommand:
             raise ValueError(
                 f"--kills must lie between 1 and --steps - 1; got --kills {self.kills} --steps {self.steps}"
             )
-        device = self.where.resolve_device(on_slurm=False)
+        device = self.where.resolve_device(Here(self.where.processes))
         folder = self.where.runs_dir.absolute() / "drill" / run_folder.new_name(self.where.runs_dir / "drill")
         folder.mkdir(parents=True)
         command = [sys.executable, __file__, "train", "1d", "--runs-dir", folder, "--device", device]
@@ -278,21 +282,22 @@ def _train(run: RunFolder, experiment: str, config: ExperimentConfig, where: Whe
     if _is_finished(run, config):
         print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
         return 0
-    on_slurm = where.on_slurm()
-    job = TrainJob(run.path, where.processes, where.resolve_device(on_slurm))
+    place = where.place(run)
+    job = TrainJob(run.path, where.processes, where.resolve_device(place))
     if where.dry_run:
-        return _show({"experiment": experiment, **asdict(config)}, job, run, where, on_slurm)
+        return _show({"experiment": experiment, **asdict(config)}, place.describe(job))
     _check_idle(run)
     config.prepare(print)
-    _create(run, experiment, config, {"processes": job.processes, "device": job.device, "slurm": on_slurm})
+    _create(run, experiment, config, {"processes": job.processes, "device": job.device})
     with ownership.locked(run.path) as descriptor:
         if descriptor is None:
             raise ValueError(f"{run} is running already (process {run.read_status().get('pid')} on this machine)")
         run.write_experiment(experiment, config)
         run.clear_failure()
-        if not on_slurm:
-            return _run_here(job, job.processes, keep_open=descriptor)
-    return _submit(job, run, where, lambda: run.read_status().get("state") == "finished")
+        if isinstance(place, Here):
+            return place.run(job, keep_open=descriptor)
+    place.run(job, where.wait)
+    return 0 if not where.wait or run.read_status().get("state") == "finished" else 1
 
 
 def _create(run: RunFolder, experiment: str, config: ExperimentConfig, resources: dict[str, Any]) -> None:
@@ -311,30 +316,10 @@ def _check_idle(run: RunFolder) -> None:
         raise ValueError(f"{run} is on Slurm already: job {job_id} is {state}")
 
 
-def _submission(job: Job, run: RunFolder, where: Where) -> Submission:
-    on_gpus = job.device == "cuda"
-    name = f"{run.path.parent.name}/{run.path.name}"
-    return Submission(name, job, where.slurm_profile(), where.processes, on_gpus, run.path / "slurm", run.code)
-
-
-def _submit(job: Job, run: RunFolder, where: Where, succeeded: Callable[[], bool]) -> int:
-    """Submits the job to Slurm; with --wait, stays until it has ended."""
-    submission = _submission(job, run, where)
-    job_id = job.submitted(submission.submit)
-    print(f"Submitted {run} as job {job_id}: {submission.shape.tasks} tasks on {submission.shape.nodes} nodes.")
-    print(f"It prints into {run}/slurm/{job_id}_0_log.out")
-    while where.wait and queue.active([job_id]):
-        time.sleep(1)
-    return 0 if not where.wait or succeeded() else 1
-
-
-def _show(settings: dict[str, Any], job: Job, run: RunFolder, where: Where, on_slurm: bool) -> int:
-    """Prints what would run; touches nothing."""
+def _show(settings: dict[str, Any], place: str) -> int:
+    """Prints what a dry run shows."""
     print(json.dumps(settings, indent=2))
-    if on_slurm:
-        print(_submission(job, run, where).script())
-    else:
-        print(f"Would run here in {run}: {job.processes} process(es) on {job.device}.")
+    print(place)
     return 0
 
 
@@ -355,16 +340,6 @@ def _check_same_settings(run: RunFolder, experiment: str, config: ExperimentConf
 def _is_finished(run: RunFolder, config: ExperimentConfig) -> bool:
     status = run.read_status() if run.exists() else {}
     return status.get("state") == "finished" and status["step"] >= config.train.steps
-
-
-def _run_here(job: Job, processes: int, keep_open: int | None = None) -> int:
-    """Runs a job on this machine: one process in this one, so that debuggers work, several below it."""
-    if processes == 1:
-        return job()
-    outcome = local.run(job, processes, keep_open=[] if keep_open is None else [keep_open])
-    if outcome.signal is not None:
-        job.failed(outcome.failed_rank, f"process {outcome.failed_rank} was ended by {outcome.signal}")
-    return outcome.exit_code
 
 
 def main() -> int:

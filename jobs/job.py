@@ -1,4 +1,7 @@
-"""Jobs as values: what the launcher hands to wherever they run. Importable without torch, picklable."""
+"""Jobs as values, which the launcher hands to the place where they run. Importable without torch, picklable.
+
+All have what `slurm.place.Job` asks for: a call that does the work, `failed` and `submitted`.
+"""
 
 import os
 import sys
@@ -6,7 +9,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from jobs.files import write_json
 from jobs.ownership import Superseded
@@ -24,25 +27,6 @@ Requeue = Callable[[], str | None]
 
 class JobError(RuntimeError):
     """A failure that one sentence explains; no traceback is printed."""
-
-
-class Job(Protocol):
-    """What the launcher starts, in each of its processes."""
-
-    @property
-    def processes(self) -> int: ...
-
-    @property
-    def device(self) -> "Kind": ...
-
-    def __call__(self, requeue: Requeue | None = None) -> int:
-        """Does the work and returns an exit code; `requeue` is given where the job can be queued again."""
-
-    def failed(self, rank: int, trace: str) -> None:
-        """Tells and records why process `rank` failed, unless another one has failed before it."""
-
-    def submitted(self, submit: Callable[[], str]) -> str:
-        """Submits with `submit`, which returns the id of the Slurm job, and records it; returns the id."""
 
 
 @dataclass(frozen=True)

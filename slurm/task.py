@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-Work = Callable[[Callable[[], str | None]], int]
+Requeue = Callable[[], str | None]
+Work = Callable[[Requeue], int]
 
 
 class JobFailed(RuntimeError):
