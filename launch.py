@@ -226,6 +226,7 @@ class Sample:
         job = SampleJob(asked, self.where.processes, self.where.resolve_device(place))
         if self.where.dry_run:
             return _show({**asdict(asked.settings), "num_samples": asked.num_samples}, place.describe(job))
+        place.check(job)
         asked.write_manifest()
         if isinstance(place, OnSlurm):
             place.run(job, self.where.wait)
@@ -287,6 +288,7 @@ def _train(run: RunFolder, experiment: str, config: ExperimentConfig, where: Whe
     if where.dry_run:
         return _show({"experiment": experiment, **asdict(config)}, place.describe(job))
     _check_idle(run)
+    place.check(job)
     config.prepare(print)
     _create(run, experiment, config, {"processes": job.processes, "device": job.device})
     with ownership.locked(run.path) as descriptor:

@@ -31,6 +31,9 @@ class Here:
 
     processes: int
 
+    def check(self, job: Job) -> None:
+        """This machine takes any job."""
+
     def describe(self, job: Job) -> str:
         """What `run` would do."""
         return f"Would run on this machine in {self.processes} process{'es' if self.processes > 1 else ''}."
@@ -58,6 +61,10 @@ class OnSlurm:
     """For scripts, logs and pickles."""
     code: Path
     """The copy of the code that the job runs."""
+
+    def check(self, job: Job) -> None:
+        """Raises ValueError with Slurm's own words if it would refuse the job."""
+        self._submission(job).check()
 
     def describe(self, job: Job) -> str:
         """The script that `run` would submit."""

@@ -1,6 +1,7 @@
 """Submitting a job to Slurm through submitit."""
 
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,13 @@ class Submission:
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         script: str = _make_sbatch_string(command, self.folder, **self._parameters())
         return script
+
+    def check(self) -> None:
+        """Raises ValueError with Slurm's own words if it would refuse the job; nothing is submitted or written."""
+        command = ["sbatch", "--test-only"]
+        asked = subprocess.run(command, input=self.script(), capture_output=True, text=True, check=False)
+        if asked.returncode != 0:
+            raise ValueError(f"Slurm refuses the job: {asked.stderr.strip().splitlines()[-1]}")
 
     def submit(self) -> str:
         """Submits and returns the job's id; RuntimeError with Slurm's own words if it refuses."""

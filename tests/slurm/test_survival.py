@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
+import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -269,12 +269,22 @@ def test_a_dry_run_shows_the_script_that_would_be_submitted_and_writes_nothing(s
     site.finish(run)
 
 
-def test_what_slurm_refuses_is_said_in_its_words_and_the_run_can_be_submitted_again(site: Site) -> None:
-    arguments = (*TRAINING, "--train.steps", 50, "--gpus", 2, "--name", "a")
-    refused = site.launch(*arguments, "--slurm.partition", "nonsense")
-    assert refused.code in (1, 2)
-    assert "nvalid partition" in refused.err
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--slurm.partition", "nonsense"), "nvalid partition"),
+        (("--gpus", 8), "More processors requested than permitted|node configuration is not available"),
+        (("--gpus", 3), "--gpus must be a multiple of gpus_per_node=2"),
+    ],
+)
+def test_what_slurm_refuses_is_said_in_its_words_and_nothing_is_written(
+    flags: tuple[object, ...], words: str, site: Site
+) -> None:
+    refused = site.launch(*TRAINING, "--train.steps", 50, "--gpus", 2, "--name", "a", *flags)
+    assert refused.code == 2
+    assert re.search(words, refused.err), refused.err
     assert "Traceback" not in refused.err
+    assert list(site.root.iterdir()) == []
 
 
 def test_an_salloc_runs_here_and_a_missing_controller_is_said(site: Site, tmp_path: Path) -> None:
@@ -305,8 +315,31 @@ def task_pids(run: Path) -> list[int]:
     return [found[rank] for rank in sorted(found)]
 
 
-def test_the_python_of_the_job_is_the_one_that_submitted(site: Site) -> None:
-    run = site.train("a", 1, "--wait", steps=20)
-    (script,) = (run / "slurm").glob("*_submission.sh")
-    assert sys.executable in script.read_text()
-    assert subprocess.run(["grep", "-c", "import", script], check=False, capture_output=True).returncode == 1
+def test_a_node_without_scontrol_submits_the_job_anew(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]], tmp_path: Path
+) -> None:
+    expected = undisturbed(2)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sbatch", "srun", "sh", "bash", "git"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    profile = tmp_path / "site.toml"
+    profile.write_text(f'[environment]\nPATH = "{tools}"\n')
+    run = site.train("a", 2, "--profile", profile)
+    site.wait_for_step(run, 500)
+    site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+    wait_until(lambda: len(json.loads((run / "launch.json").read_text())["job_ids"]) == 2)
+    site.finish(run)
+    assert status(run)["restarts"] == 1
+    assert_equal(run, expected)
+
+
+def test_submitting_does_not_import_torch(site: Site) -> None:
+    arguments = (*TRAINING, "--train.steps", 20, "--gpus", 1, "--name", "a")
+    submitted = launch(*arguments, cwd=site.root, PYTHONPROFILEIMPORTTIME="1", **site.cluster.env)
+    assert submitted.code == 0
+    imported = {
+        line.rpartition("|")[2].strip() for line in submitted.err.splitlines() if line.startswith("import time:")
+    }
+    assert "submitit" in imported
+    assert "torch" not in imported
