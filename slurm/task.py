@@ -1,6 +1,7 @@
 """What each task of a Slurm job does around the job itself: the environment, and queueing the job again."""
 
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -29,12 +30,22 @@ class SlurmTask:
     def __call__(self) -> None:
         from submitit.helpers import TorchDistributedEnvironment
 
+        os.environ["MASTER_PORT"] = str(_master_port())
         # All GPUs of the node stay visible to each task, as Slurm gave them: Accelerate picks by LOCAL_RANK.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         code = self.work(requeue)
         if code not in (0, 130):
             raise JobFailed(f"exit code {code}")
+
+
+def _master_port() -> int:
+    """A port that all tasks derive alike, and another one after each requeue.
+
+    Processes of a node that Slurm took for dead may live on and still hold the port that they had.
+    """
+    attempt = f"{os.environ['SLURM_JOB_ID']}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    return random.Random(attempt).randrange(20_000, 60_000)
 
 
 def requeue() -> str | None:
