@@ -13,7 +13,7 @@ from tyro.conf import CascadeSubcommandArgs, Positional, arg, subcommand
 from diffusion.settings import SAMPLER_STEPS, SamplerSettings, SettingsError
 from jobs import drill, experiments, ownership, provenance, run_folder, samples
 from jobs.experiments import EXPERIMENTS, MAY_CHANGE, ExperimentConfig
-from jobs.job import SampleJob, TrainJob
+from jobs.job import MergeJob, SampleJob, TrainJob
 from jobs.run_folder import RunFolder
 from jobs.samples import Weights
 from slurm import queue
@@ -223,13 +223,23 @@ class Sample:
             print(f"{asked.num_samples:,} samples are in {where} already.")
             return 0
         place = self.where.place(run)
-        job = SampleJob(asked, self.where.processes, self.where.resolve_device(place))
+        missing = tuple(asked.missing())
+        job = SampleJob(asked, missing, self.where.processes, self.where.resolve_device(place), merge=True)
+        # On Slurm an array; with more elements than GPUs, so that a slow or late one holds up less.
+        count = min(4 * self.where.processes, len(missing))
+        elements = [replace(job, shards=missing[i::count], processes=1, merge=False) for i in range(count)]
         if self.where.dry_run:
-            return _show({**asdict(asked.settings), "num_samples": asked.num_samples}, place.describe(job))
-        place.check(job)
+            merge = MergeJob(asked)
+            what = place.describe_array(elements, merge) if isinstance(place, OnSlurm) else place.describe(job)
+            return _show({**asdict(asked.settings), "num_samples": asked.num_samples}, what)
+        for job_id, state in queue.active(asked.job_ids()).items():
+            raise ValueError(f"{where} is being drawn already: job {job_id} is {state}")
+        asked.check_disk()
+        replace(place, processes=1).check(job)  # the elements of an array are one task each
+        print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
         if isinstance(place, OnSlurm):
-            place.run(job, self.where.wait)
+            place.run_array(elements, MergeJob(asked), self.where.wait)
             return 0 if not self.where.wait or asked.is_complete() else 1
         code = place.run(job)
         if code == 0:

@@ -84,6 +84,8 @@ class Entry:
     """Samples that go through the network together. A constant: they depend on it in the last bits."""
     shard_size: int
     """Samples in one file, a multiple of sub_batch_size."""
+    bytes_per_sample: int
+    """In a file."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
 
@@ -94,6 +96,7 @@ EXPERIMENTS: dict[str, Entry] = {
         help="an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop",
         sub_batch_size=4096,
         shard_size=65536,
+        bytes_per_sample=4,
     ),
     "mnist": Entry(
         preset=MnistConfig(
@@ -102,6 +105,7 @@ EXPERIMENTS: dict[str, Entry] = {
         help="a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs",
         sub_batch_size=256,
         shard_size=1024,
+        bytes_per_sample=784,
         cpu_advice="mnist is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on this "
         "CPU. `python launch.py train mnist-small` draws recognisable digits after a few minutes.",
     ),
@@ -113,6 +117,7 @@ EXPERIMENTS: dict[str, Entry] = {
         help="a DDPM on MNIST that trains in minutes on a CPU",
         sub_batch_size=64,
         shard_size=256,
+        bytes_per_sample=784,
     ),
 }
 

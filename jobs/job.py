@@ -15,7 +15,7 @@ from jobs.files import write_json
 from jobs.ownership import Superseded
 from jobs.reporting import now
 from jobs.run_folder import RunFolder
-from jobs.stop import SignalWatch
+from jobs.stop import SignalWatch, Stop
 
 if TYPE_CHECKING:
     from jobs.samples import SampleSet
@@ -79,32 +79,81 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class SampleJob:
-    """Draws what is missing of a set of samples, each process its share; whoever finishes last merges."""
+    """Draws shards of a set of samples, each process its part of them."""
 
     samples: "SampleSet"
+    shards: tuple[int, ...]
     processes: int
     device: "Kind"
+    merge: bool
+    """Whether the process that finishes last merges; otherwise a `MergeJob` does it."""
 
     def __call__(self, requeue: Requeue | None = None) -> int:
-        try:
-            from jobs.sample import sample
+        with SignalWatch() as signals:
+            try:
+                from jobs.sample import Stopped, merge, sample
 
-            return sample(self.samples, _rank(), self.processes, self.device)
-        except KeyboardInterrupt:
-            print("\nInterrupted; the same command goes on from here.", file=sys.stderr)
-            return 130
-        except Exception:
-            self.failed(_rank(), traceback.format_exc())
+                try:
+                    mine = self.shards[_rank() :: self.processes]
+                    sample(self.samples, mine, self.device, signals, show_progress=_rank() == 0)
+                except Stopped:
+                    return self._stopped(signals.requested, requeue)
+                # Two processes that end together merge twice, into the same bytes.
+                if self.merge and not self.samples.missing() and not self.samples.is_complete():
+                    merge(self.samples)
+                return 0
+            except Exception:
+                self.failed(_rank(), traceback.format_exc())
         return 1
+
+    def _stopped(self, reason: Stop, requeue: Requeue | None) -> int:
+        if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
+            print(f"Stopped; queued again as job {job_id}.", flush=True)
+            return 0
+        if _rank() == 0:
+            print("Stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+        return 130
 
     def failed(self, rank: int, trace: str) -> None:
         print(trace, file=sys.stderr, flush=True)
 
     def submitted(self, submit: Callable[[], str]) -> str:
-        job_id = submit()
-        run = RunFolder(self.samples.run)
-        run.update_launch(sample_job_ids=[*run.read_launch().get("sample_job_ids", []), job_id])
-        return job_id
+        return _submitted(self.samples, submit)
+
+
+@dataclass(frozen=True)
+class MergeJob:
+    """Merges a set of samples after its array has ended, however it has ended; says what is missing if it must."""
+
+    samples: "SampleSet"
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        from jobs.sample import merge
+
+        missing = self.samples.missing()
+        if missing:
+            print(
+                f"{len(missing)} of {self.samples.num_shards} shards are missing: run the same `sample` command again."
+            )
+            return 1
+        if not self.samples.is_complete():
+            merge(self.samples)
+        return 0
+
+    def failed(self, rank: int, trace: str) -> None:
+        print(trace, file=sys.stderr, flush=True)
+
+    def submitted(self, submit: Callable[[], str]) -> str:
+        return _submitted(self.samples, submit)
+
+
+def _submitted(samples: "SampleSet", submit: Callable[[], str]) -> str:
+    """Records the job with the run, for `cancel`, and with the set, so that it is not drawn twice at once."""
+    job_id = submit()
+    run = RunFolder(samples.run)
+    run.update_launch(sample_job_ids=[*run.read_launch().get("sample_job_ids", []), job_id])
+    samples.add_job(job_id)
+    return job_id
 
 
 def _rank() -> int:

@@ -1,4 +1,8 @@
-"""The sampling job: draws the shards that are missing; whoever finishes the last one merges them."""
+"""The sampling job: draws shards of a set of samples, and merges them when all are there."""
+
+import os
+from collections.abc import Sequence
+from io import BytesIO
 
 import numpy as np
 import torch
@@ -6,64 +10,73 @@ from torch import Tensor
 
 from diffusion.model import DiffusionModel, Experiment
 from diffusion.randomness import Stream, normal
-from diffusion.samplers import SAMPLERS
+from diffusion.samplers import SAMPLERS, Predict
 from jobs import checkpoints
 from jobs.files import write_atomically
 from jobs.progress import Console, Progress
 from jobs.run_folder import RunFolder
 from jobs.samples import SampleSet, SampleSettings
-from jobs.world import Kind
+from jobs.stop import SignalWatch, Stop
+from jobs.world import Kind, resolve_precision
+
+CPU = torch.device("cpu")
 
 
-def sample(samples: SampleSet, rank: int, processes: int, device: Kind) -> int:
-    """Draws shards rank, rank + processes, ... where they are missing; returns the exit code."""
+class Stopped(Exception):
+    """A signal asks the job to stop; what it was drawing is drawn again."""
+
+
+def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, show_progress: bool) -> None:
+    """Draws these shards; raises Stopped when a signal comes."""
     run = RunFolder(samples.run)
-    experiment, model = load_model(run, samples.settings, torch.device(device, _local_gpu() if device == "cuda" else 0))
-    console = Console(run.log)
-    shards = range(rank, samples.num_shards, processes)
-    progress = Progress(console, "sample", samples.num_samples, 0, "samples", 1)
-    done = 0
-    for shard in shards:
-        start, stop = samples.shard_range(shard)
-        if not samples.has_shard(shard):
-            write_shard(samples, shard, experiment, model)
-        done += stop - start
-        if rank == 0:
-            progress.update(min(done * processes, samples.num_samples), "")
+    gpu = int(os.environ.get("LOCAL_RANK", "0"))
+    experiment, model = load_model(run, samples.settings, torch.device("cuda", gpu) if device == "cuda" else CPU)
+
+    def predict(xt: Tensor, t: Tensor) -> Tensor:
+        if signals.requested is not Stop.NO:
+            raise Stopped
+        return model.predict(xt, t)
+
+    precision = resolve_precision(samples.settings.precision, device)
+    progress = Progress(Console(run.log), "sample", len(shards), 0, "samples", samples.settings.shard_size)
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        for done, shard in enumerate(shards):
+            write_shard(samples, shard, experiment, predict, model.alphas_cumprod)
+            if show_progress:
+                progress.update(done + 1, "")
     progress.close()
-    if not samples.missing() and not samples.is_complete():
-        finish(samples, experiment)
-    return 0
 
 
-def write_shard(samples: SampleSet, shard: int, experiment: Experiment, model: DiffusionModel) -> None:
+def write_shard(samples: SampleSet, shard: int, experiment: Experiment, predict: Predict, abar: Tensor) -> None:
     """Draws one shard and puts it in place."""
     start, stop = samples.shard_range(shard)
     size = samples.settings.sub_batch_size
     # Full sub-batches always, so that a sample does not depend on how many are asked for; what is too much is dropped.
-    parts = [draw(model, experiment, samples.settings, first, first + size) for first in range(start, stop, size)]
-    array = experiment.to_array(torch.cat(parts)[: stop - start])
-    write_atomically(samples.shard_path(shard), _npy(array))
+    firsts = range(start, stop, size)
+    parts = [draw(predict, abar, experiment, samples.settings, first, first + size) for first in firsts]
+    content = BytesIO()
+    np.save(content, experiment.to_array(torch.cat(parts)[: stop - start]), allow_pickle=False)
+    write_atomically(samples.shard_path(shard), content.getvalue())
 
 
-def draw(model: DiffusionModel, experiment: Experiment, settings: SampleSettings, start: int, stop: int) -> Tensor:
+def draw(
+    predict: Predict, abar: Tensor, experiment: Experiment, settings: SampleSettings, start: int, stop: int
+) -> Tensor:
     """Samples [start, stop), [stop - start, *sample_shape]: sample i is a function of weights, settings, seed and i."""
-    device = model.alphas_cumprod.device
 
     def noise(stream: Stream, step: int) -> Tensor:
-        return torch.from_numpy(normal(settings.seed, stream, step, start, stop, experiment.sample_shape)).to(device)
+        numbers = normal(settings.seed, stream, step, start, stop, experiment.sample_shape)
+        return torch.from_numpy(numbers).to(abar.device)
 
-    sampler = SAMPLERS[settings.sampler.sampler]
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-        *_, x0 = sampler(
-            model.predict,
-            noise(Stream.SAMPLE_START, 0),
-            model.alphas_cumprod.double().cpu(),
-            steps=settings.sampler.steps,
-            eta=settings.sampler.eta,
-            noise=lambda k: noise(Stream.SAMPLE_STEP, k),
-            clip=experiment.clip,
-        )
+    *_, x0 = SAMPLERS[settings.sampler.sampler](
+        predict,
+        noise(Stream.SAMPLE_START, 0),
+        abar.double().cpu(),
+        steps=settings.sampler.steps,
+        eta=settings.sampler.eta,
+        noise=lambda k: noise(Stream.SAMPLE_STEP, k),
+        clip=experiment.clip,
+    )
     return x0
 
 
@@ -78,21 +91,8 @@ def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -
     return experiment, model.eval()
 
 
-def finish(samples: SampleSet, experiment: Experiment) -> None:
-    """Merges the shards and draws a picture of the first of them."""
+def merge(samples: SampleSet) -> None:
+    """Merges the shards, all of which are there, and draws a picture of the first of them."""
+    _, config = RunFolder(samples.run).read_experiment()
     samples.merge()
-    experiment.draw_samples(np.load(samples.shard_path(0)), samples.folder / "grid.png")
-
-
-def _npy(array: np.ndarray) -> bytes:
-    from io import BytesIO
-
-    file = BytesIO()
-    np.save(file, array, allow_pickle=False)
-    return file.getvalue()
-
-
-def _local_gpu() -> int:
-    import os
-
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    config.build().draw_samples(np.load(samples.shard_path(0)), samples.folder / "grid.png")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from jobs.run_folder import SAMPLES_NAME, RunFolder, check_name
 from jobs.settings import check_seed
 
 Weights = Literal["ema", "model"]
+Precision = Literal["auto", "bf16", "fp32"]
 
 _NPZ_MEMBER = zipfile.ZipInfo("arr_0.npy")  # its date is fixed, so equal samples make equal files
 
@@ -33,7 +35,7 @@ class SampleSettings:
     weights_sha256: str
     sampler: SamplerSettings
     seed: int
-    precision: str
+    precision: Precision
     sub_batch_size: int
     shard_size: int
 
@@ -57,6 +59,7 @@ def plan(
 ) -> "SampleSet":
     """The set of samples that a user asks for; raises ValueError or SettingsError where that cannot be."""
     experiment, config = run.read_experiment()
+    entry = EXPERIMENTS[experiment]
     require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
     check_seed("--seed", seed)
     sampler.check(config.diffusion.timesteps)
@@ -68,10 +71,12 @@ def plan(
         sampler=sampler,
         seed=seed,
         precision=config.train.precision,
-        sub_batch_size=EXPERIMENTS[experiment].sub_batch_size,
-        shard_size=EXPERIMENTS[experiment].shard_size,
+        sub_batch_size=entry.sub_batch_size,
+        shard_size=entry.shard_size,
     )
-    found = SampleSet(run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples)
+    found = SampleSet(
+        run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, entry.bytes_per_sample
+    )
     found.check_existing()
     return found
 
@@ -87,6 +92,7 @@ class SampleSet:
     name: str
     settings: SampleSettings
     num_samples: int
+    bytes_per_sample: int
 
     @property
     def folder(self) -> Path:
@@ -132,6 +138,31 @@ class SampleSet:
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {**asdict(self.settings), "num_samples": self.num_samples, "complete": False, **more}
         write_json(self.folder / "manifest.json", values)
+
+    def add_job(self, job_id: str) -> None:
+        """Remembers a Slurm job that works on the set."""
+        write_json(self.folder / ".jobs.json", [*self.job_ids(), job_id])
+
+    def job_ids(self) -> list[str]:
+        """Slurm jobs that have worked on the set."""
+        try:
+            return list(json.loads((self.folder / ".jobs.json").read_text()))
+        except FileNotFoundError:
+            return []
+
+    def needed_bytes(self) -> int:
+        """Disk space for the shards that are missing and for the merged file."""
+        missing = sum(stop - start for start, stop in map(self.shard_range, self.missing()))
+        return (missing + self.num_samples) * self.bytes_per_sample
+
+    def check_disk(self) -> None:
+        """Raises ValueError if the disk has no room for the set."""
+        free = shutil.disk_usage(self.run).free
+        if self.needed_bytes() > free:
+            raise ValueError(
+                f"{self.num_samples:,} samples need {self.needed_bytes() / 1e9:.2f} GB of disk; "
+                f"{free / 1e9:.2f} GB are free in {self.run}"
+            )
 
     def check_existing(self) -> None:
         """Raises ValueError if the folder holds samples of other settings, or more of them."""

@@ -1,8 +1,8 @@
 """Places where a job can run: this machine, or Slurm with the settings of a site."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -77,9 +77,42 @@ class OnSlurm:
         shape = submission.shape
         print(f"Submitted {self.name} as job {job_id}: {shape.tasks} tasks on {shape.nodes} nodes.")
         print(f"It prints into {self.folder}/{job_id}_0_log.out", flush=True)
-        while wait and queue.active([job_id]):
-            time.sleep(1)
+        self._wait(wait, [job_id])
         return job_id
 
-    def _submission(self, job: Job) -> Submission:
-        return Submission(self.name, job, self.profile, self.processes, self.on_gpus, self.folder, self.code)
+    def describe_array(self, jobs: Sequence[Job], then: Job) -> str:
+        """The scripts that `run_array` would submit."""
+        arrays = [self._array(chunk).script() for chunk in self._chunks(jobs)]
+        return "\n".join([*arrays, self._last(then, ["ARRAY"] * len(arrays)).script()])
+
+    def run_array(self, jobs: Sequence[Job], then: Job, wait: bool) -> list[str]:
+        """Submits the jobs as an array, of which `processes` run at once, one task each, and `then` to follow.
+
+        Several arrays where Slurm's MaxArraySize asks for it. Returns the ids of all that was submitted.
+        """
+        job_ids = [chunk[0].submitted(self._array(chunk).submit) for chunk in self._chunks(jobs)]
+        if jobs:
+            ids = ", ".join(job_ids)
+            print(f"Submitted {self.name} as {len(jobs)} jobs of one task, {self.processes} at once: {ids}.")
+        job_ids.append(then.submitted(self._last(then, job_ids).submit))
+        print(f"Job {job_ids[-1]} puts the results together after them.", flush=True)
+        self._wait(wait, job_ids)
+        return job_ids
+
+    def _chunks(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
+        limit = queue.max_array_size()
+        return [jobs[i : i + limit] for i in range(0, len(jobs), limit)]
+
+    def _array(self, jobs: Sequence[Job]) -> Submission:
+        return replace(self._submission(*jobs), gpus=1, at_once=self.processes)
+
+    def _last(self, job: Job, job_ids: Sequence[str]) -> Submission:
+        after = ":".join(job_ids) if job_ids else None
+        return replace(self._submission(job), gpus=1, on_gpus=False, after=after)
+
+    def _wait(self, wait: bool, job_ids: Sequence[str]) -> None:
+        while wait and queue.active(job_ids):
+            time.sleep(1)
+
+    def _submission(self, *jobs: Job) -> Submission:
+        return Submission(self.name, jobs, self.profile, self.processes, self.on_gpus, self.folder, self.code)

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ class Submission:
     """A job, ready to be submitted: what runs, with which resources, from which folders."""
 
     name: str
-    work: Work
+    works: Sequence[Work]
+    """One of them is a job, several are an array of jobs."""
     profile: Profile
     gpus: int
     on_gpus: bool
@@ -48,6 +50,10 @@ class Submission:
     """For submitit: script, pickles, logs."""
     code: Path
     """The copy of the code that the job runs."""
+    at_once: int = 1
+    """How many elements of an array may run at the same time."""
+    after: str | None = None
+    """A job or array that must have ended before, however it has."""
 
     @property
     def shape(self) -> Shape:
@@ -58,7 +64,8 @@ class Submission:
         from submitit.slurm.slurm import _make_sbatch_string
 
         command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
-        script: str = _make_sbatch_string(command, self.folder, **self._parameters())
+        elements = len(self.works) if len(self.works) > 1 else None
+        script: str = _make_sbatch_string(command, self.folder, map_count=elements, **self._parameters())
         return script
 
     def check(self) -> None:
@@ -69,7 +76,7 @@ class Submission:
             raise ValueError(f"Slurm refuses the job: {asked.stderr.strip().splitlines()[-1]}")
 
     def submit(self) -> str:
-        """Submits and returns the job's id; RuntimeError with Slurm's own words if it refuses."""
+        """Submits and returns the id of the job or the array; RuntimeError with Slurm's own words if it refuses."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
         from submitit.slurm.slurm import SlurmExecutor
 
@@ -77,10 +84,13 @@ class Submission:
         executor = SlurmExecutor(self.folder)
         executor.update_parameters(**self._parameters())
         try:
-            job_id: str = executor.submit(SlurmTask(self.work)).job_id
+            if len(self.works) == 1:
+                return str(executor.submit(SlurmTask(self.works[0])).job_id)
+            with executor.batch():
+                elements = [executor.submit(SlurmTask(work)) for work in self.works]
+            return str(elements[0].job_id.split("_")[0])
         except (FailedJobError, FailedSubmissionError) as error:
             raise RuntimeError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}") from None
-        return job_id
 
     def _parameters(self) -> dict[str, Any]:
         profile, shape = self.profile, self.shape
@@ -97,6 +107,8 @@ class Submission:
             "gpus_per_node": shape.tasks_per_node if self.on_gpus else None,
             "cpus_per_task": profile.cpus_per_gpu,
             "mem": f"{profile.mem_gb}GB" if profile.mem_gb is not None else None,
+            "dependency": f"afterany:{self.after}" if self.after is not None else None,
+            "array_parallelism": self.at_once,
             "signal_delay_s": profile.signal_delay_s,
             "stderr_to_stdout": True,
             "setup": [*profile.setup, *exports],

@@ -39,6 +39,13 @@ class SlurmTask:
             raise JobFailed(f"exit code {code}")
 
 
+def _job_id() -> str:
+    """This job's id; of an array's element as ARRAY_INDEX, for one of them bears the id of the whole array."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
 def _master_port() -> int:
     """A port that all tasks derive alike, and another one after each requeue.
 
@@ -54,7 +61,7 @@ def requeue() -> str | None:
     To be called by one task while the job lives, whichever signal has come: a job that ends by itself in the grace time
     of a preemption counts as completed, and Slurm does not bring it back.
     """
-    job_id = os.environ["SLURM_JOB_ID"]
+    job_id = _job_id()
     if shutil.which("scontrol") is None:
         return _resubmit(job_id)
     before = _fields(job_id)
