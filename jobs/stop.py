@@ -41,6 +41,8 @@ class SignalWatch:
 
     def __enter__(self) -> "SignalWatch":
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        # On Slurm they are held back until now (slurm/shield.py).
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
     def __exit__(

@@ -11,6 +11,8 @@ from typing import Any
 from slurm.profile import Profile
 from slurm.task import SlurmTask, Work
 
+_PYTHON = f"{shlex.quote(sys.executable)} -S -m slurm.shield {shlex.quote(sys.executable)}"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -63,7 +65,7 @@ class Submission:
         """The sbatch script that `submit` submits; nothing is written."""
         from submitit.slurm.slurm import _make_sbatch_string
 
-        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
+        command = f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         elements = len(self.works) if len(self.works) > 1 else None
         script: str = _make_sbatch_string(command, self.folder, map_count=elements, **self._parameters())
         return script
@@ -81,7 +83,7 @@ class Submission:
         from submitit.slurm.slurm import SlurmExecutor
 
         self.folder.mkdir(parents=True, exist_ok=True)  # before Slurm 23.02 logs are lost if it is not there
-        executor = SlurmExecutor(self.folder)
+        executor = SlurmExecutor(self.folder, python=_PYTHON)
         executor.update_parameters(**self._parameters())
         try:
             if len(self.works) == 1:
