@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion.figures import save, training_curve
 from diffusion.model import DiffusionModel
 from diffusion.randomness import Stream, normal
-from diffusion.samplers import ddpm
+from diffusion.samplers import ddim, ddpm
 
 ToArray = Callable[[Tensor], NDArray[np.uint8]]
 
@@ -69,6 +69,20 @@ def reverse_process(model: DiffusionModel, n: int, to_array: ToArray, folder: Pa
     ]
     durations = [80] * (len(frames) - 1) + [2000]  # milliseconds; the digits stay for two seconds
     frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+
+
+def sketch(model: DiffusionModel, n: int, to_array: ToArray, folder: Path) -> None:
+    """n digits by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
+    steps, abar = 25, model.alphas_cumprod.double().cpu()
+    xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, (1, 28, 28))).to(model.alphas_cumprod.device)
+    with torch.inference_mode():
+        x = [xt, *ddim(model.predict, xt, abar, steps=steps, noise=lambda _: torch.zeros_like(xt), clip=(-1, 1))]
+    arrays = [to_array(value) for value in x]
+    grid(arrays[-1], folder / "grid.png")
+    shown = np.linspace(0, steps, 9).round().astype(int)
+    labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
+    title = f"Reverse process: noise becomes digits (DDIM, {steps} steps)"
+    _labelled([arrays[i][:4] for i in shown], labels, title, folder / "denoising.png")
 
 
 def loss(history: list[dict[str, Any]], path: Path) -> None:

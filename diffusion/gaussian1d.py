@@ -105,6 +105,12 @@ class Gaussian1d(Experiment):
             f"KS of the same samples {ks:.4f} (exact samples have {ks_floor:.4f})",
         ]
 
+    def sketch(self, model: DiffusionModel, folder: Path) -> None:
+        self.draw_samples(self._draw(model, 10_000).numpy(), folder / "density.png")
+
+    def loss_floor(self) -> float:
+        return float(self.mixture.loss_floor(self.abar).mean())
+
     def _draw(self, model: DiffusionModel, n: int) -> Tensor:
         """n samples, [n], with 50 steps of DPM-Solver++, whose own error is far below the Monte-Carlo floor."""
         parts = []

@@ -94,6 +94,11 @@ class Mnist(Experiment):
         figures_mnist.reverse_process(model, 64, self.to_array, folder)
         return []
 
+    def sketch(self, model: DiffusionModel, folder: Path) -> None:
+        from diffusion import figures_mnist
+
+        figures_mnist.sketch(model, 16, self.to_array, folder)
+
     def _index(self, seed: int, position: int) -> int:
         """The image at this position of the endless sequence of shuffled epochs."""
         epoch, place = divmod(position, len(self.images))

@@ -68,6 +68,14 @@ class Experiment(ABC):
         `history` is the content of metrics.jsonl.
         """
 
+    @abstractmethod
+    def sketch(self, model: DiffusionModel, folder: Path) -> None:
+        """Draws quick pictures of what the model has learnt so far into `folder`, always from the same noise."""
+
+    def loss_floor(self) -> float | None:
+        """The smallest loss that any network can reach, where it is known."""
+        return None
+
 
 def timesteps(uniforms: NDArray[np.float64], num_timesteps: int) -> NDArray[np.int64]:
     """Timesteps 0..T-1, [n], from numbers on [0, 1)."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings, MnistSettings, UnetSettings
 from jobs import mnist_files
-from jobs.settings import TrainSettings
+from jobs.settings import TrackingSettings, TrainSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,7 @@ class Gaussian1dConfig:
     model: MlpSettings = field(default_factory=MlpSettings)
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     train: TrainSettings
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
     def absolute(self) -> "Gaussian1dConfig":
         """The same settings where another working folder must find the same files."""
@@ -51,6 +52,7 @@ class MnistConfig:
     model: UnetSettings = field(default_factory=UnetSettings)
     diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
     train: TrainSettings
+    tracking: TrackingSettings = field(default_factory=TrackingSettings)
 
     def absolute(self) -> "MnistConfig":
         """The same settings where another working folder must find the same files."""
@@ -152,6 +154,10 @@ MAY_CHANGE = frozenset(
         "train.checkpoint-minutes",
         "train.keep-checkpoints",
         "train.micro-batch-size",
+        "tracking.mode",
+        "tracking.project",
+        "tracking.samples-every",
+        "tracking.checkpoints",
     }
 )
 """Settings that a continued run may change: they do not touch its result."""

@@ -6,7 +6,7 @@ All have what `slurm.place.Job` asks for: a call that does the work, `failed` an
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from jobs.ownership import Superseded
 from jobs.reporting import now
 from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch, Stop
+from jobs.tracking import following
 
 if TYPE_CHECKING:
     from jobs.samples import SampleSet
@@ -64,17 +65,28 @@ class TrainJob:
             print(trace, file=sys.stderr, flush=True)
 
     def submitted(self, submit: Callable[[], str]) -> str:
-        run = RunFolder(self.run)
-        before = run.read_status()
-        # Before the job can run and say otherwise.
-        write_json(run.status, {**before, "state": "queued", "updated": now()})
-        try:
-            job_id = submit()
-        except BaseException:
-            write_json(run.status, {**before, "state": before.get("state", "failed"), "updated": now()})
-            raise
-        run.update_launch(job_ids=[*run.read_launch().get("job_ids", []), job_id])
-        return job_id
+        return submit_runs([self.run], submit)
+
+
+def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
+    """Submits with `submit`, which returns the id of one job or of an array with one element for each run.
+
+    All runs say that they are queued before a job can run and say otherwise. Returns the id.
+    """
+    runs = [RunFolder(folder) for folder in folders]
+    before = [run.read_status() for run in runs]
+    for run, status in zip(runs, before, strict=True):
+        write_json(run.status, {**status, "state": "queued", "updated": now()})
+    try:
+        job_id = submit()
+    except BaseException:
+        for run, status in zip(runs, before, strict=True):
+            write_json(run.status, {**status, "state": status.get("state", "failed"), "updated": now()})
+        raise
+    for i, run in enumerate(runs):
+        own = job_id if len(runs) == 1 else f"{job_id}_{i}"
+        run.update_launch(job_ids=[*run.read_launch().get("job_ids", []), own])
+    return job_id
 
 
 @dataclass(frozen=True)
@@ -93,14 +105,15 @@ class SampleJob:
             try:
                 from jobs.sample import Stopped, merge, sample
 
-                try:
-                    mine = self.shards[_rank() :: self.processes]
-                    sample(self.samples, mine, self.device, signals, show_progress=_rank() == 0)
-                except Stopped:
-                    return self._stopped(signals.requested, requeue)
-                # Two processes that end together merge twice, into the same bytes.
-                if self.merge and not self.samples.missing() and not self.samples.is_complete():
-                    merge(self.samples)
+                mine = self.shards[_rank() :: self.processes]
+                with following(self.samples, _rank() == 0 and (self.merge or 0 in mine), print):
+                    try:
+                        sample(self.samples, mine, self.device, signals, show_progress=_rank() == 0)
+                    except Stopped:
+                        return self._stopped(signals.requested, requeue)
+                    # Two processes that end together merge twice, into the same bytes.
+                    if self.merge and not self.samples.missing() and not self.samples.is_complete():
+                        merge(self.samples)
                 return 0
             except Exception:
                 self.failed(_rank(), traceback.format_exc())
@@ -137,7 +150,8 @@ class MergeJob:
             )
             return 1
         if not self.samples.is_complete():
-            merge(self.samples)
+            with following(self.samples, False, print):
+                merge(self.samples)
         return 0
 
     def failed(self, rank: int, trace: str) -> None:

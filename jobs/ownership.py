@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,11 +32,42 @@ def locked(run: Path) -> Iterator[int | None]:
 
 
 def _try_lock(descriptor: int) -> bool:
+    for _ in range(2):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)  # it may have been `is_locked`, which looks for a moment
+        else:
+            return True
+    return False
+
+
+def is_locked(run: Path) -> bool:
+    """Whether a living process has the folder locked; nothing is written."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        descriptor = os.open(run / ".lock", os.O_RDONLY)
+    except FileNotFoundError:
         return False
-    return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def holders(run: Path) -> list[int]:
+    """The processes of this machine that hold the lock of a locked folder, without those that one of them started."""
+    lock = str(run.resolve() / ".lock")
+    parents = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(descriptor) == lock for descriptor in (folder / "fd").iterdir()):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # somebody else's, or it has just ended
+            continue
+    return [pid for pid, parent in parents.items() if parent not in parents]
 
 
 @dataclass(frozen=True)
@@ -50,6 +82,11 @@ class Ownership:
         token = uuid.uuid4().hex
         write_json(run / ".writer.json", {"token": token})
         return Ownership(run, token)
+
+    @staticmethod
+    def current(run: Path) -> "Ownership":
+        """The ownership that is in force, for the other processes of the job that has taken it."""
+        return Ownership(run, json.loads((run / ".writer.json").read_text())["token"])
 
     def check(self) -> None:
         """Raises Superseded if the run has been taken over; to be called right before every write."""

@@ -1,6 +1,7 @@
 """Where a run comes from: command line, versions, git state, and a copy of the code. Importable without torch."""
 
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ def describe(**more: Any) -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD").strip() or None,
         "git_diff": _git("diff", "HEAD") or None,
         "host": platform.node(),
+        "wandb_id": secrets.token_hex(4),
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in PACKAGES},
         **more,

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,11 @@ from jobs.ownership import Ownership
 from jobs.progress import Console, Progress
 from jobs.reporting import Metrics, Status, append_timing, read_jsonl
 from jobs.run_folder import RunFolder
+from jobs.tracking import Follower, follow_training
 from jobs.training import Training
+
+TIMING_S = 5.0
+"""Seconds between lines of timing.jsonl."""
 
 
 class NullRecorder:
@@ -60,11 +65,16 @@ class RunRecorder(NullRecorder):
         self._started = self._saved_at = time.monotonic()
         self._snapshot_s = 0.0
         self._first_step = training.step
+        self._clock = self._read_clock()
+        self._follower: Follower | None = None
+        self._ended = False
 
     def start(self) -> None:
-        restarts = self._status.values["restarts"]
-        append_timing(self._run, {"event": "start", "step": self._training.step, "restarts": restarts, **self._facts})
-        self._status.write(step=self._training.step)
+        step, floor = self._training.step, self._training.experiment.loss_floor()
+        marks = {"event": "start", "step": step, "restarts": self._status.values["restarts"], "loss_floor": floor}
+        append_timing(self._run, {**marks, **self._facts})
+        self._status.write(step=step)
+        self._follower = follow_training(self._run, self._owner, self._console.say)
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         step, settings = self._training.step, self._training.settings
@@ -74,6 +84,8 @@ class RunRecorder(NullRecorder):
             loss = metrics["loss"]
             self._progress.update(step, "skipped" if loss is None else f"loss {loss:.4f}")
             self._status.beat(loss=loss)
+            if time.monotonic() - self._clock.time >= TIMING_S:
+                self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
         self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
         late = time.monotonic() - self._saved_at >= 60 * settings.checkpoint_minutes
@@ -100,6 +112,7 @@ class RunRecorder(NullRecorder):
 
     def finish(self, state: str, message: str, **facts: Any) -> None:
         self._progress.close()
+        self._ended = True
         elapsed = time.monotonic() - self._started
         waited = self._writer.waited_s + self._snapshot_s
         images = (self._training.step - self._first_step) * self._training.settings.batch_size
@@ -122,6 +135,8 @@ class RunRecorder(NullRecorder):
 
     def draw(self) -> None:
         self._progress.close()
+        from diffusion import figures  # here, because plotting libraries take a second to import
+
         history = read_jsonl(self._run.metrics)
         model = self._training.ema_model()
         self._run.figures.mkdir(exist_ok=True)
@@ -129,10 +144,41 @@ class RunRecorder(NullRecorder):
             lines = self._training.experiment.report(model, history, self._run.figures)
         for line in lines:
             self._console.say(line)
+        figures.training(history, read_jsonl(self._run.timing), self._run.figures / "training.png")
 
     def close(self) -> None:
         self._progress.close()
         self._metrics.close()
+        if self._follower is not None:
+            self._follower.close(wait=self._ended)
+
+    def _write_timing(self) -> None:
+        """Rates and times of a step since the last time."""
+        last, self._clock = self._clock, self._read_clock()
+        steps = self._clock.step - last.step
+        if steps == 0:
+            return
+        step_s = (self._clock.time - last.time) / steps
+        data_s = (self._clock.data_s - last.data_s) / steps
+        checkpoint_s = (self._clock.checkpoint_s - last.checkpoint_s) / steps
+        communication_s = self._training.communication_s
+        compute_s = max(0.0, step_s - data_s - checkpoint_s - communication_s)
+        timing = {
+            "event": "progress",
+            "step": self._clock.step,
+            "images_per_s": round(self._training.settings.batch_size / step_s, 1),
+            "step_s": round(step_s, 6),
+            "data_s": round(data_s, 6),
+            "compute_s": round(compute_s, 6),
+            "communication_s": round(communication_s, 6),
+            "checkpoint_s": round(checkpoint_s, 6),
+            "memory_mb": _memory_mb(self._training.world.device),
+        }
+        append_timing(self._run, timing)
+
+    def _read_clock(self) -> "_Clock":
+        checkpoint_s = self._writer.waited_s + self._snapshot_s
+        return _Clock(time.monotonic(), self._training.step, self._training.data_s, checkpoint_s)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -141,6 +187,16 @@ class RunRecorder(NullRecorder):
         self._metrics.sync()
         self._writer.write(snapshot)
         self._saved_at = time.monotonic()
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """A moment of a training, and how long has been spent on what until then."""
+
+    time: float
+    step: int
+    data_s: float
+    checkpoint_s: float
 
 
 def _memory_mb(device: torch.device) -> int:

@@ -1,11 +1,12 @@
 """What a training leaves beside its checkpoints: metrics.jsonl, timing.jsonl and the heartbeat status.json."""
 
+import contextlib
 import json
 import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jobs.files import write_atomically, write_json
 from jobs.ownership import Ownership
@@ -40,10 +41,36 @@ class Metrics:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines, [] if it is not there; a last line that a kill has cut is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The objects of a file of lines, [] if it is not there. Lines that a kill or a full disk has cut are left out."""
+    return _objects(path.read_text())[0] if path.exists() else []
+
+
+class Tail:
+    """Reads a file of lines while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self._rest = ""
+
+    def read(self) -> list[dict[str, Any]]:
+        """The objects of all lines that have been completed since the last time."""
+        if self._file is None:
+            if not self._path.exists():
+                return []
+            self._file = self._path.open()
+        objects, self._rest = _objects(self._rest + self._file.read())
+        return objects
+
+
+def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
+    """The objects of all whole lines, and what follows the last of them."""
+    *lines, rest = text.split("\n")
+    objects = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            objects.append(json.loads(line))
+    return objects, rest
 
 
 def cut_after(path: Path, step: int) -> None:

@@ -68,5 +68,23 @@ class TrainSettings:
         check_seed("train.seed", self.seed)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackingSettings:
+    """Where curves and pictures go besides the run's folder."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto is $WANDB_MODE if that is set, else online with a key and a server that answers, else offline."""
+    project: str = "diffusion-launcher"
+    """Project in wandb."""
+    samples_every: int = 1000
+    """Steps between pictures of samples, drawn beside the training from its checkpoints; 0 is none."""
+    checkpoints: bool = False
+    """Upload every checkpoint; the final weights are uploaded in any case."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.project), "tracking.project must not be empty", repr(self.project))
+        require(self.samples_every >= 0, "tracking.samples-every must be at least 0", self.samples_every)
+
+
 def _flag(field: str) -> str:
     return f"train.{field.replace('_', '-')}"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from jobs import checkpoints
+from jobs.ema import decay_at
 from jobs.experiments import EXPERIMENTS
 from jobs.job import Requeue
 from jobs.ownership import Ownership
@@ -14,7 +15,7 @@ from jobs.progress import Console, in_words
 from jobs.recorder import NullRecorder, RunRecorder
 from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch, Stop, StopVote
-from jobs.training import NotFinite, Training, Update
+from jobs.training import NotFinite, Training, Update, band_sums
 from jobs.world import Kind, resolve_precision, start
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -27,10 +28,12 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     world = start(processes, device, resolve_precision(settings.precision, device))
     console = Console(run.log)
     training = Training(config.build(), settings, world)
-    owner = Ownership.take(run.path) if world.rank == 0 else None
-    resume(training, run, owner, console)
+    step = take_over(training, run, console)
+    owner = Ownership.current(run.path)
+    if step:
+        training.restore(checkpoints.load(run.checkpoints, step))
     recorder = NullRecorder()
-    if owner is not None:
+    if world.rank == 0:
         advise(training, EXPERIMENTS[experiment].cpu_advice, console)
         facts = {"processes": processes, "device": str(world.device), "precision": world.precision}
         recorder = RunRecorder(run, training, owner, console, {**facts, "threads": torch.get_num_threads()})
@@ -45,6 +48,10 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     except NotFinite as error:
         good = next(iter(checkpoints.steps(run.checkpoints)), "0, the beginning")
         raise NotFinite(f"{error}; the last good checkpoint is of step {good}") from None
+    except Exception:
+        # A process that fails because its run has been taken over must not mark the new job's run as failed.
+        owner.check()
+        raise
     finally:
         recorder.close()
 
@@ -74,24 +81,37 @@ def logged(training: Training, update: Update) -> dict[str, Any] | None:
     settings, step = training.settings, training.step
     if not (step % settings.log_every == 0 or step == settings.steps or update.skipped):
         return None
-    values = {"loss": training.world.mean(update.loss), "lr": update.lr, "grad_norm": update.grad_norm}
+    sums, counts = band_sums(update.losses, update.t, len(training.raw.alphas_cumprod))
+    loss, *means = training.world.mean(torch.cat([update.loss[None].double(), sums, counts]))
+    bands = [s / n if n else math.nan for s, n in zip(means[: len(sums)], means[len(sums) :], strict=True)]
+    values = {
+        "loss": loss,
+        **{f"loss_t{band}": value for band, value in enumerate(bands)},
+        "lr": update.lr,
+        "grad_norm": update.grad_norm,
+        "clipped": int(update.grad_norm > settings.max_grad_norm and not update.skipped),
+        "ema_decay": decay_at(step, settings.ema_decay),
+        "skipped": int(update.skipped),
+    }
     # JSON has no NaN.
-    finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    return {**finite, "skipped": int(update.skipped)}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def resume(training: Training, run: RunFolder, owner: Ownership | None, console: Console) -> None:
-    """Restores the newest good checkpoint, the one that the first process finds, on every process."""
+def take_over(training: Training, run: RunFolder, console: Console) -> int:
+    """Takes the run over and returns the step of its newest good checkpoint, 0 if there is none.
+
+    The first process does it; all return the same, and not before it is done.
+    """
     step = 0
-    if owner is not None:
+    if training.world.rank == 0:
+        Ownership.take(run.path)
+        run.clear_failure()
         checkpoints.clean(run.checkpoints)
         step = checkpoints.newest(run.checkpoints, console.say) or 0
         checkpoints.set_aside(run.checkpoints, newer_than=step)
-    step = training.world.reduce_max(step)()
-    if step:
-        training.restore(checkpoints.load(run.checkpoints, step))
-        if owner is not None:
+        if step:
             console.say(f"Continuing {run} after step {step:,} of {training.settings.steps:,}.")
+    return training.world.reduce_max(step)()
 
 
 def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason: Stop, requeue: Requeue | None) -> int:

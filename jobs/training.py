@@ -1,11 +1,13 @@
 """One training: model, moving average and optimizer, and the update that takes them from step k to step k + 1."""
 
 import math
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.model import DiffusionModel, Experiment, timesteps
 from diffusion.randomness import Stream, generator, normal, stratified
@@ -14,6 +16,9 @@ from jobs.ema import Ema
 from jobs.job import JobError
 from jobs.settings import TrainSettings
 from jobs.world import World
+
+LOSS_BANDS = 4
+"""Equal parts of the timesteps, for each of which the loss is logged."""
 
 
 class NotFinite(JobError):
@@ -26,6 +31,10 @@ class Update:
 
     loss: Tensor
     """Mean loss of this process's share of the batch."""
+    losses: Tensor
+    """Loss of each of its examples, [n]."""
+    t: Tensor
+    """Their timesteps, [n]."""
     grad_norm: float
     """Norm of the whole batch's gradient before clipping, the same on every process."""
     lr: float
@@ -34,6 +43,14 @@ class Update:
     def skipped(self) -> bool:
         """The gradient was not finite, so the weights stayed as they were."""
         return not math.isfinite(self.grad_norm)
+
+
+def band_sums(losses: Tensor, t: Tensor, num_timesteps: int) -> tuple[Tensor, Tensor]:
+    """The sum of losses [n] and the number of examples in each band of timesteps, both [LOSS_BANDS] in float64."""
+    bands = torch.arange(LOSS_BANDS, device=t.device)
+    inside = (t * LOSS_BANDS // num_timesteps)[:, None] == bands  # [n, LOSS_BANDS]
+    # Not index_add: on a GPU its order of summation, hence the last bits, would depend on chance.
+    return torch.where(inside, losses[:, None].double(), 0.0).sum(0), inside.double().sum(0)
 
 
 def lr_at(step: int, settings: TrainSettings) -> float:
@@ -63,29 +80,43 @@ class Training:
             self.raw.network.parameters(), betas=betas, weight_decay=settings.weight_decay, fused=True
         )
         self.step = 0
+        self.data_s = 0.0  # what drawing examples has taken so far
 
     def update(self) -> Update:
         """One optimizer update on the next global batch."""
         self.step += 1
+        started = time.perf_counter()
         x0, t, eps = self.examples(self.step)
+        self.data_s += time.perf_counter() - started
         micro = self.settings.micro_batch_size or len(x0)
         parts = list(zip(x0.split(micro), t.split(micro), eps.split(micro), strict=True))
         loss = torch.zeros((), device=self.world.device)
+        losses = []
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             # Gradients are summed over processes once, with the last part.
             with nullcontext() if last else self.world.accelerator.no_sync(self.model):
-                part_loss = self.model(*part).sum() / len(x0)
+                losses.append(self.model(*part))
+                part_loss = losses[-1].sum() / len(x0)
                 self.world.accelerator.backward(part_loss)
+            losses[-1] = losses[-1].detach()
             loss += part_loss.detach()
         grad_norm = nn.utils.clip_grad_norm_(self.raw.network.parameters(), self.settings.max_grad_norm)
-        update = Update(loss, float(grad_norm), lr_at(self.step, self.settings))
+        update = Update(loss, torch.cat(losses), t, float(grad_norm), lr_at(self.step, self.settings))
         if not update.skipped:
             self.optimizer.param_groups[0]["lr"] = update.lr
             self.optimizer.step()
             self.ema.update(self.step)
         self.optimizer.zero_grad()
         return update
+
+    @property
+    def communication_s(self) -> float:
+        """How long a step waits for the other processes' gradients after its own, as DDP measures it now and then."""
+        if not isinstance(self.model, DistributedDataParallel):
+            return 0.0
+        measured = self.model._get_ddp_logging_data()
+        return (measured["avg_backward_comm_time"] - measured["avg_backward_compute_comm_overlap_time"]) / 1e9
 
     def examples(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """This process's share of a step's global batch: x0 and eps [n, *sample_shape], t [n]."""

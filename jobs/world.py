@@ -61,13 +61,13 @@ class World:
         """[start, stop) of this process's examples in a global batch."""
         return self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size
 
-    def mean(self, value: torch.Tensor) -> float:
-        """The mean over all processes; every process must call it."""
+    def mean(self, values: torch.Tensor) -> list[float]:
+        """The mean of each value over all processes; every process must call it."""
+        values = values.detach().double()
         if self.size > 1:
-            value = value.detach().double()
-            dist.all_reduce(value)
-            value = value / self.size
-        return float(value)
+            dist.all_reduce(values)
+            values = values / self.size
+        return values.tolist()
 
     def reduce_max(self, value: int) -> Callable[[], int]:
         """Starts a maximum over all processes; calling what it returns waits for the result."""

@@ -105,6 +105,9 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
                 child.terminate()
             killer.start()
     killer.cancel()
+    for child in children:
+        assert child.stdin is not None
+        child.stdin.close()
     return failure or Outcome(max(codes.values()))
 
 

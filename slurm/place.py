@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from slurm import local, queue
 from slurm.profile import Profile
@@ -23,6 +23,10 @@ class Job(Protocol):
 
     def submitted(self, submit: Callable[[], str]) -> str:
         """Submits with `submit`, which returns the id of the Slurm job, and records it; returns the id."""
+
+
+J = TypeVar("J", bound=Job)
+Submitted = Callable[[Sequence[J], Callable[[], str]], str]
 
 
 @dataclass(frozen=True)
@@ -70,49 +74,52 @@ class OnSlurm:
         """The script that `run` would submit."""
         return self._submission(job).script()
 
-    def run(self, job: Job, wait: bool) -> str:
-        """Submits the job and returns its id; with `wait`, when it has ended. RuntimeError if Slurm refuses."""
+    def run(self, job: Job) -> str:
+        """Submits the job and returns its id; RuntimeError if Slurm refuses."""
         submission = self._submission(job)
         job_id = job.submitted(submission.submit)
         shape = submission.shape
         print(f"Submitted {self.name} as job {job_id}: {shape.tasks} tasks on {shape.nodes} nodes.")
         print(f"It prints into {self.folder}/{job_id}_0_log.out", flush=True)
-        self._wait(wait, [job_id])
         return job_id
 
-    def describe_array(self, jobs: Sequence[Job], then: Job) -> str:
+    def describe_array(self, jobs: Sequence[Job], at_once: int | None = None, then: Job | None = None) -> str:
         """The scripts that `run_array` would submit."""
-        arrays = [self._array(chunk).script() for chunk in self._chunks(jobs)]
-        return "\n".join([*arrays, self._last(then, ["ARRAY"] * len(arrays)).script()])
+        arrays = [self._array(chunk, at_once).script() for chunk in self._chunks(jobs)]
+        last = [] if then is None else [self._last(then, ["ARRAY"] * len(arrays)).script()]
+        return "\n".join([*arrays, *last])
 
-    def run_array(self, jobs: Sequence[Job], then: Job, wait: bool) -> list[str]:
-        """Submits the jobs as an array, of which `processes` run at once, one task each, and `then` to follow.
+    def run_array(
+        self, jobs: Sequence[J], submitted: Submitted[J], at_once: int | None = None, then: Job | None = None
+    ) -> list[str]:
+        """Submits the jobs as an array, at most `at_once` of them running at a time, and `then` to follow.
 
-        Several arrays where Slurm's MaxArraySize asks for it. Returns the ids of all that was submitted.
+        Several arrays where Slurm's MaxArraySize asks for it. `submitted(jobs, submit)` calls `submit`, which gives the
+        array's id, and records and returns it. Returns the ids of all that was submitted.
         """
-        job_ids = [chunk[0].submitted(self._array(chunk).submit) for chunk in self._chunks(jobs)]
+        job_ids = [submitted(chunk, self._array(chunk, at_once).submit) for chunk in self._chunks(jobs)]
         if jobs:
-            ids = ", ".join(job_ids)
-            print(f"Submitted {self.name} as {len(jobs)} jobs of one task, {self.processes} at once: {ids}.")
-        job_ids.append(then.submitted(self._last(then, job_ids).submit))
-        print(f"Job {job_ids[-1]} puts the results together after them.", flush=True)
-        self._wait(wait, job_ids)
+            print(f"Submitted {self.name} as an array of {len(jobs)} jobs: {', '.join(job_ids)}.", flush=True)
+        if then is not None:
+            job_ids.append(then.submitted(self._last(then, job_ids).submit))
+            print(f"Job {job_ids[-1]} puts the results together after them.", flush=True)
         return job_ids
 
-    def _chunks(self, jobs: Sequence[Job]) -> list[Sequence[Job]]:
+    def wait(self, job_ids: Sequence[str]) -> None:
+        """Returns when none of the jobs waits or runs any more."""
+        while queue.active(job_ids):
+            time.sleep(1)
+
+    def _chunks(self, jobs: Sequence[J]) -> list[Sequence[J]]:
         limit = queue.max_array_size()
         return [jobs[i : i + limit] for i in range(0, len(jobs), limit)]
 
-    def _array(self, jobs: Sequence[Job]) -> Submission:
-        return replace(self._submission(*jobs), gpus=1, at_once=self.processes)
+    def _array(self, jobs: Sequence[Job], at_once: int | None) -> Submission:
+        return replace(self._submission(*jobs), at_once=at_once or len(jobs))
 
     def _last(self, job: Job, job_ids: Sequence[str]) -> Submission:
         after = ":".join(job_ids) if job_ids else None
         return replace(self._submission(job), gpus=1, on_gpus=False, after=after)
-
-    def _wait(self, wait: bool, job_ids: Sequence[str]) -> None:
-        while wait and queue.active(job_ids):
-            time.sleep(1)
 
     def _submission(self, *jobs: Job) -> Submission:
         return Submission(self.name, jobs, self.profile, self.processes, self.on_gpus, self.folder, self.code)

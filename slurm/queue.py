@@ -89,18 +89,32 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
     command = ["squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}"]
     found = {}
     for job_id, state, reason, exit_code, nodes in _rows(command, timeout_s):
-        why = "" if reason == "None" else reason
+        why = reason if state in _WAITING and reason != "None" else ""
         found[job_id] = JobState(state, why, nodes, _signal(int(exit_code)))
     found = {job_id: job for job_id, job in found.items() if _stands_for(job_id, wanted)}
     forgotten = wanted - found.keys() - {job_id.partition("_")[0] for job_id in found}
     return {**found, **_recall(forgotten, timeout_s)} if forgotten else found
 
 
+def warn(job_id: str) -> None:
+    """Sends the signal that precedes the time limit or a preemption."""
+    _control("scancel", "--signal=USR2", job_id)
+
+
+def requeue(job_id: str) -> None:
+    """Stops a job and puts it back into the queue, as an administrator may."""
+    _control("scontrol", "requeue", job_id)
+
+
+def _control(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} refuses: {done.stderr.strip()}")
+
+
 def cancel(job_ids: Iterable[str]) -> None:
     """Cancels jobs and whole arrays, waiting and running ones alike. RuntimeError with scancel's words if it cannot."""
-    done = subprocess.run(["scancel", *job_ids], capture_output=True, text=True, timeout=30, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"scancel refuses: {done.stderr.strip()}")
+    _control("scancel", *job_ids)
 
 
 def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
@@ -113,7 +127,7 @@ def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
             state, number = words.split()[0], int(exit_code.partition(":")[2])  # CANCELLED by 1000; code:signal
             known = found.get(job_id)
             if known is None:
-                found[job_id] = JobState(state, "", nodes, _signal(number))
+                found[job_id] = JobState(state, "", nodes.removeprefix("None assigned"), _signal(number))
             elif step and (state == "OUT_OF_MEMORY" or number):  # which the job itself may only call FAILED
                 worst = state if state == "OUT_OF_MEMORY" else known.state
                 found[job_id] = known._replace(state=worst, signal=_signal(number) or known.signal)
@@ -125,8 +139,10 @@ def _rows(command: list[str], timeout_s: float) -> list[list[str]]:
     """The lines that a command prints, cut at `|`; raises RuntimeError if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeError(f"{command[0]} does not answer: {error}") from None
+    except FileNotFoundError:
+        raise RuntimeError(f"there is no {command[0]} on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{command[0]} does not answer within {timeout_s:g} s") from None
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} does not answer: {done.stderr.strip()}")
     return [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]

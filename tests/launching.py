@@ -34,7 +34,14 @@ def start(*arguments: object, cwd: Path, **env: str) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "LAUNCHED_AS": mark, **env},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+            "WANDB_MODE": "disabled",
+            "LAUNCHED_AS": mark,
+            **env,
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

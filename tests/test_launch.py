@@ -163,17 +163,18 @@ def test_a_second_ctrl_c_ends_at_once_with_the_last_checkpoint_intact(tmp_path: 
 
 
 def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
-    done("train", "1d", *TINY, "--train.steps", "30", "--name", "a", cwd=tmp_path)
+    done("train", "1d", *TINY, "--train.steps", "30", "--name", "a", cwd=tmp_path, WANDB_MODE="offline")
     done("sample", "1d", "--num-samples", "1000", "--sampler", "dpm++", cwd=tmp_path)
     run = tmp_path / "runs" / "1d" / "a"
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     files = {"experiment.json", "launch.json", "metrics.jsonl", "timing.jsonl", "status.json", "log.txt"}
-    assert names == files | {"code", "checkpoints", "figures", "samples"}
+    assert names == files | {"code", "checkpoints", "figures", "samples", "wandb"}
     checkpoint = run / "checkpoints" / "step-00000030"
     assert sorted(os.listdir(checkpoint)) == ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.pt"]
     assert set(json.loads((checkpoint / "manifest.json").read_text())) == {"step", "files"}
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert set(line) == {"step", "loss", "lr", "grad_norm", "skipped"}
+    bands = {f"loss_t{band}" for band in range(4)}
+    assert set(line) == {"step", "loss", *bands, "lr", "grad_norm", "clipped", "ema_decay", "skipped"}
     assert line["step"] == 1
     samples = run / "samples" / "step-00000030-dpm++-25-seed0"
     assert sorted(os.listdir(samples)) == ["grid.png", "manifest.json", "samples.npz", "shard-00000.npy"]

@@ -123,8 +123,8 @@ class DevCluster:
         return done.stdout
 
     def submit(self, script: str, *flags: str) -> str:
-        """Submits a batch script to bash and returns the job's id."""
-        return self.run("sbatch", "--parsable", *flags, input=f"#!/bin/bash\n{script}\n").strip()
+        """Submits a batch script to bash and returns the job's id; its output is dropped unless flags say otherwise."""
+        return self.run("sbatch", "--parsable", "--output=/dev/null", *flags, input=f"#!/bin/bash\n{script}\n").strip()
 
     def job(self, job_id: str) -> dict[str, str]:
         """The job's fields as `scontrol show job` names them (JobState, Restarts, ...), up to the first space."""

@@ -122,7 +122,7 @@ def test_preemption_by_the_high_partition(site: Site, undisturbed: Callable[[int
     expected = undisturbed(4)
     run = site.train("a", 4)
     site.wait_for_step(run, 500)
-    urgent = site.cluster.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive")
+    urgent = site.cluster.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     site.cluster.wait_for_job(urgent, "COMPLETED", timeout_s=90)
     site.finish(run)
     assert status(run)["restarts"] == 1
@@ -138,7 +138,7 @@ def test_preemption_where_the_cluster_sends_sigterm_alone(
         site = Site(tmp_path, quiet)
         run = site.train("a", 2)
         site.wait_for_step(run, 500)
-        urgent = quiet.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive")
+        urgent = quiet.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
         quiet.wait_for_job(urgent, "COMPLETED", timeout_s=90)
         site.finish(run)
         assert status(run)["restarts"] == 1

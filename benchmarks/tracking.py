@@ -1,0 +1,84 @@
+"""What tracking costs a training: `python benchmarks/tracking.py [--steps 400]` trains mnist-small with and without it.
+
+Measures the seconds that the training process spends inside tracker calls (starting the follower, waiting for it at
+the end) and in making a line of metrics.jsonl, and the rate of the steps between, where the follower only competes for
+the processor.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def timed(call: Callable[..., Any], seconds: dict[str, float], name: str) -> Callable[..., Any]:
+    """The same call, its duration added to `seconds[name]`."""
+
+    def wrapper(*arguments: Any, **more: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return call(*arguments, **more)
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+
+    return wrapper
+
+
+def train(mode: str, steps: int) -> dict[str, float]:
+    """Trains in this process and returns the seconds spent where."""
+    import jobs.recorder
+    import jobs.train
+    import launch
+    from jobs.tracking import Follower
+
+    seconds: dict[str, float] = {}
+    jobs.recorder.follow_training = timed(jobs.recorder.follow_training, seconds, "start")
+    Follower.close = timed(Follower.close, seconds, "end")  # type: ignore[method-assign]
+    jobs.train.logged = timed(jobs.train.logged, seconds, "lines")
+    jobs.train.run_steps = timed(jobs.train.run_steps, seconds, "steps")
+    jobs.train.train = timed(jobs.train.train, seconds, "total")
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [str(ROOT / "launch.py"), "train", "mnist-small", "--cluster", "local", "--runs-dir", folder]
+        sys.argv += ["--train.steps", str(steps), "--train.log-every", "10", "--tracking.mode", mode]
+        code = launch.main()
+    assert code == 0
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=3, help="trainings of each kind, in turn; the medians are shown")
+    parser.add_argument("--mode", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.mode:
+        print(json.dumps(train(options.mode, options.steps)))
+        return
+    found: dict[str, list[dict[str, float]]] = {"disabled": [], "offline": []}
+    for _ in range(options.rounds):
+        for mode, results in found.items():
+            command = [sys.executable, __file__, "--mode", mode, "--steps", str(options.steps)]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ}).stdout
+            results.append(json.loads(printed.splitlines()[-1]))
+    print(f"mnist-small, {options.steps} steps, a line every 10; medians of {options.rounds} rounds")
+    for mode, results in found.items():
+        median = {name: sorted(result[name] for result in results)[len(results) // 2] for name in results[0]}
+        calls = median["start"] + median["end"]
+        print(
+            f"{mode:>9}: total {median['total']:6.1f} s, {1000 * median['steps'] / options.steps:6.1f} ms/step; "
+            f"tracker calls: start {median['start']:.3f} s, end {median['end']:.3f} s, "
+            f"together {calls / median['total']:.2%}; making lines {median['lines'] / median['total']:.2%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Tables and durations for a terminal."""
+
+from collections.abc import Collection, Sequence
+
+LEAST = 6
+"""Columns are not made narrower than this."""
+
+
+def render(
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    width: int,
+    names: Collection[str],
+    texts: Collection[str],
+) -> str:
+    """The table in lines of at most `width` characters.
+
+    Columns of names and texts are aligned to the left, and cut where there is too little room: names in the middle,
+    texts at their end. All others are numbers.
+    """
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    may_shrink = [i for i, header in enumerate(headers) if header in names or header in texts]
+    while sum(widths) + gap * (len(widths) - 1) > width:
+        widest = max(may_shrink, key=lambda i: widths[i])
+        if widths[widest] <= LEAST:
+            break
+        widths[widest] -= 1
+    lines = []
+    for row in (headers, *rows):
+        cells = []
+        for header, cell, size in zip(headers, row, widths, strict=True):
+            if header in names or header in texts:
+                cells.append(_cut(cell, size, keep_end=header in names).ljust(size))
+            else:
+                cells.append(cell.rjust(size))
+        lines.append((" " * gap).join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _cut(text: str, width: int, keep_end: bool) -> str:
+    """The text, with dots in it where it is too long."""
+    if len(text) <= width:
+        return text
+    tail = (width - 2) // 2 if keep_end else 0
+    return text[: width - 2 - tail] + ".." + text[len(text) - tail :]
+
+
+def short(seconds: float | None) -> str:
+    """A duration in its largest fitting unit, as in `3.4 h`; nothing for None."""
+    if seconds is None:
+        return ""
+    for unit, size in (("d", 86400), ("h", 3600)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,124 @@
+"""The doctor finds the faults that a machine has, and none that it has not."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import doctor, mnist_files
+from jobs.doctor import Finding
+from jobs.doctor_job import DoctorJob
+from tests.launching import ROOT, launch
+
+
+def find(findings: list[Finding], words: str) -> Finding:
+    (found,) = (finding for finding in findings if words in finding.what)
+    return found
+
+
+def examine(runs_dir: Path, data_root: Path, is_shared: bool = False) -> list[Finding]:
+    return list(doctor.examine(runs_dir, data_root, is_shared))
+
+
+def test_a_machine_in_good_order(tmp_path: Path, mnist_root: Path) -> None:
+    findings = examine(tmp_path / "runs", mnist_root)
+    assert [finding for finding in findings if finding.level == "problem"] == []
+    assert find(findings, "MNIST").level == "ok"
+    assert find(findings, "can be written and locked").level == "ok"
+    assert not (tmp_path / "runs").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_finding_that_is_not_ok_says_why_it_matters_and_what_helps(tmp_path: Path) -> None:
+    worse = [finding for finding in examine(tmp_path, tmp_path, is_shared=True) if finding.level != "ok"]
+    assert worse
+    assert all(finding.why and finding.cure for finding in worse)
+
+
+def test_missing_and_wrong_data(tmp_path: Path, mnist_root: Path) -> None:
+    assert find(examine(tmp_path, tmp_path / "nothing"), "MNIST").level == "warning"
+    shutil.copytree(mnist_files.raw_folder(mnist_root), mnist_files.raw_folder(tmp_path))
+    wrong = mnist_files.raw_folder(tmp_path) / "t10k-labels-idx1-ubyte"
+    wrong.write_bytes(bytes(wrong.stat().st_size))
+    finding = find(examine(tmp_path, tmp_path), "MNIST")
+    assert finding.level == "problem"
+    assert wrong.name in finding.what
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    assert find(examine(Path("/proc/runs"), tmp_path), "cannot be written").level == "problem"
+
+
+def test_a_small_disk_and_a_file_system_of_one_machine(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
+    try:
+        findings = examine(disk / "runs", tmp_path, is_shared=True)
+        assert find(findings, "GB are free").level == "problem"
+        assert "tmpfs" in find(findings, "other machines may not see").what
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_wandb_without_key_without_answer_and_with_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert find(examine(tmp_path, tmp_path), "no key for api.wandb.ai").level == "warning"
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert find(examine(tmp_path, tmp_path), "does not answer").level == "warning"
+        server.listen()
+        assert find(examine(tmp_path, tmp_path), "127.0.0.1 answers").level == "ok"
+
+
+def test_the_command_for_people_and_for_scripts(tmp_path: Path, mnist_root: Path) -> None:
+    where = ("--cluster", "local", "--device", "cpu")
+    env = {"MNIST_ROOT": str(mnist_root), "SLURM_CONF": "/nowhere/slurm.conf", "COLUMNS": "80"}
+    shown = launch("doctor", *where, cwd=tmp_path, **env)
+    assert max(map(len, shown.out.splitlines())) <= 80
+    listed = json.loads(launch("doctor", "--json", *where, cwd=tmp_path, **env).out)
+    assert all(set(finding) == {"level", "what", "why", "cure"} for finding in listed)
+    assert shown.code == int(any(finding["level"] == "problem" for finding in listed))
+    refused = launch("doctor", "--submit", *where, cwd=tmp_path, **env)
+    assert refused.code == 2
+    assert "--submit needs a Slurm" in refused.err
+
+
+def test_the_test_job_in_two_processes(tmp_path: Path) -> None:
+    job = DoctorJob(tmp_path, 2, "cpu")
+    program = "from slurm.place import Here; from jobs.doctor_job import DoctorJob; from pathlib import Path\n"
+    program += f"raise SystemExit(Here(2).run(DoctorJob(Path({str(tmp_path)!r}), 2, 'cpu')))"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    findings = list(job.findings())
+    assert {finding.level for finding in findings} == {"ok"}
+    assert find(findings, "reach each other")
+
+
+def test_a_test_job_that_finds_no_gpus(tmp_path: Path) -> None:
+    job = DoctorJob(tmp_path, 2, "cuda")
+    (tmp_path / "result-0.json").write_text('{"node": "n1", "visible": "0", "gpus": 1, "tasks_here": 2}')
+    (finding,) = job.findings()
+    assert finding.level == "problem"
+    assert "task 0 on n1 sees 1 GPUs" in finding.what
+
+
+@pytest.mark.parametrize("broken", ["unseen", "mean", "lost", "failed"])
+def test_what_a_broken_cluster_does_to_the_test_job(broken: str, tmp_path: Path) -> None:
+    job = DoctorJob(tmp_path, 2, "cpu")
+    good = {"node": "n1", "visible": None, "gpus": 0, "tasks_here": 2, "mean": 0.5, "reduce_s": 0.1, "unseen": []}
+    wrong = {"unseen": {"unseen": [0]}, "mean": {"mean": 0.0}}.get(broken, {})
+    (tmp_path / "result-0.json").write_text(json.dumps(good))
+    if broken == "failed":
+        job.failed(1, "Traceback\nRuntimeError: connection refused\n")
+    elif broken != "lost":
+        (tmp_path / "result-1.json").write_text(json.dumps({**good, **wrong}))
+    (problem,) = (finding for finding in job.findings() if finding.level == "problem")
+    words = {"unseen": "task 1 does not see", "mean": "wrong sum", "lost": "from tasks 1", "failed": "refused"}
+    assert words[broken] in problem.what

@@ -1,0 +1,23 @@
+"""The drill tells the truth: equal where it is equal, different where a byte differs."""
+
+from pathlib import Path
+
+from jobs.drill import differences
+from jobs.run_folder import RunFolder
+from tests.launching import done
+
+
+def test_a_drill_finds_equal_results_and_would_see_a_changed_byte(tmp_path: Path) -> None:
+    ended = done("drill", "--steps", "200", "--kills", "4", "--cluster", "local", "--device", "cpu", cwd=tmp_path)
+    assert "Equal byte for byte" in ended.out
+    for name in ("SIGKILL", "SIGTERM", "SIGUSR2", "SIGINT"):
+        assert name in ended.out
+    (folder,) = (tmp_path / "runs" / "drill").iterdir()
+    whole, killed = (RunFolder(folder / "1d" / name) for name in ("whole", "killed"))
+    assert killed.read_status()["restarts"] == 4
+    assert differences(whole, killed) == []
+    path = killed.checkpoints / "step-00000200" / "ema.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert differences(whole, killed) == ["checkpoints/step-00000200/ema.safetensors"]

@@ -1,0 +1,219 @@
+"""What `status` says of runs: true whatever status.json says, quick, and 80 columns wide."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import overview, ownership
+from jobs.experiments import EXPERIMENTS, write
+from jobs.run_folder import RunFolder
+from slurm.queue import JobState
+from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
+
+ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--device", "cpu")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A folder of all runs, in which a test makes runs by hand."""
+
+    folder: Path
+
+    def make(self, name: str, age_s: float = 3600, jobs: tuple[str, ...] = (), **status: Any) -> RunFolder:
+        run = RunFolder(self.folder / "mnist" / name)
+        run.path.mkdir(parents=True)
+        moment = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat(timespec="milliseconds")
+        (run.path / "experiment.json").write_text(write("mnist", EXPERIMENTS["mnist"].preset))
+        launched = {"created": moment, "host": os.uname().nodename, "job_ids": jobs}
+        (run.path / "launch.json").write_text(json.dumps(launched))
+        if status:
+            run.status.write_text(json.dumps({"step": 7, "total": 40_000, "updated": moment, **status}))
+        return run
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., RunFolder]:
+    return Runs(tmp_path / "runs").make
+
+
+def seen(run: RunFolder, jobs: dict[str, JobState] | None = None) -> tuple[str, str]:
+    found = overview.summarize(run, {} if jobs is None else jobs)
+    return found.state, found.reason
+
+
+@pytest.mark.parametrize(
+    ("written", "slurm", "expected"),
+    [
+        ("running", JobState("RUNNING", nodes="n1"), ("running", "silent for 60 min")),
+        ("queued", JobState("PENDING", "Resources"), ("queued", "Resources")),
+        ("queued", JobState("RUNNING"), ("running", "starting")),
+        ("requeued", JobState("PENDING", "BeginTime"), ("requeued", "BeginTime")),
+        # The node is gone, and Slurm itself has queued the job again.
+        ("running", JobState("PENDING", "BeginTime"), ("requeued", "BeginTime")),
+        ("cancelled", JobState("PENDING", "BeginTime"), ("requeued", "BeginTime")),
+        ("running", JobState("OUT_OF_MEMORY", signal="SIGKILL"), ("failed", "OUT_OF_MEMORY")),
+        ("running", JobState("NODE_FAIL"), ("failed", "NODE_FAIL")),
+        ("running", JobState("TIMEOUT"), ("failed", "TIMEOUT")),
+        ("running", JobState("FAILED", signal="SIGKILL"), ("failed", "killed by SIGKILL")),
+        ("running", JobState("FAILED"), ("failed", "died without a word")),
+        ("running", None, ("failed", "died without a word")),
+        ("queued", JobState("CANCELLED"), ("cancelled", "")),
+        ("finished", JobState("COMPLETED"), ("finished", "")),
+        ("finished", JobState("COMPLETING"), ("finished", "")),
+        ("interrupted", None, ("interrupted", "")),
+    ],
+)
+def test_a_run_on_slurm(
+    written: str, slurm: JobState | None, expected: tuple[str, str], make: Callable[..., RunFolder]
+) -> None:
+    run = make("a", jobs=("16", "17"), state=written)
+    assert seen(run, {"16": JobState("COMPLETED"), **({"17": slurm} if slurm is not None else {})}) == expected
+
+
+def test_a_failure_names_its_last_words_unless_slurm_knows_better(make: Callable[..., RunFolder]) -> None:
+    run = make("a", jobs=("17",), state="failed", failed_rank=1, traceback="Traceback:\n  ...\nValueError: why\n")
+    assert seen(run, {"17": JobState("FAILED", signal="SIGTERM")}) == ("failed", "ValueError: why")
+    assert seen(run, {"17": JobState("OUT_OF_MEMORY")}) == ("failed", "OUT_OF_MEMORY")
+
+
+def test_without_an_answer_from_slurm_nobody_is_declared_dead(make: Callable[..., RunFolder]) -> None:
+    run = make("a", jobs=("17",), state="running")
+    found = overview.summarize(run, None)
+    assert (found.state, found.reason) == ("running", "Slurm does not answer")
+
+
+def test_a_run_that_is_being_submitted_is_not_dead(make: Callable[..., RunFolder]) -> None:
+    assert seen(make("a", age_s=1, state="queued")) == ("queued", "being submitted")
+    assert seen(make("b", age_s=600, state="queued")) == ("failed", "died without a word")
+
+
+def test_a_run_of_another_machine_lives_as_long_as_its_heart_beats(make: Callable[..., RunFolder]) -> None:
+    for name, age_s, state in (("a", 5, "running"), ("b", 600, "failed")):
+        run = make(name, age_s=age_s, state="running")
+        run.update_launch(host="elsewhere")
+        assert seen(run)[0] == state
+
+
+def test_a_damaged_status_file_spoils_one_line_and_not_the_table(make: Callable[..., RunFolder]) -> None:
+    make("good", state="finished")
+    bad = make("bad", state="running")
+    bad.status.write_text('{"state": "runn')
+    state, reason = seen(bad)
+    assert state == "failed"
+    assert "is not JSON" in reason
+
+
+def test_looking_leaves_no_trace_and_keeps_nobody_out(make: Callable[..., RunFolder]) -> None:
+    run = make("a", state="running")
+    before = sorted(path.name for path in run.path.iterdir())
+    seen(run)
+    assert sorted(path.name for path in run.path.iterdir()) == before
+    with ownership.locked(run.path) as descriptor:
+        assert descriptor is not None
+        assert seen(run)[0] == "running"
+    assert seen(run) == ("failed", "died without a word")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_fits_the_terminal_and_the_newest_is_last(width: int, make: Callable[..., RunFolder]) -> None:
+    long = make("a-name-of-a-run-that-somebody-thought-about-for-long", 10, jobs=("9",), state="running", loss=0.012345)
+    full = {"rate_images_per_s": 12345.6, "eta_s": 123456, "restarts": 12, "step": 123_456, "total": 400_000}
+    long.status.write_text(json.dumps({**long.read_status(), **full}))
+    old = make("old", 1000, jobs=("8",), state="running")
+    broken = make("broken", 20, state="failed", traceback="RuntimeError: " + "words " * 30)
+    jobs = {"9": JobState("RUNNING", nodes="node[001-064,101-132]"), "8": JobState("OUT_OF_MEMORY")}
+    found = overview.by_last_update(overview.summarize(run, jobs) for run in (long, old, broken))
+    lines = overview.render(found, width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].split() == ["RUN", "STATE", "STEP", "LOSS", "IMG/S", "LEFT", "RST", "NODES"]
+    assert lines[1].startswith("mnist/old")
+    assert lines[2].startswith("mnist/broken")
+    for cell in ("running", "123456/400k", "0.0123", "12346", "34.3 h", "12"):
+        assert cell in lines[3].split("  ") or cell in lines[3]
+    if width == 120:
+        assert "failed (OUT_OF_MEMORY)" in lines[1]
+
+
+def test_fifty_runs_are_shown_in_no_time(make: Callable[..., RunFolder], tmp_path: Path) -> None:
+    for i in range(50):
+        make(f"run-{i}", state=["finished", "running", "failed"][i % 3])
+    runs = overview.runs(tmp_path / "runs")
+    assert len(runs) == 50
+    started = time.perf_counter()
+    overview.newest_jobs(runs)
+    overview.render([overview.summarize(run, {}) for run in runs], 80)
+    assert time.perf_counter() - started < 0.3
+
+
+def test_a_local_run_from_its_start_to_its_sudden_death(tmp_path: Path) -> None:
+    process = start(*ENDLESS, "--name", "a", cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until((run / ".lock").exists)
+    wait_until(lambda: shown(tmp_path)["state"] == "running")
+    wait_until(lambda: steps_logged(run) > 10)
+    assert shown(tmp_path)["reason"] in ("", "starting")
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    assert status(run)["state"] == "running"
+    assert (shown(tmp_path)["state"], shown(tmp_path)["reason"]) == ("failed", "died without a word")
+
+
+def test_the_parent_of_several_processes_dies_and_so_do_they(tmp_path: Path) -> None:
+    process = start(*ENDLESS, "--name", "a", "--gpus", "2", cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) > 10)
+    assert shown(tmp_path)["state"] == "running"
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    wait_until(lambda: shown(tmp_path)["state"] == "cancelled", timeout_s=30)
+
+
+def shown(cwd: Path) -> dict[str, Any]:
+    """The only run, as scripts see it."""
+    (run,) = json.loads(done("status", "--json", cwd=cwd).out)
+    return dict(run)
+
+
+def test_one_run_in_detail(tmp_path: Path) -> None:
+    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=tmp_path)
+    done("sample", "1d/a", "--num-samples", "100", "--steps", "5", "--name", "few", cwd=tmp_path)
+    samples = tmp_path / "runs" / "1d" / "a" / "samples"
+    shutil.copytree(samples / "few", samples / "many")  # of which the second shard is not there yet
+    manifest = json.loads((samples / "many" / "manifest.json").read_text())
+    more = {"num_samples": 70_000, "complete": False}
+    (samples / "many" / "manifest.json").write_text(json.dumps({**manifest, **more}))
+    text = done("status", "1d/a", cwd=tmp_path).out
+    assert "runs/1d/a: finished" in text
+    assert "step 50 of 50" in text
+    assert "few: 100, complete" in text
+    assert "many: 70,000, 1 of 2 shards" in text
+    assert re.search(r"settings .*train.batch-size 64.*model.dim 16", text)
+    detail = json.loads(done("status", "1d", "--json", cwd=tmp_path).out)
+    assert detail["checkpoints"] == [50]
+    assert detail["samples"][1]["shards"] == 1
+
+
+def test_the_traceback_of_the_first_failure_is_shown(make: Callable[..., RunFolder], tmp_path: Path) -> None:
+    trace = "Traceback (most recent call last):\n  File x\nValueError: broken on purpose\n"
+    run = make("a", state="failed", failed_rank=2, traceback=trace)
+    text = done("status", run.path, cwd=tmp_path).out
+    assert "process 2 failed first" in text
+    assert text.count("broken on purpose") == 1
+    assert "  File x" in text
+
+
+def test_a_run_that_is_none(tmp_path: Path) -> None:
+    assert done("status", cwd=tmp_path).out == "There are no runs in runs.\n"
+    ended = launch("status", "1d/nothing", cwd=tmp_path)
+    assert ended.code == 2
+    assert "1d/nothing" in ended.err

@@ -1,0 +1,58 @@
+"""Sweeps: every point of the grid is trained once, and shown by its loss."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import sweep
+from tests.launching import TINY, done, launch, status
+
+GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=0,1")
+COMMAND = ("sweep", "1d", *TINY, "--train.steps", "30", "--name", "S", "--cluster", "local", *GRID)
+
+
+def test_a_grid_is_a_product() -> None:
+    assert sweep.points(["train.lr=1,2", "train.seed=0,1"]) == [
+        {"train.lr": "1", "train.seed": "0"},
+        {"train.lr": "1", "train.seed": "1"},
+        {"train.lr": "2", "train.seed": "0"},
+        {"train.lr": "2", "train.seed": "1"},
+    ]
+    assert sweep.arguments({"train.batch_size": "8", "data.means": "-1 1"}) == [
+        *("--train.batch-size", "8"),
+        *("--data.means", "-1", "1"),
+    ]
+
+
+@pytest.mark.parametrize("axis", ["train.lr", "train.lr=", "=1,2", "train.lr=1,,2"])
+def test_an_axis_that_is_none_is_refused(axis: str) -> None:
+    with pytest.raises(ValueError, match="--grid takes SETTING=VALUE"):
+        sweep.points([axis])
+
+
+def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) -> None:
+    done(*COMMAND, cwd=tmp_path)
+    runs = [tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(4)]
+    settings = [json.loads((run / "experiment.json").read_text())["train"] for run in runs]
+    assert [(s["lr"], s["seed"]) for s in settings] == [(1e-3, 0), (1e-3, 1), (4e-3, 0), (4e-3, 1)]
+    assert [status(run)["state"] for run in runs] == ["finished"] * 4
+    shown = json.loads(done("status", "S", "--json", cwd=tmp_path).out)
+    assert [entry["loss"] for entry in shown] == sorted(status(run)["loss"] for run in runs)
+    assert shown[0]["point"].keys() == {"train.lr", "train.seed"}
+    table = done("status", "S", cwd=tmp_path, COLUMNS="80").out
+    assert "train.lr" in table.splitlines()[0]
+    assert max(map(len, table.splitlines())) <= 80
+    (runs[2] / "status.json").write_text(json.dumps({**status(runs[2]), "state": "interrupted"}))
+    untouched = [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[2]]
+    done(*COMMAND, cwd=tmp_path)
+    assert status(runs[2])["state"] == "finished"
+    assert [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[2]] == untouched
+    assert "finished or on their way" in done(*COMMAND, cwd=tmp_path).out
+
+
+def test_a_wrong_value_in_the_grid_writes_nothing(tmp_path: Path) -> None:
+    ended = launch("sweep", "1d", "--name", "S", "--grid", "train.lr=1e-3,-1", cwd=tmp_path)
+    assert ended.code == 2
+    assert "train.lr must be positive and finite" in ended.err
+    assert list(tmp_path.iterdir()) == []

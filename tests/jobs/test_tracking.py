@@ -1,0 +1,271 @@
+"""Tracking: what wandb holds is what the run's files say, whatever happens to processes, servers and disks."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.dashboard import why_not_online
+from jobs.follower import Curves
+from jobs.training import LOSS_BANDS, band_sums
+from tests.launching import TINY, Finished, done, finish, interrupt, relatives, start, status, steps_logged, wait_until
+
+WANDB = Path(sys.executable).with_name("wandb")
+KEY = "0123456789" * 4
+OFFLINE = {"WANDB_MODE": "offline"}
+
+
+def segments(run: Path) -> list[list[dict[str, Any]]]:
+    """The records of each of the run's wandb files, oldest first, as wandb's own reader prints them."""
+    found = []
+    for folder in sorted(path for path in run.glob("wandb/*run-*") if not path.is_symlink()):
+        command = [WANDB, "leet", "inspect", "--json", folder]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found.append([json.loads(line) for line in printed.splitlines()])
+    return found
+
+
+def history(segment: list[dict[str, Any]], name: str) -> list[tuple[int, Any]]:
+    """(step, value) of all rows with this quantity, in order."""
+    items = [record["history"]["item"] for record in segment if record["type"] == "history"]
+    return [(item["step"], item[name]) for item in items if name in item]
+
+
+def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
+    """One id in all segments; every logged step is there, with the values of metrics.jsonl however often it is there.
+
+    Returns steps and losses of each segment.
+    """
+    found = segments(run)
+    ids = {record["run"]["run_id"] for segment in found for record in segment if record["type"] == "run"}
+    assert ids == {json.loads((run / "launch.json").read_text())["wandb_id"]}
+    lines = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
+    for name, key in (("train/loss", "loss"), ("train/gradient_norm", "grad_norm")):
+        rows = [row for segment in found for row in history(segment, name)]
+        assert {step for step, _ in rows} == lines.keys()
+        assert [row for row in rows if row[1] != lines[row[0]][key]] == []
+    return [history(segment, "train/loss") for segment in found]
+
+
+def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    command = ("train", "1d", *TINY, "--name", "a", "--train.steps", "3000", "--train.checkpoint-every", "500")
+    command += ("--train.batch-size", "1024")  # so that it lasts for some seconds
+    process = start(*command, cwd=tmp_path, **OFFLINE)
+    wait_until(lambda: (run / ".tracking.json").exists())
+    for pid in relatives(process):  # the node fails: the follower and wandb's own process die as well
+        os.kill(pid, signal.SIGKILL)
+    finish(process)
+    # Two requeues within wandb's flush interval, with signals that reach all processes of the job, as Slurm's do.
+    for restarts, kind in ((1, signal.SIGUSR2), (2, signal.SIGTERM)):
+        process = start(*command, cwd=tmp_path, **OFFLINE)
+        wait_until(lambda n=restarts: status(run)["restarts"] == n)
+        before = steps_logged(run)
+        wait_until(lambda n=before: steps_logged(run) >= n + 20)
+        for pid in relatives(process):
+            os.kill(pid, kind)
+        assert finish(process).code == 130
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    shutil.move(run, moved)
+    done("resume", moved, cwd=tmp_path, **OFFLINE)
+    curves = assert_one_curve(moved)
+    assert len(curves) >= 3
+    assert sum(map(len, curves)) > 3000  # so values logged twice have been compared
+    restarts = [row for segment in segments(moved) for row in history(segment, "run/restarts")]
+    assert sorted({count for _, count in restarts}) == [0, 1, 2, 3]
+    assert (moved / "figures" / "training.png").stat().st_size > 10_000
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """Knows no key."""
+
+    def do_POST(self) -> None:
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+class _Dying(_Refusing):
+    """Answers as far as a run needs to begin online; once its first values have come, never again."""
+
+    alive = True
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path.endswith("file_stream"):
+            type(self).alive = False
+        if not self.alive:
+            threading.Event().wait()
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        name = next(iter(re.findall(rb'"name":"(\\w+)"', asked)), b"").decode()
+        bucket = {"id": "r", "name": name, "displayName": name, "config": "{}", "project": project}
+        answers = {
+            b"upsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": True}},
+            b"RunResumeStatus": {"model": {**project, "bucket": None}},
+            b"viewer": {"viewer": {"id": "v", "entity": "e", "flags": "{}"}},
+        }
+        answer = next((answer for word, answer in answers.items() if word in asked), {})
+        content = json.dumps({"data": answer}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The address of a server on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """A server that accepts connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextmanager
+def absent() -> Iterator[str]:
+    """An address where nobody listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+    yield address
+
+
+def test_auto_is_offline_within_three_seconds_where_online_cannot_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with silent() as hanging:
+        assert "no key" in str(why_not_online(hanging))
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        started = time.monotonic()
+        assert "does not answer within 3 s" in str(why_not_online(hanging))
+        assert time.monotonic() - started < 3.5
+    with absent() as dead:
+        assert "does not answer" in str(why_not_online(dead))
+    with serving(_Refusing) as strict:
+        assert "does not accept the key" in str(why_not_online(strict))
+
+
+def test_a_server_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name")
+    env = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": KEY, "WANDB_MODE": ""}
+    with silent() as server:
+        started = {
+            mode: start(*command, mode, "--tracking.mode", mode, cwd=tmp_path, WANDB_BASE_URL=server, **env)
+            for mode in ("auto", "online")
+        }
+        for mode, process in started.items():
+            run = tmp_path / "runs" / "1d" / mode
+            wait_until(lambda run=run: steps_logged(run) >= 100)
+            wait_until(lambda run=run: len(list(run.glob("wandb/offline-run-*"))) == 1)
+            ended = interrupt(process, signal.SIGTERM)
+            assert ended.code == 130
+            said = [line for line in ended.out.splitlines() if "wandb" in line]
+            assert len(said) == 1, ended
+            assert f"wandb sync {run}/wandb/offline-run-*" in said[0]
+            assert_one_curve(run)
+
+
+def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--tracking.mode", "auto")
+    with serving(_Dying) as server:
+        env = {"WANDB_BASE_URL": server, "WANDB_API_KEY": KEY, "WANDB_MODE": ""}
+        process = start(*command, cwd=tmp_path, **env)
+        wait_until(lambda: not _Dying.alive)
+        lines = steps_logged(run)
+        wait_until(lambda: steps_logged(run) >= lines + 500)
+        began = time.monotonic()
+        ended = interrupt(process, signal.SIGTERM)
+        assert time.monotonic() - began < 30
+        assert ended.code == 130
+        assert status(run)["state"] == "cancelled"
+        (folder,) = (path for path in run.glob("wandb/run-*"))
+        assert f"wandb sync {folder}" in ended.out
+        assert_one_curve(run)
+        wait_until(lambda: relatives(process) == [])
+
+
+def test_a_full_disk_stops_tracking_and_not_the_training(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
+
+    def train_on(condition: Callable[[], bool], mode: str) -> Finished:
+        process = start(*command, cwd=tmp_path, WANDB_MODE=mode)
+        wait_until(condition)
+        return interrupt(process, signal.SIGTERM)
+
+    train_on(lambda: steps_logged(run) >= 5, "disabled")
+    disk = run / "wandb"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)
+    try:
+        lines = steps_logged(run) + 1000
+        ended = train_on(lambda: steps_logged(run) >= lines and shutil.disk_usage(disk).free == 0, "offline")
+        assert ended.code == 130
+        assert status(run)["state"] == "cancelled"
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+    # What got lost with that disk is known only to those who remember how far wandb had got.
+    (run / ".tracking.json").unlink(missing_ok=True)
+    ended = train_on(lambda: (run / ".tracking.json").exists(), "offline")
+    assert ended.code == 130
+    assert_one_curve(run)
+
+
+def test_the_dashboard_names_what_the_lines_say() -> None:
+    curves = Curves(timesteps=1000, loss_floor=0.25)
+    line = {"step": 10, "loss": 0.5, "lr": 0.1, "grad_norm": 2.0, "clipped": 1, "ema_decay": 0.9, "skipped": 0}
+    bands = {f"loss_t{i}": float(i) for i in range(4)}
+    skipped = {**line, **dict.fromkeys(bands), "loss": None, "clipped": 0, "skipped": 1}
+    curves.row({**line, **bands})
+    curves.row(skipped)
+    row = curves.row({**line, **bands})
+    assert row["train/excess_loss"] == row["train/exact_floor"] == 0.25
+    assert row["train/clipped_share"] == pytest.approx(2 / 3)
+    assert row["train/skipped_steps"] == 1
+    assert row["loss_by_timestep/0250-0499"] == 1.0
+    assert row["loss_by_timestep/0750-0999"] == 3.0
+
+
+def test_loss_by_timestep_is_the_mean_over_the_examples_of_each_band() -> None:
+    losses, t = torch.rand(100), torch.randint(0, 750, (100,))  # none in the last band
+    losses[0], t[0] = torch.nan, 10
+    sums, counts = band_sums(losses, t, 1000)
+    assert counts.sum() == 100
+    assert counts[-1] == 0
+    assert torch.isnan(sums[0])  # and in no other band
+    for band in range(1, LOSS_BANDS - 1):
+        inside = losses[(t >= 250 * band) & (t < 250 * (band + 1))]
+        assert float(sums[band]) == pytest.approx(float(inside.double().sum()), rel=1e-12)
+        assert counts[band] == len(inside)

@@ -1,0 +1,179 @@
+"""Arrays on a real Slurm: samples and sweeps, with tasks, merge jobs and nodes that die in the middle."""
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slurm.devcluster import DevCluster
+from tests.launching import TINY, Finished, done, launch, status, wait_until
+
+pytestmark = pytest.mark.slurm
+
+SAMPLE = ("sample", "1d/a", "--num-samples", "900000", "--sampler", "ddim", "--steps", "40")
+SLURM = ("--cluster", "slurm", "--device", "cpu", "--slurm.cpus-per-gpu", "1", "--slurm.time-min", "10")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a 1D run and its samples as one process here draws them."""
+    root = tmp_path_factory.mktemp("trained")
+    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", "--cluster", "local", cwd=root)
+    done(*SAMPLE, "--name", "here", "--cluster", "local", cwd=root)
+    return root
+
+
+@pytest.fixture
+def root(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return tmp_path
+
+
+@pytest.fixture
+def tidy(cluster: DevCluster) -> Iterator[DevCluster]:
+    """The shared cluster, on which no job is left afterwards."""
+    yield cluster
+    cluster.run("scancel", "--user", "root", "--full")
+    for name in cluster.nodes:
+        cluster.wait_for_node(name, "IDLE")
+
+
+def on_slurm(root: Path, cluster: DevCluster, *more: object) -> Finished:
+    ended = launch(*SAMPLE, *SLURM, "--gpus", 3, "--name", "there", *more, cwd=root, **cluster.env)
+    assert ended.code in (0, 1), ended
+    return ended
+
+
+def assert_same_samples(root: Path) -> None:
+    folder = root / "runs" / "1d" / "a" / "samples"
+    for path in sorted((folder / "here").iterdir()):
+        assert path.read_bytes() == (folder / "there" / path.name).read_bytes(), path.name
+
+
+def shards(root: Path) -> list[Path]:
+    return sorted((root / "runs" / "1d" / "a" / "samples" / "there").glob("shard-*.npy"))
+
+
+def job_ids(root: Path) -> list[str]:
+    ids: list[str] = json.loads((root / "runs" / "1d" / "a" / "launch.json").read_text())["sample_job_ids"]
+    return ids
+
+
+def elements(root: Path) -> list[int]:
+    """Processes of the array's running tasks."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes()
+            environment = (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        mine = str(root).encode() in command and b"submitit.core._submit" in command and b"srun" not in command[:20]
+        if mine and b"SLURM_ARRAY_TASK_ID=" in environment and b"SLURM_PROCID=" in environment:
+            found.append(int(folder.name))
+    return found
+
+
+def test_an_array_draws_what_one_process_here_draws(tidy: DevCluster, root: Path) -> None:
+    ended = on_slurm(root, tidy, "--wait")
+    assert ended.code == 0, ended
+    assert "MB of disk" in ended.out
+    assert "array of" in ended.out
+    assert_same_samples(root)
+    again = on_slurm(root, tidy)
+    assert "already" in again.out
+    assert len(job_ids(root)) == 2
+
+
+def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, root: Path) -> None:
+    on_slurm(root, tidy)
+    array, merge = job_ids(root)
+    wait_until(lambda: len(shards(root)) >= 1 and bool(elements(root)), timeout_s=120)
+    refused = launch(*SAMPLE, *SLURM, "--gpus", 3, "--name", "there", cwd=root, **tidy.env)
+    assert refused.code == 2
+    assert "being drawn already" in refused.err
+    tidy.run("scancel", merge)
+    os.kill(max(elements(root)), signal.SIGKILL)  # the youngest, which has drawn nothing yet
+    wait_until(lambda: array not in tidy.run("squeue", "--noheader", "--format=%F"), timeout_s=180)
+    kept = {path: path.stat().st_mtime_ns for path in shards(root)}
+    assert 1 <= len(kept) < 14
+    ended = on_slurm(root, tidy, "--wait")
+    assert ended.code == 0, ended
+    assert_same_samples(root)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_preempted_tasks_come_back_alone(tidy: DevCluster, root: Path) -> None:
+    on_slurm(root, tidy)
+    wait_until(lambda: len(shards(root)) >= 1, timeout_s=120)
+    urgent = tidy.submit("sleep 1", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
+    tidy.wait_for_job(urgent, "COMPLETED", timeout_s=90)
+    _, merge = job_ids(root)
+    tidy.wait_for_job(merge, "COMPLETED", timeout_s=240)
+    assert_same_samples(root)
+
+
+def test_a_dead_node_takes_only_its_own_tasks_along(tidy: DevCluster, root: Path) -> None:
+    on_slurm(root, tidy)
+    wait_until(lambda: len(shards(root)) >= 1 and bool(elements(root)), timeout_s=120)
+    busy = tidy.run("squeue", "--noheader", "--states=RUNNING", "--format=%N").split()
+    tidy.kill_node(busy[0])
+    try:
+        tidy.wait_for_node(busy[0], "DOWN", timeout_s=90)
+    finally:
+        tidy.start_node(busy[0])
+    _, merge = job_ids(root)
+    tidy.wait_for_job(merge, "COMPLETED", "FAILED", timeout_s=240)
+    ended = on_slurm(root, tidy, "--wait")
+    assert ended.code == 0, ended
+    assert_same_samples(root)
+
+
+def test_arrays_are_cut_where_slurm_allows_no_longer_ones(root: Path) -> None:
+    folder = tempfile.mkdtemp(prefix="devcluster-")
+    with DevCluster.start(folder, accounting=False, max_array_size=5, node_prefix="a") as small:
+        ended = on_slurm(root, small, "--wait")
+        assert ended.code == 0, ended
+        assert len(job_ids(root)) == 4  # 12 elements in arrays of 5, 5 and 2, and the merge job
+    assert_same_samples(root)
+
+
+def test_a_sweep_is_an_array_of_runs(tidy: DevCluster, tmp_path: Path) -> None:
+    command = (
+        "sweep",
+        "1d",
+        *TINY,
+        "--train.steps",
+        "40",
+        "--name",
+        "S",
+        "--grid",
+        "train.lr=1e-3,4e-3",
+        "train.seed=0,1",
+    )
+    ended = launch(*command, *SLURM, "--gpus", 2, "--slurm.gpus-per-node", 2, "--wait", cwd=tmp_path, **tidy.env)
+    assert ended.code == 0, ended
+    runs = [tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(4)]
+    assert [status(run)["state"] for run in runs] == ["finished"] * 4
+    ids = [json.loads((run / "launch.json").read_text())["job_ids"] for run in runs]
+    array = ids[0][0].split("_")[0]
+    assert ids == [[f"{array}_{i}"] for i in range(4)]
+    log = launch("logs", "1d/S-002", cwd=tmp_path, **tidy.env)
+    assert "Finished" in log.out
+    again = launch(*command, *SLURM, "--gpus", 2, "--slurm.gpus-per-node", 2, cwd=tmp_path, **tidy.env)
+    assert "finished or on their way" in again.out
+    shown = launch("status", "S", "--json", cwd=tmp_path, **tidy.env)
+    assert len(json.loads(shown.out)) == 4
+
+
+def test_the_drill_on_slurm(tidy: DevCluster, tmp_path: Path) -> None:
+    command = ("drill", *SLURM, "--gpus", 2, "--slurm.gpus-per-node", 2, "--steps", 400, "--kills", 2)
+    ended = launch(*command, cwd=tmp_path, **tidy.env)
+    assert ended.code == 0, ended
+    assert "Equal byte for byte" in ended.out
+    assert "scontrol requeue" in ended.out

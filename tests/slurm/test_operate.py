@@ -1,0 +1,256 @@
+"""`status`, `logs`, `cancel` and `doctor` on a real Slurm tell the truth, with and without accounting."""
+
+import json
+import os
+import platform
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.experiments import EXPERIMENTS, write
+from slurm import queue
+from slurm.devcluster import DevCluster
+from tests.launching import finish, start, status, wait_until
+from tests.slurm.test_survival import Site, state, task_pids
+
+pytestmark = pytest.mark.slurm
+
+ENDLESS = 1_000_000
+CPU = ("--device", "cpu", "--slurm.cpus-per-gpu", "1")
+
+
+@pytest.fixture(scope="module")
+def poor_cluster() -> Iterator[DevCluster]:
+    """No accounting, no requeueing unless asked for, SIGTERM alone before a preemption, and short arrays."""
+    folder = tempfile.mkdtemp(prefix="devcluster-")
+    options = {"accounting": False, "job_requeue": False, "user_signal": False, "max_array_size": 10}
+    with DevCluster.start(folder, node_prefix="u", **options) as cluster:
+        yield cluster
+
+
+def visit(cluster: DevCluster, root: Path) -> Iterator[Site]:
+    """Jobs end with the test."""
+    yield Site(root, cluster)
+    cluster.run("scancel", "--user", "root", "--full")
+    for name in cluster.nodes:
+        cluster.wait_for_node(name, "IDLE")
+
+
+@pytest.fixture
+def site(cluster: DevCluster, tmp_path: Path) -> Iterator[Site]:
+    yield from visit(cluster, tmp_path)
+
+
+@pytest.fixture
+def poor_site(poor_cluster: DevCluster, tmp_path: Path) -> Iterator[Site]:
+    yield from visit(poor_cluster, tmp_path)
+
+
+def shown(site: Site, run: Path) -> tuple[str, str]:
+    """(state, reason) of the run, as scripts see it."""
+    listed = site.launch("status", "--json")
+    assert listed.code == 0, listed
+    (entry,) = (entry for entry in json.loads(listed.out) if entry["run"] == f"1d/{run.name}")
+    return entry["state"], entry["reason"]
+
+
+def looked(site: Site, job_ids: list[str]) -> dict[str, queue.JobState]:
+    """What squeue says of the jobs of the test's cluster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SLURM_CONF", site.cluster.env["SLURM_CONF"])
+        return queue.look(job_ids)
+
+
+def findings(site: Site, *arguments: object) -> list[dict[str, str]]:
+    ended = site.launch("doctor", "--json", "--cluster", "slurm", *arguments)
+    found: list[dict[str, str]] = json.loads(ended.out)
+    assert ended.code == int(any(finding["level"] == "problem" for finding in found)), ended
+    assert all(finding["why"] and finding["cure"] for finding in found if finding["level"] != "ok")
+    return found
+
+
+def level(found: list[dict[str, Any]], words: str) -> str:
+    (finding,) = (finding for finding in found if words in finding["what"])
+    return str(finding["level"])
+
+
+def test_a_running_job_is_shown_and_cancelled_with_a_last_checkpoint(site: Site) -> None:
+    run = site.train("a", 2, steps=ENDLESS)
+    assert shown(site, run)[0] in ("queued", "running")
+    site.wait_for_step(run, 200)
+    assert shown(site, run) == ("running", "")
+    assert site.cluster.job(site.job_id(run))["NodeList"] in site.launch("status").out
+    site.cluster.restart_controller()
+    assert shown(site, run) == ("running", "")
+    cancelled = site.launch("cancel", run)
+    assert cancelled.code == 0, cancelled
+    assert f"runs/1d/a is cancelled; its last checkpoint is of step {status(run)['step']:,} of" in cancelled.out
+    assert shown(site, run) == ("cancelled", "")
+    assert site.cluster.wait_for_job(site.job_id(run), "CANCELLED")["Restarts"] == "0"
+    again = site.launch("cancel", run)
+    assert (again.code, again.err) == (2, "error: runs/1d/a is not running: it is cancelled\n")
+
+
+def test_a_waiting_job_is_shown_and_cancelled(site: Site) -> None:
+    site.cluster.wait_for_job(site.cluster.submit("sleep 100", "--nodes=2", "--exclusive"), "RUNNING")
+    run = site.train("a", 2)
+    wait_until(lambda: shown(site, run) == ("queued", "Resources"))
+    following = start("logs", run, "--follow", cwd=site.root, **site.cluster.env)
+    assert following.stderr is not None
+    assert "is not there yet; the run is queued" in following.stderr.readline()
+    cancelled = site.launch("cancel", run)
+    assert "is cancelled; it has no checkpoint" in cancelled.out
+    assert state(run) == "cancelled"
+    site.cluster.wait_for_job(site.job_id(run), "CANCELLED")
+    assert finish(following).code == 0
+
+
+def test_a_job_that_is_queued_again_is_shown_and_cancelled(site: Site) -> None:
+    run = site.train("a", 2, steps=ENDLESS)
+    site.wait_for_step(run, 100)
+    site.cluster.submit("sleep 100", "--nodes=2", "--exclusive", "--partition=high")  # keeps it waiting
+    wait_until(lambda: shown(site, run)[0] == "requeued")
+    assert site.launch("cancel", run).code == 0
+    site.cluster.wait_for_job(site.job_id(run), "CANCELLED")
+    assert shown(site, run) == ("cancelled", "")
+
+
+def test_an_array_and_the_job_that_merges_are_cancelled_together(site: Site) -> None:
+    run = site.train("a", 1, "--wait", steps=20)
+    sampling = ("sample", run, "--num-samples", 10_000_000, "--sampler", "ddpm", "--gpus", 2)
+    assert site.launch(*sampling, "--cluster", "slurm", *CPU).code == 0
+    job_ids = json.loads((run / "launch.json").read_text())["sample_job_ids"]
+    wait_until(lambda: any(job.phase == "running" for job in looked(site, job_ids).values()))
+    cancelled = site.launch("cancel", run)
+    assert cancelled.code == 0, cancelled
+    assert {job.state for job in looked(site, job_ids).values()} == {"CANCELLED"}
+    assert state(run) == "finished"
+    assert "CANCELLED" in site.launch("status", run).out
+
+
+def test_logs_follow_a_run_over_its_requeues(site: Site) -> None:
+    run = site.train("a", 2, steps=1000)
+    following = start("logs", run, "--follow", cwd=site.root, **site.cluster.env)
+    site.wait_for_step(run, 300)
+    site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+    site.finish(run)
+    ended = finish(following)
+    assert ended.code == 0
+    assert f"It is queued again as job {site.job_id(run)}" in ended.out
+    assert "Finished " in ended.out
+    assert ended.out == (run / "slurm" / f"{site.job_id(run)}_0_log.out").read_text()
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_job_that_is_killed_without_a_word(accounting: bool, request: pytest.FixtureRequest) -> None:
+    site: Site = request.getfixturevalue("site" if accounting else "poor_site")
+    run = site.train("a", 1, steps=ENDLESS)
+    site.wait_for_step(run, 100)
+    (pid,) = task_pids(run)
+    os.kill(pid, signal.SIGKILL)  # as the kernel does where memory runs out
+    site.cluster.wait_for_job(site.job_id(run), "FAILED")
+    assert state(run) == "running"
+    assert shown(site, run) == ("failed", "killed by SIGKILL")
+    assert site.launch("cancel", run).code == 2
+    # The same long after, when Slurm's controller has forgotten the job.
+    forgotten = {**json.loads((run / "launch.json").read_text()), "job_ids": ["1"]}
+    (run / "launch.json").write_text(json.dumps(forgotten))
+    assert shown(site, run) == ("failed", "died without a word")
+
+
+def test_the_accounting_remembers_what_the_controller_has_forgotten(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", site.cluster.env["SLURM_CONF"])
+    killed = site.cluster.submit("srun bash -c 'kill -9 $$'")
+    array = site.cluster.submit("exit $SLURM_ARRAY_TASK_ID", "--array=0-1")
+    late = site.cluster.submit("sleep 100")
+    site.cluster.wait_for_job(killed, "FAILED")
+    site.cluster.run("scancel", late)
+    expected = {killed: "FAILED", f"{array}_0": "COMPLETED", f"{array}_1": "FAILED", late: "CANCELLED"}
+    asked = {killed, array, late}
+    wait_until(lambda: {job: found.state for job, found in queue._recall(asked, 5).items()} == expected)
+    assert queue._recall(asked, 5)[killed].signal == queue.look(asked)[killed].signal == "SIGKILL"
+    assert {job: found.state for job, found in queue.look(asked).items()} == expected
+
+
+def test_a_node_that_is_gone(site: Site) -> None:
+    run = site.train("a", 1, steps=ENDLESS)
+    site.wait_for_step(run, 100)
+    node = site.cluster.job(site.job_id(run))["NodeList"]
+    site.cluster.kill_node(node)
+    try:
+        seen = {shown(site, run)[0]}
+        wait_until(lambda: seen.add(shown(site, run)[0]) or status(run)["restarts"] == 1, timeout_s=120)
+        assert {"requeued"} <= seen <= {"running", "requeued"}
+        cancelled = site.launch("cancel", run)
+        assert cancelled.code == 0
+        assert shown(site, run) == ("cancelled", ""), (cancelled, status(run), site.log(run))
+    finally:
+        site.cluster.start_node(node)
+
+
+def test_two_hundred_runs_are_shown_in_no_time(site: Site) -> None:
+    for i in range(200):
+        run = site.root / "runs" / "1d" / f"run-{i}"
+        run.mkdir(parents=True)
+        (run / "experiment.json").write_text(write("1d", EXPERIMENTS["1d"].preset))
+        (run / "launch.json").write_text(json.dumps({"job_ids": [str(i)], "host": platform.node()}))
+        died = {"state": "running", "step": i, "total": 200, "updated": "2026-01-01T00:00:00.000+00:00"}
+        (run / "status.json").write_text(json.dumps(died))
+    started = time.perf_counter()
+    listed = site.launch("status")
+    seconds = time.perf_counter() - started
+    print(f"status of 200 runs: {seconds:.2f} s")
+    assert listed.out.count("failed (died without a word)") == 200
+    assert seconds < 3
+
+
+def test_the_doctor_on_a_cluster_in_good_order(site: Site) -> None:
+    found = findings(site, *CPU, "--slurm.gpus-per-node", 4)
+    assert [finding for finding in found if finding["level"] == "problem"] == []
+    assert level(found, "accounting: sacct answers") == "ok"
+    assert level(found, "Slurm would take a job") == "ok"
+
+
+def test_the_doctor_on_a_cluster_with_faults(poor_site: Site) -> None:
+    found = findings(poor_site, *CPU)
+    assert level(found, "no accounting") == "warning"
+    assert level(found, "JobRequeue=0") == "warning"
+    assert level(found, "SIGTERM alone") == "warning"
+    assert level(found, "MaxArraySize=10") == "warning"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--slurm.partition", "nonsense"), "partition nonsense does not exist"),
+        (("--gpus", "4", "--slurm.gpus-per-node", "2", "--slurm.cpus-per-gpu", "8"), "CPUs of a node in low: 4"),
+        (("--gpus", "12", "--slurm.gpus-per-node", "4", "--slurm.cpus-per-gpu", "1"), "nodes of low that are up: 2"),
+        (("--slurm.account", "a", "--slurm.constraint", "a100"), "Slurm refuses the job"),
+        (("--slurm.time-min", "2", "--slurm.signal-delay-s", "120"), "not less than the time limit"),
+    ],
+)
+def test_the_doctor_on_a_profile_with_faults(flags: tuple[str, ...], words: str, poor_site: Site) -> None:
+    assert level(findings(poor_site, *CPU, *flags), words) == "problem"
+
+
+def test_the_doctor_submits_a_job_to_both_nodes(site: Site) -> None:
+    flags = (*CPU, "--submit", "--gpus", 4, "--slurm.gpus-per-node", 2)
+    found = findings(site, *flags)
+    assert level(found, "a job of 4 tasks ran on n1, n2") == "ok"
+    assert level(found, "the tasks reach each other") == "ok"
+    assert level(found, "all others see") == "ok"
+    assert list((site.root / "runs").iterdir()) == []
+
+
+def test_the_doctor_submits_a_job_that_finds_no_gpus(site: Site) -> None:
+    """The dev cluster's GPUs are pretended: Slurm gives them, torch cannot use them."""
+    flags = ("--submit", "--slurm.gpus-per-node", 4, "--slurm.cpus-per-gpu", 1, "--device", "cuda")
+    found = findings(site, *flags)
+    assert level(found, "task 0 on") == "problem"
