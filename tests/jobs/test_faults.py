@@ -89,6 +89,26 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
         subprocess.run(["umount", disk], check=True)
 
 
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", disk], check=True)
+    try:
+        done(*COMMAND, "--train.steps", "20", "--runs-dir", disk, cwd=tmp_path)
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        run = disk / "1d" / "a"
+        commands = [("resume", run, "--train.steps", "40"), ("sample", run), ("train", "1d"), ("drill",)]
+        for command in commands:
+            ended = launch(*command, "--runs-dir", disk, "--cluster", "local", cwd=tmp_path)
+            assert ended.code == 2, ended
+            assert "Read-only file system" in ended.err
+            assert "Traceback" not in ended.err
+        assert checkpoints.newest(run / "checkpoints", pytest.fail) == 20
+        assert "finished" in done("status", "--runs-dir", disk, cwd=tmp_path).out
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_a_superseded_run_stops_without_writing(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     process = start(*COMMAND, "--train.steps", "1000000", "--train.checkpoint-every", "100", cwd=tmp_path)
