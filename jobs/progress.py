@@ -39,7 +39,7 @@ class Progress:
             desc=label,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix} {elapsed}<{remaining}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} {elapsed}<{remaining}",
         )
         self._window = [(time.monotonic(), done)]
         self._said = time.monotonic()
