@@ -63,8 +63,7 @@ def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
 
 def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    command = ("train", "1d", *TINY, "--name", "a", "--train.steps", "3000", "--train.checkpoint-every", "500")
-    command += ("--train.batch-size", "1024")  # so that it lasts for some seconds
+    command = ("train", "1d", *TINY, "--name", "a", "--train.steps", "1000000", "--train.checkpoint-every", "500")
     process = start(*command, cwd=tmp_path, **OFFLINE)
     wait_until(lambda: (run / ".tracking.json").exists())
     for pid in relatives(process):  # the node fails: the follower and wandb's own process die as well
@@ -82,13 +81,32 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
     shutil.move(run, moved)
-    done("resume", moved, cwd=tmp_path, **OFFLINE)
+    process = start("resume", moved, cwd=tmp_path, **OFFLINE)
+    wait_until(lambda: status(moved)["restarts"] == 3 and steps_logged(moved) >= before + 500)
+    assert interrupt(process, signal.SIGTERM).code == 130
     curves = assert_one_curve(moved)
     assert len(curves) >= 3
-    assert sum(map(len, curves)) > 3000  # so values logged twice have been compared
+    assert sum(map(len, curves)) > steps_logged(moved)  # so values logged twice have been compared
     restarts = [row for segment in segments(moved) for row in history(segment, "run/restarts")]
     assert sorted({count for _, count in restarts}) == [0, 1, 2, 3]
     assert (moved / "figures" / "training.png").stat().st_size > 10_000
+
+
+def test_a_training_and_its_samples_are_one_group_with_pictures_and_artifacts(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    done("train", "1d", *TINY, "--train.steps", "30", "--name", "a", cwd=tmp_path, **OFFLINE)
+    done("sample", "1d/a", "--num-samples", "100000", "--sampler", "dpm++", "--name", "s", cwd=tmp_path, **OFFLINE)
+    training, samples = segments(run)
+    begun = [next(r["run"] for r in segment if r["type"] == "run") for segment in (training, samples)]
+    assert [record["job_type"] for record in begun] == ["train", "sample"]
+    assert {record["run_group"] for record in begun} == {"1d/a"}
+    assert begun[0]["config"]["update"]["train"]["batch-size"] == 64
+    assert len(history(training, "figures/samples._type")) == 1
+    assert history(samples, "sample/done")[-1] == (100_000, 1)
+    assert len(history(samples, "sample/grid._type")) == 1
+    for segment in (training, samples):
+        assert sum(record["type"] == "artifact" for record in segment) == 1
+        assert [record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] == [0]
 
 
 class _Refusing(BaseHTTPRequestHandler):
