@@ -16,7 +16,8 @@ STEPS = 1500
 SETTINGS: dict[str, tuple[str, ...]] = {
     "fp32": ("1d", *TINY, "--train.steps", str(STEPS), "--train.checkpoint-every", "400"),
     "bf16": (
-        *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--train.batch-size", "4"),
+        *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
+        *("--train.batch-size", "4", "--diffusion.timesteps", "50"),
         *(
             "--train.steps",
             "60",
