@@ -101,6 +101,15 @@ def relatives(process: "subprocess.Popen[str]") -> list[int]:
     return found
 
 
+def workers(process: "subprocess.Popen[str]") -> list[int]:
+    """Those of its relatives that do the work: not the ones that only look on, for wandb."""
+
+    def works(pid: int) -> bool:
+        return b"follower" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    return [pid for pid in relatives(process) if works(pid)]
+
+
 def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> Finished:
     process.send_signal(number)
     return finish(process)

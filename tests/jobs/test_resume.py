@@ -10,7 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import TINY, Finished, done, finish, launch, relatives, start, status, steps_logged, wait_until
+from tests.launching import (
+    TINY,
+    Finished,
+    done,
+    finish,
+    launch,
+    relatives,
+    start,
+    status,
+    steps_logged,
+    wait_until,
+    workers,
+)
 
 STEPS = 1500
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -69,7 +81,7 @@ def disturb(kind: str, root: Path, precision: str, processes: int, at_line: int,
     if kind == "kill -9":
         process.kill()
     elif kind == "crash":
-        victim = status(run)["pid"] if processes == 1 else random.Random(at_line).choice(relatives(process)[1:])
+        victim = status(run)["pid"] if processes == 1 else random.Random(at_line).choice(workers(process)[1:])
         os.kill(victim, signal.SIGKILL)
     else:
         process.send_signal(signal.Signals[kind])

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.launching import TINY, done, finish, launch, relatives, start, wait_until
+from tests.launching import TINY, done, finish, launch, relatives, start, wait_until, workers
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_a_killed_job_goes_on_with_what_is_missing(processes: int, root: Path) -
     where = ("--name", "killed", "--device", "cpu", "--gpus", processes)
     process = start(*command, *where, cwd=root)
     wait_until(lambda: len(list((folder / "killed").glob("shard-*.npy"))) >= 2)
-    victim = random.Random(processes).choice(relatives(process))
+    victim = random.Random(processes).choice(workers(process))
     os.kill(victim, signal.SIGKILL)
     assert finish(process).code != 0
     wait_until(lambda: not relatives(process))
