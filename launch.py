@@ -173,11 +173,22 @@ class TrainChanges:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingChanges:
+    """Tracking, which may change when a run is continued."""
+
+    mode: Annotated[Literal["auto", "online", "offline", "disabled"] | None, optional("MODE", "as it was")] = None
+    """auto, online, offline or disabled, as for train."""
+    samples_every: Annotated[int | None, optional("INT", "as it was")] = None
+    """Steps between pictures of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resume:
     """Continues a run, also a failed one, on other GPUs if asked."""
 
     run: Run
     train: TrainChanges = field(default_factory=TrainChanges)
+    tracking: TrackingChanges = field(default_factory=TrackingChanges)
     where: Annotated[Where, arg(name="")] = field(default_factory=Where)
 
     def __call__(self) -> int:
@@ -186,7 +197,8 @@ class Resume:
         changes = _given(self.train)
         if changes.get("steps", config.train.steps) < config.train.steps:
             raise ValueError(f"--train.steps may only be raised from {config.train.steps}; got {changes['steps']}")
-        return _train(run, experiment, replace(config, train=replace(config.train, **changes)), self.where)
+        train, tracking = replace(config.train, **changes), replace(config.tracking, **_given(self.tracking))
+        return _train(run, experiment, replace(config, train=train, tracking=tracking), self.where)
 
 
 @dataclass(frozen=True, kw_only=True)
