@@ -38,7 +38,7 @@ test: $(VENV)/ready
 	$(RUN) -m pytest
 
 slurm-test: $(VENV)/ready
-	$(RUN) -m pytest -m slurm
+	$(RUN) -m pytest -m "slurm and not soak"
 
 soak: $(VENV)/ready
 	$(RUN) -m pytest -m soak --timeout 0

@@ -90,6 +90,7 @@ def test_an_array_draws_what_one_process_here_draws(tidy: DevCluster, root: Path
     assert len(job_ids(root)) == 2
 
 
+@pytest.mark.soak
 def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, root: Path) -> None:
     on_slurm(root, tidy)
     array, merge = job_ids(root)
@@ -171,6 +172,7 @@ def test_a_sweep_is_an_array_of_runs(tidy: DevCluster, tmp_path: Path) -> None:
     assert len(json.loads(shown.out)) == 4
 
 
+@pytest.mark.soak
 def test_the_drill_on_slurm(tidy: DevCluster, tmp_path: Path) -> None:
     command = ("drill", *SLURM, "--gpus", 2, "--slurm.gpus-per-node", 2, "--steps", 400, "--kills", 2)
     ended = launch(*command, cwd=tmp_path, **tidy.env)

@@ -199,6 +199,7 @@ def test_a_run_longer_than_the_time_limit_goes_on_over_requeues(site: Site) -> N
     assert "on Slurm already" in cancelled.err
 
 
+@pytest.mark.soak
 def test_a_job_that_gets_nowhere_stops_and_says_so(site: Site) -> None:
     """Its time limit is as long as the time that it gets to save: USR2 may come before the first step."""
     always = ("--slurm.time-min", 1, "--slurm.signal-delay-s", 65)
