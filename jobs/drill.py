@@ -60,6 +60,9 @@ class Drill:
             time.sleep(0.002)
         at = last_step(run)
         disturb(process, run)
+        if run.read_status().get("state") == "finished":
+            say(f"  {name:<16} came too late: the training had reached its last step")
+            return
         kept = next(iter(checkpoints.steps(run.checkpoints)), 0)
         again = f"{at - kept} steps to do again" if at > kept else "nothing to do again"
         say(f"  {name:<16} at step {at:>6}   saved at step {kept}: {again}")

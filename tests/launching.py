@@ -52,7 +52,7 @@ def start(*arguments: object, cwd: Path, **env: str) -> "subprocess.Popen[str]":
     return process
 
 
-def finish(process: "subprocess.Popen[str]", timeout_s: float = 120) -> Finished:
+def finish(process: "subprocess.Popen[str]", timeout_s: float = 300) -> Finished:
     out, err = process.communicate(timeout=timeout_s)
     return Finished(process.returncode, out, err)
 

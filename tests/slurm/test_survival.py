@@ -199,13 +199,19 @@ def test_a_run_longer_than_the_time_limit_goes_on_over_requeues(site: Site) -> N
     assert "on Slurm already" in cancelled.err
 
 
-@pytest.mark.soak
 def test_a_job_that_gets_nowhere_stops_and_says_so(site: Site) -> None:
-    """Its time limit is as long as the time that it gets to save: USR2 may come before the first step."""
-    always = ("--slurm.time-min", 1, "--slurm.signal-delay-s", 65)
-    run = site.train("a", 2, *always, steps=60_000)
+    """The copy of the code that runs is told to make room before its first step, each time."""
+    run = site.train("a", 2, steps=60_000)
+    code = run / "code" / "jobs" / "train.py"
+    marker = "    experiment, config = run.read_experiment()\n"
+    text = code.read_text()
+    assert marker in text
+    code.write_text(
+        text.replace(marker, "    import os, signal\n    os.kill(os.getpid(), signal.SIGUSR2)\n" + marker, 1)
+    )
     site.wait_for_state(run, "failed", timeout_s=300)
     assert "no progress between two requeues" in status(run)["traceback"]
+    assert restarts(run) == 1
     site.cluster.wait_for_job(site.job_id(run), "FAILED")
 
 
