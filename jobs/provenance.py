@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-CODE = ("launch.py", "diffusion", "jobs", "slurm")
+CODE = ("launch.py", "commands", "diffusion", "jobs", "slurm")
 PACKAGES = ("torch", "torchvision", "numpy", "denoising-diffusion-pytorch", "accelerate", "submitit", "wandb")
 
 

@@ -1,0 +1,87 @@
+"""`doctor`."""
+
+import contextlib
+import json
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from commands.where import Where
+from diffusion.settings import MnistSettings
+from jobs import doctor, provenance, run_folder
+from jobs.doctor_job import DoctorJob
+from jobs.run_folder import RunFolder
+from slurm import doctor as slurm_doctor
+from slurm import queue
+from slurm.place import OnSlurm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor:
+    """Examines this machine or cluster before a job is lost to it: what is wrong, why it matters, what helps."""
+
+    submit: bool = False
+    """Submit a short job with the --gpus asked for, which tries out GPUs, network and the folder of runs."""
+    json: bool = False
+    """Print it for scripts."""
+    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+
+    def __call__(self) -> int:
+        findings = []
+        for finding in self._examine():
+            findings.append(finding)
+            if not self.json:
+                _show_finding(*finding)
+        if self.json:
+            print(json.dumps([finding._asdict() for finding in findings], indent=2))
+        return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+    def _examine(self) -> Iterator[doctor.Finding | slurm_doctor.Finding]:
+        on_slurm = self.where.on_slurm()
+        if self.submit and not on_slurm:
+            raise ValueError("--submit needs a Slurm that answers; there is none here")
+        run = RunFolder(self.where.runs_dir / f".doctor-{run_folder.new_name(self.where.runs_dir)}")
+        place = self.where.place(run)
+        job = DoctorJob(run.path, self.where.processes, "cpu" if self.where.device == "cpu" else "cuda")
+        yield from doctor.examine(self.where.runs_dir, Path(MnistSettings().root), is_shared=on_slurm)
+        if not isinstance(place, OnSlurm):
+            if not queue.has_slurm():
+                yield slurm_doctor.unreachable()
+            return
+        yield from slurm_doctor.examine(place, job)
+        if self.submit:
+            run.path.mkdir(parents=True)
+            provenance.save_code(run.code)
+            _submit_and_wait(place, job)
+            tried = list(job.findings())
+            yield from tried
+            if not any(finding.level == "problem" for finding in tried):
+                shutil.rmtree(run.path)
+
+
+def _submit_and_wait(place: OnSlurm, job: DoctorJob) -> None:
+    """Runs a job of a few minutes to its end; Ctrl-C cancels it."""
+    profile = replace(place.profile, time_min=min(10, place.profile.time_min), signal_delay_s=30)
+    with contextlib.redirect_stdout(sys.stderr):  # what is printed for scripts is JSON alone
+        job_id = replace(place, profile=profile).run(job)
+    try:
+        while queue.active([job_id]):
+            time.sleep(1)
+    except KeyboardInterrupt:
+        queue.cancel([job_id])
+        raise
+
+
+def _show_finding(level: str, what: str, why: str, cure: str) -> None:
+    width = shutil.get_terminal_size().columns
+    for label, text in ((level, what), ("  why", why), ("  cure", cure)):
+        if text:
+            print(textwrap.fill(f"{label:<9}{text}", width, subsequent_indent=" " * 9, break_on_hyphens=False))
+    sys.stdout.flush()

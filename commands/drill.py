@@ -1,0 +1,76 @@
+"""`drill`."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from commands.where import Where, given, show
+from jobs import drill, provenance, run_folder
+from jobs.run_folder import RunFolder
+from slurm import queue
+from slurm.place import Here, OnSlurm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drill:
+    """Trains twice, once stopped again and again, and shows that the results are equal byte for byte."""
+
+    kills: int = 4
+    """How often the second training is stopped: here by SIGKILL, SIGTERM, SIGUSR2 and Ctrl-C in turn; on Slurm by the
+    signal that precedes the time limit or a preemption, and by a requeue."""
+    steps: int = 400
+    """Steps of the training, a small 1D model."""
+    seed: int = 0
+    """Decides the moments."""
+    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+
+    def __call__(self) -> int:
+        if not 0 < self.kills < self.steps:
+            raise ValueError(f"--kills must lie between 1 and --steps - 1; got {self.kills} of {self.steps} steps")
+        folder = self.where.runs_dir.absolute() / "drill" / run_folder.new_name(self.where.runs_dir / "drill")
+        place = self.where.place(RunFolder(folder))
+        device = self.where.resolve_device(place)
+        command = self._command(folder, place, device)
+        if self.where.dry_run:
+            return show({"steps": self.steps, "kills": self.kills}, " ".join(map(str, command)))
+        folder.mkdir(parents=True)
+        print(f"Drill with {place.processes} process(es) on {device}; everything is kept in {folder}", flush=True)
+        by_slurm = {"USR2": drill.on_its_job(queue.warn), "scontrol requeue": drill.on_its_job(queue.requeue)}
+        disturbances = by_slurm if isinstance(place, OnSlurm) else drill.SIGNALS
+        start = drill.starter(list(map(str, command)), folder / "log.txt")
+        equal = drill.Drill(folder / "1d", start, disturbances, self.steps, self.kills, self.seed).run(print)
+        print("Equal byte for byte: checkpoints and metrics." if equal else "NOT EQUAL: please report this.")
+        return 0 if equal else 1
+
+    def _command(self, folder: Path, place: Here | OnSlurm, device: str) -> list[object]:
+        """The training, without its name."""
+        cluster = ["--cluster", "slurm", "--wait"] if isinstance(place, OnSlurm) else ["--cluster", "local"]
+        profile = ["--profile", self.where.profile] if self.where.profile is not None else []
+        changes = [(f"--slurm.{name.replace('_', '-')}", value) for name, value in given(self.where.slurm).items()]
+        return [
+            *(
+                sys.executable,
+                provenance.ROOT / "launch.py",
+                "train",
+                "1d",
+                "--runs-dir",
+                folder,
+                "--device",
+                device,
+                *cluster,
+                *profile,
+            ),
+            *(word for change in changes for word in change),
+            *("--gpus", place.processes, "--train.batch-size", 64 * place.processes, "--train.steps", self.steps),
+            *(
+                "--train.log-every",
+                1,
+                "--train.checkpoint-every",
+                max(1, self.steps // 8),
+                "--tracking.mode",
+                "disabled",
+            ),
+        ]

@@ -1,0 +1,84 @@
+"""`sample`."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from commands.where import Run, Where, optional, show
+from diffusion.settings import SAMPLER_STEPS, SamplerSettings
+from jobs import run_folder, samples
+from jobs.job import MergeJob, SampleJob
+from jobs.samples import Weights
+from slurm import queue
+from slurm.place import OnSlurm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Draws samples of a trained model; run again, draws what is missing."""
+
+    run: Run
+    num_samples: int = 64
+    """Samples in the set. A larger number extends a set that exists."""
+    seed: int = 0
+    """Sample i depends on the seed and i, not on the number of samples or processes."""
+    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    """ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M)."""
+    steps: Annotated[int | None, optional("INT", "50 for ddim, 25 for dpm++, all timesteps for ddpm")] = None
+    """Network evaluations for each sample."""
+    eta: float = 0.0
+    """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
+    weights: Weights = "ema"
+    """The moving average of the weights, or the weights themselves."""
+    checkpoint: Annotated[int | None, optional("STEP", "the newest")] = None
+    """Step of the checkpoint."""
+    name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
+    """Name of the set."""
+    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+
+    def __call__(self) -> int:
+        run = run_folder.find(self.run, self.where.runs_dir)
+        _, config = run.read_experiment()
+        steps = self.steps if self.steps is not None else SAMPLER_STEPS[self.sampler] or config.diffusion.timesteps
+        asked = samples.plan(
+            run,
+            num_samples=self.num_samples,
+            seed=self.seed,
+            sampler=SamplerSettings(sampler=self.sampler, steps=steps, eta=self.eta),
+            weights=self.weights,
+            checkpoint=self.checkpoint,
+            name=self.name,
+            say=print,
+        )
+        where = f"{run}/samples/{asked.name}"
+        if asked.is_complete():
+            print(f"{asked.num_samples:,} samples are in {where} already.")
+            return 0
+        place = self.where.place(run)
+        missing = tuple(asked.missing())
+        job = SampleJob(asked, missing, self.where.processes, self.where.resolve_device(place), merge=True)
+        # On Slurm an array; with more elements than GPUs, so that a slow or late one holds up less.
+        count = min(4 * self.where.processes, len(missing))
+        elements = [replace(job, shards=missing[i::count], processes=1, merge=False) for i in range(count)]
+        if self.where.dry_run:
+            what = place.describe(job)
+            if isinstance(place, OnSlurm):
+                what = replace(place, processes=1).describe_array(elements, place.processes, MergeJob(asked))
+            return show({**asdict(asked.settings), "num_samples": asked.num_samples}, what)
+        for job_id, state in queue.active(asked.job_ids()).items():
+            raise ValueError(f"{where} is being drawn already: job {job_id} is {state}")
+        asked.check_disk()
+        replace(place, processes=1).check(job)  # the elements of an array are one task each
+        print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
+        asked.write_manifest()
+        if isinstance(place, OnSlurm):
+            single, merge = replace(place, processes=1), MergeJob(asked)
+            job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
+            if self.where.wait:
+                place.wait(job_ids)
+            return 0 if not self.where.wait or asked.is_complete() else 1
+        code = place.run(job)
+        if code == 0:
+            print(f"{asked.num_samples:,} samples are in {where}: samples.npz, grid.png.")
+        return code

@@ -1,0 +1,75 @@
+"""`sweep`."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, Union
+
+import tyro
+from tyro.conf import arg
+
+from commands.train import check_batch, check_same_settings, choice, create, is_finished, run_training
+from commands.where import Where, show
+from jobs import run_folder, sweep
+from jobs.experiments import EXPERIMENTS
+from jobs.job import TrainJob, submit_runs
+from jobs.run_folder import RunFolder
+from slurm import queue
+from slurm.place import Here, OnSlurm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Trains a grid of settings, each point a run of its own; run again, trains what is not finished."""
+
+    chosen: Annotated[Any, arg(name="", constructor=Union[tuple(map(choice, EXPERIMENTS))])]  # noqa: UP007
+    """Which experiment, and the settings that all points share."""
+    name: Annotated[str, arg(metavar="NAME")]
+    """Name of the sweep; its runs are called NAME-000, NAME-001, ..."""
+    grid: Annotated[tuple[str, ...], arg(metavar="SETTING=VALUE,VALUE,...")]
+    """Settings and their values, such as train.lr=1e-3,2e-3 train.seed=0,1: all combinations."""
+    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+
+    def __call__(self) -> int:
+        experiment, base = self.chosen.experiment, self.chosen.config.absolute()
+        folder = self.where.runs_dir / experiment
+        place = self.where.place(RunFolder(folder / run_folder.check_name(self.name)))
+        device = self.where.resolve_device(place)
+        jobs = []
+        for i, point in enumerate(sweep.points(self.grid)):
+            config = tyro.cli(type(base), default=base, args=sweep.arguments(point), prog="--grid")
+            check_batch(config, self.where.processes)
+            run = RunFolder(folder / sweep.run_name(self.name, i))
+            if run.exists():
+                check_same_settings(run, experiment, config)
+            if not is_finished(run, config) and not queue.active(run.read_launch().get("job_ids", [])):
+                jobs.append((TrainJob(run.path, self.where.processes, device), config, point))
+        if not jobs:
+            print(f"All runs of {self.name} are finished or on their way: `status {self.name}`.")
+            return 0
+        if self.where.dry_run:
+            for job, _, point in jobs:
+                print(f"{job.run.name}: {' '.join(sweep.arguments(point))}")
+            what = place.describe(jobs[0][0])
+            if isinstance(place, OnSlurm):
+                what = place.describe_array([job for job, _, _ in jobs])
+            return show({"experiment": experiment, **asdict(base)}, what)
+        place.check(jobs[0][0])
+        base.prepare(print)
+        for job, config, point in jobs:
+            resources = {"processes": job.processes, "device": device}
+            facts = {"resources": resources, "sweep": self.name, "point": point}
+            create(RunFolder(job.run), experiment, config, facts)
+        if isinstance(place, Here):
+            codes = []
+            for job, config, _ in jobs:
+                codes.append(run_training(RunFolder(job.run), experiment, config, self.where))
+                if codes[-1] == 130:  # whoever interrupts one run means the sweep
+                    break
+            return max(codes)
+        place = replace(place, code=RunFolder(jobs[0][0].run).code)
+        job_ids = place.run_array(
+            [job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit)
+        )
+        if self.where.wait:
+            place.wait(job_ids)
+        finished = all(RunFolder(job.run).read_status().get("state") == "finished" for job, _, _ in jobs)
+        return 0 if not self.where.wait or finished else 1

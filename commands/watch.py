@@ -1,0 +1,102 @@
+"""`status`, `logs` and `cancel`."""
+
+import json
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from commands.where import Run
+from jobs import detail, logs, overview, run_folder, sweep
+from jobs.cancel import cancel
+from slurm import queue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """Shows all runs, one of them in detail, or a sweep's runs by their loss."""
+
+    run: Annotated[
+        Positional[str | None], arg(metavar="[RUN]", help="A run or a sweep; without it all runs are shown.")
+    ] = None
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+    json: bool = False
+    """Print it for scripts."""
+
+    def __call__(self) -> int:
+        width = shutil.get_terminal_size().columns
+        named = self.run is not None and not Path(self.run).is_dir()  # an existing folder is a run
+        points = sweep.runs_of(str(self.run), self.runs_dir) if named else []
+        if points:
+            entries = sweep.by_loss(points, _ask_slurm(overview.newest_jobs(points)))
+            print(json.dumps(entries, indent=2) if self.json else sweep.render(entries, width))
+            return 0
+        if self.run is not None:
+            run = run_folder.find(self.run, self.runs_dir)
+            shown = detail.describe(run, _ask_slurm(detail.all_jobs(run)))
+            print(json.dumps(shown, indent=2) if self.json else detail.render(shown, width))
+            return 0
+        runs = overview.runs(self.runs_dir)
+        jobs = _ask_slurm(overview.newest_jobs(runs))
+        found = overview.by_last_update(overview.summarize(run, jobs) for run in runs)
+        if self.json:
+            print(json.dumps([asdict(entry) for entry in found], indent=2))
+        else:
+            print(overview.render(found, width) if found else f"There are no runs in {self.runs_dir}.")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logs:
+    """Shows what a run has printed."""
+
+    run: Run
+    follow: bool = False
+    """Go on until the run has ended."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+
+    def __call__(self) -> int:
+        run = run_folder.find(self.run, self.runs_dir)
+        if not self.follow:
+            _say_aside(logs.title(run))
+            print(logs.read(run), end="")
+            return 0
+
+        def is_alive() -> bool:
+            return overview.is_alive(run, _ask_slurm(overview.newest_jobs([run])))
+
+        for text in logs.follow(run, is_alive, _say_aside):
+            print(text, end="", flush=True)
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cancel:
+    """Ends a run for good, with a last checkpoint."""
+
+    run: Run
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+
+    def __call__(self) -> int:
+        cancel(run_folder.find(self.run, self.runs_dir), queue.active, queue.cancel, print)
+        return 0
+
+
+def _ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
+    """What Slurm says of the jobs; None, and a warning, if it does not answer."""
+    try:
+        return queue.look(job_ids)
+    except RuntimeError as error:
+        _say_aside(f"warning: {error}")
+        return None
+
+
+def _say_aside(text: str) -> None:
+    """To people, not into the pipe."""
+    print(text, file=sys.stderr, flush=True)
