@@ -7,7 +7,7 @@ from tyro.conf import arg
 
 from commands.where import Run, Where, optional, show
 from diffusion.settings import SAMPLER_STEPS, SamplerSettings
-from jobs import run_folder, samples
+from jobs import ownership, run_folder, samples
 from jobs.job import MergeJob, SampleJob
 from jobs.samples import Weights
 from slurm import queue
@@ -78,7 +78,8 @@ class Sample:
             if self.where.wait:
                 place.wait(job_ids)
             return 0 if not self.where.wait or asked.is_complete() else 1
-        code = place.run(job)
+        with ownership.held(run.samples) as descriptor:
+            code = place.run(job, keep_open=descriptor)
         if code == 0:
             print(f"{asked.num_samples:,} samples are in {where}: samples.npz, grid.png.")
         return code

@@ -85,10 +85,13 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     status, launch = read_status(run), read_launch(run)
     job_id = _newest_job(launch)
     job = jobs.get(job_id) if jobs is not None and job_id is not None else None
+    host = launch.get("host")
+    if status.get("on_slurm") is False and status["state"] != "queued":  # whatever jobs it had before
+        host, job = status["host"], job if job is not None and job.phase != "ended" else None
     if ownership.is_locked(run.path):
         state, reason = _judge_held(status)
     else:
-        state, reason = _judge(status, job, launch.get("host"), is_known=job_id is None or jobs is not None)
+        state, reason = _judge(status, job, host, is_known=job_id is None or jobs is not None)
     alive = state == "running"
     return Overview(
         run=f"{run.path.parent.name}/{run.path.name}",

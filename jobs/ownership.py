@@ -31,6 +31,17 @@ def locked(run: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[int]:
+    """Makes this process one of the folder's `holders`, of which there may be many; yields the file descriptor."""
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def _try_lock(descriptor: int) -> bool:
     for _ in range(2):
         try:
@@ -58,7 +69,7 @@ def is_locked(run: Path) -> bool:
 
 
 def holders(run: Path) -> list[int]:
-    """The processes of this machine that hold the lock of a locked folder, without those that one of them started."""
+    """The processes of this machine that have the folder locked or held, without those that one of them started."""
     lock = str(run.resolve() / ".lock")
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):

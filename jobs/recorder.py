@@ -52,12 +52,18 @@ class RunRecorder(NullRecorder):
     """Checkpoints, metrics, timing, heartbeat and progress of a run."""
 
     def __init__(
-        self, run: RunFolder, training: Training, owner: Ownership, console: Console, facts: dict[str, Any]
+        self,
+        run: RunFolder,
+        training: Training,
+        owner: Ownership,
+        console: Console,
+        on_slurm: bool,
+        facts: dict[str, Any],
     ) -> None:
         settings = training.settings
         self._run, self._training, self._console, self._facts = run, training, console, facts
         self._owner = owner
-        self._status = Status(run, owner, settings.steps)
+        self._status = Status(run, owner, settings.steps, on_slurm)
         keep = settings.keep_checkpoints
         self._writer = checkpoints.Writer(run.checkpoints, keep, training.step, owner.check, console.say)
         self._metrics = Metrics(run.metrics, training.step)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,7 +90,7 @@ def append_timing(run: RunFolder, values: dict[str, Any]) -> None:
 class Status:
     """status.json, the heartbeat."""
 
-    def __init__(self, run: RunFolder, owner: Ownership, total: int) -> None:
+    def __init__(self, run: RunFolder, owner: Ownership, total: int, on_slurm: bool) -> None:
         self._run, self._owner = run, owner
         self._beat = -HEARTBEAT_S
         previous = run.read_status()
@@ -103,7 +104,9 @@ class Status:
             "updated": None,
             "restarts": previous.get("restarts", -1) + 1,
             "requeued_at": previous.get("requeued_at"),
+            "host": platform.node(),
             "pid": os.getpid(),
+            "on_slurm": on_slurm,
         }
 
     def beat(self, **values: Any) -> None:

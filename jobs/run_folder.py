@@ -28,6 +28,7 @@ class RunFolder:
         self.status = self.path / "status.json"
         self.log = self.path / "log.txt"
         self.figures = self.path / "figures"
+        self.samples = self.path / "samples"
         self.code = self.path / "code"
 
     def __str__(self) -> str:
@@ -37,9 +38,6 @@ class RunFolder:
 
     def exists(self) -> bool:
         return (self.path / "experiment.json").is_file()
-
-    def samples(self, name: str) -> Path:
-        return self.path / "samples" / name
 
     def create(
         self, experiment: str, config: ExperimentConfig, launch: dict[str, Any], save_code: Callable[[Path], None]

@@ -22,7 +22,7 @@ class SampleFollower:
     """What is done with the files, a look at a time."""
 
     def __init__(self, run: RunFolder, name: str) -> None:
-        self._run, self._folder, self._sent = run, run.samples(name), 0
+        self._run, self._folder, self._sent = run, run.samples / name, 0
         manifest = self._manifest()
         self._shard_size = manifest["shard_size"]
         experiment, config = run.read_experiment()

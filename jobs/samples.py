@@ -96,7 +96,7 @@ class SampleSet:
 
     @property
     def folder(self) -> Path:
-        return self.run / "samples" / self.name
+        return RunFolder(self.run).samples / self.name
 
     @property
     def num_shards(self) -> int:

@@ -36,7 +36,8 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     if world.rank == 0:
         advise(training, EXPERIMENTS[experiment].cpu_advice, console)
         facts = {"processes": processes, "device": str(world.device), "precision": world.precision}
-        recorder = RunRecorder(run, training, owner, console, {**facts, "threads": torch.get_num_threads()})
+        facts["threads"] = torch.get_num_threads()
+        recorder = RunRecorder(run, training, owner, console, requeue is not None, facts)
     try:
         recorder.start()
         reason = run_steps(training, recorder, signals)

@@ -48,6 +48,20 @@ def test_a_run_that_is_being_started_is_cancelled_too(tmp_path: Path) -> None:
     assert ownership.holders(run) == []
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sampling_is_cancelled(processes: int, tmp_path: Path) -> None:
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path)
+    huge = ("sample", "1d/a", "--num-samples", "100000000", "--device", "cpu", "--gpus", processes, "--name", "s")
+    sampling = start(*huge, cwd=tmp_path)
+    samples = tmp_path / "runs" / "1d" / "a" / "samples"
+    wait_until(lambda: any(samples.glob("s/shard-*.npy")))
+    ended = done("cancel", "1d/a", cwd=tmp_path)
+    assert f"Ending process {sampling.pid}." in ended.out
+    assert "runs/1d/a is finished" in ended.out
+    assert finish(sampling).code == 130
+    wait_until(lambda: relatives(sampling) == [])
+
+
 def test_a_run_that_is_not_running(tmp_path: Path) -> None:
     done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path)
     ended = launch("cancel", "1d/a", cwd=tmp_path)

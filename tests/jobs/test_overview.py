@@ -104,6 +104,15 @@ def test_a_run_of_another_machine_lives_as_long_as_its_heart_beats(make: Callabl
         assert seen(run)[0] == state
 
 
+def test_a_run_that_went_on_without_slurm_is_not_judged_by_the_job_that_it_had(make: Callable[..., RunFolder]) -> None:
+    here = {"on_slurm": False, "host": os.uname().nodename}
+    old = {"17": JobState("CANCELLED")}
+    assert seen(make("a", jobs=("17",), state="running", **here), old) == ("failed", "died without a word")
+    assert seen(make("b", jobs=("17",), state="queued", **here), old) == ("cancelled", "")  # it is back on Slurm
+    there = {"on_slurm": False, "host": "elsewhere"}
+    assert seen(make("c", age_s=5, jobs=("17",), state="running", **there), old) == ("running", "on elsewhere")
+
+
 def test_a_damaged_status_file_spoils_one_line_and_not_the_table(make: Callable[..., RunFolder]) -> None:
     make("good", state="finished")
     bad = make("bad", state="running")
