@@ -10,6 +10,7 @@ from tyro.conf import CascadeSubcommandArgs, subcommand
 
 from commands.doctor import Doctor
 from commands.drill import Drill
+from commands.evaluate import Evaluate
 from commands.sample import Sample
 from commands.sweep import Sweep
 from commands.train import Resume, Train
@@ -22,6 +23,7 @@ def main() -> int:
     commands = Union[  # noqa: UP007
         Annotated[Train, subcommand("train")],
         Annotated[Sample, subcommand("sample")],
+        Annotated[Evaluate, subcommand("evaluate")],
         Annotated[Resume, subcommand("resume")],
         Annotated[Status, subcommand("status")],
         Annotated[Logs, subcommand("logs")],

@@ -51,6 +51,21 @@ class Mixture:
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (low + high) / 2
 
+    def partial_mean(self, x: Tensor) -> Tensor:
+        """E[x_0; x_0 <= x], the integral of the quantile function from 0 to F_0(x)."""
+        z = (x[..., None] - self.means) / self.stds
+        density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+        return (self.weights * (self.means * torch.special.ndtr(z) - self.stds * density)).sum(-1)
+
+    def responsibilities(self, x: Tensor) -> Tensor:
+        """The probability that x [...] comes from each component, [..., K]; its mean over p_0 is `weights`."""
+        return self._log_joint(x, torch.tensor(1.0)).softmax(-1)
+
+    def entropy(self) -> float:
+        """-E log p_0(x) in nats, by quadrature."""
+        x, weight = self.quadrature(torch.ones(1, dtype=torch.float64), 20_001)
+        return -float((weight * self._log_joint(x, torch.tensor(1.0)).logsumexp(-1)).sum())
+
     def sample(self, uniforms: Tensor, normals: Tensor) -> Tensor:
         """Draws [n] from p_0, given [n] uniforms on [0, 1), which choose the component, and [n] standard normals."""
         k = torch.searchsorted(self.weights.cumsum(0)[:-1], uniforms.double(), right=True)

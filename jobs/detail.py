@@ -14,9 +14,9 @@ from jobs.run_folder import RunFolder
 
 
 def all_jobs(run: RunFolder) -> list[str]:
-    """Ids of all jobs of the run: of its training, and the arrays and merges of its samples."""
+    """Ids of all jobs of the run: of its training, and the arrays and merges of its samples and evaluations."""
     launch = overview.read_launch(run)
-    return [*launch.get("job_ids", []), *launch.get("sample_job_ids", [])]
+    return [job_id for key in ("job_ids", "sample_job_ids", "evaluate_job_ids") for job_id in launch.get(key, [])]
 
 
 def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, Any]:
@@ -29,6 +29,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
         "samples": [_samples(path.parent) for path in sorted(run.path.glob("samples/*/manifest.json"))],
         "jobs": {job_id: _job(job_id, jobs) for job_id in launch.get("job_ids", [])},
         "sample_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("sample_job_ids", [])},
+        "evaluate_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("evaluate_job_ids", [])},
         "failed_rank": status.get("failed_rank"),
         "traceback": status.get("traceback"),
     }
@@ -45,7 +46,7 @@ def render(detail: dict[str, Any], width: int) -> str:
     for entry in detail["samples"]:
         state = "complete" if entry["complete"] else f"{entry['shards']} of {entry['num_shards']} shards"
         lines += _line("samples", f"{entry['name']}: {entry['num_samples']:,}", state)
-    for label, key in (("job", "jobs"), ("sampling", "sample_jobs")):
+    for label, key in (("job", "jobs"), ("sampling", "sample_jobs"), ("evaluation", "evaluate_jobs")):
         for job_id, state in detail[key].items():
             lines += _line(label, f"{job_id} {state}")
     if failed:

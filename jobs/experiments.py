@@ -1,13 +1,22 @@
 """The table of experiments: settings of each, presets, and how to build them. Importable without torch."""
 
 import dataclasses
+import hashlib
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
-from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings, MnistSettings, UnetSettings
+from diffusion.settings import (
+    DiffusionSettings,
+    MixtureSettings,
+    MlpSettings,
+    MnistSettings,
+    SamplerSettings,
+    UnetSettings,
+)
 from jobs import mnist_files
 from jobs.settings import TrackingSettings, TrainSettings
 
@@ -15,7 +24,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from diffusion.model import Experiment
+    from diffusion.evaluation import Evaluator
+    from diffusion.gaussian1d import Gaussian1d
+    from diffusion.mnist import Mnist
+    from diffusion.model import DiffusionModel
 
 Say = Callable[[str], None]
 
@@ -37,11 +49,24 @@ class Gaussian1dConfig:
     def prepare(self, say: Say) -> None:
         """The data are drawn, there is nothing to fetch."""
 
-    def build(self) -> "Experiment":
+    def build(self) -> "Gaussian1d":
         """The experiment itself; imports torch."""
         from diffusion.gaussian1d import Gaussian1d
 
         return Gaussian1d(self.data, self.model, self.diffusion)
+
+    def evaluation_sha256(self) -> dict[str, str]:
+        """What an evaluation rests on besides samples and weights: here the mixture."""
+        mixture = json.dumps(dataclasses.asdict(self.data), sort_keys=True)
+        return {"data": hashlib.sha256(mixture.encode()).hexdigest()}
+
+    def evaluator(
+        self, samples: "NDArray[Any]", model: "DiffusionModel | None", sampler: SamplerSettings, seed: int
+    ) -> "Evaluator":
+        """The evaluation of samples; without the model that drew them, what they tell alone."""
+        from diffusion.evaluate_1d import Evaluator1d
+
+        return Evaluator1d(self.build(), samples, model, sampler, seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +87,7 @@ class MnistConfig:
         """Fetches what is missing of the data; raises ValueError when they are wrong or cannot be had."""
         mnist_files.fetch(Path(self.data.root), say=say)
 
-    def build(self) -> "Experiment":
+    def build(self) -> "Mnist":
         """The experiment itself; imports torch."""
         from diffusion.mnist import Mnist
 
@@ -86,10 +111,18 @@ class Entry:
     """Samples that go through the network together. A constant: they depend on it in the last bits."""
     shard_size: int
     """Samples in one file, a multiple of sub_batch_size."""
-    bytes_per_sample: int
-    """In a file."""
+    sample_dtype: str
+    """Of samples in files."""
+    sample_shape: tuple[int, ...]
+    """Of one sample in files."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
+
+    @property
+    def bytes_per_sample(self) -> int:
+        """In a file."""
+        size = {"float32": 4, "uint8": 1}[self.sample_dtype]
+        return size * math.prod(self.sample_shape)
 
 
 EXPERIMENTS: dict[str, Entry] = {
@@ -98,7 +131,8 @@ EXPERIMENTS: dict[str, Entry] = {
         help="an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop",
         sub_batch_size=4096,
         shard_size=65536,
-        bytes_per_sample=4,
+        sample_dtype="float32",
+        sample_shape=(),
     ),
     "mnist": Entry(
         preset=MnistConfig(
@@ -107,7 +141,8 @@ EXPERIMENTS: dict[str, Entry] = {
         help="a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs",
         sub_batch_size=256,
         shard_size=1024,
-        bytes_per_sample=784,
+        sample_dtype="uint8",
+        sample_shape=(28, 28, 1),
         cpu_advice="mnist is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on this "
         "CPU. `python launch.py train mnist-small` draws recognisable digits after a few minutes.",
     ),
@@ -119,7 +154,8 @@ EXPERIMENTS: dict[str, Entry] = {
         help="a DDPM on MNIST that trains in minutes on a CPU",
         sub_batch_size=64,
         shard_size=256,
-        bytes_per_sample=784,
+        sample_dtype="uint8",
+        sample_shape=(28, 28, 1),
     ),
 }
 

@@ -50,9 +50,9 @@ class TrainJob:
             except Superseded as error:
                 print(error, file=sys.stderr)
             except JobError as error:
-                self.failed(_rank(), str(error))
+                self.failed(process_rank(), str(error))
             except Exception:
-                self.failed(_rank(), traceback.format_exc())
+                self.failed(process_rank(), traceback.format_exc())
         return 1
 
     def failed(self, rank: int, trace: str) -> None:
@@ -105,27 +105,19 @@ class SampleJob:
             try:
                 from jobs.sample import Stopped, merge, sample
 
-                mine = self.shards[_rank() :: self.processes]
-                with following(self.samples, _rank() == 0 and (self.merge or 0 in mine), print):
+                mine = self.shards[process_rank() :: self.processes]
+                with following(self.samples, process_rank() == 0 and (self.merge or 0 in mine), print):
                     try:
-                        sample(self.samples, mine, self.device, signals, show_progress=_rank() == 0)
+                        sample(self.samples, mine, self.device, signals, show_progress=process_rank() == 0)
                     except Stopped:
-                        return self._stopped(signals.requested, requeue)
+                        return stopped(signals.requested, requeue)
                     # Two processes that end together merge twice, into the same bytes.
                     if self.merge and not self.samples.missing() and not self.samples.is_complete():
                         merge(self.samples)
                 return 0
             except Exception:
-                self.failed(_rank(), traceback.format_exc())
+                self.failed(process_rank(), traceback.format_exc())
         return 1
-
-    def _stopped(self, reason: Stop, requeue: Requeue | None) -> int:
-        if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
-            print(f"Stopped; queued again as job {job_id}.", flush=True)
-            return 0
-        if _rank() == 0:
-            print("Stopped; the same command goes on from here.", file=sys.stderr, flush=True)
-        return 130
 
     def failed(self, rank: int, trace: str) -> None:
         print(trace, file=sys.stderr, flush=True)
@@ -170,5 +162,16 @@ def _submitted(samples: "SampleSet", submit: Callable[[], str]) -> str:
     return job_id
 
 
-def _rank() -> int:
+def stopped(reason: Stop, requeue: Requeue | None) -> int:
+    """Ends a job whose processes do not need each other, after a signal; returns the exit code."""
+    if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
+        print(f"Stopped; queued again as job {job_id}.", flush=True)
+        return 0
+    if process_rank() == 0:
+        print("Stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+    return 130
+
+
+def process_rank() -> int:
+    """Which process of the job this is."""
     return int(os.environ.get("RANK", "0"))

@@ -51,15 +51,12 @@ class SampleFollower:
         self._sent = len(times)
 
     def end(self) -> None:
-        """Passes on the rest: pictures and metrics of a complete set."""
+        """Passes on the rest: pictures of a complete set."""
         self.look()
         manifest = self._manifest()
         if manifest["complete"]:
             pictures = {f"sample/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
             self._dashboard.show(manifest["num_samples"], pictures)
-            metrics = self._folder / "metrics.json"
-            if metrics.exists():
-                self._dashboard.log(manifest["num_samples"], _flat(json.loads(metrics.read_text()), "evaluate"))
             self._dashboard.keep(
                 f"{self._run.path.name}-samples",
                 "samples",
@@ -71,17 +68,6 @@ class SampleFollower:
 
     def _manifest(self) -> dict[str, Any]:
         return dict(json.loads((self._folder / "manifest.json").read_text()))
-
-
-def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """The numbers in nested objects, by their path."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}/{key}"))
-        elif isinstance(value, int | float):
-            flat[f"{prefix}/{key}"] = value
-    return flat
 
 
 def main() -> None:

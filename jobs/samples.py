@@ -5,7 +5,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +79,19 @@ def plan(
     )
     found.check_existing()
     return found
+
+
+def read(run: RunFolder, name: str) -> "SampleSet":
+    """The set that the run has under this name; raises ValueError if its manifest cannot be read."""
+    experiment, _ = run.read_experiment()
+    path = run.samples / name / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        values = {field.name: manifest[field.name] for field in fields(SampleSettings)}
+        settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
+        return SampleSet(run.path, name, settings, manifest["num_samples"], EXPERIMENTS[experiment].bytes_per_sample)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
 
 
 @dataclass(frozen=True)

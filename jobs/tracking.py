@@ -16,6 +16,7 @@ from jobs.provenance import ROOT
 from jobs.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from jobs.evaluation import Evaluation
     from jobs.samples import SampleSet
 
 Say = Callable[[str], None]
@@ -84,6 +85,13 @@ def following(samples: "SampleSet", live: bool, say: Say) -> Iterator[None]:
     finally:
         if follower is not None:
             follower.close(wait=True)
+
+
+def follow_evaluation(evaluation: "Evaluation", say: Say) -> None:
+    """Passes on an evaluation that is complete."""
+    samples = evaluation.samples
+    _name(RunFolder(samples.run))
+    Follower("jobs.evaluation_follower", [str(samples.run), samples.name], say).close(wait=True)
 
 
 def group(run: RunFolder, experiment: str) -> str:

@@ -1,0 +1,125 @@
+"""`evaluate`."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from commands.where import Where, optional, show
+from jobs import evaluation, evaluation_report, ownership, provenance, run_folder
+from jobs.evaluate_job import EvaluateJob, EvaluateMergeJob
+from jobs.evaluation import Evaluation
+from jobs.run_folder import RunFolder
+from slurm import queue
+from slurm.place import OnSlurm
+
+Samples = Annotated[
+    Positional[str],
+    arg(
+        metavar="RUN",
+        help="A run folder, EXPERIMENT/NAME, EXPERIMENT for its last created run, or one of its sets of "
+        "samples, as in RUN/samples/NAME.",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measures samples of a run against the exact answer or real data; with a second run, compares the two.
+
+    Every number is shown with its 95% interval and with its floor: what a perfect model would have. Run again, it
+    computes what is missing.
+    """
+
+    run: Samples
+    other: Annotated[
+        Positional[str | None], arg(metavar="[RUN2]", help="Another one, to be compared with the first.")
+    ] = None
+    samples: Annotated[str | None, optional("NAME", "the newest complete set")] = None
+    """Which set of samples, of both runs."""
+    all: bool = False
+    """All complete sets of the run: quality against network evaluations, as a table and a figure."""
+    json: bool = False
+    """Print it for scripts."""
+    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+
+    def __call__(self) -> int:
+        if self.all and (self.other is not None or self.samples is not None):
+            raise ValueError("--all takes one RUN and no --samples")
+        asked = self._asked()
+        experiments = {found.protocol["experiment"] for found in asked}
+        if len(experiments) > 1:
+            raise ValueError(f"only runs of one experiment can be compared; got {' and '.join(sorted(experiments))}")
+        codes = [self._evaluate(found) for found in asked if not found.is_complete()]
+        if self.where.dry_run:
+            return 0
+        if any(codes):
+            return max(codes)
+        if all(found.is_complete() for found in asked):
+            self._show(asked)
+            return 0
+        return 1 if self.where.wait else 0
+
+    def _asked(self) -> list[Evaluation]:
+        """The evaluations that the user means; raises ValueError where there are none."""
+        found = [self._find(name) for name in (self.run, self.other) if name is not None]
+        if not self.all:
+            return [evaluation.plan(run, name or self.samples) for run, name in found]
+        run, _ = found[0]
+        return [evaluation.plan(run, name) for name in evaluation.complete_sets(run)] or [evaluation.plan(run, None)]
+
+    def _find(self, name: str) -> tuple[RunFolder, str | None]:
+        """A run, and the name of the set if the user has given the set's folder."""
+        for folder in (Path(name), self.where.runs_dir / name):
+            if folder.parent.name == "samples" and (folder.parent.parent / "experiment.json").is_file():
+                return RunFolder(folder.parent.parent), folder.name
+        return run_folder.find(name, self.where.runs_dir), None
+
+    def _evaluate(self, asked: Evaluation) -> int:
+        """Evaluates one set, here or on Slurm."""
+        run = RunFolder(asked.samples.run)
+        place = self.where.place(run)
+        processes = self.where.processes
+        job = EvaluateJob(asked, (0, processes), self.where.resolve_device(place), merge=True)
+        elements = [replace(job, share=(i, processes), merge=False) for i in range(processes)]
+        if isinstance(place, OnSlurm):
+            # The code of today, whichever has trained the run: metrics must not depend on its age.
+            single = replace(place, processes=1, code=asked.kept / "code")
+            if self.where.dry_run:
+                return show(dict(asked.protocol), single.describe_array(elements, processes, EvaluateMergeJob(asked)))
+            for job_id, state in queue.active(asked.job_ids()).items():
+                raise ValueError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
+            single.check(job)
+            shutil.rmtree(single.code, ignore_errors=True)
+            single.code.parent.mkdir(exist_ok=True)
+            provenance.save_code(single.code)
+            merge = EvaluateMergeJob(asked)
+            job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), processes, merge)
+            if self.where.wait:
+                place.wait(job_ids)
+            return 0
+        if self.where.dry_run:
+            return show(dict(asked.protocol), place.describe(job))
+        print(f"Evaluating {asked.samples.num_samples:,} samples of {asked.folder}", file=sys.stderr, flush=True)
+        with ownership.held(run.samples) as descriptor:
+            return place.run(job, keep_open=descriptor)
+
+    def _show(self, asked: list[Evaluation]) -> None:
+        width = shutil.get_terminal_size().columns
+        results = [found.read() for found in asked]
+        if self.all:
+            print(
+                json.dumps(evaluation_report.quality_rows(asked), indent=2)
+                if self.json
+                else evaluation_report.quality(asked, width)
+            )
+        elif len(asked) == 2:
+            differences = evaluation_report.differences(*asked)
+            both = {"a": results[0], "b": results[1], "differences": differences}
+            print(json.dumps(both, indent=2) if self.json else evaluation_report.two(asked[0], asked[1], width))
+        else:
+            print(json.dumps(results[0], indent=2) if self.json else evaluation_report.one(asked[0], width))

@@ -1,0 +1,78 @@
+"""The evaluation job: computes units of an evaluation, and merges them into its results when all are there."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusion.bootstrap import Estimate
+from diffusion.evaluation import Evaluator
+from jobs.evaluation import Evaluation, load_samples, write_arrays
+from jobs.progress import Console, Progress
+from jobs.run_folder import RunFolder
+from jobs.sample import CPU, Stopped, load_model
+from jobs.stop import SignalWatch, Stop
+from jobs.world import Kind
+
+
+def open_evaluator(evaluation: Evaluation, device: Kind, signals: SignalWatch) -> Evaluator:
+    """The experiment's evaluator; its model raises Stopped when a signal has come."""
+    samples = evaluation.samples
+    run = RunFolder(samples.run)
+    name, config = run.read_experiment()
+    model = None
+    if evaluation.has_weights:
+        gpu = int(os.environ.get("LOCAL_RANK", "0"))
+        _, model = load_model(run, samples.settings, torch.device("cuda", gpu) if device == "cuda" else CPU)
+        model.requires_grad_(False)
+
+        def check(module: torch.nn.Module, inputs: Any) -> None:
+            if signals.requested is not Stop.NO:
+                raise Stopped
+
+        model.network.register_forward_pre_hook(check)
+    seed = evaluation.protocol["seed"]
+    return config.evaluator(load_samples(samples, name), model, samples.settings.sampler, seed)
+
+
+def evaluate(evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int], signals: SignalWatch) -> None:
+    """Computes every n-th unit from the i-th on, for share = (i, n), but for those that are there already.
+
+    Raises Stopped when a signal has come.
+    """
+    mine = list(evaluator.units().items())[share[0] :: share[1]]
+    progress = Progress(Console(None), "evaluate", len(mine), 0, "units", 1)
+    for done, (name, unit) in enumerate(mine):
+        if signals.requested is not Stop.NO:
+            raise Stopped
+        path = evaluation.result_path(name, unit.of)
+        if not path.exists():
+            write_arrays(path, unit.compute())
+        if share[0] == 0:
+            progress.update(done + 1, name)
+    progress.close()
+
+
+def missing(evaluation: Evaluation, evaluator: Evaluator) -> list[str]:
+    """The units that nobody has computed yet."""
+    units = evaluator.units().items()
+    return [name for name, unit in units if not evaluation.result_path(name, unit.of).exists()]
+
+
+def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
+    """Writes metrics.json and the figures from the results of all units. Who does it again writes the same."""
+    results = {}
+    for name, unit in evaluator.units().items():
+        with np.load(evaluation.result_path(name, unit.of), allow_pickle=False) as arrays:
+            results[name] = dict(arrays)
+    evaluator.draw(results, evaluation.folder)
+    metrics = evaluator.metrics(results)
+    evaluation.write(
+        {
+            "metrics": {name: metric.as_json() for name, metric in metrics.items()},
+            "tables": {name: table._asdict() for name, table in evaluator.tables(results).items()},
+            "curves": evaluator.curves(results),
+        },
+        {name: m.estimate.replicates for name, m in metrics.items() if isinstance(m.estimate, Estimate)},
+    )
