@@ -29,6 +29,9 @@ class Stream(IntEnum):
     SAMPLE_STEP = 6
     FIGURE = 7
     WEIGHTS = 8
+    AUGMENTATION = 9
+    BOOTSTRAP = 10
+    BOUND = 11
 
 
 def generator(seed: int, stream: Stream, step: int = 0, block: int = 0) -> np.random.Generator:
