@@ -32,7 +32,7 @@ class Stream(IntEnum):
     AUGMENTATION = 9
     BOOTSTRAP = 10
     BOUND = 11
-    HELD_OUT = 12
+    EVALUATION = 12
 
 
 def generator(seed: int, stream: Stream, step: int = 0, block: int = 0) -> np.random.Generator:

@@ -85,5 +85,5 @@ def _resampled_counts(cells: NDArray[np.int64], seed: int) -> Floats:
 def _exact_counts(n: int, seed: int) -> Floats:
     """The same for n exact samples."""
     uniform = np.full(CELLS, 1 / CELLS)
-    draws = [generator(seed, Stream.HELD_OUT, i).multinomial(n, uniform) for i in range(REPLICATES)]
+    draws = [generator(seed, Stream.EVALUATION, i).multinomial(n, uniform) for i in range(REPLICATES)]
     return np.stack(draws).astype(np.float64)

@@ -55,7 +55,7 @@ def sampler_errors(
         perfect = _draw(exact_predict, start, alphas_cumprod, settings, 0)
         return SamplerErrors(_between(own, exact), _between(perfect, exact), _between(own, perfect), 0.0, n)
     batches = max(1, min(5, EVALUATIONS // (settings.steps * SUB_BATCH)))
-    starts = [torch.from_numpy(normal(0, Stream.HELD_OUT, 0, *_rows(i))).double() for i in range(batches)]
+    starts = [torch.from_numpy(normal(0, Stream.EVALUATION, 0, *_rows(i))).double() for i in range(batches)]
     own = torch.cat([_draw(predict, x, alphas_cumprod, settings, i) for i, x in enumerate(starts)])
     perfect = torch.cat([_draw(exact_predict, x, alphas_cumprod, settings, i) for i, x in enumerate(starts)])
     n = len(own)
@@ -67,7 +67,7 @@ def _draw(predict: Predict, start: Tensor, alphas_cumprod: Tensor, settings: Sam
     """Samples [SUB_BATCH] from the noise `start`, as `sample` draws them, in float32."""
 
     def noise(step: int) -> Tensor:
-        return torch.from_numpy(normal(0, Stream.HELD_OUT, step + 1, *_rows(batch), (1,)))
+        return torch.from_numpy(normal(0, Stream.EVALUATION, step + 1, *_rows(batch), (1,)))
 
     *_, x0 = SAMPLERS[settings.sampler](
         predict, start.float()[:, None], alphas_cumprod, steps=settings.steps, eta=settings.eta, noise=noise
