@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from commands.where import Run, Where, optional, show
+from commands.where import Launch, Run, optional, show
 from diffusion.settings import SAMPLER_STEPS, SamplerSettings
 from jobs import ownership, run_folder, samples
 from jobs.job import MergeJob, SampleJob
@@ -35,7 +35,7 @@ class Sample:
     """Step of the checkpoint."""
     name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
     """Name of the set."""
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
