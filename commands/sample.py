@@ -75,11 +75,13 @@ class Sample:
         if isinstance(place, OnSlurm):
             single, merge = replace(place, processes=1), MergeJob(asked)
             job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
-            if self.where.wait:
-                place.wait(job_ids)
-            return 0 if not self.where.wait or asked.is_complete() else 1
-        with ownership.held(run.samples) as descriptor:
-            code = place.run(job, keep_open=descriptor)
+            if not self.where.wait:
+                return 0
+            place.wait(job_ids)
+            code = 0 if asked.is_complete() else 1
+        else:
+            with ownership.sampling(run.path) as descriptor:
+                code = place.run(job, keep_open=descriptor)
         if code == 0:
             print(f"{asked.num_samples:,} samples are in {where}: samples.npz, grid.png.")
         return code
