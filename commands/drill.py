@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.where import Where, given, show
+from commands.where import Launch, given, show
 from jobs import drill, provenance, run_folder
 from jobs.run_folder import RunFolder
 from slurm import queue
@@ -25,7 +25,7 @@ class Drill:
     """Steps of the training, a small 1D model."""
     seed: int = 0
     """Decides the moments."""
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         if not 0 < self.kills < self.steps:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.where import Where, optional, show
+from commands.where import Launch, optional, show
 from jobs import evaluation, evaluation_report, ownership, provenance, run_folder
 from jobs.evaluate_job import EvaluateJob, EvaluateMergeJob
 from jobs.evaluation import Evaluation
@@ -45,7 +45,7 @@ class Evaluate:
     """All complete sets of the run: quality against network evaluations, as a table and a figure."""
     json: bool = False
     """Print it for scripts."""
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         if self.all and (self.other is not None or self.samples is not None):
@@ -105,7 +105,7 @@ class Evaluate:
         if self.where.dry_run:
             return show(dict(asked.protocol), place.describe(job))
         print(f"Evaluating {asked.samples.num_samples:,} samples of {asked.folder}", file=sys.stderr, flush=True)
-        with ownership.held(run.samples) as descriptor:
+        with ownership.sampling(run.path) as descriptor:
             return place.run(job, keep_open=descriptor)
 
     def _show(self, asked: list[Evaluation]) -> None:

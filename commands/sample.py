@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from commands.where import Run, Where, optional, show
+from commands.where import Launch, Run, optional, show
 from diffusion.settings import SAMPLER_STEPS, SamplerSettings
 from jobs import ownership, run_folder, samples
 from jobs.job import MergeJob, SampleJob
@@ -35,7 +35,7 @@ class Sample:
     """Step of the checkpoint."""
     name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
     """Name of the set."""
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
@@ -75,11 +75,13 @@ class Sample:
         if isinstance(place, OnSlurm):
             single, merge = replace(place, processes=1), MergeJob(asked)
             job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
-            if self.where.wait:
-                place.wait(job_ids)
-            return 0 if not self.where.wait or asked.is_complete() else 1
-        with ownership.held(run.samples) as descriptor:
-            code = place.run(job, keep_open=descriptor)
+            if not self.where.wait:
+                return 0
+            place.wait(job_ids)
+            code = 0 if asked.is_complete() else 1
+        else:
+            with ownership.sampling(run.path) as descriptor:
+                code = place.run(job, keep_open=descriptor)
         if code == 0:
             print(f"{asked.num_samples:,} samples are in {where}: samples.npz, grid.png.")
         return code

@@ -7,7 +7,7 @@ import tyro
 from tyro.conf import arg
 
 from commands.train import check_batch, check_same_settings, choice, create, is_finished, run_training
-from commands.where import Where, show
+from commands.where import Launch, show
 from jobs import run_folder, sweep
 from jobs.experiments import EXPERIMENTS
 from jobs.job import TrainJob, submit_runs
@@ -26,7 +26,7 @@ class Sweep:
     """Name of the sweep; its runs are called NAME-000, NAME-001, ..."""
     grid: Annotated[tuple[str, ...], arg(metavar="SETTING=VALUE,VALUE,...")]
     """Settings and their values, such as train.lr=1e-3,2e-3 train.seed=0,1: all combinations."""
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         experiment, base = self.chosen.experiment, self.chosen.config.absolute()

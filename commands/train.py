@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.where import Run, Where, given, optional, show
+from commands.where import Launch, Run, given, optional, show
 from jobs import experiments, ownership, provenance, run_folder
 from jobs.experiments import EXPERIMENTS, MAY_CHANGE, ExperimentConfig
 from jobs.job import TrainJob
@@ -30,7 +30,7 @@ class Train:
     """Which experiment."""
     name: Annotated[str | None, optional("NAME", "date and time")] = None
     """Name of the run."""
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         experiment, config = self.chosen.experiment, self.chosen.config.absolute()
@@ -81,7 +81,7 @@ class Resume:
     run: Run
     train: TrainChanges = field(default_factory=TrainChanges)
     tracking: TrackingChanges = field(default_factory=TrackingChanges)
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
@@ -93,7 +93,7 @@ class Resume:
         return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where)
 
 
-def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, where: Where) -> int:
+def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, where: Launch) -> int:
     """Creates or continues the run, here or on Slurm; returns the exit code."""
     check_batch(config, where.processes)
     if is_finished(run, config):

@@ -64,10 +64,6 @@ class Where:
     profile: Annotated[str | None, optional("NAME", "none")] = None
     """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
     slurm: SlurmChanges = field(default_factory=SlurmChanges)
-    dry_run: bool = False
-    """Show the settings and, for Slurm, the script; touch nothing."""
-    wait: bool = False
-    """Stay until the Slurm job has ended."""
 
     def __post_init__(self) -> None:
         if self.gpus is not None and self.gpus < 1:
@@ -100,6 +96,16 @@ class Where:
         from jobs.world import resolve_device  # imports torch, which this machine is about to use anyway
 
         return resolve_device(self.device, self.gpus)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Where):
+    """Where the job runs, and how it is started."""
+
+    dry_run: bool = False
+    """Show the settings and, for Slurm, the script; touch nothing."""
+    wait: bool = False
+    """Stay until the Slurm job has ended."""
 
 
 def given(changes: Any) -> dict[str, Any]:

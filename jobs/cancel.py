@@ -26,12 +26,12 @@ def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None],
     deadline = time.monotonic() + PATIENCE_S
     told: set[str | int] = set()
     # Looked up again each time: a job may just have been queued again, under another id even.
-    while (jobs := _living_jobs(run, active)) or _processes(run) or ownership.is_locked(run.path):
+    while (jobs := _living_jobs(run, active)) or ownership.holders(run.path) or ownership.is_locked(run.path):
         if time.monotonic() > deadline:
             raise RuntimeError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
         if again := [job_id for job_id, states in jobs.items() if job_id not in told or "PENDING" in states]:
             scancel(again)
-        processes = _processes(run)
+        processes = ownership.holders(run.path)
         if not jobs and not processes and ownership.is_locked(run.path):
             raise RuntimeError(f"{run} is held by a process that is not yours, or on another machine")
         for pid in set(processes) - told:
@@ -46,11 +46,6 @@ def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None],
         raise ValueError(f"{run} is not running: it is {overview.summarize(run, {}).state}")
     _settle(run)
     say(_conclusion(run))
-
-
-def _processes(run: RunFolder) -> list[int]:
-    """The processes of this machine that train the run or draw its samples."""
-    return [*ownership.holders(run.path), *ownership.holders(run.samples)]
 
 
 def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:

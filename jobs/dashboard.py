@@ -35,6 +35,7 @@ class Identity:
     job_type: str
     tags: Sequence[str]
     config: Mapping[str, Any]
+    """Settings and facts; wandb shows them under the names of the command line."""
 
 
 class Dashboard:
@@ -109,7 +110,7 @@ class Wandb(Dashboard):
             group=identity.group,
             job_type=identity.job_type,
             tags=identity.tags,
-            config=dict(identity.config),
+            config=_hyphens(identity.config),
             mode=mode,
             resume="allow",
             settings=self._wandb.Settings(
@@ -175,6 +176,10 @@ def why_not_online(base_url: str) -> str | None:
 
 def _offline(folder: Path) -> str:
     return f"Later, where there is a network: wandb sync {folder}/wandb/offline-run-*"
+
+
+def _hyphens(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("_", "-"): _hyphens(value) if isinstance(value, dict) else value for key, value in tree.items()}
 
 
 def first_line(error: Exception) -> str:

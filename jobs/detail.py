@@ -65,7 +65,7 @@ def _progress(detail: dict[str, Any]) -> str:
         f"loss {loss:.4f}" if loss is not None else "",
         f"{rate:,.0f} images/s" if rate is not None else "",
         f"{table.short(detail['eta_s'])} left" if detail["eta_s"] is not None else "",
-        f"{detail['restarts']} restarts" if detail["restarts"] else "",
+        f"{restarts} restart{'s' if restarts > 1 else ''}" if (restarts := detail["restarts"]) else "",
         f"last heard of {table.short(age_s)} ago" if silent else "",
     ]
     return ", ".join(filter(None, parts))

@@ -1,10 +1,13 @@
 """The evaluation job: computes units of an evaluation, and merges them into its results when all are there."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from diffusion.bootstrap import Estimate
 from diffusion.evaluation import Evaluator
@@ -16,8 +19,8 @@ from jobs.stop import SignalWatch, Stop
 from jobs.world import Kind
 
 
-def open_evaluator(evaluation: Evaluation, device: Kind, signals: SignalWatch) -> Evaluator:
-    """The experiment's evaluator; its model raises Stopped when a signal has come."""
+def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
+    """The experiment's evaluator."""
     samples = evaluation.samples
     run = RunFolder(samples.run)
     name, config = run.read_experiment()
@@ -26,14 +29,23 @@ def open_evaluator(evaluation: Evaluation, device: Kind, signals: SignalWatch) -
         gpu = int(os.environ.get("LOCAL_RANK", "0"))
         _, model = load_model(run, samples.settings, torch.device("cuda", gpu) if device == "cuda" else CPU)
         model.requires_grad_(False)
-
-        def check(module: torch.nn.Module, inputs: Any) -> None:
-            if signals.requested is not Stop.NO:
-                raise Stopped
-
-        model.network.register_forward_pre_hook(check)
     seed = evaluation.protocol["seed"]
     return config.evaluator(load_samples(samples, name), model, samples.settings.sampler, seed)
+
+
+@contextmanager
+def stopping(signals: SignalWatch) -> Iterator[None]:
+    """Any network that computes raises Stopped when a signal has come."""
+
+    def check(module: nn.Module, inputs: Any) -> None:
+        if signals.requested is not Stop.NO:
+            raise Stopped
+
+    hook = nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def evaluate(evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int], signals: SignalWatch) -> None:
@@ -48,7 +60,9 @@ def evaluate(evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int
             raise Stopped
         path = evaluation.result_path(name, unit.of)
         if not path.exists():
-            write_arrays(path, unit.compute())
+            with stopping(signals):
+                result = unit.compute()
+            write_arrays(path, result)
         if share[0] == 0:
             progress.update(done + 1, name)
     progress.close()

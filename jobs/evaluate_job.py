@@ -36,7 +36,7 @@ class EvaluateJob:
                 from jobs.sample import Stopped
 
                 first, step = self.share
-                evaluator = open_evaluator(self.evaluation, self.device, signals)
+                evaluator = open_evaluator(self.evaluation, self.device)
                 try:
                     evaluate(self.evaluation, evaluator, (first + process_rank(), step), signals)
                 except Stopped:
@@ -66,7 +66,7 @@ class EvaluateMergeJob:
     def __call__(self, requeue: Requeue | None = None) -> int:
         from jobs.evaluate import merge, missing, open_evaluator
 
-        evaluator = open_evaluator(self.evaluation, "cpu", SignalWatch())
+        evaluator = open_evaluator(self.evaluation, "cpu")
         lacking = missing(self.evaluation, evaluator)
         if lacking:
             print(f"{len(lacking)} units are missing ({', '.join(lacking)}): run the same `evaluate` command again.")

@@ -152,8 +152,8 @@ def load_samples(chosen: SampleSet, experiment: str) -> NDArray[Any]:
     wanted = f"{entry.sample_dtype} {[chosen.num_samples, *entry.sample_shape]}"
     if f"{array.dtype} {list(array.shape)}" != wanted:
         raise ValueError(f"{path} must hold {wanted}; got {array.dtype} {list(array.shape)}")
-    if len(array) < 2:
-        raise ValueError(f"an evaluation needs at least 2 samples; got {len(array)} in {path}")
+    if len(array) < entry.fewest_samples:
+        raise ValueError(f"an evaluation needs at least {entry.fewest_samples} samples; got {len(array)} in {path}")
     finite = np.isfinite(array)
     if not finite.all():
         raise ValueError(f"samples must be finite; {int((~finite).sum()):,} of {len(array):,} in {path} are not")

@@ -18,6 +18,7 @@ from diffusion.settings import (
     UnetSettings,
 )
 from jobs import mnist_files
+from jobs.files import sha256
 from jobs.settings import TrackingSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from diffusion.gaussian1d import Gaussian1d
     from diffusion.mnist import Mnist
     from diffusion.model import DiffusionModel
+
+CLASSIFIER = Path(__file__).resolve().parent.parent / "diffusion" / "digits.safetensors"
 
 Say = Callable[[str], None]
 
@@ -97,6 +100,25 @@ class MnistConfig:
 
         return Mnist(load_images, self.model, self.diffusion)
 
+    def evaluation_sha256(self) -> dict[str, str]:
+        """What an evaluation rests on besides samples and weights: the digits, and the classifier for its features."""
+        files = json.dumps(mnist_files.FILES, sort_keys=True)
+        return {"data": hashlib.sha256(files.encode()).hexdigest(), "features": sha256(CLASSIFIER)}
+
+    def evaluator(
+        self, samples: "NDArray[Any]", model: "DiffusionModel | None", sampler: SamplerSettings, seed: int
+    ) -> "Evaluator":
+        """The evaluation of samples; without the model that drew them, what they tell alone."""
+        from diffusion.evaluate_mnist import Digits, EvaluatorMnist
+
+        def load(split: mnist_files.Split) -> Digits:
+            root = Path(self.data.root)
+            mnist_files.require(root)
+            images, labels = mnist_files.read_images(root, split), mnist_files.read_labels(root, split)
+            return Digits(images[..., None], labels)
+
+        return EvaluatorMnist(load, samples, model, seed)
+
 
 ExperimentConfig = Gaussian1dConfig | MnistConfig
 
@@ -115,6 +137,8 @@ class Entry:
     """Of samples in files."""
     sample_shape: tuple[int, ...]
     """Of one sample in files."""
+    fewest_samples: int
+    """That an evaluation makes sense of."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
 
@@ -133,6 +157,7 @@ EXPERIMENTS: dict[str, Entry] = {
         shard_size=65536,
         sample_dtype="float32",
         sample_shape=(),
+        fewest_samples=2,
     ),
     "mnist": Entry(
         preset=MnistConfig(
@@ -143,6 +168,7 @@ EXPERIMENTS: dict[str, Entry] = {
         shard_size=1024,
         sample_dtype="uint8",
         sample_shape=(28, 28, 1),
+        fewest_samples=100,
         cpu_advice="mnist is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on this "
         "CPU. `python launch.py train mnist-small` draws recognisable digits after a few minutes.",
     ),
@@ -156,6 +182,7 @@ EXPERIMENTS: dict[str, Entry] = {
         shard_size=256,
         sample_dtype="uint8",
         sample_shape=(28, 28, 1),
+        fewest_samples=100,
     ),
 }
 

