@@ -37,7 +37,8 @@ class Evaluate:
 
     run: Samples
     other: Annotated[
-        Positional[str | None], arg(metavar="[RUN2]", help="Another one, to be compared with the first.")
+        Positional[str | None],
+        arg(metavar="[RUN2]", help="Another one, to be compared with the first.", help_behavior_hint="(default: none)"),
     ] = None
     samples: Annotated[str | None, optional("NAME", "the newest complete set")] = None
     """Which set of samples, of both runs."""
@@ -104,22 +105,23 @@ class Evaluate:
             return 0
         if self.where.dry_run:
             return show(dict(asked.protocol), place.describe(job))
-        print(f"Evaluating {asked.samples.num_samples:,} samples of {asked.folder}", file=sys.stderr, flush=True)
+        print(f"Evaluating {evaluation_report.title(asked)}", file=sys.stderr, flush=True)
         with ownership.sampling(run.path) as descriptor:
             return place.run(job, keep_open=descriptor)
 
     def _show(self, asked: list[Evaluation]) -> None:
+        """Prints one evaluation, or what several say together."""
         width = shutil.get_terminal_size().columns
         results = [found.read() for found in asked]
+        value: object
         if self.all:
-            print(
-                json.dumps(evaluation_report.quality_rows(asked), indent=2)
-                if self.json
-                else evaluation_report.quality(asked, width)
-            )
+            figure = RunFolder(asked[0].samples.run).figures / "quality.png"
+            evaluation_report.draw_quality(asked, figure)
+            value, text = evaluation_report.quality_rows(asked), evaluation_report.quality(asked, width)
         elif len(asked) == 2:
-            differences = evaluation_report.differences(*asked)
-            both = {"a": results[0], "b": results[1], "differences": differences}
-            print(json.dumps(both, indent=2) if self.json else evaluation_report.two(asked[0], asked[1], width))
+            a, b = asked
+            value = {"a": results[0], "b": results[1], "differences": evaluation_report.differences(a, b)}
+            text = evaluation_report.two(a, b, width)
         else:
-            print(json.dumps(results[0], indent=2) if self.json else evaluation_report.one(asked[0], width))
+            value, text = results[0], evaluation_report.one(asked[0], width)
+        print(json.dumps(value, indent=2) if self.json else text)

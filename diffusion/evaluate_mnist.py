@@ -30,6 +30,8 @@ HELD_OUT = 4_000
 BOUND_IMAGES, BOUND_CHUNK, STRATA = 512, 32, 63
 """Test digits whose bits per dimension are taken, how many in a unit, and timesteps for each beside t = 0."""
 NEIGHBOURS = 3
+TRAINING_STEPS = 300
+"""Of the nets that are trained on samples, and on as many real digits."""
 BANDS = (0, 1, 10, 100, 300, 1_000_000)
 """Timesteps at which the tables of the bound and of the loss are cut."""
 
@@ -184,7 +186,9 @@ class EvaluatorMnist(Evaluator):
 
     def _usefulness_of(self, training: Digits) -> Result:
         test = self._test
-        accuracy = usefulness(training.images, training.labels, test.images, test.labels, seed=self._seed)
+        accuracy = usefulness(
+            training.images, training.labels, test.images, test.labels, seed=self._seed, steps=TRAINING_STEPS
+        )
         return {"accuracy": pack(accuracy)}
 
     def _nearest(self, first: int) -> Result:
@@ -231,6 +235,7 @@ class EvaluatorMnist(Evaluator):
     def _bound_rows(self, bound: Bound) -> list[dict[str, str | float]]:
         """A row for each term, and for bands of timesteps, with standard errors."""
         sizes, starts = self._sizes(bound), np.concatenate([[0], bound.edges[:-1]])
+        ends = starts + sizes
         terms = np.column_stack([bound.reconstruction, bound.transitions])
         rows: list[dict[str, str | float]] = []
         for low, high in pairwise(BANDS):
@@ -239,8 +244,7 @@ class EvaluatorMnist(Evaluator):
                 continue
             bits, error = likelihood.mean_and_error(terms[:, chosen].sum(1))
             loss, _ = likelihood.mean_and_error(bound.squared_error[:, chosen] @ sizes[chosen] / sizes[chosen].sum())
-            last = min(high, int(bound.edges[-1])) - 1
-            name = "t = 0, reconstruction" if high == 1 else f"t = {starts[chosen][0]} to {last}"
+            name = "t = 0, reconstruction" if high == 1 else f"t = {starts[chosen][0]} to {ends[chosen][-1] - 1}"
             rows.append({"term": name, "bits": float(bits), "std_error": float(error), "loss": float(loss)})
         prior, error = likelihood.mean_and_error(bound.prior)
         rows.append({"term": "t = T, prior", "bits": float(prior), "std_error": float(error), "loss": ""})

@@ -6,6 +6,7 @@ from typing import Any
 
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
@@ -43,6 +44,37 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     evaluations_axis(axes, sorted({row["steps"] for row in rows}))
     axes.set_yscale("log")
     axes.legend(handles=handles, frameon=False, ncols=2)
+    save(figure, path)
+
+
+def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Metrics of sets of samples by their network evaluations, with intervals; grey is what a perfect model has.
+
+    A row is of `jobs.evaluation_report.quality_rows`.
+    """
+    figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
+    steps = sorted({row["steps"] for row in rows})
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        metrics = [row["metrics"][name] for row in rows]
+        axes.axhspan(
+            min(metric["floor_low"] for metric in metrics),
+            max(metric["floor_high"] for metric in metrics),
+            color="grey",
+            alpha=0.25,
+            label="a perfect model",
+        )
+        for sampler, color in SAMPLERS.items():
+            own = [row for row in rows if row["sampler"] == sampler]
+            values = [row["metrics"][name] for row in own]
+            if not own:
+                continue
+            middle = [metric["value"] for metric in values]
+            spread = [[m["value"] - m["low"] for m in values], [m["high"] - m["value"] for m in values]]
+            at = [row["steps"] for row in own]
+            axes.errorbar(at, middle, spread, color=color, marker="o", linewidth=2, capsize=4, label=sampler)
+        axes.set(title=metrics[0]["label"])
+        evaluations_axis(axes, steps)
+        axes.legend(framealpha=0.8, fontsize="small")
     save(figure, path)
 
 

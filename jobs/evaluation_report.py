@@ -3,6 +3,7 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ Json = Mapping[str, Any]
 
 def title(evaluation: Evaluation) -> str:
     """Which samples these are, in a line."""
-    settings = evaluation.samples.settings
-    where = f"{RunFolder(evaluation.samples.run)}/samples/{evaluation.samples.name}"
-    return f"{where}: {evaluation.samples.num_samples:,} samples, {settings.sampler.label}"
+    samples = evaluation.samples
+    where = f"{RunFolder(samples.run)}/samples/{samples.name}"
+    return f"{where}: {samples.num_samples:,} samples, {samples.settings.sampler.label}"
 
 
 def one(evaluation: Evaluation, width: int) -> str:
@@ -82,7 +83,7 @@ def two(a: Evaluation, b: Evaluation, width: int) -> str:
 def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     """All sets by their samplers and network evaluations, with the metrics that depend on samples."""
     rows = quality_rows(evaluations)
-    names = list(rows[0]["metrics"])[:3]
+    names = headline(rows)
     cells = []
     for row in rows:
         numbers = []
@@ -97,6 +98,19 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     reference = rows[-1]
     legend = f"* within the 95% interval of the set with most network evaluations, or better: {reference['name']}"
     return f"{shown}\n\n{textwrap.fill(legend, width, break_on_hyphens=False)}"
+
+
+def draw_quality(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """The same as a figure."""
+    from diffusion import figures_evaluation  # here, because plotting libraries take a second to import
+
+    rows = quality_rows(evaluations)
+    figures_evaluation.quality(rows, headline(rows), path)
+
+
+def headline(rows: Sequence[Json]) -> list[str]:
+    """The metrics that stand for all others: the first ones."""
+    return list(rows[0]["metrics"])[:2]
 
 
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
@@ -192,4 +206,6 @@ def _clamped(decimals: int) -> int:
 
 
 def _range(low: float | None, high: float | None, decimals: int) -> str:
-    return "" if low is None or high is None else f"{low:.{decimals}f} to {high:.{decimals}f}"
+    if low is None or high is None:
+        return ""
+    return f"{low:.{decimals}f} to {high:.{decimals}f}" if low < high else f"{low:.{decimals}f}"
