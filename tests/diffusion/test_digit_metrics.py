@@ -1,5 +1,6 @@
 """Digit metrics against scipy and brute force, and against what must happen to spoilt digits."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def test_an_image_has_the_same_features_in_any_company(net: DigitNet, held_out: 
     together, _ = classify(net, held_out[0][:700])
     apart = np.concatenate([classify(net, held_out[0][a:b])[0] for a, b in ((0, 3), (3, 500), (500, 700))])
     assert apart.tobytes() == together.tobytes()
+
+
+def test_real_digits_are_as_far_from_real_ones_as_equal_distributions(
+    net: DigitNet, real_features: NDArray[np.float32], held_out: tuple[Images, Any], training: tuple[Images, Any]
+) -> None:
+    for images in (held_out[0][:N], training[0][N : 2 * N]):
+        fake, _ = classify(net, images)
+        low, high = kernel_distance(real_features, fake, seed=0).interval()
+        assert low < 0 < high
+        found = overlap(real_features, fake, seed=0)
+        known = 1 - math.prod((N - 1 - i) / (2 * N - 1 - i) for i in range(5))
+        assert found["coverage"].value == pytest.approx(known, abs=0.03)
+        assert found["density"].value == pytest.approx(1, abs=0.12)
 
 
 def blurred(images: Images) -> Images:
