@@ -1,7 +1,8 @@
 """Distances between two sets of images in a feature space: Frechet and kernel distance, and how the sets overlap.
 
 `real` and `fake` are features [n, d] and [m, d]; ValueError where they are not. Each number depends on n, so it means
-something beside the same number for other real images of the same n: its floor.
+something beside the same number for other real images of the same n: its floor. Draw real images by chance: MNIST's
+files are ordered by writer, so their first images are no fair draw.
 """
 
 from collections.abc import Iterator

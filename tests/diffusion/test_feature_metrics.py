@@ -1,5 +1,6 @@
 """Feature metrics against closed forms, scipy, double loops and the package prdc."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,16 @@ def test_overlap_equals_prdc(k: int, capsys: pytest.CaptureFixture[str]) -> None
     real, fake = gaussian(700, 8), 0.8 * gaussian(600, 8, seed=1) + 0.3  # more than one chunk
     known = prdc.compute_prdc(real, fake, nearest_k=k)
     assert {name: estimate.value for name, estimate in overlap(real, fake, k=k, seed=0).items()} == pytest.approx(known)
+
+
+def test_equal_distributions_have_the_known_coverage_and_density() -> None:
+    """A real is not covered if its k nearest of all others are reals (Naeem et al. 2020, lemma 2); density is 1."""
+    n, m, k = 120, 90, 5
+    found = [overlap(gaussian(n, seed=2 * i), gaussian(m, seed=2 * i + 1), k=k, seed=0) for i in range(36)]
+    known = 1 - math.prod((n - 1 - i) / (n + m - 1 - i) for i in range(k))
+    for name, expected in (("coverage", known), ("density", 1)):
+        values = [each[name].value for each in found]
+        assert np.mean(values) == pytest.approx(expected, abs=4 * np.std(values) / 6)
 
 
 def test_the_intervals_are_as_wide_as_the_numbers_spread() -> None:
