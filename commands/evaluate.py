@@ -43,7 +43,9 @@ class Evaluate:
     samples: Annotated[str | None, optional("NAME", "the newest complete set")] = None
     """Which set of samples, of both runs."""
     all: bool = False
-    """All complete sets of the run: quality against network evaluations, as a table and a figure."""
+    """All sets drawn with the newest one's weights: quality against network evaluations, as a table and a figure."""
+    inception_fid: bool = False
+    """For digits, FID in Inception's features too, for those who must quote it: its weights must be on this machine."""
     json: bool = False
     """Print it for scripts."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
@@ -68,10 +70,24 @@ class Evaluate:
     def _asked(self) -> list[Evaluation]:
         """The evaluations that the user means; raises ValueError where there are none."""
         found = [self._find(name) for name in (self.run, self.other) if name is not None]
-        if not self.all:
-            return [evaluation.plan(run, name or self.samples) for run, name in found]
-        run, _ = found[0]
-        return [evaluation.plan(run, name) for name in evaluation.complete_sets(run)] or [evaluation.plan(run, None)]
+        if self.all:
+            return self._all(found[0][0])
+        return [evaluation.plan(run, name or self.samples, self.inception_fid) for run, name in found]
+
+    def _all(self, run: RunFolder) -> list[Evaluation]:
+        """The sets that can be compared with the newest one: of the same weights, with enough samples."""
+        found = [evaluation.plan(run, None, self.inception_fid)]
+        for name in evaluation.complete_sets(run)[1:]:
+            try:
+                other = evaluation.plan(run, name, self.inception_fid)
+            except ValueError as error:
+                print(f"Left out: {error}", file=sys.stderr)
+                continue
+            if other.protocol["sha256"]["weights"] == found[0].protocol["sha256"]["weights"]:
+                found.append(other)
+            else:
+                print(f"Left out: {other.folder.name}, which is of other weights", file=sys.stderr)
+        return found
 
     def _find(self, name: str) -> tuple[RunFolder, str | None]:
         """A run, and the name of the set if the user has given the set's folder."""

@@ -16,7 +16,7 @@ from diffusion.bootstrap import Estimate, Resampled
 from diffusion.digit_metrics import SURE, class_shares, near_copies, nearest, sure_share, usefulness
 from diffusion.digits import Images
 from diffusion.evaluation import Evaluator, Metric, Result, Table, Unit, pack, unpack
-from diffusion.feature_metrics import frechet_distance, kernel_distance, overlap
+from diffusion.feature_metrics import frechet, frechet_distance, kernel_distance, overlap
 from diffusion.likelihood import Bound
 from diffusion.model import DiffusionModel
 from diffusion.randomness import Stream, permutation
@@ -30,8 +30,6 @@ HELD_OUT = 4_000
 BOUND_IMAGES, BOUND_CHUNK, STRATA = 512, 32, 63
 """Test digits whose bits per dimension are taken, how many in a unit, and timesteps for each beside t = 0."""
 NEIGHBOURS = 3
-TRAINING_STEPS = 300
-"""Of the nets that are trained on samples, and on as many real digits."""
 BANDS = (0, 1, 10, 100, 300, 1_000_000)
 """Timesteps at which the tables of the bound and of the loss are cut."""
 
@@ -58,8 +56,10 @@ class EvaluatorMnist(Evaluator):
         samples: Images,
         model: DiffusionModel | None,
         seed: int,
+        inception: bool,
     ) -> None:
         self._load, self._samples, self._model, self._seed = load, samples[:LARGEST], model, seed
+        self._inception = inception
         self._n = len(self._samples)
 
     @cached_property
@@ -93,6 +93,11 @@ class EvaluatorMnist(Evaluator):
             units[f"nearest-{first}"] = Unit("samples", partial(self._nearest, first))
         for first in range(0, HELD_OUT, CHUNK):
             units[f"nearest-real-{first}"] = Unit("weights", partial(self._nearest_real, first))
+        for first in range(0, n if self._inception else 0, CHUNK):
+            units[f"inception-{first}"] = Unit("samples", partial(self._inception_features, "samples", first))
+            for of in ("train", "test"):
+                unit = Unit("weights", partial(self._inception_features, of, first))
+                units[f"inception-{of}-{n}-{first}"] = unit
         if self._model is not None:
             for first in range(0, BOUND_IMAGES, BOUND_CHUNK):
                 units[f"bound-{first}"] = Unit("weights", partial(self._bound, self._model, first))
@@ -118,6 +123,8 @@ class EvaluatorMnist(Evaluator):
                 "higher",
             ),
         }
+        if self._inception:
+            found["inception_fid"] = self._inception_distance(results)
         if self._model is None:
             return found
         bound = self._whole_bound(results)
@@ -186,9 +193,7 @@ class EvaluatorMnist(Evaluator):
 
     def _usefulness_of(self, training: Digits) -> Result:
         test = self._test
-        accuracy = usefulness(
-            training.images, training.labels, test.images, test.labels, seed=self._seed, steps=TRAINING_STEPS
-        )
+        accuracy = usefulness(training.images, training.labels, test.images, test.labels, seed=self._seed)
         return {"accuracy": pack(accuracy)}
 
     def _nearest(self, first: int) -> Result:
@@ -215,6 +220,17 @@ class EvaluatorMnist(Evaluator):
             device=model.alphas_cumprod.device,
         )
         return vars(found)
+
+    def _inception_features(self, of: str, first: int) -> Result:
+        from diffusion.inception import inception_features  # here, because few ask for it
+
+        images = self._samples if of == "samples" else (self._real if of == "train" else self._held_out).images
+        return {"features": inception_features(images[first : first + CHUNK]).astype(np.float32)}
+
+    def _inception_distance(self, results: Mapping[str, Result]) -> Metric:
+        train, test = (self._gathered(results, f"inception-{of}-{self._n}", "features") for of in ("train", "test"))
+        own = self._gathered(results, "inception", "features")
+        return Metric("Inception FID", frechet(train, own), frechet(train, test))
 
     def _class_metric(self, results: Mapping[str, Result]) -> Metric:
         shares = class_shares(results["classes"]["labels"], self._train.labels)

@@ -29,8 +29,7 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
         gpu = int(os.environ.get("LOCAL_RANK", "0"))
         _, model = load_model(run, samples.settings, torch.device("cuda", gpu) if device == "cuda" else CPU)
         model.requires_grad_(False)
-    seed = evaluation.protocol["seed"]
-    return config.evaluator(load_samples(samples, name), model, samples.settings.sampler, seed)
+    return config.evaluator(load_samples(samples, name), model, samples.settings.sampler, evaluation.protocol)
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     write_atomically(path, content.getvalue())
 
 
-def plan(run: RunFolder, name: str | None) -> Evaluation:
+def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluation:
     """The evaluation of a complete set of the run, the newest unless it is named.
 
     Raises ValueError where there is none, or where its files are not those that were written.
@@ -122,7 +122,7 @@ def plan(run: RunFolder, name: str | None) -> Evaluation:
         "sha256": {
             "samples": manifest["sha256"]["samples.npz"],
             "weights": chosen.settings.weights_sha256,
-            **config.evaluation_sha256(),
+            **config.evaluation_sha256(inception),
         },
     }
     return Evaluation(chosen, json.loads(json.dumps(protocol)))

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -16,6 +16,7 @@ from diffusion.settings import (
     MnistSettings,
     SamplerSettings,
     UnetSettings,
+    require,
 )
 from jobs import mnist_files
 from jobs.files import sha256
@@ -58,18 +59,23 @@ class Gaussian1dConfig:
 
         return Gaussian1d(self.data, self.model, self.diffusion)
 
-    def evaluation_sha256(self) -> dict[str, str]:
-        """What an evaluation rests on besides samples and weights: here the mixture."""
+    def evaluation_sha256(self, inception: bool) -> dict[str, str]:
+        """What an evaluation rests on besides samples and weights: here the mixture; no pictures for Inception."""
+        require(not inception, "--inception-fid is for digits", "1d")
         mixture = json.dumps(dataclasses.asdict(self.data), sort_keys=True)
         return {"data": hashlib.sha256(mixture.encode()).hexdigest()}
 
     def evaluator(
-        self, samples: "NDArray[Any]", model: "DiffusionModel | None", sampler: SamplerSettings, seed: int
+        self,
+        samples: "NDArray[Any]",
+        model: "DiffusionModel | None",
+        sampler: SamplerSettings,
+        protocol: Mapping[str, Any],
     ) -> "Evaluator":
         """The evaluation of samples; without the model that drew them, what they tell alone."""
         from diffusion.evaluate_1d import Evaluator1d
 
-        return Evaluator1d(self.build(), samples, model, sampler, seed)
+        return Evaluator1d(self.build(), samples, model, sampler, protocol["seed"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +106,25 @@ class MnistConfig:
 
         return Mnist(load_images, self.model, self.diffusion)
 
-    def evaluation_sha256(self) -> dict[str, str]:
-        """What an evaluation rests on besides samples and weights: the digits, and the classifier for its features."""
+    def evaluation_sha256(self, inception: bool) -> dict[str, str]:
+        """What an evaluation rests on besides samples and weights: the digits, and the networks for its features.
+
+        Raises ValueError if Inception is asked for and its weights are not on this machine.
+        """
         files = json.dumps(mnist_files.FILES, sort_keys=True)
-        return {"data": hashlib.sha256(files.encode()).hexdigest(), "features": sha256(CLASSIFIER)}
+        found = {"data": hashlib.sha256(files.encode()).hexdigest(), "features": sha256(CLASSIFIER)}
+        if inception:
+            from diffusion.inception import weights_path
+
+            found["inception"] = sha256(weights_path())
+        return found
 
     def evaluator(
-        self, samples: "NDArray[Any]", model: "DiffusionModel | None", sampler: SamplerSettings, seed: int
+        self,
+        samples: "NDArray[Any]",
+        model: "DiffusionModel | None",
+        sampler: SamplerSettings,
+        protocol: Mapping[str, Any],
     ) -> "Evaluator":
         """The evaluation of samples; without the model that drew them, what they tell alone."""
         from diffusion.evaluate_mnist import Digits, EvaluatorMnist
@@ -117,7 +135,7 @@ class MnistConfig:
             images, labels = mnist_files.read_images(root, split), mnist_files.read_labels(root, split)
             return Digits(images[..., None], labels)
 
-        return EvaluatorMnist(load, samples, model, seed)
+        return EvaluatorMnist(load, samples, model, protocol["seed"], "inception" in protocol["sha256"])
 
 
 ExperimentConfig = Gaussian1dConfig | MnistConfig
