@@ -14,26 +14,24 @@ import pytest
 
 from jobs import evaluation_report as report
 from jobs.evaluate_job import EvaluateJob
-from jobs.evaluation import plan
+from jobs.evaluation import Evaluation, plan
 from jobs.files import sha256
 from jobs.run_folder import RunFolder
 from tests.launching import TINY, Finished, done, finish, launch, relatives, start, wait_until, workers
 
-SETS = {"few": ("dpm++", 300), "more": ("ddim", 5000)}
-DRAWN = (("a", "more"), ("a", "few"), ("b", "more"))
+SETS = {"few": ("dpm++", 300, 40), "more": ("ddim", 5000, 40), "early": ("ddim", 5000, 20)}
+"""Sampler, number and checkpoint."""
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two tiny 1D runs, a and b; a has two sets of samples, b one."""
+    """A folder with a tiny 1D run and its samples, of two checkpoints."""
     root = tmp_path_factory.mktemp("sampled")
-    for name, steps in (("a", 200), ("b", 20)):
-        small = ("--train.steps", steps, "--diffusion.timesteps", 30, "--name", name)
-        done("train", "1d", *TINY, *small, cwd=root)
-    for run, name in DRAWN:
-        sampler, n = SETS[name]
-        drawn = ("--num-samples", n, "--sampler", sampler, "--steps", 10, "--name", name)
-        done("sample", f"1d/{run}", *drawn, cwd=root)
+    small = ("--train.steps", 40, "--train.checkpoint-every", 20, "--diffusion.timesteps", 30, "--name", "a")
+    done("train", "1d", *TINY, *small, cwd=root)
+    for name, (sampler, n, step) in SETS.items():
+        drawn = ("--num-samples", n, "--sampler", sampler, "--steps", 10, "--checkpoint", step, "--name", name)
+        done("sample", "1d/a", *drawn, cwd=root)
     return root
 
 
@@ -42,9 +40,13 @@ def evaluated(sampled: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with all sets evaluated by one process."""
     root = tmp_path_factory.mktemp("evaluated")
     shutil.copytree(sampled / "runs", root / "runs")
-    done("evaluate", "1d/a", "--all", cwd=root)
-    done("evaluate", "1d/b", cwd=root)
+    done("evaluate", "1d/a/samples/more", "1d/a/samples/early", cwd=root)
+    done("evaluate", "1d/a", "--samples", "few", cwd=root)
     return root
+
+
+def planned(root: Path, name: str) -> Evaluation:
+    return plan(RunFolder(root / "runs" / "1d" / "a"), name)
 
 
 @pytest.fixture
@@ -90,15 +92,14 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(root: Path, evaluated:
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_ctrl_c_stops_it_and_the_same_command_goes_on(root: Path, evaluated: Path) -> None:
+def test_ctrl_c_stops_it_between_two_steps(root: Path) -> None:
     process = start("evaluate", "1d/a", "--samples", "more", cwd=root)
     wait_until(lambda: any((root / "runs/1d/a/samples").rglob("[!.]*-*.npz")))
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert ended.code == 130
+    assert "the same command goes on from here" in ended.err
     assert "Traceback" not in ended.err
-    done("evaluate", "1d/a", "--samples", "more", cwd=root)
-    assert results(root) == results(evaluated)
 
 
 def test_results_name_what_they_rest_on_and_are_not_computed_twice(evaluated: Path) -> None:
@@ -124,7 +125,7 @@ def test_results_name_what_they_rest_on_and_are_not_computed_twice(evaluated: Pa
 
 
 def test_what_is_printed_fits_a_terminal(evaluated: Path) -> None:
-    a, few, b = (plan(RunFolder(evaluated / "runs/1d" / run), name) for run, name in DRAWN)
+    a, few, b = (planned(evaluated, name) for name in ("more", "few", "early"))
     for width in (80, 120):
         for text in (report.one(a, width), report.two(a, b, width), report.quality([a, few], width)):
             _, _, table = text.partition("\n\n")  # the first lines are of the folders' names
@@ -132,24 +133,27 @@ def test_what_is_printed_fits_a_terminal(evaluated: Path) -> None:
             assert "W1" in text
 
 
-def test_a_comparison_finds_the_worse_training_and_no_difference_of_a_run_to_itself(evaluated: Path) -> None:
-    a, _, b = (plan(RunFolder(evaluated / "runs/1d" / run), name) for run, name in DRAWN)
-    found = json.loads(done("evaluate", "1d/a/samples/more", "1d/b", "--json", cwd=evaluated).out)["differences"]
-    assert found == report.differences(a, b)
+def test_a_comparison_finds_the_earlier_checkpoint_worse_and_a_set_equal_to_itself(evaluated: Path) -> None:
+    late, early = planned(evaluated, "more"), planned(evaluated, "early")
+    shown = done("evaluate", "1d/a/samples/more", "1d/a/samples/early", "--json", cwd=evaluated)
+    found = json.loads(shown.out)["differences"]
+    assert found == report.differences(late, early)
     assert found["w1"]["verdict"] == found["excess_loss"]["verdict"] == "A"
     assert found["w1"]["low"] > 0
-    assert report.differences(b, a)["w1"]["verdict"] == "B"
-    assert all(entry["value"] == 0 and entry["verdict"] == "" for entry in report.differences(a, a).values())
+    assert report.differences(early, late)["w1"]["verdict"] == "B"
+    assert all(entry["value"] == 0 and entry["verdict"] == "" for entry in report.differences(late, late).values())
 
 
-def test_all_sets_are_compared_with_the_one_of_most_evaluations(evaluated: Path) -> None:
-    rows = json.loads(done("evaluate", "1d/a", "--all", "--json", cwd=evaluated).out)
-    assert {row["name"] for row in rows} == {"more", "few"}
+def test_all_sets_of_the_newest_weights_are_compared(evaluated: Path) -> None:
+    os.utime(folder(evaluated) / "manifest.json")
+    shown = done("evaluate", "1d/a", "--all", "--json", cwd=evaluated)
+    assert {row["name"] for row in json.loads(shown.out)} == {"more", "few"}
+    assert "Left out: early, which is of other weights" in shown.err
     assert (evaluated / "runs/1d/a/figures/quality.png").is_file()
 
 
 def test_samples_without_their_checkpoint_are_judged_by_themselves(root: Path, evaluated: Path) -> None:
-    shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints" / "step-00000200")
+    shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints" / "step-00000040")
     shown = done("evaluate", "1d/a", "--samples", "more", cwd=root)
     assert "checkpoint that drew these samples is gone" in " ".join(shown.out.split())
     own, known = (json.loads(results(each)["metrics.json"])["metrics"] for each in (root, evaluated))
@@ -157,12 +161,11 @@ def test_samples_without_their_checkpoint_are_judged_by_themselves(root: Path, e
 
 
 def test_a_run_without_samples_names_the_command_that_draws_them(root: Path) -> None:
-    shutil.rmtree(root / "runs" / "1d" / "b" / "samples" / "more")
-    assert "python launch.py sample runs/1d/b --num-samples" in sentence(launch("evaluate", "1d/b", cwd=root))
-    assert "--all takes one RUN" in sentence(launch("evaluate", "1d/a", "1d/b", "--all", cwd=root))
-    run = RunFolder(root / "runs" / "1d" / "a")
     with pytest.raises(ValueError, match=r"must name a complete set of .* \(it has .*few.*\); got x"):
-        plan(run, "x")
+        planned(root, "x")
+    assert "--all takes one RUN" in sentence(launch("evaluate", "1d/a", "1d/a", "--all", cwd=root))
+    shutil.rmtree(root / "runs" / "1d" / "a" / "samples")
+    assert "python launch.py sample runs/1d/a --num-samples" in sentence(launch("evaluate", "1d/a", cwd=root))
 
 
 def disturb(root: Path, array: np.ndarray[Any, Any], **changes: Any) -> None:
@@ -190,7 +193,7 @@ def test_samples_that_cannot_be_judged_are_refused(
 ) -> None:
     disturb(root, array, **changes)
     with pytest.raises(ValueError, match=re.escape(words)):
-        plan(RunFolder(root / "runs" / "1d" / "a"), "more")
+        planned(root, "more")
 
 
 def test_samples_that_are_not_those_that_were_drawn_are_refused(root: Path) -> None:
@@ -201,10 +204,10 @@ def test_samples_that_are_not_those_that_were_drawn_are_refused(root: Path) -> N
 
 def test_constant_samples_get_the_right_numbers(root: Path) -> None:
     disturb(root, np.full(5000, 1.5, np.float32))
-    run = RunFolder(root / "runs" / "1d" / "a")
-    shutil.rmtree(run.checkpoints)  # which is faster
-    assert EvaluateJob(plan(run, "more"), (0, 1), "cpu", merge=True)() == 0
-    found = plan(run, "more").read()["metrics"]
+    shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints")  # which is faster
+    evaluation = planned(root, "more")
+    assert EvaluateJob(evaluation, (0, 1), "cpu", merge=True)() == 0
+    found = evaluation.read()["metrics"]
     assert found["kl"]["value"] == pytest.approx(np.log(64))
     assert found["share_1"]["value"] == pytest.approx(1, abs=1e-3)
-    assert found["w1"]["low"] == found["w1"]["high"] == pytest.approx(found["w1"]["value"])
+    assert [found["w1"][name] for name in ("low", "high")] == pytest.approx([found["w1"]["value"]] * 2)

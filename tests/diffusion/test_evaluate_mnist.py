@@ -1,0 +1,72 @@
+"""The MNIST evaluation: real digits lie at their floors, known corruptions move the numbers the right way."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion.bootstrap import REPLICATES, Estimate
+from diffusion.evaluate_mnist import CHUNK, HELD_OUT, Digits, EvaluatorMnist
+from diffusion.evaluation import Metric, Result, pack
+from jobs import mnist_files
+
+N = 300
+
+
+@pytest.fixture(scope="module")
+def load(mnist_root: Path) -> Callable[[str], Digits]:
+    def read(split: mnist_files.Split) -> Digits:
+        images = mnist_files.read_images(mnist_root, split)[..., None]
+        return Digits(images, mnist_files.read_labels(mnist_root, split))
+
+    return read  # type: ignore[return-value]
+
+
+def judge(evaluator: EvaluatorMnist) -> dict[str, Metric]:
+    """The metrics; what takes long or does not matter here is made up: real distances of 1 to 2, accuracies of 0.9."""
+    slow = pack(Estimate(0.9, np.full(REPLICATES, 0.9)))
+    results: dict[str, Result] = {}
+    for name, unit in evaluator.units().items():
+        if name.startswith("usefulness"):
+            results[name] = {"accuracy": slow}
+        elif name.startswith("nearest-real"):
+            results[name] = {"distances": np.linspace(1, 2, CHUNK)[:, None]}
+        else:
+            results[name] = unit.compute()
+    return evaluator.metrics(results)
+
+
+def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(load: Callable[[str], Digits]) -> None:
+    real = load("test").part(7, 0, N).images  # another draw than the evaluation makes
+    noise = np.random.default_rng(0).normal(0, 60, real.shape)
+    found = judge(EvaluatorMnist(load, real, None, 0, False))
+    noisy = judge(EvaluatorMnist(load, (real + noise).clip(0, 255).astype(np.uint8), None, 0, False))
+    for name, metric in found.items():
+        assert isinstance(metric.floor, Estimate), name
+        low, high = metric.floor.interval()
+        if name in ("frechet", "kernel", "recall", "coverage"):
+            # The interval of the floor knows neither its own draw nor ours.
+            assert low - (high - low) <= metric.value <= high + (high - low), name
+    for name in ("frechet", "kernel"):
+        assert noisy[name].value > 2 * found[name].value, name
+    for name in ("recall", "coverage", "sure"):
+        assert noisy[name].value < found[name].value, name
+
+
+def test_copies_and_a_missing_class_are_found(load: Callable[[str], Digits]) -> None:
+    train = load("train")
+    copies = train.images[train.labels != 3][:N]
+    found = judge(EvaluatorMnist(load, copies, None, 0, False))
+    assert found["copies"].value == 1
+    assert isinstance(found["classes"].floor, Estimate)
+    assert found["classes"].value > found["classes"].floor.interval()[1]
+    # A whole class lacks: the statistic of n (0 - p)^2 / p alone is n p.
+    assert found["classes"].value > 0.9 * N * (train.labels == 3).mean()
+
+
+def test_the_units_are_the_same_for_all_sets_of_a_size(load: Callable[[str], Digits]) -> None:
+    images = load("test").images
+    units = [EvaluatorMnist(load, images[i : i + N], None, 0, False).units() for i in (0, 1000)]
+    assert list(units[0]) == list(units[1])
+    assert len(units[0]) == 5 + -(-N // CHUNK) + HELD_OUT // CHUNK

@@ -1,0 +1,65 @@
+"""Evaluations on a real Slurm: an array over the units, and a job after it that puts them together."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from slurm.devcluster import DevCluster
+from tests.launching import TINY, Finished, done, launch, wait_until
+
+pytestmark = pytest.mark.slurm
+
+SLURM = ("--cluster", "slurm", "--device", "cpu", "--slurm.cpus-per-gpu", "1", "--slurm.time-min", "10")
+NAME = "step-00000050-dpm++-10-seed0"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run a, and its copy b that one process here has evaluated."""
+    root = tmp_path_factory.mktemp("evaluated")
+    local = ("--cluster", "local")
+    done("train", "1d", *TINY, "--train.steps", "50", "--diffusion.timesteps", "30", "--name", "a", *local, cwd=root)
+    done("sample", "1d/a", "--num-samples", "2000", "--sampler", "dpm++", "--steps", "10", *local, cwd=root)
+    shutil.copytree(root / "runs/1d/a", root / "runs/1d/b")
+    done("evaluate", "1d/b", *local, cwd=root)
+    return root
+
+
+def on_slurm(root: Path, cluster: DevCluster, *more: object) -> Finished:
+    return launch("evaluate", "1d/a", *SLURM, "--gpus", 2, *more, cwd=root, **cluster.env)
+
+
+def processes(root: Path) -> list[int]:
+    """Processes of the array's running tasks."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        mine = str(root).encode() in command and b"submitit.core._submit" in command and b"srun" not in command[:20]
+        if mine and b"SLURM_ARRAY_TASK_ID=" in environment and b"SLURM_PROCID=" in environment:
+            found.append(int(folder.name))
+    return found
+
+
+def test_a_killed_array_goes_on_and_gives_the_numbers_of_one_process(cluster: DevCluster, root: Path) -> None:
+    samples = root / "runs/1d/a/samples"
+    assert on_slurm(root, cluster).code == 0
+    wait_until(lambda: any(samples.rglob(".evaluation/[!.]*-*.npz")) and bool(processes(root)), timeout_s=180)
+    refused = on_slurm(root, cluster)
+    assert refused.code == 2
+    assert "being evaluated already" in refused.err
+    for process in processes(root):
+        os.kill(process, signal.SIGKILL)
+    wait_until(lambda: cluster.run("squeue", "--noheader") == "", timeout_s=180)
+    assert not (samples / NAME / "metrics.json").exists()
+    ended = on_slurm(root, cluster, "--wait")
+    assert ended.code == 0, ended
+    assert "W1 to the exact mixture" in ended.out
+    for path in (root / "runs/1d/b/samples" / NAME).iterdir():
+        if path.is_file():
+            assert path.read_bytes() == (samples / NAME / path.name).read_bytes(), path.name
