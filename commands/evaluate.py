@@ -1,5 +1,6 @@
 """`evaluate`."""
 
+import contextlib
 import json
 import shutil
 import sys
@@ -15,7 +16,7 @@ from jobs.evaluate_job import EvaluateJob, EvaluateMergeJob
 from jobs.evaluation import Evaluation
 from jobs.run_folder import RunFolder
 from slurm import queue
-from slurm.place import OnSlurm
+from slurm.place import Here, OnSlurm
 
 Samples = Annotated[
     Positional[str],
@@ -57,9 +58,12 @@ class Evaluate:
         experiments = {found.protocol["experiment"] for found in asked}
         if len(experiments) > 1:
             raise ValueError(f"only runs of one experiment can be compared; got {' and '.join(sorted(experiments))}")
-        codes = [self._evaluate(found) for found in asked if not found.is_complete()]
         if self.where.dry_run:
+            for found in asked:
+                show(dict(found.protocol), self._describe(found))
             return 0
+        with contextlib.redirect_stdout(sys.stderr):  # what is printed for scripts is JSON alone
+            codes = [self._evaluate(found) for found in asked if not found.is_complete()]
         if any(codes):
             return max(codes)
         if all(found.is_complete() for found in asked):
@@ -96,34 +100,42 @@ class Evaluate:
                 return RunFolder(folder.parent.parent), folder.name
         return run_folder.find(name, self.where.runs_dir), None
 
-    def _evaluate(self, asked: Evaluation) -> int:
-        """Evaluates one set, here or on Slurm."""
-        run = RunFolder(asked.samples.run)
-        place = self.where.place(run)
-        processes = self.where.processes
+    def _jobs(self, asked: Evaluation) -> tuple[Here | OnSlurm, EvaluateJob, list[EvaluateJob]]:
+        """Where to evaluate, the job for this machine, and the elements of an array for Slurm."""
+        place, processes = self.where.place(RunFolder(asked.samples.run)), self.where.processes
         job = EvaluateJob(asked, (0, processes), self.where.resolve_device(place), merge=True)
-        elements = [replace(job, share=(i, processes), merge=False) for i in range(processes)]
         if isinstance(place, OnSlurm):
             # The code of today, whichever has trained the run: metrics must not depend on its age.
-            single = replace(place, processes=1, code=asked.kept / "code")
-            if self.where.dry_run:
-                return show(dict(asked.protocol), single.describe_array(elements, processes, EvaluateMergeJob(asked)))
-            for job_id, state in queue.active(asked.job_ids()).items():
-                raise ValueError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
-            single.check(job)
-            shutil.rmtree(single.code, ignore_errors=True)
-            single.code.parent.mkdir(exist_ok=True)
-            provenance.save_code(single.code)
-            merge = EvaluateMergeJob(asked)
-            job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), processes, merge)
-            if self.where.wait:
-                place.wait(job_ids)
-            return 0
-        if self.where.dry_run:
-            return show(dict(asked.protocol), place.describe(job))
-        print(f"Evaluating {evaluation_report.title(asked)}", file=sys.stderr, flush=True)
-        with ownership.sampling(run.path) as descriptor:
-            return place.run(job, keep_open=descriptor)
+            place = replace(place, processes=1, code=asked.kept / "code")
+        return place, job, [replace(job, share=(i, processes), merge=False) for i in range(processes)]
+
+    def _describe(self, asked: Evaluation) -> str:
+        place, job, elements = self._jobs(asked)
+        if isinstance(place, OnSlurm):
+            return place.describe_array(elements, len(elements), EvaluateMergeJob(asked))
+        return place.describe(job)
+
+    def _evaluate(self, asked: Evaluation) -> int:
+        """Evaluates one set, here or on Slurm; returns the exit code."""
+        run = RunFolder(asked.samples.run)
+        place, job, elements = self._jobs(asked)
+        for job_id, state in queue.active(asked.job_ids()).items():
+            raise ValueError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
+        place.check(job)
+        _, config = run.read_experiment()
+        config.prepare(print)
+        print(f"Evaluating {evaluation_report.title(asked)}", flush=True)
+        if isinstance(place, Here):
+            with ownership.sampling(run.path) as descriptor:
+                return place.run(job, keep_open=descriptor)
+        shutil.rmtree(place.code, ignore_errors=True)
+        place.code.parent.mkdir(exist_ok=True)
+        provenance.save_code(place.code)
+        merge = EvaluateMergeJob(asked)
+        job_ids = place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
+        if self.where.wait:
+            place.wait(job_ids)
+        return 0
 
     def _show(self, asked: list[Evaluation]) -> None:
         """Prints one evaluation, or what several say together."""

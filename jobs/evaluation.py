@@ -5,7 +5,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -118,14 +118,17 @@ def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluatio
         "model": asdict(config.model),
         "diffusion": asdict(config.diffusion),
         "samples": {"num_samples": chosen.num_samples, **asdict(chosen.settings)},
-        "weights_are_there": _has_weights(run, chosen),
+        "weights_are_there": True,
         "sha256": {
             "samples": manifest["sha256"]["samples.npz"],
             "weights": chosen.settings.weights_sha256,
             **config.evaluation_sha256(inception),
         },
     }
-    return Evaluation(chosen, json.loads(json.dumps(protocol)))
+    whole = Evaluation(chosen, json.loads(json.dumps(protocol)))
+    if _has_weights(run, chosen) or whole.is_complete():  # from before the checkpoint was removed
+        return whole
+    return replace(whole, protocol={**whole.protocol, "weights_are_there": False})
 
 
 def complete_sets(run: RunFolder) -> list[str]:

@@ -91,13 +91,15 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     assert (moved / "figures" / "training.png").stat().st_size > 10_000
 
 
-def test_a_training_and_its_samples_are_one_group_with_pictures_and_artifacts(tmp_path: Path) -> None:
+def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    done("train", "1d", *TINY, "--train.steps", "30", "--name", "a", cwd=tmp_path, **OFFLINE)
+    small = ("--train.steps", "30", "--diffusion.timesteps", "30", "--name", "a")
+    done("train", "1d", *TINY, *small, cwd=tmp_path, **OFFLINE)
     done("sample", "1d/a", "--num-samples", "100000", "--sampler", "dpm++", "--name", "s", cwd=tmp_path, **OFFLINE)
-    training, samples = segments(run)
-    begun = [next(r["run"] for r in segment if r["type"] == "run") for segment in (training, samples)]
-    assert [record["job_type"] for record in begun] == ["train", "sample"]
+    done("evaluate", "1d/a", cwd=tmp_path, **OFFLINE)
+    training, samples, evaluation = segments(run)
+    begun = [next(r["run"] for r in segment if r["type"] == "run") for segment in (training, samples, evaluation)]
+    assert [record["job_type"] for record in begun] == ["train", "sample", "evaluate"]
     assert {record["run_group"] for record in begun} == {"1d/a"}
     assert begun[0]["config"]["update"]["train"]["batch-size"] == 64
     settings = begun[1]["config"]["update"]
@@ -106,6 +108,10 @@ def test_a_training_and_its_samples_are_one_group_with_pictures_and_artifacts(tm
     assert len(history(training, "figures/samples._type")) == 1
     assert history(samples, "sample/done")[-1] == (100_000, 1)
     assert len(history(samples, "sample/grid._type")) == 1
+    metrics = json.loads((run / "samples" / "s" / "metrics.json").read_text())["metrics"]
+    assert history(evaluation, "evaluate/w1") == [(30, metrics["w1"]["value"])]
+    assert history(evaluation, "floor/w1") == [(30, metrics["w1"]["floor"])]
+    assert len(history(evaluation, "evaluate/samplers._type")) == 1
     for segment in (training, samples):
         assert sum(record["type"] == "artifact" for record in segment) == 1
         assert [record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] == [0]
