@@ -65,14 +65,17 @@ def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path)
         )
         for sampler, color in SAMPLERS.items():
             own = [row for row in rows if row["sampler"] == sampler]
-            values = [row["metrics"][name] for row in own]
+            found = [row["metrics"][name] for row in own]
             if not own:
                 continue
-            middle = [metric["value"] for metric in values]
-            spread = [[m["value"] - m["low"] for m in values], [m["high"] - m["value"] for m in values]]
+            middle = [metric["value"] for metric in found]
+            spread = [[m["value"] - m["low"] for m in found], [m["high"] - m["value"] for m in found]]
             at = [row["steps"] for row in own]
             axes.errorbar(at, middle, spread, color=color, marker="o", linewidth=2, capsize=4, label=sampler)
         axes.set(title=metrics[0]["label"])
+        values = [metric["value"] for metric in metrics]
+        if min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
         evaluations_axis(axes, steps)
         axes.legend(framealpha=0.8, fontsize="small")
     save(figure, path)
