@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from diffusion import bootstrap, digits, likelihood
+from diffusion import bootstrap, bound_table, digits, likelihood
 from diffusion.bootstrap import Estimate, Resampled
 from diffusion.digit_metrics import SURE, class_shares, near_copies, nearest, sure_share, usefulness
 from diffusion.digits import Images
@@ -30,8 +29,6 @@ HELD_OUT = 4_000
 BOUND_IMAGES, BOUND_CHUNK, STRATA = 512, 32, 63
 """Test digits whose bits per dimension are taken, how many in a unit, and timesteps for each beside t = 0."""
 NEIGHBOURS = 3
-BANDS = (0, 1, 10, 100, 300, 1_000_000)
-"""Timesteps at which the tables of the bound and of the loss are cut."""
 
 
 @dataclass(frozen=True)
@@ -128,10 +125,9 @@ class EvaluatorMnist(Evaluator):
         if self._model is None:
             return found
         bound = self._whole_bound(results)
-        loss = (bound.squared_error * self._sizes(bound)).sum(1) / self._sizes(bound).sum()
         return {
             **found,
-            "held_out_loss": Metric("loss of test digits", self._mean(loss), None),
+            "held_out_loss": Metric("loss of test digits", self._mean(bound_table.mean_loss(bound)), None),
             "bits_per_dim": Metric("bits per dimension of test digits", self._mean(bound.total), None),
         }
 
@@ -144,21 +140,11 @@ class EvaluatorMnist(Evaluator):
         found = {"classes": Table(f"Share of each digit (chi-squared test: p = {shares.p_value:.2g})", rows)}
         if self._model is not None:
             title = f"Bits per dimension and loss of {BOUND_IMAGES} test digits, by timestep"
-            found["bound"] = Table(title, self._bound_rows(self._whole_bound(results)))
+            found["bound"] = Table(title, bound_table.rows(self._whole_bound(results)))
         return found
 
     def curves(self, results: Mapping[str, Result]) -> dict[str, Any]:
-        if self._model is None:
-            return {}
-        bound = self._whole_bound(results)
-        sizes = self._sizes(bound)
-        return {
-            "bound_by_t": {
-                "first_t": [0, *bound.edges[:-1].tolist()],
-                "bits_per_dim_of_one_t": (bound.transitions.mean(0) / sizes[1:]).tolist(),
-                "loss": bound.squared_error.mean(0).tolist(),
-            }
-        }
+        return {} if self._model is None else {"bound_by_t": bound_table.curves(self._whole_bound(results))}
 
     def draw(self, results: Mapping[str, Result], folder: Path) -> None:
         from diffusion import figures_digits  # here, because plotting libraries take a second to import
@@ -247,30 +233,6 @@ class EvaluatorMnist(Evaluator):
 
     def _whole_bound(self, results: Mapping[str, Result]) -> Bound:
         return Bound.join([Bound(**results[f"bound-{first}"]) for first in range(0, BOUND_IMAGES, BOUND_CHUNK)])
-
-    def _bound_rows(self, bound: Bound) -> list[dict[str, str | float]]:
-        """A row for each term, and for bands of timesteps, with standard errors."""
-        sizes, starts = self._sizes(bound), np.concatenate([[0], bound.edges[:-1]])
-        ends = starts + sizes
-        terms = np.column_stack([bound.reconstruction, bound.transitions])
-        rows: list[dict[str, str | float]] = []
-        for low, high in pairwise(BANDS):
-            chosen = (starts >= low) & (starts < high)
-            if not chosen.any():
-                continue
-            bits, error = likelihood.mean_and_error(terms[:, chosen].sum(1))
-            loss, _ = likelihood.mean_and_error(bound.squared_error[:, chosen] @ sizes[chosen] / sizes[chosen].sum())
-            name = "t = 0, reconstruction" if high == 1 else f"t = {starts[chosen][0]} to {ends[chosen][-1] - 1}"
-            rows.append({"term": name, "bits": float(bits), "std_error": float(error), "loss": float(loss)})
-        prior, error = likelihood.mean_and_error(bound.prior)
-        rows.append({"term": "t = T, prior", "bits": float(prior), "std_error": float(error), "loss": ""})
-        total, error = likelihood.mean_and_error(bound.total)
-        rows.append({"term": "all", "bits": float(total), "std_error": float(error), "loss": ""})
-        return rows
-
-    def _sizes(self, bound: Bound) -> NDArray[np.int64]:
-        """How many timesteps each column of squared_error stands for."""
-        return np.concatenate([[1], np.diff(bound.edges)])
 
     def _gathered(self, results: Mapping[str, Result], unit: str, name: str) -> NDArray[Any]:
         total = HELD_OUT if unit == "nearest-real" else self._n

@@ -66,7 +66,8 @@ class Evaluation:
             found = json.loads((self.folder / "metrics.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return {}
-        return dict(found) if found["protocol"] == self.protocol else {}
+        is_ours = isinstance(found, dict) and found.get("protocol") == self.protocol
+        return dict(found) if is_ours else {}
 
     def read_replicates(self) -> dict[str, NDArray[np.float64]]:
         """The bootstrap replicates of each metric that has them."""
