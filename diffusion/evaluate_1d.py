@@ -18,6 +18,7 @@ from diffusion.model import DiffusionModel
 from diffusion.probability_flow import log_likelihood
 from diffusion.sample_metrics import BINS, sample_metrics
 from diffusion.sampler_errors import sampler_errors
+from diffusion.samplers import SAMPLERS
 from diffusion.settings import SamplerSettings
 
 STEPS = (10, 20, 50, 100)
@@ -47,8 +48,8 @@ class Evaluator1d(Evaluator):
             for steps in STEPS
             if steps <= len(self._abar)
         ]
-        self._own = sampler
-        self._samplers = list(dict.fromkeys([sampler, *compared]))
+        self._own, order = sampler, list(SAMPLERS)
+        self._samplers = sorted({sampler, *compared}, key=lambda s: (order.index(s.sampler), s.eta, s.steps))
 
     def units(self) -> dict[str, Unit]:
         units = {"samples": Unit("samples", self._of_samples)}
