@@ -70,3 +70,15 @@ def test_the_units_are_the_same_for_all_sets_of_a_size(load: Callable[[str], Dig
     units = [EvaluatorMnist(load, images[i : i + N], None, 0, False).units() for i in (0, 1000)]
     assert list(units[0]) == list(units[1])
     assert len(units[0]) == 5 + -(-N // CHUNK) + HELD_OUT // CHUNK
+
+
+def test_constant_images_get_finite_numbers_and_no_praise(load: Callable[[str], Digits]) -> None:
+    found = judge(EvaluatorMnist(load, np.zeros((N, 28, 28, 1), np.uint8), None, 0, False))
+    assert all(
+        np.isfinite([metric.value, *metric.estimate.replicates]).all()
+        for metric in found.values()
+        if isinstance(metric.estimate, Estimate)
+    )
+    for name in ("precision", "recall", "density", "coverage", "sure"):
+        assert found[name].value == 0, name
+    assert found["classes"].value > 1000
