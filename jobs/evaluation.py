@@ -58,7 +58,7 @@ class Evaluation:
             return self.kept / f"{unit}-{_key(self.protocol)}.npz"
         hashes = {name: value for name, value in self.protocol["sha256"].items() if name != "samples"}
         weights = {name: self.protocol[name] for name in ("version", "experiment", "model", "diffusion", "seed")}
-        return self.folder.parent / ".evaluation" / f"{unit}-{_key({**weights, **hashes})}.npz"
+        return self.samples.run / ".evaluation" / f"{unit}-{_key({**weights, **hashes})}.npz"
 
     def read(self) -> dict[str, Any]:
         """metrics.json, {} if there is none of this protocol."""

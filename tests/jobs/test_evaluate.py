@@ -79,11 +79,11 @@ def test_any_number_of_processes_gives_the_same_numbers(processes: int, root: Pa
 def test_a_killed_evaluation_goes_on_with_what_is_missing(root: Path, evaluated: Path) -> None:
     command = ("evaluate", "1d/a", "--samples", "more", "--device", "cpu", "--gpus", 2)
     process = start(*command, cwd=root)
-    wait_until(lambda: len(list((root / "runs/1d/a/samples").rglob("[!.]*-*.npz"))) >= 3)
+    wait_until(lambda: len(list((root / "runs/1d/a").rglob("[!.]*-*.npz"))) >= 3)
     os.kill(random.Random(0).choice(workers(process)), signal.SIGKILL)
     assert finish(process).code != 0
     wait_until(lambda: not relatives(process))
-    kept = (path for path in (root / "runs/1d/a/samples").rglob(".evaluation/*-*.npz"))
+    kept = (path for path in (root / "runs/1d/a").rglob(".evaluation/*-*.npz"))
     before = {path: path.stat().st_mtime_ns for path in kept}
     assert before
     assert not (folder(root) / "metrics.json").exists()
@@ -94,7 +94,7 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(root: Path, evaluated:
 
 def test_ctrl_c_stops_it_between_two_steps(root: Path) -> None:
     process = start("evaluate", "1d/a", "--samples", "more", cwd=root)
-    wait_until(lambda: any((root / "runs/1d/a/samples").rglob("[!.]*-*.npz")))
+    wait_until(lambda: any((root / "runs/1d/a").rglob("[!.]*-*.npz")))
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert ended.code == 130

@@ -9,6 +9,7 @@ import pytest
 
 from slurm.devcluster import DevCluster
 from tests.launching import TINY, Finished, done, launch, wait_until
+from tests.slurm.test_arrays import elements
 
 pytestmark = pytest.mark.slurm
 
@@ -32,28 +33,14 @@ def on_slurm(root: Path, cluster: DevCluster, *more: object) -> Finished:
     return launch("evaluate", "1d/a", *SLURM, "--gpus", 2, *more, cwd=root, **cluster.env)
 
 
-def processes(root: Path) -> list[int]:
-    """Processes of the array's running tasks."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command, environment = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        mine = str(root).encode() in command and b"submitit.core._submit" in command and b"srun" not in command[:20]
-        if mine and b"SLURM_ARRAY_TASK_ID=" in environment and b"SLURM_PROCID=" in environment:
-            found.append(int(folder.name))
-    return found
-
-
 def test_a_killed_array_goes_on_and_gives_the_numbers_of_one_process(cluster: DevCluster, root: Path) -> None:
     samples = root / "runs/1d/a/samples"
     assert on_slurm(root, cluster).code == 0
-    wait_until(lambda: any(samples.rglob(".evaluation/[!.]*-*.npz")) and bool(processes(root)), timeout_s=180)
     refused = on_slurm(root, cluster)
     assert refused.code == 2
     assert "being evaluated already" in refused.err
-    for process in processes(root):
+    wait_until(lambda: any((root / "runs/1d/a").rglob(".evaluation/[!.]*-*.npz")), timeout_s=180)
+    for process in elements(root):
         os.kill(process, signal.SIGKILL)
     wait_until(lambda: cluster.run("squeue", "--noheader") == "", timeout_s=180)
     assert not (samples / NAME / "metrics.json").exists()
