@@ -83,7 +83,7 @@ def two(a: Evaluation, b: Evaluation, width: int) -> str:
 def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     """All sets by their samplers and network evaluations, with the metrics that depend on samples."""
     rows = quality_rows(evaluations)
-    names = headline(rows)
+    names = headline(rows, 2 if width < 110 else 4)
     cells = []
     for row in rows:
         numbers = []
@@ -105,12 +105,12 @@ def draw_quality(evaluations: Sequence[Evaluation], path: Path) -> None:
     from diffusion import figures_evaluation  # here, because plotting libraries take a second to import
 
     rows = quality_rows(evaluations)
-    figures_evaluation.quality(rows, headline(rows), path)
+    figures_evaluation.quality(rows, headline(rows, 2), path)
 
 
-def headline(rows: Sequence[Json]) -> list[str]:
+def headline(rows: Sequence[Json], number: int) -> list[str]:
     """The metrics that stand for all others: the first ones."""
-    return list(rows[0]["metrics"])[:2]
+    return list(rows[0]["metrics"])[:number]
 
 
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
