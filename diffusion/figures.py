@@ -54,6 +54,7 @@ def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: 
     for i, name in enumerate(names):
         _curve(bands, history, name, f"t < {i + 1}/{len(names)} T", color=f"C{i}", raw=False)
     bands.set(title="Loss by timestep t", yscale="log")
+    bands.set_ylim(top=5 * bands.get_ylim()[1])  # room for the legend
     _curve(gradient, history, "grad_norm", "running mean")
     gradient.set(title="Norm of the gradient before clipping", xlabel="step (optimizer updates)", yscale="log")
     _curve(speed, [line for line in timing if line["event"] == "progress"], "images_per_s", "running mean")
@@ -66,7 +67,7 @@ def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: 
             axes.axvline(step, color=EXACT, linestyle=":", linewidth=1.5, label=label)
     for axes in (loss, bands):
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(framealpha=0.8, fontsize="small")
+            axes.legend(framealpha=0.8, fontsize="small", loc="upper right", ncols=2)
     save(figure, path)
 
 

@@ -93,7 +93,7 @@ def samples(mixture: Mixture, x: NDArray[Any], path: Path) -> None:
     )
     axes.plot(grid, mixture.pdf(grid), color=EXACT, linewidth=2, label="exact density")
     axes.set(title="Samples of the model against the exact mixture", xlabel="$x_0$", ylabel="density", xlim=(low, high))
-    axes.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 

@@ -73,7 +73,8 @@ def reverse_process(model: DiffusionModel, n: int, to_array: ToArray, folder: Pa
 
 def sketch(model: DiffusionModel, n: int, to_array: ToArray, folder: Path) -> None:
     """n digits by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
-    steps, abar = 25, model.alphas_cumprod.double().cpu()
+    abar = model.alphas_cumprod.double().cpu()
+    steps = min(25, len(abar))
     xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, (1, 28, 28))).to(model.alphas_cumprod.device)
     with torch.inference_mode():
         x = [xt, *ddim(model.predict, xt, abar, steps=steps, noise=lambda _: torch.zeros_like(xt), clip=(-1, 1))]

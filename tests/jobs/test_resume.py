@@ -29,17 +29,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "fp32": ("1d", *TINY, "--train.steps", str(STEPS), "--train.checkpoint-every", "400"),
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
-        *("--train.batch-size", "4", "--diffusion.timesteps", "50"),
-        *(
-            "--train.steps",
-            "60",
-            "--train.checkpoint-every",
-            "20",
-            "--train.log-every",
-            "1",
-            "--train.precision",
-            "bf16",
-        ),
+        # Few timesteps: without bf16 in hardware, most of such a run are the digits of its last figures.
+        *("--train.batch-size", "4", "--diffusion.timesteps", "21"),
+        *("--train.steps", "60", "--train.checkpoint-every", "20"),
+        *("--train.log-every", "1", "--train.precision", "bf16"),
     ),
 }
 
