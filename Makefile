@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 .PHONY: help demo test lint format soak slurm-test clean
 
 help:
-	@echo "make demo        set up, train both models on this machine, sample them: about 10 minutes on two CPU cores"
+	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
 	@echo "make test        set up and run the tests"
 	@echo "make lint        style and types"
 	@echo "make format      put the code into shape"
