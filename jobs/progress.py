@@ -47,7 +47,8 @@ class Progress:
     def update(self, step: int, detail: str) -> None:
         """After `step` steps; `detail` is shown beside the rate."""
         self._window = [*self._window[-30:], (time.monotonic(), step)]
-        shown = f"{detail} {self.rate:,.0f} {self._unit}/s".strip()
+        rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+        shown = f"{detail} {rate} {self._unit}/s".strip()
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if time.monotonic() - self._said >= LOG_LINE_S:
