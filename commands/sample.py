@@ -8,7 +8,7 @@ from tyro.conf import arg
 from commands.where import Launch, Run, optional, show
 from diffusion.settings import SAMPLER_STEPS, SamplerSettings
 from jobs import ownership, run_folder, samples
-from jobs.job import MergeJob, SampleJob
+from jobs.sample_job import SampleJob, SampleMergeJob
 from jobs.samples import Weights
 from slurm import queue
 from slurm.place import OnSlurm
@@ -64,7 +64,7 @@ class Sample:
         if self.where.dry_run:
             what = place.describe(job)
             if isinstance(place, OnSlurm):
-                what = replace(place, processes=1).describe_array(elements, place.processes, MergeJob(asked))
+                what = replace(place, processes=1).describe_array(elements, place.processes, SampleMergeJob(asked))
             return show({**asdict(asked.settings), "num_samples": asked.num_samples}, what)
         for job_id, state in queue.active(asked.job_ids()).items():
             raise ValueError(f"{where} is being drawn already: job {job_id} is {state}")
@@ -73,7 +73,7 @@ class Sample:
         print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
         if isinstance(place, OnSlurm):
-            single, merge = replace(place, processes=1), MergeJob(asked)
+            single, merge = replace(place, processes=1), SampleMergeJob(asked)
             job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
             if not self.where.wait:
                 return 0

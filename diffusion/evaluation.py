@@ -11,11 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusion.bootstrap import Estimate
+from diffusion.model import DiffusionModel
+from diffusion.settings import SamplerSettings
 
 Result = Mapping[str, NDArray[Any]]
 """What a unit computes: arrays by name, small enough to be kept in a file."""
 Better = Literal["lower", "higher", "near"]
 """Where a good model's value lies; near is at the floor, whose value is then the exact one."""
+
+
+class Drawn(NamedTuple):
+    """Samples, and what drew them."""
+
+    samples: NDArray[Any]
+    model: DiffusionModel | None
+    """None where the weights are no longer there: then the samples tell what they can alone."""
+    sampler: SamplerSettings
 
 
 class Unit(NamedTuple):

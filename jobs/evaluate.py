@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from diffusion.bootstrap import Estimate
-from diffusion.evaluation import Evaluator
+from diffusion.evaluation import Drawn, Evaluator
 from jobs.evaluation import Evaluation, load_samples, write_arrays
 from jobs.progress import Console, Progress
 from jobs.run_folder import RunFolder
-from jobs.sample import CPU, Stopped, load_model
-from jobs.stop import SignalWatch, Stop
+from jobs.sample import CPU, load_model
+from jobs.stop import SignalWatch, Stop, Stopped
 from jobs.world import Kind
 
 
@@ -29,7 +29,8 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
         gpu = int(os.environ.get("LOCAL_RANK", "0"))
         _, model = load_model(run, samples.settings, torch.device("cuda", gpu) if device == "cuda" else CPU)
         model.requires_grad_(False)
-    return config.evaluator(load_samples(samples, name), model, samples.settings.sampler, evaluation.protocol)
+    drawn = Drawn(load_samples(samples, name), model, samples.settings.sampler)
+    return config.evaluator(drawn, evaluation.protocol)
 
 
 @contextmanager

@@ -83,7 +83,8 @@ class Evaluation:
         write_json(self.folder / "metrics.json", {"protocol": self.protocol, **results})
 
     def add_job(self, job_id: str) -> None:
-        """Remembers a Slurm job that works on the evaluation."""
+        """Remembers a Slurm job that works on the evaluation, here and with the run."""
+        RunFolder(self.samples.run).add_job("evaluate_job_ids", job_id)
         self.kept.mkdir(exist_ok=True)
         write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
 

@@ -1,15 +1,12 @@
 """Passes an evaluation on to wandb when it is complete: `python -m jobs.evaluation_follower RUN NAME`."""
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.dashboard import Identity, open_dashboard
-from jobs.following import follow, say
+from jobs.following import follow, open_part
 from jobs.run_folder import RunFolder
-from jobs.tracking import group
 
 
 class EvaluationFollower:
@@ -18,19 +15,7 @@ class EvaluationFollower:
     def __init__(self, run: RunFolder, name: str) -> None:
         self._folder = run.samples / name
         self._results: dict[str, Any] = json.loads((self._folder / "metrics.json").read_text())
-        experiment, config = run.read_experiment()
-        suffix = hashlib.sha256(f"evaluate/{name}".encode()).hexdigest()[:6]
-        identity = Identity(
-            folder=run.path,
-            run_id=f"{run.read_launch()['wandb_id']}-{suffix}",
-            project=config.tracking.project,
-            name=f"{experiment}/{run.path.name}/{name}/evaluate",
-            group=group(run, experiment),
-            job_type="evaluate",
-            tags=[experiment],
-            config=self._results["protocol"],
-        )
-        self._dashboard = open_dashboard(identity, config.tracking.mode, say)
+        self._dashboard = open_part(run, f"{name}/evaluate", "evaluate", self._results["protocol"])
 
     def look(self) -> None:
         """All there is to see comes at the end."""

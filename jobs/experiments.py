@@ -14,7 +14,6 @@ from diffusion.settings import (
     MixtureSettings,
     MlpSettings,
     MnistSettings,
-    SamplerSettings,
     UnetSettings,
     require,
 )
@@ -26,10 +25,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from diffusion.evaluation import Evaluator
+    from diffusion.evaluation import Drawn, Evaluator
     from diffusion.gaussian1d import Gaussian1d
     from diffusion.mnist import Mnist
-    from diffusion.model import DiffusionModel
 
 CLASSIFIER = Path(__file__).resolve().parent.parent / "diffusion" / "digits.safetensors"
 
@@ -65,17 +63,11 @@ class Gaussian1dConfig:
         mixture = json.dumps(dataclasses.asdict(self.data), sort_keys=True)
         return {"data": hashlib.sha256(mixture.encode()).hexdigest()}
 
-    def evaluator(
-        self,
-        samples: "NDArray[Any]",
-        model: "DiffusionModel | None",
-        sampler: SamplerSettings,
-        protocol: Mapping[str, Any],
-    ) -> "Evaluator":
-        """The evaluation of samples; without the model that drew them, what they tell alone."""
+    def evaluator(self, drawn: "Drawn", protocol: Mapping[str, Any]) -> "Evaluator":
+        """The evaluation of samples."""
         from diffusion.evaluate_1d import Evaluator1d
 
-        return Evaluator1d(self.build(), samples, model, sampler, protocol["seed"])
+        return Evaluator1d(self.build(), *drawn, seed=protocol["seed"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +111,8 @@ class MnistConfig:
             found["inception"] = sha256(weights_path())
         return found
 
-    def evaluator(
-        self,
-        samples: "NDArray[Any]",
-        model: "DiffusionModel | None",
-        sampler: SamplerSettings,
-        protocol: Mapping[str, Any],
-    ) -> "Evaluator":
-        """The evaluation of samples; without the model that drew them, what they tell alone."""
+    def evaluator(self, drawn: "Drawn", protocol: Mapping[str, Any]) -> "Evaluator":
+        """The evaluation of samples."""
         from diffusion.evaluate_mnist import Digits, EvaluatorMnist
 
         def load(split: mnist_files.Split) -> Digits:
@@ -135,7 +121,8 @@ class MnistConfig:
             images, labels = mnist_files.read_images(root, split), mnist_files.read_labels(root, split)
             return Digits(images[..., None], labels)
 
-        return EvaluatorMnist(load, samples, model, protocol["seed"], "inception" in protocol["sha256"])
+        inception = "inception" in protocol["sha256"]
+        return EvaluatorMnist(load, drawn.samples, drawn.model, protocol["seed"], inception)
 
 
 ExperimentConfig = Gaussian1dConfig | MnistConfig

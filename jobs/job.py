@@ -6,19 +6,21 @@ All have what `slurm.place.Job` asks for: a call that does the work, `failed` an
 import os
 import sys
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.files import write_json
 from jobs.ownership import Superseded
 from jobs.reporting import now
 from jobs.run_folder import RunFolder
-from jobs.stop import SignalWatch, Stop
-from jobs.tracking import following
+from jobs.stop import SignalWatch, Stop, Stopped
 
 if TYPE_CHECKING:
+    from jobs.evaluation import Evaluation
     from jobs.samples import SampleSet
     from jobs.world import Kind
 
@@ -85,36 +87,30 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
         raise
     for i, run in enumerate(runs):
         own = job_id if len(runs) == 1 else f"{job_id}_{i}"
-        run.update_launch(job_ids=[*run.read_launch().get("job_ids", []), own])
+        run.add_job("job_ids", own)
     return job_id
 
 
-@dataclass(frozen=True)
-class SampleJob:
-    """Draws shards of a set of samples, each process its part of them."""
+class IndependentJob(ABC):
+    """A job whose processes do not need each other: each does a share, and what one leaves undone another may do."""
 
-    samples: "SampleSet"
-    shards: tuple[int, ...]
-    processes: int
-    device: "Kind"
-    merge: bool
-    """Whether the process that finishes last merges; otherwise a `MergeJob` does it."""
+    target: "SampleSet | Evaluation"
+    """What it completes; keeps the ids of its jobs."""
+
+    @abstractmethod
+    def work(self, signals: SignalWatch) -> int:
+        """Does this process's share and returns the exit code; may raise Stopped when a signal has come."""
+
+    def around(self) -> AbstractContextManager[Any]:
+        """What is entered before the work, and left only after a stopped job has been queued again."""
+        return nullcontext()
 
     def __call__(self, requeue: Requeue | None = None) -> int:
-        with SignalWatch() as signals:
+        with SignalWatch() as signals, self.around():
             try:
-                from jobs.sample import Stopped, merge, sample
-
-                mine = self.shards[process_rank() :: self.processes]
-                with following(self.samples, process_rank() == 0 and (self.merge or 0 in mine), print):
-                    try:
-                        sample(self.samples, mine, self.device, signals, show_progress=process_rank() == 0)
-                    except Stopped:
-                        return stopped(signals.requested, requeue)
-                    # Two processes that end together merge twice, into the same bytes.
-                    if self.merge and not self.samples.missing() and not self.samples.is_complete():
-                        merge(self.samples)
-                return 0
+                return self.work(signals)
+            except Stopped:
+                return _stopped(signals.requested, requeue)
             except Exception:
                 self.failed(process_rank(), traceback.format_exc())
         return 1
@@ -123,46 +119,12 @@ class SampleJob:
         print(trace, file=sys.stderr, flush=True)
 
     def submitted(self, submit: Callable[[], str]) -> str:
-        return _submitted(self.samples, submit)
+        job_id = submit()
+        self.target.add_job(job_id)
+        return job_id
 
 
-@dataclass(frozen=True)
-class MergeJob:
-    """Merges a set of samples after its array has ended, however it has ended; says what is missing if it must."""
-
-    samples: "SampleSet"
-
-    def __call__(self, requeue: Requeue | None = None) -> int:
-        from jobs.sample import merge
-
-        missing = self.samples.missing()
-        if missing:
-            print(
-                f"{len(missing)} of {self.samples.num_shards} shards are missing: run the same `sample` command again."
-            )
-            return 1
-        if not self.samples.is_complete():
-            with following(self.samples, False, print):
-                merge(self.samples)
-        return 0
-
-    def failed(self, rank: int, trace: str) -> None:
-        print(trace, file=sys.stderr, flush=True)
-
-    def submitted(self, submit: Callable[[], str]) -> str:
-        return _submitted(self.samples, submit)
-
-
-def _submitted(samples: "SampleSet", submit: Callable[[], str]) -> str:
-    """Records the job with the run, for `cancel`, and with the set, so that it is not drawn twice at once."""
-    job_id = submit()
-    run = RunFolder(samples.run)
-    run.update_launch(sample_job_ids=[*run.read_launch().get("sample_job_ids", []), job_id])
-    samples.add_job(job_id)
-    return job_id
-
-
-def stopped(reason: Stop, requeue: Requeue | None) -> int:
+def _stopped(reason: Stop, requeue: Requeue | None) -> int:
     """Ends a job whose processes do not need each other, after a signal; returns the exit code."""
     if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
         print(f"Stopped; queued again as job {job_id}.", flush=True)

@@ -137,7 +137,7 @@ class RunRecorder(NullRecorder):
     def came_back_as(self, job_id: str) -> None:
         known = self._run.read_launch().get("job_ids", [])
         if job_id not in known:
-            self._run.update_launch(job_ids=[*known, job_id])
+            self._run.add_job("job_ids", job_id)
 
     def draw(self) -> None:
         self._progress.close()

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jobs import experiments
 from jobs.experiments import EXPERIMENTS, ExperimentConfig
@@ -100,6 +100,10 @@ class RunFolder:
     def read_launch(self) -> dict[str, Any]:
         """launch.json, {} if a copied folder has lost it."""
         return _read_json(self.path / "launch.json")
+
+    def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
+        """Remembers a Slurm job of the run; `cancel` and `status` need its id."""
+        self.update_launch(**{kind: [*self.read_launch().get(kind, []), job_id]})
 
     def update_launch(self, **values: Any) -> None:
         write_json(self.path / "launch.json", {**self.read_launch(), **values})

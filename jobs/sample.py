@@ -16,14 +16,10 @@ from jobs.files import write_atomically
 from jobs.progress import Console, Progress
 from jobs.run_folder import RunFolder
 from jobs.samples import SampleSet, SampleSettings
-from jobs.stop import SignalWatch, Stop
+from jobs.stop import SignalWatch, Stop, Stopped
 from jobs.world import Kind, resolve_precision
 
 CPU = torch.device("cpu")
-
-
-class Stopped(Exception):
-    """A signal asks the job to stop; what it was drawing is drawn again."""
 
 
 def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, show_progress: bool) -> None:

@@ -3,16 +3,13 @@
 Progress and rate are read off the shards' times, so that whoever follows, and however often, sends the same values.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from jobs.dashboard import Identity, open_dashboard
-from jobs.following import follow, say
+from jobs.following import follow, open_part
 from jobs.run_folder import RunFolder
-from jobs.tracking import group
 
 WINDOW = 10
 """Shards over which a rate is taken."""
@@ -25,18 +22,7 @@ class SampleFollower:
         self._run, self._folder, self._sent = run, run.samples / name, 0
         manifest = self._manifest()
         self._shard_size = manifest["shard_size"]
-        experiment, config = run.read_experiment()
-        identity = Identity(
-            folder=run.path,
-            run_id=f"{run.read_launch()['wandb_id']}-{hashlib.sha256(name.encode()).hexdigest()[:6]}",
-            project=config.tracking.project,
-            name=f"{experiment}/{run.path.name}/{name}",
-            group=group(run, experiment),
-            job_type="sample",
-            tags=[experiment],
-            config=_settings(manifest),
-        )
-        self._dashboard = open_dashboard(identity, config.tracking.mode, say)
+        self._dashboard = open_part(run, name, "sample", _settings(manifest))
 
     def look(self) -> None:
         """Passes on the shards that are new, in the order in which they were written."""

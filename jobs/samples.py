@@ -153,7 +153,8 @@ class SampleSet:
         write_json(self.folder / "manifest.json", values)
 
     def add_job(self, job_id: str) -> None:
-        """Remembers a Slurm job that works on the set."""
+        """Remembers a Slurm job that works on the set, here and with the run."""
+        RunFolder(self.run).add_job("sample_job_ids", job_id)
         write_json(self.folder / ".jobs.json", [*self.job_ids(), job_id])
 
     def job_ids(self) -> list[str]:

@@ -21,6 +21,10 @@ class Stop(IntEnum):
     """Ctrl-C. Save."""
 
 
+class Stopped(Exception):
+    """A signal asks a job to stop whose parts are independent; the part that it was at is done again."""
+
+
 SIGNALS = {
     signal.SIGUSR1: Stop.REQUEUE,
     signal.SIGUSR2: Stop.REQUEUE,
