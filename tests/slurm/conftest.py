@@ -2,10 +2,12 @@
 
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from slurm.devcluster import DevCluster
+from tests.slurm.site import Site, tidied
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,16 @@ def cluster() -> Iterator[DevCluster]:
         DevCluster.start(dir, accounting=True, user_signal=True) as cluster,
     ):
         yield cluster
+
+
+@pytest.fixture
+def tidy(cluster: DevCluster) -> Iterator[DevCluster]:
+    """The shared cluster, on which no job is left afterwards."""
+    with tidied(cluster):
+        yield cluster
+
+
+@pytest.fixture
+def site(tidy: DevCluster, tmp_path: Path) -> Site:
+    """The shared cluster, from a folder of the test's own."""
+    return Site(tmp_path, tidy)

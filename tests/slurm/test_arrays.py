@@ -5,13 +5,13 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from slurm.devcluster import DevCluster
 from tests.launching import TINY, Finished, done, launch, status, wait_until
+from tests.slurm.site import Site, state
 
 pytestmark = pytest.mark.slurm
 
@@ -32,15 +32,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def root(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained / "runs", tmp_path / "runs")
     return tmp_path
-
-
-@pytest.fixture
-def tidy(cluster: DevCluster) -> Iterator[DevCluster]:
-    """The shared cluster, on which no job is left afterwards."""
-    yield cluster
-    cluster.run("scancel", "--user", "root", "--full")
-    for name in cluster.nodes:
-        cluster.wait_for_node(name, "IDLE")
 
 
 def on_slurm(root: Path, cluster: DevCluster, *more: object) -> Finished:
@@ -88,6 +79,18 @@ def test_an_array_draws_what_one_process_here_draws(tidy: DevCluster, root: Path
     again = on_slurm(root, tidy)
     assert "already" in again.out
     assert len(job_ids(root)) == 2
+
+
+def test_sampling_through_slurm_writes_the_same_bytes_as_here(site: Site) -> None:
+    run = site.train("a", 2, "--wait", steps=50)
+    assert state(run) == "finished"
+    command = ("sample", run, "--num-samples", "300000", "--sampler", "dpm++", "--steps", "5", "--device", "cpu")
+    here = site.launch(*command, "--name", "here", "--cluster", "local")
+    assert here.code == 0, here
+    slurm = ("--cluster", "slurm", "--gpus", 2, "--slurm.cpus-per-gpu", 1, "--wait")
+    there = site.launch(*command, "--name", "there", *slurm)
+    assert there.code == 0, there
+    assert_same_samples(site.root)
 
 
 def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, root: Path) -> None:

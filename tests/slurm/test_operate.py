@@ -15,7 +15,7 @@ from jobs.experiments import EXPERIMENTS, write
 from slurm import queue
 from slurm.devcluster import DevCluster
 from tests.launching import finish, start, status, wait_until
-from tests.slurm.test_survival import Site, state, task_pids
+from tests.slurm.site import Site, state, task_pids, tidied
 
 pytestmark = pytest.mark.slurm
 
@@ -32,22 +32,10 @@ def poor_cluster() -> Iterator[DevCluster]:
         yield cluster
 
 
-def visit(cluster: DevCluster, root: Path) -> Iterator[Site]:
-    """Jobs end with the test."""
-    yield Site(root, cluster)
-    cluster.run("scancel", "--user", "root", "--full")
-    for name in cluster.nodes:
-        cluster.wait_for_node(name, "IDLE")
-
-
-@pytest.fixture
-def site(cluster: DevCluster, tmp_path: Path) -> Iterator[Site]:
-    yield from visit(cluster, tmp_path)
-
-
 @pytest.fixture
 def poor_site(poor_cluster: DevCluster, tmp_path: Path) -> Iterator[Site]:
-    yield from visit(poor_cluster, tmp_path)
+    with tidied(poor_cluster):
+        yield Site(tmp_path, poor_cluster)
 
 
 def shown(site: Site, run: Path) -> tuple[str, str]:

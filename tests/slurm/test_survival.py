@@ -2,11 +2,10 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -14,67 +13,13 @@ import pytest
 
 from slurm.devcluster import DevCluster
 from tests.jobs.test_resume import result
-from tests.launching import Finished, launch, status, steps_logged, wait_until
+from tests.launching import status, steps_logged, wait_until
+from tests.slurm.site import Site, state, task_pids
 
 pytestmark = pytest.mark.slurm
 
-STEPS = 2500
 ENDLESS = 200_000
-TRAINING = (
-    *("train", "1d", "--model.dim", "16", "--train.batch-size", "64", "--train.log-every", "1"),
-    *("--train.checkpoint-every", "300", "--device", "cpu", "--cluster", "slurm", "--slurm.cpus-per-gpu", "1"),
-    *("--slurm.time-min", "10", "--slurm.signal-delay-s", "30", "--slurm.gpus-per-node", "2"),
-)
 SHAPES = {"1x2": 2, "2x2": 4}
-
-
-class Site:
-    """A folder and a cluster to submit from."""
-
-    def __init__(self, root: Path, cluster: DevCluster) -> None:
-        self.root, self.cluster = root, cluster
-
-    def launch(self, *arguments: object) -> Finished:
-        return launch(*arguments, cwd=self.root, **self.cluster.env)
-
-    def train(self, name: str, gpus: int, *more: object, steps: int = STEPS) -> Path:
-        """Submits a training and returns its run folder."""
-        submitted = self.launch(*TRAINING, "--train.steps", steps, "--gpus", gpus, "--name", name, *more)
-        assert submitted.code == 0, submitted
-        assert "Submitted" in submitted.out
-        return self.root / "runs" / "1d" / name
-
-    def job_id(self, run: Path) -> str:
-        job_ids: list[str] = json.loads((run / "launch.json").read_text())["job_ids"]
-        return job_ids[-1]
-
-    def log(self, run: Path) -> str:
-        return "".join(path.read_text() for path in sorted((run / "slurm").glob("*_log.out")))
-
-    def wait_for_step(self, run: Path, step: int) -> None:
-        wait_until(lambda: steps_logged(run) >= step or state(run) == "failed", timeout_s=120)
-        assert state(run) != "failed", self.log(run)
-
-    def wait_for_state(self, run: Path, *states: str, timeout_s: float = 240) -> None:
-        wait_until(lambda: state(run) in states, timeout_s=timeout_s)
-
-    def finish(self, run: Path) -> None:
-        wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=300)
-        assert state(run) == "finished", self.log(run)
-        self.cluster.wait_for_job(self.job_id(run), "COMPLETED")
-
-
-def state(run: Path) -> str | None:
-    return status(run)["state"] if (run / "status.json").exists() else None
-
-
-@pytest.fixture
-def site(cluster: DevCluster, tmp_path: Path) -> Iterator[Site]:
-    """The shared cluster, from a folder of the test's own; jobs end with the test."""
-    yield Site(tmp_path, cluster)
-    cluster.run("scancel", "--user", "root", "--full")
-    for name in cluster.nodes:
-        cluster.wait_for_node(name, "IDLE")
 
 
 @pytest.fixture(scope="module")
@@ -267,77 +212,6 @@ def test_a_failing_rank_puts_its_own_traceback_into_the_status(site: Site) -> No
     site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
 
 
-def test_sampling_through_slurm_writes_the_same_bytes_as_here(site: Site) -> None:
-    run = site.train("a", 2, "--wait", steps=50)
-    assert state(run) == "finished"
-    command = ("sample", run, "--num-samples", "300000", "--sampler", "dpm++", "--steps", "5", "--device", "cpu")
-    here = site.launch(*command, "--name", "here", "--cluster", "local")
-    assert here.code == 0, here
-    slurm = ("--cluster", "slurm", "--gpus", 2, "--slurm.cpus-per-gpu", 1, "--wait")
-    there = site.launch(*command, "--name", "there", *slurm)
-    assert there.code == 0, there
-    for path in sorted((run / "samples" / "here").iterdir()):
-        assert path.read_bytes() == (run / "samples" / "there" / path.name).read_bytes(), path.name
-
-
-def test_a_dry_run_shows_the_script_that_would_be_submitted_and_writes_nothing(site: Site) -> None:
-    arguments = (*TRAINING, "--train.steps", 50, "--gpus", 4, "--name", "a", "--slurm.partition", "low")
-    shown = site.launch(*arguments, "--dry-run")
-    assert shown.code == 0
-    assert list(site.root.iterdir()) == []
-    script = shown.out[shown.out.index("#!/bin/bash") :].strip()
-    run = site.train("a", 4, "--slurm.partition", "low", steps=50)
-    (submitted,) = (run / "slurm").glob("*_submission.sh")
-    assert submitted.read_text().strip() == script
-    site.finish(run)
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (("--slurm.partition", "nonsense"), "nvalid partition"),
-        (("--gpus", 8), "More processors requested than permitted|node configuration is not available"),
-        (("--gpus", 3, "--train.batch-size", 66), "--gpus must be a multiple of gpus_per_node=2"),
-    ],
-)
-def test_what_slurm_refuses_is_said_in_its_words_and_nothing_is_written(
-    flags: tuple[object, ...], words: str, site: Site
-) -> None:
-    refused = site.launch(*TRAINING, "--train.steps", 50, "--gpus", 2, "--name", "a", *flags)
-    assert refused.code == 2
-    assert re.search(words, refused.err), refused.err
-    assert "Traceback" not in refused.err
-    assert list(site.root.iterdir()) == []
-
-
-def test_an_salloc_runs_here_and_a_missing_controller_is_said(site: Site, tmp_path: Path) -> None:
-    inside = launch("train", "1d", "--dry-run", "--device", "cpu", cwd=tmp_path, SLURM_JOB_ID="1", **site.cluster.env)
-    assert "Would run on this machine" in inside.out
-    missing = launch("train", "1d", "--cluster", "slurm", cwd=tmp_path, SLURM_CONF="/nowhere/slurm.conf")
-    assert missing.code == 2
-    assert "scontrol ping" in missing.err
-
-
-def task_pids(run: Path) -> list[int]:
-    """The processes of the job's tasks, by rank."""
-    found: dict[int, int] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-            environment = dict(e.split(b"=", 1) for e in (folder / "environ").read_bytes().split(b"\0") if b"=" in e)
-        except OSError:
-            continue
-        if (
-            b"submitit.core._submit" in command
-            and str(run / "slurm").encode() in command
-            and b"SLURM_PROCID" in environment
-        ):
-            if command[0].endswith(b"srun"):
-                continue
-            found[int(environment[b"SLURM_PROCID"])] = int(folder.name)
-    return [found[rank] for rank in sorted(found)]
-
-
 def test_a_node_without_scontrol_submits_the_job_anew(
     site: Site, undisturbed: Callable[[int], dict[str, bytes]], tmp_path: Path
 ) -> None:
@@ -355,14 +229,3 @@ def test_a_node_without_scontrol_submits_the_job_anew(
     site.finish(run)
     assert status(run)["restarts"] == 1
     assert_equal(run, expected)
-
-
-def test_submitting_does_not_import_torch(site: Site) -> None:
-    arguments = (*TRAINING, "--train.steps", 20, "--gpus", 1, "--name", "a")
-    submitted = launch(*arguments, cwd=site.root, PYTHONPROFILEIMPORTTIME="1", **site.cluster.env)
-    assert submitted.code == 0
-    imported = {
-        line.rpartition("|")[2].strip() for line in submitted.err.splitlines() if line.startswith("import time:")
-    }
-    assert "submitit" in imported
-    assert "torch" not in imported

@@ -1,0 +1,85 @@
+"""A folder and a real Slurm to submit trainings from, and what the tests ask of them."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from slurm.devcluster import DevCluster
+from tests.launching import Finished, launch, status, steps_logged, wait_until
+
+STEPS = 2500
+TRAINING = (
+    *("train", "1d", "--model.dim", "16", "--train.batch-size", "64", "--train.log-every", "1"),
+    *("--train.checkpoint-every", "300", "--device", "cpu", "--cluster", "slurm", "--slurm.cpus-per-gpu", "1"),
+    *("--slurm.time-min", "10", "--slurm.signal-delay-s", "30", "--slurm.gpus-per-node", "2"),
+)
+
+
+class Site:
+    """A folder and a cluster to submit from."""
+
+    def __init__(self, root: Path, cluster: DevCluster) -> None:
+        self.root, self.cluster = root, cluster
+
+    def launch(self, *arguments: object) -> Finished:
+        return launch(*arguments, cwd=self.root, **self.cluster.env)
+
+    def train(self, name: str, gpus: int, *more: object, steps: int = STEPS) -> Path:
+        """Submits a training and returns its run folder."""
+        submitted = self.launch(*TRAINING, "--train.steps", steps, "--gpus", gpus, "--name", name, *more)
+        assert submitted.code == 0, submitted
+        assert "Submitted" in submitted.out, submitted
+        return self.root / "runs" / "1d" / name
+
+    def job_id(self, run: Path) -> str:
+        job_ids: list[str] = json.loads((run / "launch.json").read_text())["job_ids"]
+        return job_ids[-1]
+
+    def log(self, run: Path) -> str:
+        return "".join(path.read_text() for path in sorted((run / "slurm").glob("*_log.out")))
+
+    def wait_for_step(self, run: Path, step: int) -> None:
+        wait_until(lambda: steps_logged(run) >= step or state(run) == "failed", timeout_s=120)
+        assert state(run) != "failed", self.log(run)
+
+    def wait_for_state(self, run: Path, *states: str, timeout_s: float = 240) -> None:
+        wait_until(lambda: state(run) in states, timeout_s=timeout_s)
+
+    def finish(self, run: Path) -> None:
+        wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=300)
+        assert state(run) == "finished", self.log(run)
+        self.cluster.wait_for_job(self.job_id(run), "COMPLETED")
+
+
+@contextmanager
+def tidied(cluster: DevCluster) -> Iterator[None]:
+    """Leaves no job behind."""
+    yield
+    cluster.run("scancel", "--user", "root", "--full")
+    for name in cluster.nodes:
+        cluster.wait_for_node(name, "IDLE")
+
+
+def state(run: Path) -> str | None:
+    return status(run)["state"] if (run / "status.json").exists() else None
+
+
+def task_pids(run: Path) -> list[int]:
+    """The processes of the job's tasks, by rank."""
+    found: dict[int, int] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = dict(e.split(b"=", 1) for e in (folder / "environ").read_bytes().split(b"\0") if b"=" in e)
+        except OSError:
+            continue
+        if (
+            b"submitit.core._submit" in command
+            and str(run / "slurm").encode() in command
+            and b"SLURM_PROCID" in environment
+        ):
+            if command[0].endswith(b"srun"):
+                continue
+            found[int(environment[b"SLURM_PROCID"])] = int(folder.name)
+    return [found[rank] for rank in sorted(found)]
