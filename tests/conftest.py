@@ -1,11 +1,24 @@
 """Fixtures that several folders of tests share."""
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jobs import mnist_files
+from tests import launching
+
+# A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """A test that fails in the middle must not leave an endless training beside the others."""
+    yield
+    launching.kill_started()
 
 
 @pytest.fixture(scope="session")

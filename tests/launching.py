@@ -17,6 +17,7 @@ TINY = ("--train.batch-size", "64", "--train.log-every", "1", "--model.dim", "16
 """Settings of a 1D run whose steps take a millisecond."""
 
 _MARKS: dict[int, str] = {}
+_STARTED: list["subprocess.Popen[str]"] = []
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,17 @@ def start(*arguments: object, cwd: Path, **env: str) -> "subprocess.Popen[str]":
         start_new_session=True,
     )
     _MARKS[process.pid] = mark
+    _STARTED.append(process)
     return process
+
+
+def kill_started() -> None:
+    """Ends what `start` has started and what still runs; its own children end with it."""
+    for process in _STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    _STARTED.clear()
 
 
 def finish(process: "subprocess.Popen[str]", timeout_s: float = 300) -> Finished:
