@@ -106,11 +106,13 @@ class IndependentJob(ABC):
         return nullcontext()
 
     def __call__(self, requeue: Requeue | None = None) -> int:
-        with SignalWatch() as signals, self.around():
+        with SignalWatch() as signals:
             try:
-                return self.work(signals)
-            except Stopped:
-                return _stopped(signals.requested, requeue)
+                with self.around():
+                    try:
+                        return self.work(signals)
+                    except Stopped:
+                        return _stopped(signals.requested, requeue)
             except Exception:
                 self.failed(process_rank(), traceback.format_exc())
         return 1
