@@ -129,14 +129,16 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             }
         )
     rows.sort(key=lambda row: (row["steps"], row["sampler"], row["name"]))
+    reference = rows[-1]["metrics"]
     for row in rows:
-        row["as_reference"] = {
-            name: _is_as_good(metric, rows[-1]["metrics"][name]) for name, metric in row["metrics"].items()
-        }
+        row["as_reference"] = {name: _is_as_good(metric, reference[name]) for name, metric in row["metrics"].items()}
     return rows
 
 
-def _is_as_good(metric: Json, reference: Json) -> bool:
+def _is_as_good(metric: Json, reference: Json) -> bool | None:
+    """Whether a value lies within the reference's interval, or is better; None where there is no interval."""
+    if reference["low"] is None:
+        return None
     if metric["better"] == "lower":
         return bool(metric["value"] <= reference["high"])
     if metric["better"] == "higher":

@@ -152,6 +152,19 @@ def test_all_sets_of_the_newest_weights_are_compared(evaluated: Path) -> None:
     assert (evaluated / "runs/1d/a/figures/quality.png").is_file()
 
 
+def test_a_metric_without_an_interval_is_shown_and_not_judged(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "runs", tmp_path / "runs")
+    sets = [planned(tmp_path, name) for name in ("few", "more")]
+    for evaluation in sets:
+        written = json.loads((evaluation.folder / "metrics.json").read_text())
+        written["metrics"]["kl"] |= {"low": None, "high": None}
+        (evaluation.folder / "metrics.json").write_text(json.dumps(written))
+    rows = report.quality_rows(sets)
+    assert [row["as_reference"]["kl"] for row in rows] == [None, None]
+    assert rows[-1]["as_reference"]["ks"] is True
+    assert report.quality(sets, 80)
+
+
 def test_samples_without_their_checkpoint_are_judged_by_themselves(root: Path, evaluated: Path) -> None:
     shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints" / "step-00000040")
     shown = done("evaluate", "1d/a", "--samples", "more", cwd=root)
