@@ -1,4 +1,7 @@
-"""The evaluation of a set of samples on disk: what it rests on, which parts are done, its results. Without torch."""
+"""The evaluation of a set of samples on disk: what it rests on, which parts are done, its results.
+
+Imports neither torch nor numpy.
+"""
 
 import contextlib
 import hashlib
@@ -8,10 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import checkpoints, samples
 from jobs.checkpoints import CorruptCheckpoint
@@ -19,6 +19,10 @@ from jobs.experiments import EXPERIMENTS
 from jobs.files import sha256, write_atomically, write_json
 from jobs.run_folder import SAMPLES_NAME, RunFolder, check_name
 from jobs.samples import SampleSet
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 VERSION = 1
 """Of the metrics: results of another version are not used."""
@@ -69,15 +73,17 @@ class Evaluation:
         is_ours = isinstance(found, dict) and found.get("protocol") == self.protocol
         return dict(found) if is_ours else {}
 
-    def read_replicates(self) -> dict[str, NDArray[np.float64]]:
+    def read_replicates(self) -> "dict[str, NDArray[np.float64]]":
         """The bootstrap replicates of each metric that has them."""
+        import numpy as np  # here, because the command line starts without it
+
         with np.load(self.kept / REPLICATES, allow_pickle=False) as arrays:
             return dict(arrays)
 
     def is_complete(self) -> bool:
         return bool(self.read()) and (self.kept / REPLICATES).is_file()
 
-    def write(self, results: Mapping[str, Any], replicates: Mapping[str, NDArray[np.float64]]) -> None:
+    def write(self, results: Mapping[str, Any], replicates: "Mapping[str, NDArray[np.float64]]") -> None:
         """Completes the evaluation."""
         write_arrays(self.kept / REPLICATES, replicates)
         write_json(self.folder / "metrics.json", {"protocol": self.protocol, **results})
@@ -96,8 +102,10 @@ class Evaluation:
             return []
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
     """Writes arrays by name, whole or not at all."""
+    import numpy as np
+
     content = BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,8 +152,10 @@ def complete_sets(run: RunFolder) -> list[str]:
     return [name for _, name in sorted(found, reverse=True)]
 
 
-def load_samples(chosen: SampleSet, experiment: str) -> NDArray[Any]:
+def load_samples(chosen: SampleSet, experiment: str) -> "NDArray[Any]":
     """The samples of a complete set; raises ValueError unless they are those that were drawn, and can be evaluated."""
+    import numpy as np
+
     path, entry = chosen.folder / "samples.npz", EXPERIMENTS[experiment]
     if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:
         raise ValueError(f"{path} is not the file that was drawn: its sha256 differs from its manifest.json")

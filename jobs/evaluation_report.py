@@ -1,12 +1,10 @@
-"""Evaluations for a terminal: one of them, two side by side, or all sets of a run. Importable without torch."""
+"""Evaluations for a terminal: one of them, two side by side, or all sets of a run. Imports neither torch nor numpy."""
 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from jobs import table
 from jobs.evaluation import Evaluation
@@ -43,6 +41,8 @@ def one(evaluation: Evaluation, width: int) -> str:
 
 def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
     """B minus A of each metric that both have, its 95% interval, and who is better where 0 lies outside of it."""
+    import numpy as np  # here, because the command line starts without it
+
     metrics_a, metrics_b = a.read()["metrics"], b.read()["metrics"]
     replicates_a, replicates_b = a.read_replicates(), b.read_replicates()
     found = {}

@@ -1,4 +1,4 @@
-"""A set of samples on disk: its settings, its shards, and how they become one file. Importable without torch."""
+"""A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
 import json
 import os
@@ -7,10 +7,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion.settings import SamplerSettings, require
 from jobs import checkpoints
@@ -18,6 +15,9 @@ from jobs.experiments import EXPERIMENTS
 from jobs.files import sha256, sync_file, sync_folder, write_json
 from jobs.run_folder import SAMPLES_NAME, RunFolder, check_name
 from jobs.settings import check_seed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Weights = Literal["ema", "model"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -125,6 +125,8 @@ class SampleSet:
 
     def has_shard(self, shard: int) -> bool:
         """Whether the shard is there with all its samples."""
+        import numpy as np  # here, because the command line starts without it
+
         start, stop = self.shard_range(shard)
         try:
             return len(np.load(self.shard_path(shard), mmap_mode="r")) == stop - start
@@ -199,6 +201,8 @@ class SampleSet:
 
         Two processes that merge at once write the same bytes.
         """
+        import numpy as np
+
         first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
         temporary = self.folder / f".samples.npz.{os.getpid()}.tmp"
