@@ -26,9 +26,9 @@ $(VENV)/ready: pyproject.toml
 
 demo: $(VENV)/ready
 	$(RUN) launch.py train 1d --name demo
-	$(RUN) launch.py sample 1d/demo --num-samples 100000 --sampler dpm++
+	$(RUN) launch.py sample 1d/demo --num-samples 100000
 	$(RUN) launch.py train mnist-small --name demo
-	$(RUN) launch.py sample mnist-small/demo --num-samples 64 --sampler dpm++
+	$(RUN) launch.py sample mnist-small/demo --num-samples 64
 	@echo
 	@echo "The pictures are in"
 	@ls -d runs/1d/demo/figures/* runs/1d/demo/samples/*/grid.png \

@@ -1,17 +1,23 @@
 """`sample`."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 from tyro.conf import arg
 
 from commands.where import Launch, Run, optional, show
-from diffusion.settings import SAMPLER_STEPS, SamplerSettings
+from diffusion.settings import SamplerName, SamplerSettings
 from jobs import ownership, run_folder, samples
+from jobs.experiments import EXPERIMENTS
 from jobs.sample_job import SampleJob, SampleMergeJob
 from jobs.samples import Weights
 from slurm import queue
 from slurm.place import OnSlurm
+
+
+def _by_experiment(setting: str) -> str:
+    """The experiments' defaults, for the help."""
+    return ", ".join(f"{getattr(entry.sampler, setting)} for {name}" for name, entry in EXPERIMENTS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +29,9 @@ class Sample:
     """Samples in the set. A larger number extends a set that exists."""
     seed: int = 0
     """Sample i depends on the seed and i, not on the number of samples or processes."""
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    sampler: Annotated[SamplerName | None, optional("{ddpm,ddim,dpm++}", _by_experiment("sampler"))] = None
     """ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M)."""
-    steps: Annotated[int | None, optional("INT", "50 for ddim, 25 for dpm++, all timesteps for ddpm")] = None
+    steps: Annotated[int | None, optional("INT", _by_experiment("steps"))] = None
     """Network evaluations for each sample."""
     eta: float = 0.0
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
@@ -39,13 +45,18 @@ class Sample:
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
-        _, config = run.read_experiment()
-        steps = self.steps if self.steps is not None else SAMPLER_STEPS[self.sampler] or config.diffusion.timesteps
+        experiment, config = run.read_experiment()
+        default = EXPERIMENTS[experiment].sampler
+        sampler = SamplerSettings(
+            sampler=self.sampler if self.sampler is not None else default.sampler,
+            steps=self.steps if self.steps is not None else min(default.steps, config.diffusion.timesteps),
+            eta=self.eta,
+        )
         asked = samples.plan(
             run,
             num_samples=self.num_samples,
             seed=self.seed,
-            sampler=SamplerSettings(sampler=self.sampler, steps=steps, eta=self.eta),
+            sampler=sampler,
             weights=self.weights,
             checkpoint=self.checkpoint,
             name=self.name,

@@ -5,6 +5,8 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+SamplerName = Literal["ddpm", "ddim", "dpm++"]
+
 
 class SettingsError(Exception):
     """A wrong setting, in one sentence. Not a ValueError: tyro catches those and adds words of its own."""
@@ -103,11 +105,11 @@ class DiffusionSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerSettings:
-    """How samples are drawn. The defaults of a sampler stand in `SAMPLER_STEPS`."""
+    """How samples are drawn."""
 
-    sampler: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    sampler: SamplerName
     """ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M)."""
-    steps: int = 50
+    steps: int
     """Network evaluations for each sample."""
     eta: float = 0.0
     """DDIM's noise: 0 is deterministic, 1 is as random as ddpm."""
@@ -124,7 +126,3 @@ class SamplerSettings:
     def label(self) -> str:
         """Names the settings in file names, as in `dpm++-25` and `ddim-50-eta0.5`."""
         return f"{self.sampler}-{self.steps}" + (f"-eta{self.eta:g}" if self.eta else "")
-
-
-SAMPLER_STEPS: dict[str, int | None] = {"ddpm": None, "ddim": 50, "dpm++": 25}
-"""Network evaluations when the user names none; None is one for each of the process's timesteps."""

@@ -164,7 +164,7 @@ def test_a_second_ctrl_c_ends_at_once_with_the_last_checkpoint_intact(tmp_path: 
 
 def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
     done("train", "1d", *TINY, "--train.steps", "30", "--name", "a", cwd=tmp_path, WANDB_MODE="offline")
-    done("sample", "1d", "--num-samples", "1000", "--sampler", "dpm++", cwd=tmp_path)
+    done("sample", "1d", "--num-samples", "1000", cwd=tmp_path)
     run = tmp_path / "runs" / "1d" / "a"
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     files = {"experiment.json", "launch.json", "metrics.jsonl", "timing.jsonl", "status.json", "log.txt"}
@@ -176,7 +176,7 @@ def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
     bands = {f"loss_t{band}" for band in range(4)}
     assert set(line) == {"step", "loss", *bands, "lr", "grad_norm", "clipped", "ema_decay", "skipped"}
     assert line["step"] == 1
-    samples = run / "samples" / "step-00000030-dpm++-25-seed0"
+    samples = run / "samples" / "step-00000030-dpm++-30-seed0"
     assert sorted(os.listdir(samples)) == ["grid.png", "manifest.json", "samples.npz", "shard-00000.npy"]
     array = np.load(samples / "samples.npz")["arr_0"]
     assert array.shape == (1000,)

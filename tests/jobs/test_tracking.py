@@ -95,7 +95,7 @@ def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures
     run = tmp_path / "runs" / "1d" / "a"
     small = ("--train.steps", "30", "--diffusion.timesteps", "30", "--name", "a")
     done("train", "1d", *TINY, *small, cwd=tmp_path, **OFFLINE)
-    done("sample", "1d/a", "--num-samples", "100000", "--sampler", "dpm++", "--name", "s", cwd=tmp_path, **OFFLINE)
+    done("sample", "1d/a", "--num-samples", "100000", "--name", "s", cwd=tmp_path, **OFFLINE)
     done("evaluate", "1d/a", cwd=tmp_path, **OFFLINE)
     training, samples, evaluation = segments(run)
     begun = [next(r["run"] for r in segment if r["type"] == "run") for segment in (training, samples, evaluation)]

@@ -109,7 +109,7 @@ def test_a_job_that_is_queued_again_is_shown_and_cancelled(site: Site) -> None:
 
 def test_an_array_and_the_job_that_merges_are_cancelled_together(site: Site) -> None:
     run = site.train("a", 1, "--wait", steps=20)
-    sampling = ("sample", run, "--num-samples", 10_000_000, "--sampler", "ddpm", "--gpus", 2)
+    sampling = ("sample", run, "--num-samples", 10_000_000, "--sampler", "ddpm", "--steps", 1000, "--gpus", 2)
     assert site.launch(*sampling, "--cluster", "slurm", *CPU).code == 0
     job_ids = json.loads((run / "launch.json").read_text())["sample_job_ids"]
     wait_until(lambda: any(job.phase == "running" for job in looked(site, job_ids).values()))
