@@ -104,7 +104,7 @@ def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures
     assert begun[0]["config"]["update"]["train"]["batch-size"] == 64
     settings = begun[1]["config"]["update"]
     named = ("sampler", "steps", "num-samples", "checkpoint", "weights")
-    assert [settings[name] for name in named] == ["dpm++", 25, 100_000, 30, "ema"]
+    assert [settings[name] for name in named] == ["dpm++", 30, 100_000, 30, "ema"]
     assert len(history(training, "figures/samples._type")) == 1
     assert history(samples, "sample/done")[-1] == (100_000, 1)
     assert len(history(samples, "sample/grid._type")) == 1
