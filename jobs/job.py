@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.files import write_json
+from jobs.memory import keep_freed_memory
 from jobs.ownership import Superseded
 from jobs.reporting import now
 from jobs.run_folder import RunFolder
@@ -43,6 +44,7 @@ class TrainJob:
     def __call__(self, requeue: Requeue | None = None) -> int:
         # DDP's C++ code warns about find_unused_parameters, which is set on purpose (see jobs/world.py).
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        keep_freed_memory()
         # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
         with SignalWatch() as signals:
             try:
@@ -106,6 +108,7 @@ class IndependentJob(ABC):
         return nullcontext()
 
     def __call__(self, requeue: Requeue | None = None) -> int:
+        keep_freed_memory()
         with SignalWatch() as signals:
             try:
                 with self.around():

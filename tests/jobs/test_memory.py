@@ -1,0 +1,34 @@
+"""Freed memory stays with the process, so that a training step does not pay for it again."""
+
+import subprocess
+import sys
+
+import pytest
+
+PAGE_FAULTS = """
+import resource, sys
+import torch
+from jobs.memory import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    return sum(torch.ones(20_000_000 // 4) * i for i in range(5)).sum()  # some 20 MB at a time
+
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(10):
+    step()
+print(faults() - before)
+"""
+
+
+@pytest.mark.parametrize(("freed", "fewest", "most"), [("keep", 0, 100), ("leave", 10_000, 10**9)])
+def test_a_step_after_the_first_ones_takes_no_new_pages(freed: str, fewest: int, most: int) -> None:
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS, freed], capture_output=True, text=True, check=True)
+    assert fewest <= int(done.stdout) <= most
