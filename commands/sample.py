@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from commands.where import Launch, Run, optional, show
-from diffusion.settings import SamplerName, SamplerSettings
+from diffusion.settings import SAMPLER_STEPS, SamplerName, SamplerSettings
 from jobs import ownership, run_folder, samples
 from jobs.experiments import EXPERIMENTS
 from jobs.sample_job import SampleJob, SampleMergeJob
@@ -20,6 +20,12 @@ def _by_experiment(setting: str) -> str:
     return ", ".join(f"{getattr(entry.sampler, setting)} for {name}" for name, entry in EXPERIMENTS.items())
 
 
+def _of_other_samplers() -> str:
+    """The steps of a sampler that is not the experiment's own, for the help."""
+    steps = (f"{steps or 'all timesteps'} for {sampler}" for sampler, steps in SAMPLER_STEPS.items())
+    return f"with another sampler {', '.join(steps)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sample:
     """Draws samples of a trained model; run again, draws what is missing."""
@@ -31,7 +37,7 @@ class Sample:
     """Sample i depends on the seed and i, not on the number of samples or processes."""
     sampler: Annotated[SamplerName | None, optional("{ddpm,ddim,dpm++}", _by_experiment("sampler"))] = None
     """ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M)."""
-    steps: Annotated[int | None, optional("INT", _by_experiment("steps"))] = None
+    steps: Annotated[int | None, optional("INT", f"{_by_experiment('steps')}; {_of_other_samplers()}")] = None
     """Network evaluations for each sample."""
     eta: float = 0.0
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
@@ -46,17 +52,15 @@ class Sample:
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
         experiment, config = run.read_experiment()
-        default = EXPERIMENTS[experiment].sampler
-        sampler = SamplerSettings(
-            sampler=self.sampler if self.sampler is not None else default.sampler,
-            steps=self.steps if self.steps is not None else min(default.steps, config.diffusion.timesteps),
-            eta=self.eta,
-        )
+        default, timesteps = EXPERIMENTS[experiment].sampler, config.diffusion.timesteps
+        name = self.sampler if self.sampler is not None else default.sampler
+        usual = default.steps if name == default.sampler else SAMPLER_STEPS[name] or timesteps
+        steps = self.steps if self.steps is not None else min(usual, timesteps)
         asked = samples.plan(
             run,
             num_samples=self.num_samples,
             seed=self.seed,
-            sampler=sampler,
+            sampler=SamplerSettings(sampler=name, steps=steps, eta=self.eta),
             weights=self.weights,
             checkpoint=self.checkpoint,
             name=self.name,

@@ -126,3 +126,7 @@ class SamplerSettings:
     def label(self) -> str:
         """Names the settings in file names, as in `dpm++-25` and `ddim-50-eta0.5`."""
         return f"{self.sampler}-{self.steps}" + (f"-eta{self.eta:g}" if self.eta else "")
+
+
+SAMPLER_STEPS: dict[SamplerName, int | None] = {"ddpm": None, "ddim": 50, "dpm++": 30}
+"""Network evaluations of a sampler that is not the experiment's own; None is one for each timestep."""

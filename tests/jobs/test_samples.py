@@ -118,6 +118,21 @@ def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sampler", "steps"),
+    [
+        ([], "dpm++", 30),
+        (["--sampler", "dpm++"], "dpm++", 30),
+        (["--sampler", "ddpm"], "ddpm", 1000),
+        (["--sampler", "ddim"], "ddim", 50),
+        (["--sampler", "ddim", "--steps", "7"], "ddim", 7),
+    ],
+)
+def test_a_sampler_takes_its_own_number_of_steps(arguments: list[str], sampler: str, steps: int, root: Path) -> None:
+    shown = done("sample", "1d/a", *arguments, "--dry-run", cwd=root).out
+    assert json.loads(shown[: shown.index("\n}") + 2])["sampler"] == {"sampler": sampler, "steps": steps, "eta": 0.0}
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--num-samples", "0"], "--num-samples must be at least 1"),
