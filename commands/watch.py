@@ -5,7 +5,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 from tyro.conf import Positional, arg
 
@@ -19,8 +19,10 @@ from slurm import queue
 class Status:
     """Shows all runs, one of them in detail, or a sweep's runs by their loss."""
 
+    # Optional, because tyro imports typeguard to understand `str | None`, which takes longer than all the rest.
     run: Annotated[
-        Positional[str | None], arg(metavar="[RUN]", help="A run or a sweep; without it all runs are shown.")
+        Positional[Optional[str]],  # noqa: UP045
+        arg(metavar="[RUN]", help="A run or a sweep; without it all runs are shown."),
     ] = None
     runs_dir: Path = Path("runs")
     """Folder of all runs."""

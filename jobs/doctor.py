@@ -9,13 +9,11 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from jobs import mnist_files
-from jobs.provenance import PACKAGES
+from jobs import mnist_files, provenance
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
 """A run of mnist with its checkpoints takes about half of the first."""
@@ -43,15 +41,10 @@ def examine(runs_dir: Path, data_root: Path, is_shared: bool) -> Iterator[Findin
 
 def _software() -> Iterator[Finding]:
     yield Finding("ok", f"Python {platform.python_version()} in {sys.prefix}")
-    found, missing = [], []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            missing.append(package)
-    if missing:
+    versions = provenance.versions()
+    if missing := [package for package, version in versions.items() if version is None]:
         yield Finding("problem", f"not installed: {', '.join(missing)}", "jobs import them", "pip install --editable .")
-    yield Finding("ok", ", ".join(found))
+    yield Finding("ok", ", ".join(f"{package} {version}" for package, version in versions.items() if version))
 
 
 def _gpus() -> Iterator[Finding]:

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,22 @@ def describe(**more: Any) -> dict[str, Any]:
         "host": platform.node(),
         "wandb_id": secrets.token_hex(4),
         "python": platform.python_version(),
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": versions(),
         **more,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """The installed versions of what jobs import, None for what is not there."""
+    from importlib.metadata import PackageNotFoundError, version  # not for every `status`: it reads mail headers
+
+    def found(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {package: found(package) for package in PACKAGES}
 
 
 def save_code(folder: Path) -> None:
@@ -47,10 +59,3 @@ def _git(*arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
