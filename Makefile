@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format soak slurm-test clean
+.PHONY: help demo test lint format soak bench slurm-test clean
 
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
@@ -12,6 +12,7 @@ help:
 	@echo "make format      put the code into shape"
 	@echo "make slurm-test  the tests that start a Slurm of their own (root, Debian or Ubuntu packages)"
 	@echo "make soak        the long repetitions: hundreds of kills"
+	@echo "make bench       speed beside other tools, after make demo: half an hour on two CPU cores"
 
 $(VENV)/ready: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed: apt-get install python3 python3-venv"; exit 1; }
@@ -42,6 +43,10 @@ slurm-test: $(VENV)/ready
 
 soak: $(VENV)/ready
 	$(RUN) -m pytest -m soak --timeout 0
+
+bench: $(VENV)/ready
+	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(RUN) -m benchmarks
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .

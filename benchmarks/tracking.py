@@ -41,7 +41,7 @@ def train(mode: str, steps: int) -> dict[str, float]:
     from jobs.tracking import Follower
 
     seconds: dict[str, float] = {}
-    jobs.recorder.follow_training = timed(jobs.recorder.follow_training, seconds, "start")
+    jobs.recorder.follow_training = timed(jobs.recorder.follow_training, seconds, "start")  # type: ignore[attr-defined]
     Follower.close = timed(Follower.close, seconds, "end")  # type: ignore[method-assign]
     jobs.train.logged = timed(jobs.train.logged, seconds, "lines")
     jobs.train.run_steps = timed(jobs.train.run_steps, seconds, "steps")

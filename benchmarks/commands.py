@@ -1,0 +1,272 @@
+"""Speed of whole commands: start-up, what a step costs besides computing, one process against two, large sets of 1d."""
+
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison import Alternative, Measurements, Row, limit, ratio
+
+ROOT = Path(__file__).resolve().parent.parent
+IMPORTS = "import torch, accelerate, numpy, denoising_diffusion_pytorch"
+"""What any training of this kind imports."""
+SAMPLES_1D, STEPS_1D = 1_000_000, 36
+TINY = ("--train.steps", 1, "--train.batch-size", 64, "--device", "cpu", "--cluster", "local")
+
+
+def command(*arguments: object, cwd: Path, **env: str) -> float:
+    """Runs `launch.py ARGUMENTS` to its end; returns the seconds that it took."""
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, ROOT / "launch.py", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "WANDB_MODE": "disabled", **env},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return time.perf_counter() - started
+
+
+def peak_memory(*arguments: object, cwd: Path) -> float:
+    """Runs `launch.py ARGUMENTS`; returns the most MB that one of its processes has held."""
+    # A process's peak includes that of the one that started it, which is large here: so a small one in between.
+    between = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, check=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", between, sys.executable, ROOT / "launch.py", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "WANDB_MODE": "disabled"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        check=True,
+    ).stdout
+    return int(printed) / 1000
+
+
+def large_sets(run: Path) -> Iterator[Row]:
+    """A million samples of a trained 1d: memory of the command, time of the sampling phase, W1 of the samples."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "runs" / "1d" / "copy"
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("samples", "wandb", "code"))
+        drawn = ("sample", copy, "--sampler", "dpm++", "--steps", 3, "--device", "cpu", "--cluster", "local")
+        peaks = [
+            peak_memory(*drawn, "--num-samples", n, "--name", f"of-{n}", cwd=Path(name)) for n in (1000, SAMPLES_1D)
+        ]
+        alternative = Alternative(sampling_phase, copy)
+        try:
+            phase = alternative.measure()
+        finally:
+            alternative.close()
+    few, many = peaks
+    yield limit(f"memory for {SAMPLES_1D:,} samples of `1d`, in times of that for 1,000", "", [many / few], 1.1)
+    yield limit(f"{SAMPLES_1D:,} samples of `1d` by `dpm++` {STEPS_1D}", "s", [phase["seconds"]], 30)
+    yield limit("their W1 to the exact mixture", "", [phase["w1"]], 0.01)
+
+
+def sampling_phase(run: Path) -> Measurements:
+    """What a sampling job of a process does after its imports: loads the model, draws shards and writes them."""
+    import numpy as np
+    import torch
+
+    from diffusion.metrics import wasserstein1
+    from diffusion.mixture import Mixture
+    from diffusion.settings import SamplerSettings
+    from jobs import samples
+    from jobs.experiments import Gaussian1dConfig
+    from jobs.memory import keep_freed_memory
+    from jobs.run_folder import RunFolder
+    from jobs.sample import sample
+    from jobs.stop import SignalWatch
+
+    keep_freed_memory()
+    _, config = RunFolder(run).read_experiment()
+    if not isinstance(config, Gaussian1dConfig):
+        raise ValueError(f"{run} must be a run of 1d")
+    asked = samples.plan(
+        RunFolder(run),
+        num_samples=SAMPLES_1D,
+        seed=0,
+        sampler=SamplerSettings(sampler="dpm++", steps=STEPS_1D),
+        weights="ema",
+        checkpoint=None,
+        name="phase",
+        say=print,
+    )
+    asked.write_manifest()
+    with SignalWatch() as signals:
+        started = time.perf_counter()
+        sample(asked, asked.missing(), "cpu", signals, show_progress=False)
+        seconds = time.perf_counter() - started
+    drawn = np.concatenate([np.load(asked.shard_path(shard)) for shard in range(asked.num_shards)])
+    assert len(drawn) == SAMPLES_1D
+    yield {"seconds": seconds, "w1": wasserstein1(torch.from_numpy(drawn), Mixture.of(config.data))}
+
+
+def digits(run: Path) -> Iterator[Row]:
+    """Ten thousand digits of a trained mnist-small, from the start of the command to its end."""
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name) / "runs" / "mnist-small" / "copy"
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("samples", "wandb", "code"))
+        drawn = ("sample", copy, "--num-samples", 10_000, "--device", "cpu", "--cluster", "local")
+        seconds = command(*drawn, "--sampler", "ddpm", "--steps", 20, cwd=Path(name))
+    yield limit("10,000 digits by `ddpm` 20, the whole command", "s", [seconds], 240)
+
+
+def start_up(rounds: int) -> Iterator[Row]:
+    """How long a user waits for an answer."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        yield limit("`--help`", "s", [command("--help", cwd=folder) for _ in range(rounds)], 0.3)
+        command("train", "1d", *TINY, "--name", "run0", cwd=folder)
+        for i in range(1, 50):
+            shutil.copytree(folder / "runs" / "1d" / "run0", folder / "runs" / "1d" / f"run{i}")
+        yield limit("`status` of 50 runs", "s", [command("status", cwd=folder) for _ in range(rounds)], 0.3)
+        ratios = [_first_step(folder, f"first{i}") / _imports() for i in range(rounds)]
+        yield limit("`train` until its first step is logged, in times of the bare imports", "", ratios, 1.5)
+
+
+def submission(rounds: int) -> Iterator[Row]:
+    """How long `train` takes to submit, less what sbatch itself does; needs a Slurm that answers."""
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise RuntimeError("submission needs a Slurm, such as `python -m slurm.devcluster` starts")
+    seconds = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        clock, times = folder / "bin" / "sbatch", folder / "times"
+        clock.parent.mkdir()
+        clock.write_text(
+            f'#!/bin/sh\nstart=$(date +%s.%N)\n{sbatch} "$@"\ncode=$?\n'
+            f'echo "$start $(date +%s.%N)" >{times}\nexit $code\n'
+        )
+        clock.chmod(0o755)
+        path = f"{clock.parent}:{os.environ['PATH']}"
+        for i in range(rounds):
+            where = ("--cluster", "slurm", "--device", "cpu", "--name", f"run{i}")
+            whole = command("train", "1d", *where, cwd=folder, PATH=path)
+            start, end = map(float, times.read_text().split())
+            seconds.append(whole - (end - start))
+            command("cancel", f"1d/run{i}", cwd=folder)
+    yield limit("submission, besides sbatch itself", "s", seconds, 1)
+
+
+def overhead(rounds: int) -> Iterator[Row]:
+    """The share of a step that is not forward pass, backward pass and optimizer, tracking offline."""
+    for experiment, steps, at_most in (("mnist-small", 150, 3.0), ("1d", 1500, 25.0)):
+        shares = []
+        for _ in range(rounds):
+            alternative = Alternative(overhead_of, experiment, steps)
+            shares.append(alternative.measure()["percent"])
+            alternative.close()
+        yield limit(f"a step of `{experiment}` besides computing", "% of it", shares, at_most)
+
+
+def overhead_of(experiment: str, steps: int) -> Measurements:
+    """One training in this process, from its first step to its last."""
+    import jobs.train
+    import launch
+    from jobs.training import Training
+
+    seconds = {"steps": 0.0, "compute": 0.0}
+
+    def timed(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **more: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*arguments, **more)
+            finally:
+                seconds[name] += time.perf_counter() - started
+
+        return wrapper
+
+    initialise = Training.__init__
+
+    def with_clocks(training: Training, *arguments: Any) -> None:
+        initialise(training, *arguments)
+        training.model.forward = timed(training.model.forward, "compute")
+        training.world.accelerator.backward = timed(training.world.accelerator.backward, "compute")
+        training.optimizer.step = timed(training.optimizer.step, "compute")  # type: ignore[method-assign]
+
+    Training.__init__ = with_clocks  # type: ignore[method-assign, assignment]
+    jobs.train.run_steps = timed(jobs.train.run_steps, "steps")
+    os.environ["WANDB_MODE"] = "offline"
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        sys.argv = [str(ROOT / "launch.py"), "train", experiment, "--cluster", "local", "--device", "cpu"]
+        sys.argv += ["--runs-dir", folder, "--train.steps", str(steps)]
+        code = launch.main()
+    if code != 0:
+        raise RuntimeError(f"the training ended with exit code {code}")
+    yield {"percent": 100 * (1 - seconds["compute"] / seconds["steps"])}
+
+
+def scaling(rounds: int) -> Iterator[Row]:
+    """Two processes against one, one thread each, on mnist-small: rates between start and end of a command."""
+    one: list[dict[str, float]] = []
+    two: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        for i in range(rounds):
+            for processes, found in ((1, one), (2, two)):
+                found.append(_rates(Path(name), f"run{i}-{processes}", processes))
+    for what, at_least in (("training", 1.75), ("sampling", 1.9)):
+        yield ratio(
+            f"{what}, 2 processes against 1",
+            "images/s",
+            [rates[what] for rates in two],
+            [rates[what] for rates in one],
+            "1 process",
+            at_least,
+        )
+
+
+def _rates(folder: Path, name: str, processes: int) -> dict[str, float]:
+    """Images per second of a short training and of sampling its network, as their own files tell them."""
+    where = ("--cluster", "local", "--device", "cpu", "--gpus", processes)
+    settings = ("--train.steps", 60, "--train.log-every", 20)
+    command("train", "mnist-small", *settings, "--name", name, *where, cwd=folder, OMP_NUM_THREADS="1")
+    run = folder / "runs" / "mnist-small" / name
+    lines = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    training = statistics.median(line["images_per_s"] for line in lines[2:] if line["event"] == "progress")
+    drawn = ("--num-samples", 4096, "--sampler", "ddim", "--steps", 5, "--name", "a")
+    command("sample", f"mnist-small/{name}", *drawn, *where, cwd=folder, OMP_NUM_THREADS="1")
+    times = sorted(path.stat().st_mtime for path in (run / "samples" / "a").glob("shard-*.npy"))
+    # From the end of each process's first shard to that of its last.
+    first = times[processes - 1]
+    return {"training": training, "sampling": (len(times) - processes) * 256 / (times[-1] - first)}
+
+
+def _first_step(folder: Path, name: str) -> float:
+    """Seconds from the start of `train 1d` until its first step is in metrics.jsonl."""
+    metrics = folder / "runs" / "1d" / name / "metrics.jsonl"
+    started = time.perf_counter()
+    arguments = ["train", "1d", "--name", name, "--device", "cpu", "--cluster", "local", "--train.log-every", "1"]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "launch.py", *arguments],
+        cwd=folder,
+        env={**os.environ, "WANDB_MODE": "disabled"},
+        stdout=subprocess.DEVNULL,
+    )
+    while not (metrics.exists() and metrics.stat().st_size):
+        if process.poll() is not None:
+            raise RuntimeError("the training ended before its first step")
+        time.sleep(0.002)
+    seconds = time.perf_counter() - started
+    process.kill()
+    process.wait()
+    return seconds
+
+
+def _imports() -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+    return time.perf_counter() - started

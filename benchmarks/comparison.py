@@ -1,0 +1,120 @@
+"""Measures alternatives in turn on one machine, each in a process of its own, and says how they compare.
+
+What disturbs the machine disturbs all alternatives of a round, so their ratio is taken within the round.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+Measurements = Generator[dict[str, float], None, None]
+"""What a measured process yields: one round after another, quantities by name."""
+
+
+class Alternative:
+    """A process that measures itself, one round each time it is asked."""
+
+    def __init__(self, function: Callable[..., Measurements], *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, function, arguments), daemon=False)
+        self._process.start()
+        theirs.close()
+
+    def measure(self) -> dict[str, float]:
+        """Raises EOFError if the process has failed; it has printed why."""
+        self._connection.send(None)
+        return dict(self._connection.recv())
+
+    def close(self) -> None:
+        """Lets the process end in its own way: it has folders and processes of its own to tidy up."""
+        self._connection.close()
+        self._process.join()
+
+
+def _serve(connection: Connection, function: Callable[..., Measurements], arguments: tuple[Any, ...]) -> None:
+    os.dup2(2, 1)  # what libraries print does not belong into the table
+    with contextlib.closing(function(*arguments)) as rounds:
+        while True:
+            try:
+                connection.recv()
+            except EOFError:
+                return
+            connection.send(next(rounds))
+
+
+def in_turn(
+    alternatives: Mapping[str, Alternative], rounds: int, *, warm_up: bool = True
+) -> dict[str, list[dict[str, float]]]:
+    """The measurements of each alternative, round by round, after a first round that only warms up if asked for.
+
+    The order turns round from one round to the next.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in alternatives}
+    try:
+        for i in range(0 if warm_up else 1, rounds + 1):
+            for name in list(alternatives)[:: 1 if i % 2 else -1]:
+                measured = alternatives[name].measure()
+                if i > 0:
+                    found[name].append(measured)
+    finally:
+        for alternative in alternatives.values():
+            alternative.close()
+    return found
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a ratio, or a quantity that has to stay below a limit."""
+
+    what: str
+    ours: str
+    other: str
+    value: float
+    low: float
+    high: float
+    target: str
+    reached: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def ratio(what: str, unit: str, ours: list[float], other: list[float], peer: str, at_least: float) -> Row:
+    """How many times faster ours is than another's, measured in the same rounds: median, least and largest ratio."""
+    ratios = [a / b for a, b in zip(ours, other, strict=True)]
+    value = statistics.median(ratios)
+    return Row(
+        what,
+        f"{statistics.median(ours):.3g} {unit}",
+        f"{peer} {statistics.median(other):.3g} {unit}",
+        value,
+        min(ratios),
+        max(ratios),
+        f">= {at_least:g}",
+        value >= at_least,
+    )
+
+
+def limit(what: str, unit: str, values: list[float], at_most: float) -> Row:
+    """A quantity that must not be larger than a limit: median, least and largest."""
+    value = statistics.median(values)
+    shown = f"{value:.3g} {unit}".strip()
+    return Row(what, shown, "", value, min(values), max(values), f"<= {at_most:g}", value <= at_most)
+
+
+def table(rows: list[Row]) -> str:
+    """The rows in Markdown."""
+    lines = ["| what | ours | other | value | spread | target | reached |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        spread = f"{row.low:.3g} to {row.high:.3g}"
+        reached = "yes" if row.reached else "**no**"
+        lines.append(
+            f"| {row.what} | {row.ours} | {row.other} | {row.value:.3g} | {spread} | {row.target} | {reached} |"
+        )
+    return "\n".join(lines)
