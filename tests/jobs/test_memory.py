@@ -19,16 +19,20 @@ def faults():
 def step():
     return sum(torch.ones(20_000_000 // 4) * i for i in range(5)).sum()  # some 20 MB at a time
 
-for _ in range(3):
+for _ in range(10):
     step()
 before = faults()
-for _ in range(10):
+for _ in range(30):
     step()
 print(faults() - before)
 """
 
 
-@pytest.mark.parametrize(("freed", "fewest", "most"), [("keep", 0, 100), ("leave", 10_000, 10**9)])
-def test_a_step_after_the_first_ones_takes_no_new_pages(freed: str, fewest: int, most: int) -> None:
+PAGES = 20_000_000 // 4096  # of one such tensor
+
+
+# The heap may still grow by a tensor or two, where small blocks lie in between.
+@pytest.mark.parametrize(("freed", "fewest", "most"), [("keep", 0, 4 * PAGES), ("leave", 20 * PAGES, 10**9)])
+def test_steps_after_the_first_ones_take_no_new_pages(freed: str, fewest: int, most: int) -> None:
     done = subprocess.run([sys.executable, "-c", PAGE_FAULTS, freed], capture_output=True, text=True, check=True)
     assert fewest <= int(done.stdout) <= most
