@@ -10,7 +10,7 @@ def keep_freed_memory() -> None:
     """Lets glibc keep what tensors on a CPU free, for the tensors that follow; elsewhere it does nothing.
 
     By itself it gives large blocks back to the system at once, and each step pays a page fault for every 4 kB that it
-    takes anew: a third of a training step (benchmarks/README.md). The process's peak stays as it is.
+    takes anew: for large tensors a third of a training step (benchmarks/README.md). The process's peak stays as it is.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
