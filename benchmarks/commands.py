@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import Alternative, Measurements, Row, limit, ratio
+from benchmarks.tracking import timed
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch, accelerate, numpy, denoising_diffusion_pytorch"
@@ -180,26 +181,16 @@ def overhead_of(experiment: str, steps: int) -> Measurements:
 
     seconds = {"steps": 0.0, "compute": 0.0}
 
-    def timed(call: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **more: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return call(*arguments, **more)
-            finally:
-                seconds[name] += time.perf_counter() - started
-
-        return wrapper
-
     initialise = Training.__init__
 
     def with_clocks(training: Training, *arguments: Any) -> None:
         initialise(training, *arguments)
-        training.model.forward = timed(training.model.forward, "compute")
-        training.world.accelerator.backward = timed(training.world.accelerator.backward, "compute")
-        training.optimizer.step = timed(training.optimizer.step, "compute")  # type: ignore[method-assign]
+        training.model.forward = timed(training.model.forward, seconds, "compute")
+        training.world.accelerator.backward = timed(training.world.accelerator.backward, seconds, "compute")
+        training.optimizer.step = timed(training.optimizer.step, seconds, "compute")  # type: ignore[method-assign]
 
     Training.__init__ = with_clocks  # type: ignore[method-assign, assignment]
-    jobs.train.run_steps = timed(jobs.train.run_steps, "steps")
+    jobs.train.run_steps = timed(jobs.train.run_steps, seconds, "steps")
     os.environ["WANDB_MODE"] = "offline"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         sys.argv = [str(ROOT / "launch.py"), "train", experiment, "--cluster", "local", "--device", "cpu"]

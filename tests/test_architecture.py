@@ -38,10 +38,23 @@ def test_imports_flow_one_way(package: str) -> None:
     assert {path: names for path, names in wrong.items() if names} == {}
 
 
+HEAVY = ("torch", "numpy", "accelerate", "matplotlib")
+SLOW = ("typeguard", "importlib.metadata")  # for the questions that are asked all day
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "1d", "--help"], ["train", "nonsense"], ["resume", "nowhere"], ["status"]]
+    ("arguments", "unwanted"),
+    [
+        (["--help"], HEAVY + SLOW),
+        (["status"], HEAVY + SLOW),
+        (["train", "1d", "--help"], HEAVY),
+        (["train", "nonsense"], HEAVY),
+        (["resume", "nowhere"], HEAVY),
+    ],
 )
-def test_the_command_line_answers_before_heavy_imports(arguments: list[str], tmp_path: Path) -> None:
+def test_the_command_line_answers_before_heavy_imports(
+    arguments: list[str], unwanted: tuple[str, ...], tmp_path: Path
+) -> None:
     program = (
         "import runpy, sys\n"
         f"sys.argv = ['launch.py', *{arguments!r}]\n"
@@ -49,11 +62,8 @@ def test_the_command_line_answers_before_heavy_imports(arguments: list[str], tmp
         "try:\n"
         f"    runpy.run_path({str(ROOT / 'launch.py')!r}, run_name='__main__')\n"
         "finally:\n"
-        "    heavy = ('torch', 'numpy', 'accelerate', 'matplotlib')\n"
-        "    print([name for name in heavy if name in sys.modules], file=sys.stderr)\n"
+        f"    print([name for name in {unwanted!r} if name in sys.modules], file=sys.stderr)\n"
     )
-    if arguments in (["--help"], ["status"]):  # the questions that are asked all day
-        program = program.replace("heavy = (", "heavy = ('typeguard', 'importlib.metadata', ")
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.stderr.splitlines()[-1] == "[]"
 
