@@ -10,7 +10,7 @@ import torch
 from jobs import checkpoints
 from jobs.job import JobError
 from jobs.ownership import Ownership
-from jobs.progress import Console, Progress
+from jobs.progress import Console, Progress, in_words
 from jobs.reporting import Metrics, Status, append_timing, read_jsonl
 from jobs.run_folder import RunFolder
 from jobs.tracking import Follower, follow_training
@@ -25,6 +25,9 @@ class NullRecorder:
 
     def start(self) -> None:
         """The training begins or continues."""
+
+    def compiled(self, seconds: float) -> None:
+        """The network has been compiled, in so many seconds."""
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         """An update is done; `metrics` is given where it is logged."""
@@ -81,6 +84,10 @@ class RunRecorder(NullRecorder):
         append_timing(self._run, {**marks, **self._facts})
         self._status.write(step=step)
         self._follower = follow_training(self._run, self._owner, self._console.say)
+
+    def compiled(self, seconds: float) -> None:
+        self._console.say(f"Compiled the network in {in_words(seconds)} (--train.compile).")
+        self._clock = self._read_clock()  # rates are those of steps
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         step, settings = self._training.step, self._training.settings

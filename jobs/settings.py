@@ -41,7 +41,7 @@ class TrainSettings:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto is bf16 where the hardware computes in it."""
     compile: bool = False
-    """Compile the network with torch.compile: takes a minute or two, then steps are faster."""
+    """Compile the network with torch.compile: a minute or two at each start, for faster steps on a GPU; needs g++."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000

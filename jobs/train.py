@@ -40,6 +40,8 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
         recorder = RunRecorder(run, training, owner, console, requeue is not None, facts)
     try:
         recorder.start()
+        if settings.compile and training.step < settings.steps:
+            recorder.compiled(training.compile())
         reason = run_steps(training, recorder, signals)
         recorder.save()
         if training.step == settings.steps:

@@ -72,8 +72,6 @@ class Training:
         # Convolutions are fastest with channels last; tensors that are not images are left as they are.
         self.raw.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = Ema(self.raw.network, settings.ema_decay)
-        if settings.compile:
-            self.raw.network.compile()
         self.model: nn.Module = world.accelerator.prepare_model(self.raw)
         betas = (0.9, settings.beta2)
         self.optimizer = torch.optim.AdamW(
@@ -109,6 +107,25 @@ class Training:
             self.ema.update(self.step)
         self.optimizer.zero_grad()
         return update
+
+    def compile(self) -> float:
+        """Compiles the network by a forward and a backward pass that change nothing; returns the seconds it took.
+
+        Raises JobError if that fails, for want of a C++ compiler above all.
+        """
+        from torch._dynamo.exc import TorchDynamoException  # here, because it takes seconds to import
+
+        started = time.perf_counter()
+        self.raw.network.compile()
+        first = slice(self.settings.micro_batch_size)
+        x0, t, eps = (part[first] for part in self.examples(self.step + 1))
+        try:
+            self.world.accelerator.backward(self.model(x0, t, eps).mean())
+        except TorchDynamoException as error:
+            reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
+            raise JobError(f"--train.compile failed on this machine: {' '.join(reason.split())}") from error
+        self.optimizer.zero_grad()
+        return time.perf_counter() - started
 
     @property
     def communication_s(self) -> float:

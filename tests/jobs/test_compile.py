@@ -1,0 +1,49 @@
+"""--train.compile on a CPU: the same training, what it costs is said, and one sentence where there is no compiler."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launching import TINY, done, interrupt, launch, start, steps_logged, wait_until
+
+STEPS = 300
+COMMAND = ("train", "1d", *TINY, "--train.steps", STEPS, "--device", "cpu", "--gpus", 2)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path: Path) -> None:
+    runs = tmp_path / "runs" / "1d"
+    done(*COMMAND, "--name", "plain", cwd=tmp_path)
+    compiled = done(*COMMAND, "--train.compile", "--name", "compiled", cwd=tmp_path)
+    assert len(re.findall(r"Compiled the network in \d+ seconds \(--train.compile\)", compiled.out)) == 1
+    # The same arithmetic in another order of summation.
+    assert losses(runs / "compiled")[:20] == pytest.approx(losses(runs / "plain")[:20], rel=1e-4)
+
+    process = start(*COMMAND, "--train.compile", "--name", "stopped", cwd=tmp_path)
+    wait_until(lambda: steps_logged(runs / "stopped") >= 5, timeout_s=120)
+    assert interrupt(process, signal.SIGINT).code == 130
+    assert 5 <= steps_logged(runs / "stopped") < STEPS
+    done("resume", "1d/stopped", "--device", "cpu", "--gpus", 2, cwd=tmp_path)
+    last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
+    assert (runs / "stopped" / last).read_bytes() == (runs / "compiled" / last).read_bytes()
+
+
+def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
+    ended = launch(
+        *COMMAND,
+        "--train.compile",
+        "--name",
+        "a",
+        cwd=tmp_path,
+        CXX="/nowhere/g++",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    assert ended.code == 1
+    assert "--train.compile failed on this machine:" in ended.err
+    assert "Traceback" not in ended.err
