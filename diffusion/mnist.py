@@ -16,6 +16,13 @@ from diffusion.model import DiffusionModel, Experiment
 from diffusion.randomness import Stream, permutation
 from diffusion.schedules import alphas_cumprod_at
 from diffusion.settings import DiffusionSettings, UnetSettings
+from diffusion.unet import with_fast_layers
+
+
+def library_unet(settings: UnetSettings) -> Unet:
+    """The library's network as it is."""
+    heads, channels = settings.attn_heads or 4, settings.patch_size**2
+    return Unet(settings.dim, dim_mults=settings.dim_mults, channels=channels, attn_heads=heads)
 
 
 class MnistModel(DiffusionModel):
@@ -57,8 +64,7 @@ class Mnist(Experiment):
 
     def build_model(self) -> DiffusionModel:
         settings = self.model_settings
-        heads = settings.attn_heads or 4
-        unet = Unet(settings.dim, dim_mults=settings.dim_mults, channels=settings.patch_size**2, attn_heads=heads)
+        unet = with_fast_layers(library_unet(settings))
         diffusion = GaussianDiffusion(
             unet,
             image_size=28 // settings.patch_size,

@@ -1,0 +1,79 @@
+"""The fast layers compute what the library's compute."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from denoising_diffusion_pytorch import Unet
+from torch import Tensor, nn
+
+from diffusion.unet import FAST_LAYERS, unit_norm, with_fast_layers
+
+T = torch.tensor([0, 10, 500, 999])
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def pair(**settings: object) -> tuple[nn.Module, nn.Module]:
+    """The library's network, its gains no longer 1, and the same with fast layers."""
+    torch.manual_seed(0)
+    plain = Unet(**settings)
+    for name, parameter in plain.named_parameters():
+        if name.endswith(".g"):
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return plain, with_fast_layers(copy.deepcopy(plain)).to(memory_format=torch.channels_last)
+
+
+def gradients(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    x = x.clone().requires_grad_()
+    network(x, T).square().sum().backward()
+    return {"x": x.grad, **{name: parameter.grad for name, parameter in network.named_parameters()}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [
+        ({"dim": 16, "dim_mults": (1, 2, 4), "channels": 1}, 28),
+        ({"dim": 16, "dim_mults": (1, 2), "channels": 4, "attn_heads": (1, 2)}, 14),
+    ],
+)
+def test_outputs_and_gradients_equal_the_librarys(float64: None, settings: dict[str, object], side: int) -> None:
+    plain, fast = pair(**settings)
+    assert not {type(module) for module in fast.modules()} & FAST_LAYERS.keys()
+    x = torch.randn(len(T), settings["channels"], side, side)  # type: ignore[call-overload]
+    torch.testing.assert_close(fast(x, T), plain(x, T), rtol=1e-10, atol=1e-12)
+    expected = gradients(plain, x)
+    for name, gradient in gradients(fast, x).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10 * float(expected[name].abs().max()))
+
+
+def test_bf16_is_no_less_precise_than_the_librarys() -> None:
+    plain, fast = pair(dim=16, dim_mults=(1, 2, 4), channels=1)
+    x = torch.randn(len(T), 1, 28, 28)
+
+    def error(network: nn.Module) -> float:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found = network(x, T).float()
+        with torch.inference_mode():
+            return float((found - plain(x, T)).square().mean().sqrt())
+
+    assert error(fast) < 1.5 * error(plain)
+
+
+def test_the_gradient_of_the_norm(float64: None) -> None:
+    torch.manual_seed(0)
+    assert torch.autograd.gradcheck(unit_norm, torch.randn(2, 3, 2, 2, requires_grad=True))
+
+
+def test_a_pixel_without_signal_stays_one() -> None:
+    x = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    y = unit_norm(x)
+    y.sum().backward()
+    assert torch.equal(y, torch.zeros_like(y))
+    assert x.grad is not None and torch.isfinite(x.grad).all()
