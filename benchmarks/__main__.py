@@ -1,6 +1,7 @@
-"""All benchmarks, or some: `python -m benchmarks [NAME ...]` prints a table and writes a JSON file.
+"""All benchmarks but one, or some: `python -m benchmarks [NAME ...]` prints a table and writes a JSON file.
 
 Three of them, sampling, digits and large-sets, sample the models that `make demo` trains; submission needs a Slurm.
+One, quality, takes an hour and a half and runs only where it is named.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import commands, sampling, training
+from benchmarks import commands, quality, sampling, training
 from benchmarks.comparison import Row, table
 
 
@@ -35,8 +36,11 @@ def main() -> None:
         "scaling": lambda: commands.scaling(rounds),
         "start-up": lambda: commands.start_up(rounds),
         "submission": lambda: commands.submission(rounds),
+        "quality": lambda: quality.rows(runs / "library"),
     }
-    which = options.which or [name for name in benchmarks if name != "submission" or shutil.which("sbatch")]
+    which = options.which or [name for name in benchmarks if name != "quality"]
+    if not options.which and not shutil.which("sbatch"):
+        which.remove("submission")
     if unknown := set(which) - set(benchmarks):
         parser.error(f"benchmarks are {', '.join(benchmarks)}; got {', '.join(unknown)}")
     if {"sampling", "digits", "large-sets"} & set(which) and not runs.is_dir():

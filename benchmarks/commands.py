@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import Alternative, Measurements, Row, limit, ratio
+from benchmarks.sampling import planned
 from benchmarks.tracking import timed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,13 +58,9 @@ def peak_memory(*arguments: object, cwd: Path) -> float:
 
 def large_sets(run: Path) -> Iterator[Row]:
     """A million samples of a trained 1d: memory of the command, time of the sampling phase, W1 of the samples."""
-    with tempfile.TemporaryDirectory() as name:
-        copy = Path(name) / "runs" / "1d" / "copy"
-        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("samples", "wandb", "code"))
+    with copied(run) as copy:
         drawn = ("sample", copy, "--sampler", "dpm++", "--steps", 3, "--device", "cpu", "--cluster", "local")
-        peaks = [
-            peak_memory(*drawn, "--num-samples", n, "--name", f"of-{n}", cwd=Path(name)) for n in (1000, SAMPLES_1D)
-        ]
+        peaks = [peak_memory(*drawn, "--num-samples", n, "--name", f"of-{n}", cwd=copy) for n in (1000, SAMPLES_1D)]
         alternative = Alternative(sampling_phase, copy)
         try:
             phase = alternative.measure()
@@ -82,8 +79,6 @@ def sampling_phase(run: Path) -> Measurements:
 
     from diffusion.metrics import wasserstein1
     from diffusion.mixture import Mixture
-    from diffusion.settings import SamplerSettings
-    from jobs import samples
     from jobs.experiments import Gaussian1dConfig
     from jobs.memory import keep_freed_memory
     from jobs.run_folder import RunFolder
@@ -94,16 +89,7 @@ def sampling_phase(run: Path) -> Measurements:
     _, config = RunFolder(run).read_experiment()
     if not isinstance(config, Gaussian1dConfig):
         raise ValueError(f"{run} must be a run of 1d")
-    asked = samples.plan(
-        RunFolder(run),
-        num_samples=SAMPLES_1D,
-        seed=0,
-        sampler=SamplerSettings(sampler="dpm++", steps=STEPS_1D),
-        weights="ema",
-        checkpoint=None,
-        name="phase",
-        say=print,
-    )
+    asked = planned(run, SAMPLES_1D, "dpm++", STEPS_1D)
     asked.write_manifest()
     with SignalWatch() as signals:
         started = time.perf_counter()
@@ -116,12 +102,21 @@ def sampling_phase(run: Path) -> Measurements:
 
 def digits(run: Path) -> Iterator[Row]:
     """Ten thousand digits of a trained mnist-small, from the start of the command to its end."""
+    for processes in (1, 2):
+        with copied(run) as copy:
+            drawn = ("sample", copy, "--num-samples", 10_000, "--sampler", "ddpm", "--steps", 20)
+            where = ("--device", "cpu", "--cluster", "local", "--gpus", processes)
+            seconds = command(*drawn, *where, cwd=copy)
+        yield limit(f"10,000 digits by `ddpm` 20, the whole command, `--gpus {processes}`", "s", [seconds], 240)
+
+
+@contextlib.contextmanager
+def copied(run: Path) -> Iterator[Path]:
+    """A copy of a trained run that has no samples yet."""
     with tempfile.TemporaryDirectory() as name:
-        copy = Path(name) / "runs" / "mnist-small" / "copy"
+        copy = Path(name) / "runs" / run.parent.name / "copy"
         shutil.copytree(run, copy, ignore=shutil.ignore_patterns("samples", "wandb", "code"))
-        drawn = ("sample", copy, "--num-samples", 10_000, "--device", "cpu", "--cluster", "local")
-        seconds = command(*drawn, "--sampler", "ddpm", "--steps", 20, cwd=Path(name))
-    yield limit("10,000 digits by `ddpm` 20, the whole command", "s", [seconds], 240)
+        yield copy
 
 
 def start_up(rounds: int) -> Iterator[Row]:

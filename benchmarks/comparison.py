@@ -70,7 +70,7 @@ def in_turn(
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a ratio, or a quantity that has to stay below a limit."""
+    """One line of the table: a ratio, a quantity that has to stay below a limit, or one that is only told."""
 
     what: str
     ours: str
@@ -78,17 +78,19 @@ class Row:
     value: float
     low: float
     high: float
-    target: str
-    reached: bool
+    target: str = ""
+    reached: bool | None = None
+    """None where there is no target."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def ratio(what: str, unit: str, ours: list[float], other: list[float], peer: str, at_least: float) -> Row:
+def ratio(what: str, unit: str, ours: list[float], other: list[float], peer: str, at_least: float | None) -> Row:
     """How many times faster ours is than another's, measured in the same rounds: median, least and largest ratio."""
     ratios = [a / b for a, b in zip(ours, other, strict=True)]
     value = statistics.median(ratios)
+    target = ("", None) if at_least is None else (f">= {at_least:g}", value >= at_least)
     return Row(
         what,
         f"{statistics.median(ours):.3g} {unit}",
@@ -96,24 +98,24 @@ def ratio(what: str, unit: str, ours: list[float], other: list[float], peer: str
         value,
         min(ratios),
         max(ratios),
-        f">= {at_least:g}",
-        value >= at_least,
+        *target,
     )
 
 
-def limit(what: str, unit: str, values: list[float], at_most: float) -> Row:
-    """A quantity that must not be larger than a limit: median, least and largest."""
+def limit(what: str, unit: str, values: list[float], at_most: float | None) -> Row:
+    """A quantity that must not be larger than a limit, if there is one: median, least and largest."""
     value = statistics.median(values)
     shown = f"{value:.3g} {unit}".strip()
-    return Row(what, shown, "", value, min(values), max(values), f"<= {at_most:g}", value <= at_most)
+    target = ("", None) if at_most is None else (f"<= {at_most:g}", value <= at_most)
+    return Row(what, shown, "", value, min(values), max(values), *target)
 
 
 def table(rows: list[Row]) -> str:
     """The rows in Markdown."""
     lines = ["| what | ours | other | value | spread | target | reached |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        spread = f"{row.low:.3g} to {row.high:.3g}"
-        reached = "yes" if row.reached else "**no**"
+        spread = f"{row.low:.3g} to {row.high:.3g}" if row.low < row.high else ""  # one measurement has none
+        reached = {True: "yes", False: "**no**", None: ""}[row.reached]
         lines.append(
             f"| {row.what} | {row.ours} | {row.other} | {row.value:.3g} | {spread} | {row.target} | {reached} |"
         )

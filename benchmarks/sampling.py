@@ -29,7 +29,8 @@ def ours(run: Path, sampler: str, steps: int) -> Measurements:
     from jobs.world import resolve_precision
 
     keep_freed_memory()  # as each of our jobs does
-    samples, experiment, model = _load(run, sampler, steps)
+    samples = planned(run, BATCH_SIZE, sampler, steps)
+    experiment, model = _load(samples)
     precision, first = resolve_precision("auto", "cpu"), 0
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
         while True:
@@ -41,25 +42,30 @@ def ours(run: Path, sampler: str, steps: int) -> Measurements:
 
 
 def library(run: Path, steps: int | None) -> Measurements:
-    """`GaussianDiffusion.sample` around the same network; `steps` below 1,000 is its DDIM, None its default."""
-    import torch
+    """`GaussianDiffusion.sample` around the library's U-Net; `steps` below 1,000 is its DDIM, None its default."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from torch import Tensor, nn
 
-    _, _, model = _load(run, "ddim", 50)
+    from diffusion.mnist import Mnist, MnistModel, library_unet
+
+    experiment, model = _load(planned(run, BATCH_SIZE, "ddim", 50))
+    assert isinstance(experiment, Mnist) and isinstance(model, MnistModel)
+    unet = library_unet(experiment.model_settings).eval()
+    unet.load_state_dict(model.network.state_dict())
+    model.network = unet
 
     class Network(nn.Module):
-        """The network with what the library asks of one."""
+        """The model with what the library asks of a network."""
 
         channels = out_dim = 1
         self_condition = random_or_learned_sinusoidal_cond = False
 
         def __init__(self) -> None:
             super().__init__()
-            self.model = model.to(memory_format=torch.contiguous_format)
+            self.model = model
 
         def forward(self, x: Tensor, t: Tensor, x_self_cond: None = None) -> Tensor:
-            return self.model.predict(x, t)
+            return model.predict(x, t)
 
     peer: Any = GaussianDiffusion(
         Network(), image_size=28, objective="pred_noise", beta_schedule="linear", sampling_timesteps=steps
@@ -84,18 +90,15 @@ def rows(rounds: int, run: Path) -> Iterator[Row]:
     yield ratio("sampling, `ddim` 50", "images/s", speeds["ours"], speeds["ddim"], "library's DDIM 50", 1.5)
 
 
-def _load(run: Path, sampler: Any, steps: int) -> "tuple[SampleSet, Experiment, DiffusionModel]":
-    """A set of samples that is never written, and what draws it."""
-    import torch
-
+def planned(run: Path, num_samples: int, sampler: Any, steps: int) -> "SampleSet":
+    """A set of samples of the run's newest weights, of which nothing is written yet."""
     from diffusion.settings import SamplerSettings
     from jobs import samples
     from jobs.run_folder import RunFolder
-    from jobs.sample import load_model
 
-    planned = samples.plan(
+    return samples.plan(
         RunFolder(run),
-        num_samples=BATCH_SIZE,
+        num_samples=num_samples,
         seed=0,
         sampler=SamplerSettings(sampler=sampler, steps=steps),
         weights="ema",
@@ -103,4 +106,13 @@ def _load(run: Path, sampler: Any, steps: int) -> "tuple[SampleSet, Experiment, 
         name="benchmark",
         say=print,
     )
-    return planned, *load_model(RunFolder(run), planned.settings, torch.device("cpu"))
+
+
+def _load(samples: "SampleSet") -> "tuple[Experiment, DiffusionModel]":
+    """What draws it."""
+    import torch
+
+    from jobs.run_folder import RunFolder
+    from jobs.sample import load_model
+
+    return load_model(RunFolder(samples.run), samples.settings, torch.device("cpu"))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.comparison import Alternative, Measurements, Row, in_turn, ratio
+from benchmarks.comparison import Alternative, Measurements, Row, in_turn, limit, ratio
 
 if TYPE_CHECKING:
     from denoising_diffusion_pytorch import GaussianDiffusion
@@ -36,11 +36,13 @@ def ours(steps: int, compile: bool = False) -> Measurements:
     settings = TrainSettings(steps=1_000_000, batch_size=BATCH_SIZE, lr=LR, warmup_steps=1, beta2=0.99, compile=compile)
     training = Training(experiment, settings, start(1, "cpu", resolve_precision("auto", "cpu")))
     training.raw.network.load_state_dict(_library_model().model.state_dict())
+    compile_s = training.compile() if compile else 0.0
     while True:
         started, losses = time.perf_counter(), []
         for _ in range(steps):
             losses.append(float(training.update().loss))
-        yield {"images_per_s": steps * BATCH_SIZE / (time.perf_counter() - started), "loss": sum(losses) / steps}
+        seconds = time.perf_counter() - started
+        yield {"images_per_s": steps * BATCH_SIZE / seconds, "loss": sum(losses) / steps, "compile_s": compile_s}
 
 
 def plain_loop(steps: int) -> Measurements:
@@ -118,20 +120,17 @@ def diffusers_example(steps: int) -> Measurements:
 def trainer(steps: int) -> Measurements:
     """denoising-diffusion-pytorch's own `Trainer` on a folder of PNG files, as its README has it."""
     from denoising_diffusion_pytorch import Trainer
-    from PIL import Image
 
-    with tempfile.TemporaryDirectory() as folder:
-        for i, image in enumerate(_experiment().images[:, 0].numpy()):
-            Image.fromarray(image).save(Path(folder) / f"{i}.png")
+    with png_folder() as folder:
         peer: Any = Trainer(
             _library_model(),
-            folder,
+            str(folder),
             train_batch_size=BATCH_SIZE,
             augment_horizontal_flip=False,  # digits
             train_lr=LR,
             save_and_sample_every=10**9,
             calculate_fid=False,
-            results_folder=str(Path(folder) / "results"),
+            results_folder=str(folder / "results"),
         )
         losses: list[float] = []
         peer.model.register_forward_hook(lambda module, inputs, loss: losses.append(loss.item()))
@@ -143,6 +142,17 @@ def trainer(steps: int) -> Measurements:
                 peer.train()
             seconds = time.perf_counter() - started
             yield {"images_per_s": steps * BATCH_SIZE / seconds, "loss": sum(losses) / steps}
+
+
+@contextlib.contextmanager
+def png_folder() -> Iterator[Path]:
+    """A folder with the training digits as PNG files, as the library's `Trainer` wants them."""
+    from PIL import Image
+
+    with tempfile.TemporaryDirectory() as name:
+        for i, image in enumerate(_experiment().images[:, 0].numpy()):
+            Image.fromarray(image).save(Path(name) / f"{i}.png")
+        yield Path(name)
 
 
 def rows(rounds: int, steps: int) -> Iterator[Row]:
@@ -158,10 +168,12 @@ def rows(rounds: int, steps: int) -> Iterator[Row]:
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
     losses = {name: f"loss {measured[-1]['loss']:.3f}" for name, measured in found.items()}
     peers = {"trainer": ("`Trainer`", 2.5), "loop": ("Accelerate loop", 1.6), "diffusers": ("diffusers' example", 1.6)}
-    for name, what in (("ours", "training"), ("compiled", "training, `--train.compile`")):
-        for peer, (title, at_least) in peers.items():
-            shown = f"{title} ({losses[peer]})"
-            yield ratio(f"{what}, {losses[name]}", "images/s", speeds[name], speeds[peer], shown, at_least)
+    for peer, (title, at_least) in peers.items():
+        shown = f"{title} ({losses[peer]})"
+        yield ratio(f"training, {losses['ours']}", "images/s", speeds["ours"], speeds[peer], shown, at_least)
+    compiled = f"training, `--train.compile`, {losses['compiled']}"
+    yield ratio(compiled, "images/s", speeds["compiled"], speeds["ours"], f"without it ({losses['ours']})", None)
+    yield limit("compiling, at each start", "s", [found["compiled"][0]["compile_s"]], None)
 
 
 def _experiment() -> "Mnist":

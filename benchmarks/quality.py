@@ -1,0 +1,141 @@
+"""Time to quality: how soon mnist-small reaches the Frechet distance that the library's recipe reaches in an hour.
+
+The recipe is that of denoising-diffusion-pytorch's README for digits: its `Trainer`, two batches of 32 for an update,
+learning rate 8e-5, moving average 0.995, its default process and loss, around its U-Net of dim 32 with mults (1, 2, 4).
+What would only cost it time or quality is left out: flipped digits, pictures and checkpoints while it trains.
+Its hour is counted in steps, at the pace that it has alone on the machine. What it has reached is kept, not to be
+computed twice.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.commands import command
+from benchmarks.comparison import Alternative, Measurements, Row
+from benchmarks.training import png_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from denoising_diffusion_pytorch import GaussianDiffusion
+    from numpy.typing import NDArray
+
+LIBRARY_S = 3600.0
+PACE_STEPS = 100
+"""Steps over which its pace is taken, after ten that warm up."""
+AT_LEAST = 8
+OUR_STEPS = (250, 500, 750, 1000, 1250)
+"""Lengths of our trainings, each a run of its own; the first that is as good counts."""
+SAMPLES, SAMPLER_STEPS, BATCH_SIZE = 2000, 50, 64
+"""Both are sampled in the same way: ancestral sampling of 50 steps, which the library calls DDIM with eta 1."""
+
+
+def library(seconds: float, folder: Path) -> Measurements:
+    """Trains the recipe for `seconds`, then draws; leaves samples.npy and steps.json in the folder."""
+    import numpy as np
+    from denoising_diffusion_pytorch import Trainer
+
+    with png_folder() as digits:
+        trainer: Any = Trainer(
+            recipe(),
+            str(digits),
+            train_batch_size=32,
+            gradient_accumulate_every=2,
+            augment_horizontal_flip=False,
+            train_lr=8e-5,
+            ema_decay=0.995,
+            save_and_sample_every=10**9,
+            calculate_fid=False,
+            results_folder=str(digits / "results"),
+        )
+
+        def train_to(step: int) -> float:
+            trainer.train_num_steps, started = step, time.perf_counter()
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+                trainer.train()
+            return time.perf_counter() - started
+
+        train_to(10)
+        pace = train_to(10 + PACE_STEPS) / PACE_STEPS
+        train_to(round(seconds / pace))
+    np.save(folder / "samples.npy", draw(trainer.ema.ema_model))
+    (folder / "steps.json").write_text(json.dumps(trainer.step))
+    yield {"steps": trainer.step}
+
+
+def recipe() -> "GaussianDiffusion":
+    """The library's network and process."""
+    import torch
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+
+    torch.manual_seed(0)
+    unet = Unet(dim=32, dim_mults=(1, 2, 4), channels=1)
+    return GaussianDiffusion(unet, image_size=28, sampling_timesteps=SAMPLER_STEPS, ddim_sampling_eta=1.0)
+
+
+def draw(model: "GaussianDiffusion") -> "NDArray[np.uint8]":
+    """Samples of the recipe, uint8 [SAMPLES, 28, 28, 1]."""
+    import torch
+
+    torch.manual_seed(0)
+    batches = [model.sample(batch_size=BATCH_SIZE) for _ in range(0, SAMPLES, BATCH_SIZE)]
+    return (torch.cat(batches)[:SAMPLES] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def frechet(samples: "NDArray[np.uint8]") -> float:
+    """The distance that `evaluate` prints for these samples, uint8 [n, 28, 28, 1]."""
+    from diffusion.evaluation import Drawn, unpack
+    from jobs.experiments import EXPERIMENTS
+
+    entry = EXPERIMENTS["mnist-small"]
+    evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler), {"seed": 0, "sha256": {}})
+    return unpack(evaluator.units()["features"].compute()["frechet"]).value
+
+
+def ours(steps: int, folder: Path) -> tuple[float, float]:
+    """The seconds of the whole command that trains that long, and the distance that its run has reached."""
+    import numpy as np
+
+    run = f"mnist-small/of-{steps}"
+    where = ("--device", "cpu", "--cluster", "local")
+    trained = ("train", "mnist-small", "--name", f"of-{steps}", "--train.steps", steps, *where)
+    seconds = command(*trained, cwd=folder)
+    sampled = ("--sampler", "ddpm", "--steps", SAMPLER_STEPS, "--num-samples", SAMPLES, "--name", "a")
+    command("sample", run, *sampled, *where, cwd=folder)
+    with np.load(folder / "runs" / run / "samples" / "a" / "samples.npz") as arrays:
+        return seconds, frechet(arrays["arr_0"])
+
+
+def rows(kept: Path) -> Iterator[Row]:
+    """One comparison, of one seed; the library's part is taken from the folder `kept` if it is there."""
+    import numpy as np
+
+    if not (kept / "steps.json").exists():
+        kept.mkdir(parents=True, exist_ok=True)
+        alternative = Alternative(library, LIBRARY_S, kept)
+        try:
+            alternative.measure()
+        finally:
+            alternative.close()
+    peer_steps, goal = json.loads((kept / "steps.json").read_text()), frechet(np.load(kept / "samples.npy"))
+    with tempfile.TemporaryDirectory() as name:
+        for steps in OUR_STEPS:
+            seconds, reached = ours(steps, Path(name))
+            if reached <= goal:
+                break
+    value = LIBRARY_S / seconds
+    yield Row(
+        f"training of `mnist-small` to the library's Frechet distance, {steps} steps",
+        f"{seconds:.0f} s, {reached:.2f}",
+        f"its recipe, {peer_steps:,} steps: {LIBRARY_S:.0f} s, {goal:.2f}",
+        value,
+        value,
+        value,
+        f">= {AT_LEAST}",
+        reached <= goal and value >= AT_LEAST,
+    )
