@@ -18,13 +18,12 @@ class Ema:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self._decay = decay
         self._averages: list[Tensor] = list(self.network.parameters())
-        self._weights = list(network.parameters())
+        self._weights = [weight.detach() for weight in network.parameters()]
         self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Moves towards the weights after optimizer update `step`."""
-        weights = [weight.detach() for weight in self._weights]
-        torch._foreach_lerp_(self._averages, weights, 1 - decay_at(step, self._decay))
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay_at(step, self._decay))
         for average, buffer in self._buffers:
             average.copy_(buffer)

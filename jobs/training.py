@@ -5,12 +5,15 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.model import DiffusionModel, Experiment, timesteps
 from diffusion.randomness import Stream, generator, normal, stratified
+from jobs.ahead import Ahead
 from jobs.checkpoints import Snapshot
 from jobs.ema import Ema
 from jobs.job import JobError
@@ -74,9 +77,11 @@ class Training:
         self.ema = Ema(self.raw.network, settings.ema_decay)
         self.model: nn.Module = world.accelerator.prepare_model(self.raw)
         betas = (0.9, settings.beta2)
+        self._parameters = list(self.raw.network.parameters())
         self.optimizer = torch.optim.AdamW(
-            self.raw.network.parameters(), betas=betas, weight_decay=settings.weight_decay, fused=True
+            self._parameters, betas=betas, weight_decay=settings.weight_decay, fused=True
         )
+        self._noise = Ahead(self._draw_noise)
         self.step = 0
         self.data_s = 0.0  # what drawing examples has taken so far
 
@@ -99,14 +104,20 @@ class Training:
                 self.world.accelerator.backward(part_loss)
             losses[-1] = losses[-1].detach()
             loss += part_loss.detach()
-        grad_norm = nn.utils.clip_grad_norm_(self.raw.network.parameters(), self.settings.max_grad_norm)
-        update = Update(loss, torch.cat(losses), t, float(grad_norm), lr_at(self.step, self.settings))
+        update = Update(loss, torch.cat(losses), t, self._clip_gradient(), lr_at(self.step, self.settings))
         if not update.skipped:
             self.optimizer.param_groups[0]["lr"] = update.lr
             self.optimizer.step()
             self.ema.update(self.step)
         self.optimizer.zero_grad()
         return update
+
+    def _clip_gradient(self) -> float:
+        """The norm of the gradient, which is `max_grad_norm` afterwards if it was more."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if (value := float(norm)) > self.settings.max_grad_norm:  # most steps need no pass over all gradients
+            nn.utils.clip_grads_with_norm_(self._parameters, self.settings.max_grad_norm, norm)
+        return value
 
     def compile(self) -> float:
         """Compiles the network by a forward and a backward pass that change nothing; returns the seconds it took.
@@ -140,10 +151,20 @@ class Training:
         seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
         start, stop = self.world.share(batch_size)
         x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
+        t, eps = (torch.from_numpy(drawn) for drawn in self._noise.of(step))
+        if device.type == "cuda":  # from pinned memory the copies do not wait for the GPU
+            t, eps = t.pin_memory(), eps.pin_memory()
+        t, eps = t.to(device, non_blocking=True), eps.to(device, non_blocking=True)
+        self._noise.begin(step + 1)
+        return x0, t, eps
+
+    def _draw_noise(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Timesteps [n] and noise [n, *sample_shape] of this process's share."""
+        seed, batch_size = self.settings.seed, self.settings.batch_size
+        start, stop = self.world.share(batch_size)
         u = stratified(seed, Stream.TIMESTEP, step, start, stop, batch_size)
-        t = torch.from_numpy(timesteps(u, len(self.raw.alphas_cumprod)))
-        eps = torch.from_numpy(normal(seed, Stream.NOISE, step, start, stop, self.experiment.sample_shape))
-        return x0, t.to(device, non_blocking=True), eps.to(device, non_blocking=True)
+        eps = normal(seed, Stream.NOISE, step, start, stop, self.experiment.sample_shape)
+        return timesteps(u, len(self.raw.alphas_cumprod)), eps
 
     def ema_model(self) -> DiffusionModel:
         """A model whose network has the averaged weights."""
