@@ -3,8 +3,8 @@
 The recipe is that of denoising-diffusion-pytorch's README for digits: its `Trainer`, two batches of 32 for an update,
 learning rate 8e-5, moving average 0.995, its default process and loss, around its U-Net of dim 32 with mults (1, 2, 4).
 What would only cost it time or quality is left out: flipped digits, pictures and checkpoints while it trains.
-Its hour is counted in steps, at the pace that it has alone on the machine. What it has reached is kept, not to be
-computed twice.
+Its hour is counted in steps, at the pace that it has alone on the machine; they are then taken with our layers, in
+fp32, which compute the same to rounding in half the time. What it has reached is kept, not to be computed twice.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LIBRARY_S = 3600.0
-PACE_STEPS = 100
+PACE_STEPS = 50
 """Steps over which its pace is taken, after ten that warm up."""
 AT_LEAST = 8
 OUR_STEPS = (250, 500, 750, 1000, 1250)
@@ -38,11 +38,33 @@ SAMPLES, SAMPLER_STEPS, BATCH_SIZE = 2000, 50, 64
 def library(seconds: float, folder: Path) -> Measurements:
     """Trains the recipe for `seconds`, then draws; leaves samples.npy and steps.json in the folder."""
     import numpy as np
-    from denoising_diffusion_pytorch import Trainer
+    import torch
+
+    from diffusion.unet import with_fast_layers
+    from jobs.memory import keep_freed_memory
 
     with png_folder() as digits:
-        trainer: Any = Trainer(
-            recipe(),
+        pace = _Trainer(recipe(), digits)
+        pace.train(10)
+        steps = round(seconds * PACE_STEPS / pace.train(PACE_STEPS))
+        keep_freed_memory()
+        model = recipe()
+        with_fast_layers(model.model).to(memory_format=torch.channels_last)
+        trainer = _Trainer(model, digits)
+        trainer.train(steps)
+    np.save(folder / "samples.npy", draw(trainer.average))
+    (folder / "steps.json").write_text(json.dumps(steps))
+    yield {"steps": steps}
+
+
+class _Trainer:
+    """The library's `Trainer` with the settings of its recipe."""
+
+    def __init__(self, model: "GaussianDiffusion", digits: Path) -> None:
+        from denoising_diffusion_pytorch import Trainer
+
+        self._trainer: Any = Trainer(
+            model,
             str(digits),
             train_batch_size=32,
             gradient_accumulate_every=2,
@@ -54,18 +76,17 @@ def library(seconds: float, folder: Path) -> Measurements:
             results_folder=str(digits / "results"),
         )
 
-        def train_to(step: int) -> float:
-            trainer.train_num_steps, started = step, time.perf_counter()
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-                trainer.train()
-            return time.perf_counter() - started
+    @property
+    def average(self) -> "GaussianDiffusion":
+        """The model with the moving average of the weights."""
+        return self._trainer.ema.ema_model
 
-        train_to(10)
-        pace = train_to(10 + PACE_STEPS) / PACE_STEPS
-        train_to(round(seconds / pace))
-    np.save(folder / "samples.npy", draw(trainer.ema.ema_model))
-    (folder / "steps.json").write_text(json.dumps(trainer.step))
-    yield {"steps": trainer.step}
+    def train(self, steps: int) -> float:
+        """Takes so many steps more; returns the seconds that they took."""
+        self._trainer.train_num_steps, started = self._trainer.step + steps, time.perf_counter()
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+            self._trainer.train()
+        return time.perf_counter() - started
 
 
 def recipe() -> "GaussianDiffusion":
