@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.comparison import Alternative, Measurements, Row, in_turn, limit, ratio
 
@@ -24,7 +24,7 @@ BATCH_SIZE = 128
 LR = 1e-4
 
 
-def ours(steps: int, compile: bool = False) -> Measurements:
+def ours(steps: int, precision: Literal["auto", "fp32"] = "auto", compile: bool = False) -> Measurements:
     """This project's update, with its data, noise, moving average, clipping and all."""
     from jobs.memory import keep_freed_memory
     from jobs.settings import TrainSettings
@@ -34,7 +34,7 @@ def ours(steps: int, compile: bool = False) -> Measurements:
     keep_freed_memory()  # as each of our jobs does
     experiment = _experiment()
     settings = TrainSettings(steps=1_000_000, batch_size=BATCH_SIZE, lr=LR, warmup_steps=1, beta2=0.99, compile=compile)
-    training = Training(experiment, settings, start(1, "cpu", resolve_precision("auto", "cpu")))
+    training = Training(experiment, settings, start(1, "cpu", resolve_precision(precision, "cpu")))
     training.raw.network.load_state_dict(_library_model().model.state_dict())
     compile_s = training.compile() if compile else 0.0
     while True:
@@ -159,7 +159,8 @@ def rows(rounds: int, steps: int) -> Iterator[Row]:
     """The comparisons; each round takes `steps` steps of each."""
     alternatives = {
         "ours": Alternative(ours, steps),
-        "compiled": Alternative(ours, steps, True),
+        "fp32": Alternative(ours, steps, "fp32"),
+        "compiled": Alternative(ours, steps, "auto", True),
         "trainer": Alternative(trainer, steps),
         "loop": Alternative(plain_loop, steps),
         "diffusers": Alternative(diffusers_example, steps),
@@ -168,9 +169,10 @@ def rows(rounds: int, steps: int) -> Iterator[Row]:
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
     losses = {name: f"loss {measured[-1]['loss']:.3f}" for name, measured in found.items()}
     peers = {"trainer": ("`Trainer`", 2.5), "loop": ("Accelerate loop", 1.6), "diffusers": ("diffusers' example", 1.6)}
-    for peer, (title, at_least) in peers.items():
-        shown = f"{title} ({losses[peer]})"
-        yield ratio(f"training, {losses['ours']}", "images/s", speeds["ours"], speeds[peer], shown, at_least)
+    for name, what in (("ours", "training"), ("fp32", "training in fp32")):
+        for peer, (title, at_least) in peers.items():
+            shown, target = f"{title} ({losses[peer]})", at_least if name == "ours" else None
+            yield ratio(f"{what}, {losses[name]}", "images/s", speeds[name], speeds[peer], shown, target)
     compiled = f"training, `--train.compile`, {losses['compiled']}"
     yield ratio(compiled, "images/s", speeds["compiled"], speeds["ours"], f"without it ({losses['ours']})", None)
     yield limit("compiling, at each start", "s", [found["compiled"][0]["compile_s"]], None)
