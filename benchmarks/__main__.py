@@ -1,21 +1,17 @@
 """All benchmarks but one, or some: `python -m benchmarks [NAME ...]` prints a table and writes a JSON file.
 
 Three of them, sampling, digits and large-sets, sample the models that `make demo` trains; submission needs a Slurm.
-One, quality, takes an hour and a half and runs only where it is named.
+One, quality, trains the library's recipe for most of an hour and runs only where it is named.
 """
 
 import argparse
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from benchmarks import commands, quality, sampling, training
-from benchmarks.comparison import Row, table
+from benchmarks.comparison import Row, machine, table
 
 
 def main() -> None:
@@ -49,16 +45,6 @@ def main() -> None:
     print(table(rows))
     found = {"machine": machine(), "rounds": rounds, "rows": [row.as_json() for row in rows]}
     options.json.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def machine() -> dict[str, object]:
-    """What the numbers depend on."""
-    return {
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ What disturbs the machine disturbs all alternatives of a round, so their ratio i
 import contextlib
 import multiprocessing
 import os
+import platform
 import statistics
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
@@ -108,6 +109,18 @@ def limit(what: str, unit: str, values: list[float], at_most: float | None) -> R
     shown = f"{value:.3g} {unit}".strip()
     target = ("", None) if at_most is None else (f"<= {at_most:g}", value <= at_most)
     return Row(what, shown, "", value, min(values), max(values), *target)
+
+
+def machine() -> dict[str, object]:
+    """What the numbers depend on."""
+    import torch  # here, because the processes that are measured import it in their own time
+
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def table(rows: list[Row]) -> str:

@@ -9,7 +9,9 @@ A step of p processes with b images each takes
 where F is the arithmetic of an image, forward and backward (counted), R the rate of it on this machine's device
 (measured at b, unless --tflops assumes one), G the bytes of the gradients that a ring all-reduce sums (counted), W the
 bandwidth and L the latency of a hop of that ring (assumed). DDP sends gradients during most of the backward pass, which
-is two thirds of the compute: half of the compute is taken to hide them.
+is two thirds of the compute: half of the compute is taken to hide them. Clipping, AdamW and the moving average, which
+take the same time however many processes there are, are left out. F counts all that is computed, also what attention
+computes for pairs of heads and throws away.
 """
 
 import argparse
@@ -19,6 +21,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from jobs.training import Training
 
 
@@ -47,8 +51,9 @@ def flops_of_an_image(training: "Training") -> float:
     """Of a forward and a backward pass, as torch counts them: products of matrices, and convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    examples = [each[:2] for each in training.examples(1)]
     with FlopCounterMode(display=False) as counter:
-        _pass(training, 2)
+        _pass(training, examples)
     return counter.get_total_flops() / 2
 
 
@@ -56,20 +61,18 @@ def seconds_of(training: "Training", images: int, passes: int = 5) -> float:
     """The median time of a forward and a backward pass, after one that warms up."""
     import torch
 
-    times = []
+    examples, times = [each[:images] for each in training.examples(1)], []
     for _ in range(passes + 1):
         started = time.perf_counter()
-        _pass(training, images)
+        _pass(training, examples)
         if training.world.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     return sorted(times[1:])[passes // 2]
 
 
-def _pass(training: "Training", images: int) -> None:
-    part = slice(images)
-    x0, t, eps = (each[part] for each in training.examples(1))
-    training.world.accelerator.backward(training.model(x0, t, eps).mean())
+def _pass(training: "Training", examples: "list[Tensor]") -> None:
+    training.world.accelerator.backward(training.model(*examples).mean())
     training.optimizer.zero_grad()
 
 

@@ -1,15 +1,18 @@
 """Time to quality: how soon mnist-small reaches the Frechet distance that the library's recipe reaches in an hour.
 
-The recipe is that of denoising-diffusion-pytorch's README for digits: its `Trainer`, two batches of 32 for an update,
-learning rate 8e-5, moving average 0.995, its default process and loss, around its U-Net of dim 32 with mults (1, 2, 4).
-What would only cost it time or quality is left out: flipped digits, pictures and checkpoints while it trains.
-Its hour is counted in steps, at the pace that it has alone on the machine; they are then taken with our layers, in
-fp32, which compute the same to rounding in half the time. What it has reached is kept, not to be computed twice.
+The recipe is the `Trainer` of denoising-diffusion-pytorch's README, two batches of 32 for an update, learning rate
+8e-5, moving average 0.995, its default process and loss, around a U-Net of dim 32 with mults (1, 2, 4), which suits
+digits. What would only cost it time or quality is left out: flipped digits, pictures and checkpoints while it trains,
+and amp, which is for GPUs.
+Its hour is counted in steps, at the pace that it has alone on the machine, in fp32 as its defaults are on a CPU. To save
+half of that hour or more, they are then taken with our layers and, as ours are, in bf16 where the hardware has it. What it
+has reached is kept, not to be computed twice.
 """
 
 import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,8 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.commands import command
-from benchmarks.comparison import Alternative, Measurements, Row
+from benchmarks.comparison import Alternative, Measurements, Row, machine
 from benchmarks.training import png_folder
+from diffusion.settings import MnistSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,18 +34,19 @@ PACE_STEPS = 50
 """Steps over which its pace is taken, after ten that warm up."""
 AT_LEAST = 8
 OUR_STEPS = (250, 500, 750, 1000, 1250)
-"""Lengths of our trainings, each a run of its own; the first that is as good counts."""
+"""Lengths of our trainings, each a run of its own; the first that is as good counts, if the next is as good, too."""
 SAMPLES, SAMPLER_STEPS, BATCH_SIZE = 2000, 50, 64
 """Both are sampled in the same way: ancestral sampling of 50 steps, which the library calls DDIM with eta 1."""
 
 
 def library(seconds: float, folder: Path) -> Measurements:
-    """Trains the recipe for `seconds`, then draws; leaves samples.npy and steps.json in the folder."""
+    """Trains the recipe for `seconds`, then draws; leaves samples.npy and library.json in the folder."""
     import numpy as np
     import torch
 
     from diffusion.unet import with_fast_layers
     from jobs.memory import keep_freed_memory
+    from jobs.world import resolve_precision
 
     with png_folder() as digits:
         pace = _Trainer(recipe(), digits)
@@ -51,9 +56,10 @@ def library(seconds: float, folder: Path) -> Measurements:
         model = recipe()
         with_fast_layers(model.model).to(memory_format=torch.channels_last)
         trainer = _Trainer(model, digits)
-        trainer.train(steps)
-    np.save(folder / "samples.npy", draw(trainer.average))
-    (folder / "steps.json").write_text(json.dumps(steps))
+        with torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision("auto", "cpu") == "bf16"):
+            trainer.train(steps)
+            np.save(folder / "samples.npy", draw(trainer.average))
+    (folder / "library.json").write_text(json.dumps({"steps": steps, "machine": machine()}))
     yield {"steps": steps}
 
 
@@ -125,9 +131,10 @@ def ours(steps: int, folder: Path) -> tuple[float, float]:
     run = f"mnist-small/of-{steps}"
     where = ("--device", "cpu", "--cluster", "local")
     trained = ("train", "mnist-small", "--name", f"of-{steps}", "--train.steps", steps, *where)
-    seconds = command(*trained, cwd=folder)
+    digits = str(Path(MnistSettings().root).absolute())
+    seconds = command(*trained, cwd=folder, MNIST_ROOT=digits)
     sampled = ("--sampler", "ddpm", "--steps", SAMPLER_STEPS, "--num-samples", SAMPLES, "--name", "a")
-    command("sample", run, *sampled, *where, cwd=folder)
+    command("sample", run, *sampled, *where, cwd=folder, MNIST_ROOT=digits)
     with np.load(folder / "runs" / run / "samples" / "a" / "samples.npz") as arrays:
         return seconds, frechet(arrays["arr_0"])
 
@@ -136,27 +143,36 @@ def rows(kept: Path) -> Iterator[Row]:
     """One comparison, of one seed; the library's part is taken from the folder `kept` if it is there."""
     import numpy as np
 
-    if not (kept / "steps.json").exists():
+    if not (kept / "library.json").exists():
         kept.mkdir(parents=True, exist_ok=True)
         alternative = Alternative(library, LIBRARY_S, kept)
         try:
             alternative.measure()
         finally:
             alternative.close()
-    peer_steps, goal = json.loads((kept / "steps.json").read_text()), frechet(np.load(kept / "samples.npy"))
+    peer = json.loads((kept / "library.json").read_text())
+    if peer["machine"] != machine():
+        raise RuntimeError(f"{kept} was made on another machine: remove it to train the library's recipe on this one")
+    goal = frechet(np.load(kept / "samples.npy"))
+    good: tuple[int, float, float] | None = None
     with tempfile.TemporaryDirectory() as name:
         for steps in OUR_STEPS:
             seconds, reached = ours(steps, Path(name))
-            if reached <= goal:
+            print(f"{steps} steps: {seconds:.0f} s, {reached:.2f}, where the library has {goal:.2f}", file=sys.stderr)
+            if reached <= goal and good is not None:
                 break
+            good = (steps, seconds, reached) if reached <= goal else None
+        else:
+            raise RuntimeError(f"{OUR_STEPS[-1]} steps are not enough to be as good as the library's recipe twice")
+    steps, seconds, reached = good
     value = LIBRARY_S / seconds
     yield Row(
         f"training of `mnist-small` to the library's Frechet distance, {steps} steps",
         f"{seconds:.0f} s, {reached:.2f}",
-        f"its recipe, {peer_steps:,} steps: {LIBRARY_S:.0f} s, {goal:.2f}",
+        f"its recipe, {peer['steps']:,} steps: {LIBRARY_S:.0f} s, {goal:.2f}",
         value,
         value,
         value,
         f">= {AT_LEAST}",
-        reached <= goal and value >= AT_LEAST,
+        value >= AT_LEAST,
     )

@@ -2,7 +2,8 @@
 
 A step of it spends more time on moving activations than on arithmetic: normalisations of a dozen passes, copies between
 channels first and last, and products with fp32 parameters that undo autocast's bf16. The layers here keep channels last
-and the precision of their input.
+and the precision of their input. In bf16 that rounds more often: the error of an output is a third larger than the
+library's, and that of its gradient half as much again.
 """
 
 from typing import Any
@@ -29,7 +30,8 @@ class UnitNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(1e-12).reciprocal_()
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        inverse = norm.clamp_min_(1e-12).reciprocal_().to(x.dtype)  # autocast makes norms fp32 on CUDA
         y = x * inverse
         ctx.save_for_backward(y, inverse)
         return y

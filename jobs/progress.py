@@ -41,8 +41,12 @@ class Progress:
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} {elapsed}<{remaining}",
         )
-        self._window = [(time.monotonic(), done)]
         self._said = time.monotonic()
+        self.restart_clock(done)
+
+    def restart_clock(self, step: int) -> None:
+        """Rates are counted from here."""
+        self._window = [(time.monotonic(), step)]
 
     def update(self, step: int, detail: str) -> None:
         """After `step` steps; `detail` is shown beside the rate."""

@@ -87,7 +87,9 @@ class RunRecorder(NullRecorder):
 
     def compiled(self, seconds: float) -> None:
         self._console.say(f"Compiled the network in {in_words(seconds)} (--train.compile).")
-        self._clock = self._read_clock()  # rates are those of steps
+        # Rates are those of steps.
+        self._clock = self._read_clock()
+        self._progress.restart_clock(self._training.step)
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         step, settings = self._training.step, self._training.settings

@@ -91,8 +91,7 @@ class Training:
         started = time.perf_counter()
         x0, t, eps = self.examples(self.step)
         self.data_s += time.perf_counter() - started
-        micro = self.settings.micro_batch_size or len(x0)
-        parts = list(zip(x0.split(micro), t.split(micro), eps.split(micro), strict=True))
+        parts = self._parts(x0, t, eps)
         loss = torch.zeros((), device=self.world.device)
         losses = []
         for i, part in enumerate(parts):
@@ -112,6 +111,11 @@ class Training:
         self.optimizer.zero_grad()
         return update
 
+    def _parts(self, *examples: Tensor) -> list[tuple[Tensor, ...]]:
+        """Examples as they go through the network together; the last may be fewer."""
+        micro = self.settings.micro_batch_size or len(examples[0])
+        return list(zip(*(tensor.split(micro) for tensor in examples), strict=True))
+
     def _clip_gradient(self) -> float:
         """The norm of the gradient, which is `max_grad_norm` afterwards if it was more."""
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -120,7 +124,7 @@ class Training:
         return value
 
     def compile(self) -> float:
-        """Compiles the network by a forward and a backward pass that change nothing; returns the seconds it took.
+        """Compiles the network by forward and backward passes that change nothing; returns the seconds it took.
 
         Raises JobError if that fails, for want of a C++ compiler above all.
         """
@@ -128,10 +132,9 @@ class Training:
 
         started = time.perf_counter()
         self.raw.network.compile()
-        first = slice(self.settings.micro_batch_size)
-        x0, t, eps = (part[first] for part in self.examples(self.step + 1))
         try:
-            self.world.accelerator.backward(self.model(x0, t, eps).mean())
+            for part in {len(part[0]): part for part in self._parts(*self.examples(self.step + 1))}.values():
+                self.world.accelerator.backward(self.model(*part).mean())
         except TorchDynamoException as error:
             reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
             raise JobError(f"--train.compile failed on this machine: {' '.join(reason.split())}") from error

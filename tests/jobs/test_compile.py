@@ -9,7 +9,7 @@ import pytest
 
 from tests.launching import TINY, done, interrupt, launch, start, steps_logged, wait_until
 
-STEPS = 300
+STEPS = 500
 COMMAND = ("train", "1d", *TINY, "--train.steps", STEPS, "--device", "cpu", "--gpus", 2)
 
 

@@ -31,8 +31,8 @@ print(faults() - before)
 PAGES = 20_000_000 // 4096  # of one such tensor
 
 
-# The heap may still grow by a tensor or two, where small blocks lie in between.
-@pytest.mark.parametrize(("freed", "fewest", "most"), [("keep", 0, 4 * PAGES), ("leave", 20 * PAGES, 10**9)])
+# The heap may still grow by some tensors, where small blocks lie in between; given back, they come anew in every step.
+@pytest.mark.parametrize(("freed", "fewest", "most"), [("keep", 0, 20 * PAGES), ("leave", 100 * PAGES, 10**9)])
 def test_steps_after_the_first_ones_take_no_new_pages(freed: str, fewest: int, most: int) -> None:
     done = subprocess.run([sys.executable, "-c", PAGE_FAULTS, freed], capture_output=True, text=True, check=True)
     assert fewest <= int(done.stdout) <= most
