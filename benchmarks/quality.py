@@ -4,8 +4,8 @@ The recipe is the `Trainer` of denoising-diffusion-pytorch's README, two batches
 8e-5, moving average 0.995, its default process and loss, around a U-Net of dim 32 with mults (1, 2, 4), which suits
 digits. What would only cost it time or quality is left out: flipped digits, pictures and checkpoints while it trains,
 and amp, which is for GPUs.
-Its hour is counted in steps, at the pace that it has alone on the machine, in fp32 as its defaults are on a CPU. To save
-half of that hour or more, they are then taken with our layers and, as ours are, in bf16 where the hardware has it. What it
+Its hour is counted in steps, at the pace that it has alone on the machine, in fp32 as its defaults are on a CPU. To
+save most of that hour, they are then taken with our layers and, as ours are, in bf16 where the hardware has it. What it
 has reached is kept, not to be computed twice.
 """
 
