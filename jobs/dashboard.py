@@ -97,6 +97,8 @@ class Wandb(Dashboard):
         folder = Path(self._run.dir).parent
         try:
             self._run.finish(exit_code)
+            # Only its own end makes wandb's process write the rest into the run's file; killed before, it loses that.
+            self._wandb.teardown(exit_code)
         except TimeoutError:
             self._say(f"wandb's server does not take everything; later: wandb sync {folder}")
 
