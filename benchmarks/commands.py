@@ -230,7 +230,7 @@ def scaling(rounds: int) -> Iterator[Row]:
 def _rates(folder: Path, name: str, processes: int) -> dict[str, float]:
     """Images per second of a short training and of sampling its network, as their own files tell them."""
     where = ("--cluster", "local", "--device", "cpu", "--gpus", processes)
-    settings = ("--train.steps", 60, "--train.log-every", 20)
+    settings = ("--train.steps", 150, "--train.log-every", 20)
     command("train", "mnist-small", *settings, "--name", name, *where, cwd=folder, OMP_NUM_THREADS="1")
     run = folder / "runs" / "mnist-small" / name
     lines = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
