@@ -55,7 +55,9 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device = self.accelerator.device
+        # With several processes Accelerate calls it cpu:0, which no tensor's device equals: each `to` would copy.
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def share(self, batch_size: int) -> tuple[int, int]:
         """[start, stop) of this process's examples in a global batch."""

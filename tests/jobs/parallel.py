@@ -65,6 +65,8 @@ class ExamplesJob:
         settings = config(520)  # no multiple of the blocks in which numbers are drawn
         world = start(self.processes, "cpu", "fp32")
         training = Training(settings.build(), settings.train, world)  # type: ignore[arg-type]
+        abar = training.raw.alphas_cumprod
+        assert abar.to(world.device) is abar, "what is there already must not be copied"
         parts = [torch.cat([x.flatten().double() for x in training.examples(step)]) for step in (1, 2, 500)]
         # [3 steps, 3 quantities, share]
         np.save(self.folder / f"{world.rank}.npy", torch.stack(parts).reshape(3, 3, -1).numpy())
