@@ -16,6 +16,7 @@ from diffusion.randomness import Stream, generator, normal, stratified
 from jobs.ahead import Ahead
 from jobs.checkpoints import Snapshot
 from jobs.ema import Ema
+from jobs.flat import Flat, FlatAdamW
 from jobs.job import JobError
 from jobs.settings import TrainSettings
 from jobs.world import World
@@ -74,13 +75,11 @@ class Training:
         self.raw: DiffusionModel = experiment.build_model()
         # Convolutions are fastest with channels last; tensors that are not images are left as they are.
         self.raw.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = Ema(self.raw.network, settings.ema_decay)
+        flat = Flat(self.raw.network)
+        self._gradient = flat.gather_gradients()
+        self.ema = Ema(self.raw.network, flat.weights, settings.ema_decay)
         self.model: nn.Module = world.accelerator.prepare_model(self.raw)
-        betas = (0.9, settings.beta2)
-        self._parameters = list(self.raw.network.parameters())
-        self.optimizer = torch.optim.AdamW(
-            self._parameters, betas=betas, weight_decay=settings.weight_decay, fused=True
-        )
+        self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Ahead(self._draw_noise)
         self.step = 0
         self.data_s = 0.0  # what drawing examples has taken so far
@@ -92,24 +91,22 @@ class Training:
         x0, t, eps = self.examples(self.step)
         self.data_s += time.perf_counter() - started
         parts = self._parts(x0, t, eps)
-        loss = torch.zeros((), device=self.world.device)
-        losses = []
-        for i, part in enumerate(parts):
-            last = i == len(parts) - 1
-            # Gradients are summed over processes once, with the last part.
-            with nullcontext() if last else self.world.accelerator.no_sync(self.model):
-                losses.append(self.model(*part))
-                part_loss = losses[-1].sum() / len(x0)
-                self.world.accelerator.backward(part_loss)
-            losses[-1] = losses[-1].detach()
-            loss += part_loss.detach()
-        update = Update(loss, torch.cat(losses), t, self._clip_gradient(), lr_at(self.step, self.settings))
+        # Gradients are summed over processes once, with the last part.
+        losses = torch.cat([self._pass(part, len(x0), sum_up=part is parts[-1]) for part in parts])
+        update = Update(losses.sum() / len(x0), losses, t, self._clip_gradient(), lr_at(self.step, self.settings))
         if not update.skipped:
             self.optimizer.param_groups[0]["lr"] = update.lr
             self.optimizer.step()
             self.ema.update(self.step)
         self.optimizer.zero_grad()
         return update
+
+    def _pass(self, part: tuple[Tensor, ...], n: int, *, sum_up: bool) -> Tensor:
+        """The losses of some of n examples, whose gradient is added, forward and backward."""
+        with nullcontext() if sum_up else self.world.accelerator.no_sync(self.model):
+            losses: Tensor = self.model(*part)
+            self.world.accelerator.backward(losses.sum() / n)
+        return losses.detach()
 
     def _parts(self, *examples: Tensor) -> list[tuple[Tensor, ...]]:
         """Examples as they go through the network together; the last may be fewer."""
@@ -118,10 +115,10 @@ class Training:
 
     def _clip_gradient(self) -> float:
         """The norm of the gradient, which is `max_grad_norm` afterwards if it was more."""
-        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if (value := float(norm)) > self.settings.max_grad_norm:  # most steps need no pass over all gradients
-            nn.utils.clip_grads_with_norm_(self._parameters, self.settings.max_grad_norm, norm)
-        return value
+        norm, limit = float(torch.linalg.vector_norm(self._gradient)), self.settings.max_grad_norm
+        if norm > limit:
+            self._gradient.mul_(limit / norm)
+        return norm
 
     def compile(self) -> float:
         """Compiles the network by forward and backward passes that change nothing; returns the seconds it took.

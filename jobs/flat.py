@@ -1,0 +1,86 @@
+"""All parameters of a network in one tensor, so that what treats them alike is one operation, not hundreds."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ALIGNMENT = 16
+"""Elements, 64 bytes of fp32: where vector instructions and compiled kernels want a parameter to begin."""
+
+
+class Flat:
+    """The network's parameters live in `weights` [n] from now on, each with the shape and strides that it had.
+
+    Between them lie zeros, which neither gradients nor weight decay change.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._parameters = list(network.parameters())
+        self._starts, n = [], 0
+        for parameter in self._parameters:
+            self._starts.append(n)
+            n += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+        self.weights = nn.Parameter(self._parameters[0].new_zeros(n), requires_grad=False)
+        for parameter, weights in zip(self._parameters, self.split(self.weights), strict=True):
+            parameter.data = weights.copy_(parameter.detach())
+
+    def __len__(self) -> int:
+        """The number of parameters."""
+        return len(self._parameters)
+
+    def gather_gradients(self) -> Tensor:
+        """From now on `weights.grad`, which this returns, is where backward passes add the parameters' gradients."""
+        self.weights.grad = torch.zeros_like(self.weights)
+        for parameter, gradient in zip(self._parameters, self.split(self.weights.grad), strict=True):
+            parameter.grad = gradient
+        return self.weights.grad
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Each parameter's part of a tensor like `weights`, in the same memory."""
+        return [
+            flat.as_strided(parameter.shape, parameter.stride(), start)
+            for parameter, start in zip(self._parameters, self._starts, strict=True)
+        ]
+
+    def join(self, parts: Iterable[Tensor]) -> Tensor:
+        """The tensor like `weights` that `split` makes such parts of."""
+        flat = torch.zeros_like(self.weights, requires_grad=False)
+        for place, part in zip(self.split(flat), parts, strict=True):
+            place.copy_(part)
+        return flat
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """AdamW of flat weights; its state_dict is that of an AdamW of the single parameters."""
+
+    def __init__(self, flat: Flat, **settings: Any) -> None:
+        super().__init__([flat.weights], fused=True, **settings)
+        self._flat = flat
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """In place at any rate: the parameters' gradients must stay where this optimizer finds them."""
+        super().zero_grad(set_to_none=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        whole = super().state_dict()
+        n = len(self._flat)
+        parts = {
+            name: [value.clone() for _ in range(n)] if name == "step" else self._flat.split(value)
+            for name, value in whole["state"].get(0, {}).items()
+        }
+        states = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+        return {
+            "state": dict(enumerate(states)),
+            "param_groups": [{**whole["param_groups"][0], "params": list(range(n))}],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        states = [state for _, state in sorted(state_dict["state"].items())]
+        whole = {
+            name: value if name == "step" else self._flat.join(state[name] for state in states)
+            for name, value in (states[0].items() if states else ())
+        }
+        group = {**state_dict["param_groups"][0], "params": [0]}
+        super().load_state_dict({"state": {0: whole} if whole else {}, "param_groups": [group]})

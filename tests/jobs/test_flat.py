@@ -1,0 +1,89 @@
+"""Flat weights are the same network, and their optimizer is that of the single parameters."""
+
+import copy
+
+import torch
+from torch import nn
+
+from jobs.ema import Ema, decay_at
+from jobs.flat import ALIGNMENT, Flat, FlatAdamW
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.SiLU(), nn.Conv2d(5, 2, 1))
+    return layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def strides(network: nn.Module) -> list[tuple[int, ...]]:
+    return [parameter.stride() for parameter in network.parameters()]
+
+
+def trained(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    torch.manual_seed(1)
+    for _ in range(steps):
+        network(torch.randn(4, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_parameters_keep_values_and_strides_and_are_aligned() -> None:
+    plain, flat = network(), network()
+    before = strides(flat)
+    weights = Flat(flat).weights
+    torch.testing.assert_close(flat.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert strides(flat) == before
+    for parameter in flat.parameters():
+        assert parameter.untyped_storage().data_ptr() == weights.untyped_storage().data_ptr()
+        assert parameter.storage_offset() % ALIGNMENT == 0
+    assert len(weights) % ALIGNMENT == 0
+
+
+def test_training_is_that_of_single_parameters_before_and_after_their_checkpoint() -> None:
+    """A checkpoint of each continues in the other: runs of before flat weights go on."""
+    plain, other = network(), network()
+    flat = Flat(other)
+    flat.gather_gradients()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1)
+    flat_optimizer = FlatAdamW(flat, weight_decay=0.1)
+    assert flat_optimizer.state_dict()["state"] == plain_optimizer.state_dict()["state"] == {}
+    for _ in range(2):
+        trained(plain, plain_optimizer, 3)
+        trained(other, flat_optimizer, 3)
+        torch.testing.assert_close(other.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-7)
+        state, expected = flat_optimizer.state_dict(), plain_optimizer.state_dict()
+        torch.testing.assert_close(state["state"], expected["state"], rtol=1e-5, atol=1e-7)
+        assert [group["params"] for group in state["param_groups"]] == [[0, 1, 2, 3]]
+        plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1)
+        flat_optimizer = FlatAdamW(flat, weight_decay=0.1)
+        flat_optimizer.load_state_dict(copy.deepcopy(expected))
+        plain_optimizer.load_state_dict(copy.deepcopy(state))
+
+
+def test_gradients_stay_where_the_optimizer_finds_them() -> None:
+    module = network()
+    flat = Flat(module)
+    gradient, optimizer = flat.gather_gradients(), FlatAdamW(flat)
+    optimizer.zero_grad(set_to_none=True)
+    module(torch.ones(1, 3, 6, 6)).sum().backward()
+    expected = network()
+    expected(torch.ones(1, 3, 6, 6)).sum().backward()
+    for part, parameter, single in zip(flat.split(gradient), module.parameters(), expected.parameters(), strict=True):
+        assert parameter.grad is not None and parameter.grad.data_ptr() == part.data_ptr()
+        # The strides of DDP's buckets are those of the parameters.
+        assert parameter.grad.stride() == parameter.stride()
+        torch.testing.assert_close(part, single.grad)
+    torch.testing.assert_close(flat.join(flat.split(gradient)), gradient, rtol=0, atol=0)
+
+
+def test_an_average_follows_the_weights() -> None:
+    module = network()
+    flat = Flat(module)
+    ema = Ema(module, flat.weights, 0.9)
+    first, expected = copy.deepcopy(module), copy.deepcopy(module)
+    with torch.no_grad():
+        flat.weights.add_(1)
+    ema.update(5)
+    for average, old in zip(expected.parameters(), first.parameters(), strict=True):
+        average.data = old.detach().lerp(old.detach() + 1, 1 - decay_at(5, 0.9))
+    torch.testing.assert_close(ema.network.state_dict(), expected.state_dict())
