@@ -78,7 +78,8 @@ class Training:
         flat = Flat(self.raw.network)
         self._gradient = flat.gather_gradients()
         self.ema = Ema(self.raw.network, flat.weights, settings.ema_decay)
-        self.model: nn.Module = world.accelerator.prepare_model(self.raw)
+        # It is in its place; to Accelerate, which would copy it out of its flat weights, a CPU is another place.
+        self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Ahead(self._draw_noise)
         self.step = 0
