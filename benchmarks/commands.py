@@ -203,38 +203,35 @@ def overhead_of(experiment: str, steps: int) -> Measurements:
 
 
 def scaling(rounds: int) -> Iterator[Row]:
-    """Two processes against one, one thread each, on mnist-small: rates between start and end of a command."""
-    one: list[dict[str, float]] = []
-    two: list[dict[str, float]] = []
+    """Two processes against one, one thread each: the same batch, divided, as steps and shards tell it themselves."""
+    found: dict[str, dict[int, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         for i in range(rounds):
-            for processes, found in ((1, one), (2, two)):
-                found.append(_rates(Path(name), f"run{i}-{processes}", processes))
-    for what, at_least in (("training", 1.75), ("sampling", 1.9)):
-        yield ratio(
-            f"{what}, 2 processes against 1",
-            "images/s",
-            [rates[what] for rates in two],
-            [rates[what] for rates in one],
-            "1 process",
-            at_least,
-        )
+            for processes in (1, 2):
+                for what, rate in _rates(Path(name), f"run{i}-{processes}", processes).items():
+                    found.setdefault(what, {1: [], 2: []})[processes].append(rate)
+    for what, rates in found.items():
+        at_least = 1.9 if what.startswith("sampling") else 1.75
+        yield ratio(f"{what}, 2 processes against 1", "images/s", rates[2], rates[1], "1 process", at_least)
 
 
 def _rates(folder: Path, name: str, processes: int) -> dict[str, float]:
-    """Images per second of a short training and of sampling its network, as their own files tell them."""
+    """Images per second of short trainings and of sampling the small network."""
     where = ("--cluster", "local", "--device", "cpu", "--gpus", processes)
-    settings = ("--train.steps", 150, "--train.log-every", 20)
-    command("train", "mnist-small", *settings, "--name", name, *where, cwd=folder, OMP_NUM_THREADS="1")
-    run = folder / "runs" / "mnist-small" / name
-    lines = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
-    training = statistics.median(line["images_per_s"] for line in lines[2:] if line["event"] == "progress")
+    rates = {}
+    for experiment, steps, log_every in (("mnist", 16, 2), ("mnist-small", 150, 20)):
+        settings = ("--train.steps", steps, "--train.log-every", log_every)
+        command("train", experiment, *settings, "--name", name, *where, cwd=folder, OMP_NUM_THREADS="1")
+        timing = (folder / "runs" / experiment / name / "timing.jsonl").read_text().splitlines()
+        progress = [line for line in map(json.loads, timing) if line["event"] == "progress"]
+        rates[f"training `{experiment}`"] = statistics.median(line["images_per_s"] for line in progress[1:])
     drawn = ("--num-samples", 4096, "--sampler", "ddim", "--steps", 5, "--name", "a")
     command("sample", f"mnist-small/{name}", *drawn, *where, cwd=folder, OMP_NUM_THREADS="1")
-    times = sorted(path.stat().st_mtime for path in (run / "samples" / "a").glob("shard-*.npy"))
+    shards = (folder / "runs" / "mnist-small" / name / "samples" / "a").glob("shard-*.npy")
+    times = sorted(path.stat().st_mtime for path in shards)
     # From the end of each process's first shard to that of its last.
-    first = times[processes - 1]
-    return {"training": training, "sampling": (len(times) - processes) * 256 / (times[-1] - first)}
+    seconds = times[-1] - times[processes - 1]
+    return {**rates, "sampling `mnist-small`": (len(times) - processes) * 256 / seconds}
 
 
 def _first_step(folder: Path, name: str) -> float:
