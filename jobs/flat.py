@@ -13,11 +13,15 @@ ALIGNMENT = 16
 class Flat:
     """The network's parameters live in `weights` [n] from now on, each with the shape and strides that it had.
 
-    Between them lie zeros, which neither gradients nor weight decay change.
+    Between them lie zeros, which neither gradients nor weight decay change. All parameters are treated alike, also one
+    that no pass reaches: its gradient is zero. Raises ValueError if they differ in dtype, device or requires_grad.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self._parameters = list(network.parameters())
+        kinds = {(parameter.dtype, parameter.device, parameter.requires_grad) for parameter in self._parameters}
+        if len(kinds) != 1:
+            raise ValueError(f"a network's parameters must have one dtype, device and requires_grad; got {kinds}")
         self._starts, n = [], 0
         for parameter in self._parameters:
             self._starts.append(n)
@@ -26,11 +30,7 @@ class Flat:
         for parameter, weights in zip(self._parameters, self.split(self.weights), strict=True):
             parameter.data = weights.copy_(parameter.detach())
 
-    def __len__(self) -> int:
-        """The number of parameters."""
-        return len(self._parameters)
-
-    def gather_gradients(self) -> Tensor:
+    def place_gradients(self) -> Tensor:
         """From now on `weights.grad`, which this returns, is where backward passes add the parameters' gradients."""
         self.weights.grad = torch.zeros_like(self.weights)
         for parameter, gradient in zip(self._parameters, self.split(self.weights.grad), strict=True):
@@ -45,9 +45,11 @@ class Flat:
         ]
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
-        """The tensor like `weights` that `split` makes such parts of."""
-        flat = torch.zeros_like(self.weights, requires_grad=False)
+        """The tensor like `weights` that `split` makes such parts of; raises ValueError where shapes differ."""
+        flat = torch.zeros_like(self.weights)
         for place, part in zip(self.split(flat), parts, strict=True):
+            if place.shape != part.shape:
+                raise ValueError(f"a part must have the shape {list(place.shape)}; got {list(part.shape)}")
             place.copy_(part)
         return flat
 
@@ -65,7 +67,7 @@ class FlatAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         whole = super().state_dict()
-        n = len(self._flat)
+        n = len(self._flat.split(self._flat.weights))
         parts = {
             name: [value.clone() for _ in range(n)] if name == "step" else self._flat.split(value)
             for name, value in whole["state"].get(0, {}).items()
@@ -79,7 +81,7 @@ class FlatAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         states = [state for _, state in sorted(state_dict["state"].items())]
         whole = {
-            name: value if name == "step" else self._flat.join(state[name] for state in states)
+            name: value.clone() if name == "step" else self._flat.join(state[name] for state in states)
             for name, value in (states[0].items() if states else ())
         }
         group = {**state_dict["param_groups"][0], "params": [0]}

@@ -1,7 +1,9 @@
 """Flat weights are the same network, and their optimizer is that of the single parameters."""
 
 import copy
+from collections.abc import Callable
 
+import pytest
 import torch
 from torch import nn
 
@@ -40,11 +42,11 @@ def test_parameters_keep_values_and_strides_and_are_aligned() -> None:
 
 
 def test_training_is_that_of_single_parameters_before_and_after_their_checkpoint() -> None:
-    """A checkpoint of each continues in the other: runs of before flat weights go on."""
+    """The checkpoint of each continues in the other, as that of an earlier version must."""
     plain, other = network(), network()
     flat = Flat(other)
-    flat.gather_gradients()
-    plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1)
+    flat.place_gradients()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1, fused=True)
     flat_optimizer = FlatAdamW(flat, weight_decay=0.1)
     assert flat_optimizer.state_dict()["state"] == plain_optimizer.state_dict()["state"] == {}
     for _ in range(2):
@@ -54,16 +56,17 @@ def test_training_is_that_of_single_parameters_before_and_after_their_checkpoint
         state, expected = flat_optimizer.state_dict(), plain_optimizer.state_dict()
         torch.testing.assert_close(state["state"], expected["state"], rtol=1e-5, atol=1e-7)
         assert [group["params"] for group in state["param_groups"]] == [[0, 1, 2, 3]]
-        plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1)
+        plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1, fused=True)
         flat_optimizer = FlatAdamW(flat, weight_decay=0.1)
         flat_optimizer.load_state_dict(copy.deepcopy(expected))
         plain_optimizer.load_state_dict(copy.deepcopy(state))
+        assert flat_optimizer.param_groups[0]["fused"]
 
 
 def test_gradients_stay_where_the_optimizer_finds_them() -> None:
     module = network()
     flat = Flat(module)
-    gradient, optimizer = flat.gather_gradients(), FlatAdamW(flat)
+    gradient, optimizer = flat.place_gradients(), FlatAdamW(flat)
     optimizer.zero_grad(set_to_none=True)
     module(torch.ones(1, 3, 6, 6)).sum().backward()
     expected = network()
@@ -74,6 +77,20 @@ def test_gradients_stay_where_the_optimizer_finds_them() -> None:
         assert parameter.grad.stride() == parameter.stride()
         torch.testing.assert_close(part, single.grad)
     torch.testing.assert_close(flat.join(flat.split(gradient)), gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [lambda p: p.requires_grad_(False), lambda p: setattr(p, "data", p.double())])
+def test_parameters_of_other_kinds_are_an_error(change: Callable[[nn.Parameter], object]) -> None:
+    module = network()
+    change(next(module.parameters()))
+    with pytest.raises(ValueError, match="one dtype, device and requires_grad"):
+        Flat(module)
+
+
+def test_the_state_of_another_network_is_an_error() -> None:
+    flat = Flat(network())
+    with pytest.raises(ValueError, match=r"must have the shape \[5\]; got \[1\]"):
+        flat.join([part[:1] if part.dim() == 1 else part for part in flat.split(flat.weights)])
 
 
 def test_an_average_follows_the_weights() -> None:

@@ -29,9 +29,11 @@ def test_any_number_of_processes_sees_the_same_bytes(tmp_path: Path) -> None:
     assert len(np.unique(seen[0][:, 2])) == 3 * 520  # no noise is drawn twice
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_step_that_is_not_finite_is_skipped_by_all(processes: int, tmp_path: Path) -> None:
-    assert local.run(SkipJob(tmp_path, processes), processes).exit_code == 0
+@pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, None), (2, None), (2, 10)])
+def test_a_step_that_is_not_finite_is_skipped_by_all(
+    processes: int, micro_batch_size: int | None, tmp_path: Path
+) -> None:
+    assert local.run(SkipJob(tmp_path, processes, micro_batch_size), processes).exit_code == 0
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
     assert all(other == seen[0] for other in seen)
     steps = seen[0]
