@@ -87,9 +87,15 @@ class _Trainer:
     def train(self, steps: int) -> float:
         """Takes so many steps more; returns the seconds that they took."""
         self._trainer.train_num_steps, started = self._trainer.step + steps, time.perf_counter()
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        with _no_progress_bars():
             self._trainer.train()
         return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
 
 
 def recipe() -> "GaussianDiffusion":
@@ -107,7 +113,8 @@ def draw(model: "GaussianDiffusion") -> "NDArray[np.uint8]":
     import torch
 
     torch.manual_seed(0)
-    batches = [model.sample(batch_size=BATCH_SIZE) for _ in range(0, SAMPLES, BATCH_SIZE)]
+    with _no_progress_bars():
+        batches = [model.sample(batch_size=BATCH_SIZE) for _ in range(0, SAMPLES, BATCH_SIZE)]
     return (torch.cat(batches)[:SAMPLES] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
