@@ -221,7 +221,7 @@ def _rates(folder: Path, name: str, processes: int) -> dict[str, float]:
     rates = {}
     for experiment, steps, log_every in (("mnist", 16, 2), ("mnist-small", 150, 20)):
         # Few timesteps: a training draws digits at its end, and each of its steps takes one timestep of an image.
-        settings = ("--train.steps", steps, "--train.log-every", log_every, "--diffusion.timesteps", 20)
+        settings = ("--train.steps", steps, "--train.log-every", log_every, "--diffusion.timesteps", 21)
         command("train", experiment, *settings, "--name", name, *where, cwd=folder, OMP_NUM_THREADS="1")
         timing = (folder / "runs" / experiment / name / "timing.jsonl").read_text().splitlines()
         progress = [line for line in map(json.loads, timing) if line["event"] == "progress"]

@@ -79,7 +79,7 @@ class Mnist(Experiment):
             self.images = self.images.to(device)
         first = (step - 1) * batch_size
         indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
-        return self.images[torch.from_numpy(indices).to(device)].float() / 127.5 - 1
+        return self.images[torch.from_numpy(indices).to(device)].float().div_(127.5).sub_(1)
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """uint8 [n, 28, 28, 1]."""

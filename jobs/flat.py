@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16
-"""Elements, 64 bytes of fp32: where vector instructions and compiled kernels want a parameter to begin."""
+"""Elements, 64 bytes of fp32: where vector instructions and compiled kernels want a parameter to begin.
+
+The number of all is a multiple of it, too.
+"""
 
 
 class Flat:
