@@ -134,7 +134,7 @@ class Training:
         self.raw.network.compile()
         try:
             for part in {len(part[0]): part for part in self._parts(*self.examples(self.step + 1))}.values():
-                self.world.accelerator.backward(self.model(*part).mean())
+                self._pass(part, len(part[0]), sum_up=True)
         except TorchDynamoException as error:
             reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
             raise JobError(f"--train.compile failed on this machine: {' '.join(reason.split())}") from error
