@@ -196,14 +196,13 @@ class EvaluatorMnist(Evaluator):
         abar = model.alphas_cumprod.double().cpu()
         edges = likelihood.strata(len(abar), min(STRATA, len(abar) - 1))
         found = likelihood.bound(
-            model.predict,
+            model.predict_for,
             images,
             abar,
             first=first,
             seed=self._seed,
             edges=edges,
             clip=(-1, 1),
-            device=model.alphas_cumprod.device,
         )
         return vars(found)
 

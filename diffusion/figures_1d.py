@@ -44,14 +44,13 @@ def reverse_process(predict: Predict, mixture: Mixture, abar: Tensor, path: Path
     steps, kept, shown = min(len(abar), 250), 2000, 60
     shape = (kept, 1)
     xt = torch.from_numpy(normal(0, Stream.FIGURE, 3, 0, kept, (1,)))
-    xt = xt.to(_device(predict, xt))
 
     def noise(k: int) -> Tensor:
-        return torch.from_numpy(normal(1, Stream.FIGURE, k, 0, kept, shape[1:])).to(xt.device)
+        return torch.from_numpy(normal(1, Stream.FIGURE, k, 0, kept, shape[1:]))
 
     with torch.inference_mode():
         path_x = [xt, *ddpm(predict, xt, abar, steps=steps, noise=noise)]
-    x = torch.stack(path_x)[:, :, 0].cpu().numpy()  # [steps + 1, kept]
+    x = torch.stack(path_x)[:, :, 0].numpy()  # [steps + 1, kept]
     low, high = _range(mixture)
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     start, middle, end = figure.subplots(1, 3, sharey=True, width_ratios=[1, 5, 1])
@@ -124,9 +123,3 @@ def _range(mixture: Mixture) -> tuple[float, float]:
     """Where the mixture and the noise that it becomes have nearly all their mass."""
     low = min(float((mixture.means - 4 * mixture.stds).min()), -3.5)
     return low, max(float((mixture.means + 4 * mixture.stds).max()), 3.5)
-
-
-def _device(predict: Predict, xt: Tensor) -> torch.device:
-    """Where `predict` computes, if it is a module's method."""
-    module = getattr(predict, "__self__", None)
-    return next(module.parameters()).device if isinstance(module, torch.nn.Module) else xt.device

@@ -49,15 +49,15 @@ def forward_process(images: Tensor, abar: Tensor, path: Path) -> None:
 
 def reverse_process(model: DiffusionModel, n: int, to_array: ToArray, folder: Path) -> None:
     """n digits by the ancestral sampler: samples.png, denoising.png (a strip of steps) and denoising.gif."""
-    abar, device = model.alphas_cumprod.double().cpu(), model.alphas_cumprod.device
+    abar = model.alphas_cumprod.double().cpu()
     steps = min(250, len(abar))
 
     def noise(k: int) -> Tensor:
-        return torch.from_numpy(normal(0, Stream.FIGURE, k, 0, n, (1, 28, 28))).to(device)
+        return torch.from_numpy(normal(0, Stream.FIGURE, k, 0, n, (1, 28, 28)))
 
     xt = noise(steps)
     with torch.inference_mode():
-        x = [xt, *ddpm(model.predict, xt, abar, steps=steps, noise=noise, clip=(-1, 1))]
+        x = [xt, *ddpm(model.predict_for, xt, abar, steps=steps, noise=noise, clip=(-1, 1))]
     arrays = [to_array(value) for value in x]
     grid(arrays[-1], folder / "samples.png")
     shown = np.linspace(0, steps, 9).round().astype(int)
@@ -75,9 +75,9 @@ def sketch(model: DiffusionModel, n: int, to_array: ToArray, folder: Path) -> No
     """n digits by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
     abar = model.alphas_cumprod.double().cpu()
     steps = min(25, len(abar))
-    xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, (1, 28, 28))).to(model.alphas_cumprod.device)
+    xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, (1, 28, 28)))
     with torch.inference_mode():
-        x = [xt, *ddim(model.predict, xt, abar, steps=steps, noise=lambda _: torch.zeros_like(xt), clip=(-1, 1))]
+        x = [xt, *ddim(model.predict_for, xt, abar, steps=steps, noise=lambda _: torch.zeros_like(xt), clip=(-1, 1))]
     arrays = [to_array(value) for value in x]
     grid(arrays[-1], folder / "grid.png")
     shown = np.linspace(0, steps, 9).round().astype(int)

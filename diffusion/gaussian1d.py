@@ -90,12 +90,12 @@ class Gaussian1d(Experiment):
         from diffusion import figures_1d
 
         floor = self.mixture.loss_floor(self.abar)
-        excess = metrics.excess_loss(model.predict, self.mixture, self.abar)
+        excess = metrics.excess_loss(model.predict_for, self.mixture, self.abar)
         x = self._draw(model, 100_000)
         w1, w1_floor = metrics.wasserstein1(x, self.mixture), metrics.wasserstein1_floor(self.mixture, len(x))
         ks, ks_floor = metrics.kolmogorov_smirnov(x, self.mixture), metrics.kolmogorov_smirnov_floor(len(x))
         figures_1d.forward_process(self.mixture, self.abar, folder / "forward.png")
-        figures_1d.reverse_process(model.predict, self.mixture, self.abar, folder / "reverse.png")
+        figures_1d.reverse_process(model.predict_for, self.mixture, self.abar, folder / "reverse.png")
         figures_1d.samples(self.mixture, x.numpy(), folder / "samples.png")
         figures_1d.loss(history, float(floor.mean()), folder / "loss.png")
         figures_1d.excess_loss(excess, floor, folder / "excess-loss.png")
@@ -114,10 +114,9 @@ class Gaussian1d(Experiment):
     def _draw(self, model: DiffusionModel, n: int) -> Tensor:
         """n samples, [n], with 50 steps of DPM-Solver++, whose own error is far below the Monte-Carlo floor."""
         steps, parts = min(50, len(self.abar)), []
-        device = model.alphas_cumprod.device
         for start in range(0, n, 4096):
             xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, start, min(start + 4096, n), (1,)))
             with torch.inference_mode():
-                *_, x0 = dpm_solver(model.predict, xt.to(device), self.abar, steps=steps, noise=torch.randn)
-            parts.append(x0[:, 0].cpu())
+                *_, x0 = dpm_solver(model.predict_for, xt, self.abar, steps=steps, noise=torch.randn)
+            parts.append(x0[:, 0])
         return torch.cat(parts)

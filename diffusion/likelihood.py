@@ -86,7 +86,6 @@ def bound(
     edges: NDArray[np.int64],
     variance: Variance = "small",
     clip: Clip | None = None,
-    device: torch.device | str = "cpu",
 ) -> Bound:
     """The bound for images [n, height, width, channels], whose indices are first, first + 1, ...
 
@@ -97,10 +96,7 @@ def bound(
         raise ValueError(f"images must be uint8 [n, height, width, channels]; got {images.dtype} {list(images.shape)}")
     process = _Process.of(alphas_cumprod, variance)
     x0 = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
-    rows = [
-        _terms(predict, x, process, first + i, seed=seed, edges=edges, clip=clip, device=device)
-        for i, x in enumerate(x0)
-    ]
+    rows = [_terms(predict, x, process, first + i, seed=seed, edges=edges, clip=clip) for i, x in enumerate(x0)]
     transitions, reconstruction, squared_error = (np.array(column) for column in zip(*rows, strict=True))
     return Bound(edges, _prior(x0, process.abar[-1]), transitions, reconstruction, squared_error)
 
@@ -148,7 +144,6 @@ def _terms(
     seed: int,
     edges: NDArray[np.int64],
     clip: Clip | None,
-    device: torch.device | str,
 ) -> tuple[Floats, float, Floats]:
     """Transitions [strata], reconstruction and squared error [1 + strata] of one image x0 [channels, height, width]."""
     sizes = np.diff(edges)
@@ -157,7 +152,7 @@ def _terms(
     noise = torch.from_numpy(normal(seed, Stream.BOUND, index, 0, int(t[-1]) + 1, tuple(x0.shape)))[t].double()
     a, b = (value[t].sqrt().view(-1, 1, 1, 1) for value in (process.abar, 1 - process.abar))
     xt = a * x0 + b * noise
-    eps = _predicted(predict, xt, t, device)
+    eps = _predicted(predict, xt, t)
     x0_predicted = (xt - b * eps) / a
     if clip is not None:
         x0_predicted = x0_predicted.clamp(*clip)
@@ -170,10 +165,10 @@ def _terms(
     return sizes * (kl / math.log(2)).numpy(), float(reconstruction) / math.log(2), squared_error.numpy()
 
 
-def _predicted(predict: Predict, xt: Tensor, t: Tensor, device: torch.device | str) -> Tensor:
+def _predicted(predict: Predict, xt: Tensor, t: Tensor) -> Tensor:
     """eps in float64 for xt [n, ...], in full batches, the last one filled up with its own last example."""
     filled = torch.arange(-(-len(t) // _BATCH_SIZE) * _BATCH_SIZE).clamp(max=len(t) - 1)
-    parts = [predict(xt[i].float().to(device), t[i].to(device)).double().cpu() for i in filled.split(_BATCH_SIZE)]
+    parts = [predict(xt[i].float(), t[i]).double() for i in filled.split(_BATCH_SIZE)]
     return torch.cat(parts)[: len(t)]
 
 

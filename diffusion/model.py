@@ -26,6 +26,11 @@ class DiffusionModel(nn.Module, ABC):
     def predict(self, xt: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of eps, like xt [batch, ...]; t is [batch], whole or fractional."""
 
+    def predict_for(self, xt: Tensor, t: Tensor) -> Tensor:
+        """`predict` for tensors that may be on another device than the model; the answer is where xt is."""
+        device = self.alphas_cumprod.device
+        return self.predict(xt.to(device), t.to(device)).to(xt.device)
+
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, equation 4)."""
         abar = self.alphas_cumprod[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))

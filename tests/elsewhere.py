@@ -1,0 +1,103 @@
+"""A device of the tests' own, which behaves like a GPU and needs none: its tensors do not meet those of the CPU.
+
+A tensor that is `Elsewhere` computes on the CPU and gives real values, and claims to be on DEVICE. Where it meets a
+tensor of the CPU, the operation fails as on a GPU; `to`, `cpu` and `copy_` go between the two.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+DEVICE = torch.device("cuda", 0)
+MIXED = {
+    torch.ops.aten.copy_.default,
+    torch.ops.aten._to_copy.default,
+    # CUDA takes indices from the CPU, too.
+    torch.ops.aten.index.Tensor,
+}
+
+
+class Elsewhere(Tensor):
+    """A tensor on DEVICE."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> "Elsewhere":
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
+            requires_grad=held.requires_grad,
+        )
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+class _Mode(TorchDispatchMode):
+    """Sends what is made on DEVICE, or goes there, the same way."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+
+@contextmanager
+def elsewhere() -> Iterator[torch.device]:
+    """While entered there is DEVICE, which this yields."""
+    # What torch's own fake tensors do on a machine without a GPU: there is nothing to initialise or to switch to.
+    torch._C._ensureCUDADeviceGuardSet()
+    # `module.cpu()` puts other tensors in the place of these, instead of other memory below them.
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with mock.patch.object(torch.cuda, "_lazy_init"), _Mode():
+            yield DEVICE
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
+@torch.inference_mode()  # torch makes no views there of wrapped tensors that come from outside
+def move(module: nn.Module) -> None:
+    """Puts a module's parameters and buffers on DEVICE, as `module.to` does; for computing without gradients."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(Elsewhere(parameter.detach()), parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = Elsewhere(buffer)
+
+
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Computes on the CPU; the result is where the operation would leave it."""
+    tensors: list[Tensor] = []
+    devices: list[torch.device] = []
+    tree_map_only(Tensor, tensors.append, (args, kwargs))
+    tree_map_only(torch.device, devices.append, (args, kwargs))
+    moved = [tensor for tensor in tensors if isinstance(tensor, Elsewhere)]
+    # A number in a tensor goes anywhere, as on CUDA.
+    strangers = [tensor for tensor in tensors if not isinstance(tensor, Elsewhere) and tensor.ndim > 0]
+    if moved and strangers and func not in MIXED:
+        raise RuntimeError(f"Expected all tensors to be on the same device; {func} got {DEVICE} and cpu")
+    if func is torch.ops.aten.index.Tensor and moved and not isinstance(args[0], Elsewhere):
+        raise RuntimeError(f"indices should be either on cpu or on the same device as the indexed tensor (cpu); {func}")
+    args, kwargs = tree_map_only(Elsewhere, lambda tensor: tensor.held, (args, kwargs))
+    args, kwargs = tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
+    result = func(*args, **kwargs)
+    stays = bool(moved) and not (func is torch.ops.aten.copy_.default and not isinstance(tensors[0], Elsewhere))
+    if not (DEVICE in devices if devices else stays):
+        return result
+    owners = {id(tensor.held): tensor for tensor in moved}  # what an operation in place returns is its argument
+    return tree_map_only(Tensor, lambda held: owners[id(held)] if id(held) in owners else Elsewhere(held), result)
