@@ -83,8 +83,9 @@ def main() -> None:
 
     from jobs.experiments import EXPERIMENTS
     from jobs.memory import keep_freed_memory
+    from jobs.numerics import resolve_device, resolve_precision
     from jobs.training import Training
-    from jobs.world import resolve_device, resolve_precision, start
+    from jobs.world import start
 
     keep_freed_memory()
     preset = EXPERIMENTS["mnist"].preset

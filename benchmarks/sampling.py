@@ -25,8 +25,8 @@ def ours(run: Path, sampler: str, steps: int) -> Measurements:
     import torch
 
     from jobs.memory import keep_freed_memory
+    from jobs.numerics import resolve_precision
     from jobs.sample import draw
-    from jobs.world import resolve_precision
 
     keep_freed_memory()  # as each of our jobs does
     samples = planned(run, BATCH_SIZE, sampler, steps)

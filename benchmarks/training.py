@@ -27,9 +27,10 @@ LR = 1e-4
 def ours(steps: int, precision: Literal["auto", "fp32"] = "auto", compile: bool = False) -> Measurements:
     """This project's update, with its data, noise, moving average, clipping and all."""
     from jobs.memory import keep_freed_memory
+    from jobs.numerics import resolve_precision
     from jobs.settings import TrainSettings
     from jobs.training import Training
-    from jobs.world import resolve_precision, start
+    from jobs.world import start
 
     keep_freed_memory()  # as each of our jobs does
     experiment = _experiment()

@@ -72,7 +72,9 @@ class Sample:
             return 0
         place = self.where.place(run)
         missing = tuple(asked.missing())
-        job = SampleJob(asked, missing, self.where.processes, self.where.resolve_device(place), merge=True)
+        job = SampleJob(
+            asked, missing, self.where.processes, self.where.resolve_device(place, asked.settings.precision), merge=True
+        )
         # On Slurm an array; with more elements than GPUs, so that a slow or late one holds up less.
         count = min(4 * self.where.processes, len(missing))
         elements = [replace(job, shards=missing[i::count], processes=1, merge=False) for i in range(count)]

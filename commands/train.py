@@ -9,6 +9,7 @@ from commands.where import Launch, Run, given, optional, show
 from jobs import experiments, ownership, provenance, run_folder
 from jobs.experiments import EXPERIMENTS, MAY_CHANGE, ExperimentConfig
 from jobs.job import TrainJob
+from jobs.reporting import precision_of
 from jobs.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here
@@ -54,6 +55,8 @@ class TrainChanges:
     """Train longer: a larger number of steps."""
     micro_batch_size: Annotated[int | None, optional("INT", "as it was")] = None
     """Examples that one GPU takes at a time."""
+    precision: Annotated[Literal["bf16", "tf32", "fp32"] | None, optional("{bf16,tf32,fp32}", "as it was")] = None
+    """Another precision than the run has had so far: its bytes differ from here on."""
     log_every: Annotated[int | None, optional("INT", "as it was")] = None
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: Annotated[int | None, optional("INT", "as it was")] = None
@@ -100,7 +103,8 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
         return 0
     place = where.place(run)
-    job = TrainJob(run.path, where.processes, where.resolve_device(place))
+    precision = precision_of(run, config.train.precision, "auto")
+    job = TrainJob(run.path, where.processes, where.resolve_device(place, precision))
     if where.dry_run:
         return show({"experiment": experiment, **asdict(config)}, place.describe(job))
     _check_idle(run)

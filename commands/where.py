@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -12,6 +12,9 @@ from jobs.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
 from slurm.profile import load as load_profile
+
+if TYPE_CHECKING:
+    from jobs.numerics import Asked
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -89,13 +92,16 @@ class Where:
             )
         return self.cluster == "slurm" or (self.cluster == "auto" and queue.is_available())
 
-    def resolve_device(self, place: Here | OnSlurm) -> Literal["cuda", "cpu"]:
-        """The kind of device; raises ValueError where GPUs are asked for that are not there."""
+    def resolve_device(self, place: Here | OnSlurm, precision: "Asked" = "auto") -> Literal["cuda", "cpu"]:
+        """The kind of device; raises ValueError where GPUs or a precision are asked for that are not there."""
         if isinstance(place, OnSlurm):
             return "cpu" if self.device == "cpu" else "cuda"
-        from jobs.world import resolve_device  # imports torch, which this machine is about to use anyway
+        from jobs.numerics import lacking, resolve_device  # imports torch, which this machine is about to use anyway
 
-        return resolve_device(self.device, self.gpus)
+        kind = resolve_device(self.device, self.gpus)
+        if reason := lacking(precision, kind):
+            raise ValueError(reason)
+        return kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from jobs.files import write_json
 from jobs.job import Requeue
 
 if TYPE_CHECKING:
-    from jobs.world import Kind
+    from jobs.numerics import Kind
 
 FILES_PATIENCE_S = 30.0
 """How long a node may take to see what another one has written: NFS remembers what was not there."""
@@ -59,14 +59,15 @@ class DoctorJob:
         (self.folder / f"seen-{rank}").touch()
         world = start(self.processes, self.device, "fp32")
         started = time.perf_counter()
-        mean = world.mean(torch.tensor(float(rank), device=world.device))
+        [mean] = world.mean(torch.tensor([float(rank)], device=world.device))
         seconds = time.perf_counter() - started
         unseen = self._unseen()  # after the reduction all have written theirs
         world.close()
         return {**result, "mean": mean, "reduce_s": seconds, "unseen": unseen}
 
     def _lacks_gpus(self, result: dict[str, Any]) -> bool:
-        return self.device == "cuda" and bool(result["gpus"] < result["tasks_here"])
+        # A single one may be the task's own, where Slurm binds GPUs to tasks: then the training finds out.
+        return self.device == "cuda" and bool(result["gpus"] == 0 or 1 < result["gpus"] < result["tasks_here"])
 
     def _unseen(self) -> list[int]:
         """The tasks whose file is not to be seen from here."""

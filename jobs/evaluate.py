@@ -1,22 +1,20 @@
 """The evaluation job: computes units of an evaluation, and merges them into its results when all are there."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from diffusion.bootstrap import Estimate
 from diffusion.evaluation import Drawn, Evaluator
 from jobs.evaluation import Evaluation, load_samples, write_arrays
+from jobs.numerics import Kind, own_device, set_numerics
 from jobs.progress import Console, Progress
 from jobs.run_folder import RunFolder
-from jobs.sample import CPU, load_model
+from jobs.sample import load_model
 from jobs.stop import SignalWatch, Stop, Stopped
-from jobs.world import Kind
 
 
 def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
@@ -25,9 +23,9 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     run = RunFolder(samples.run)
     name, config = run.read_experiment()
     model = None
+    set_numerics("fp32")
     if evaluation.has_weights:
-        gpu = int(os.environ.get("LOCAL_RANK", "0"))
-        _, model = load_model(run, samples.settings, torch.device("cuda", gpu) if device == "cuda" else CPU)
+        _, model = load_model(run, samples.settings, own_device(device))
         model.requires_grad_(False)
     drawn = Drawn(load_samples(samples, name), model, samples.settings.sampler)
     return config.evaluator(drawn, evaluation.protocol)

@@ -11,7 +11,7 @@ from jobs.stop import SignalWatch
 from jobs.tracking import follow_evaluation
 
 if TYPE_CHECKING:
-    from jobs.world import Kind
+    from jobs.numerics import Kind
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ def describe(run: RunFolder, experiment: str, config: ExperimentConfig, start: d
     """What the run is called in wandb."""
     launch = run.read_launch()
     facts: dict[str, Any] = {
-        name: start[name] for name in ("device", "precision", "processes", "threads") if name in start
+        name: start[name] for name in ("device", "gpu", "precision", "processes", "threads") if name in start
     }
     about = {"experiment": experiment, "git_commit": launch.get("git_commit"), "job_ids": launch.get("job_ids", [])}
     return Identity(

@@ -22,8 +22,8 @@ from jobs.stop import SignalWatch, Stop, Stopped
 
 if TYPE_CHECKING:
     from jobs.evaluation import Evaluation
+    from jobs.numerics import Kind
     from jobs.samples import SampleSet
-    from jobs.world import Kind
 
 Requeue = Callable[[], str | None]
 """Queues the job again unless it has been cancelled; returns the id under which it comes back, None if it does not."""
@@ -116,6 +116,8 @@ class IndependentJob(ABC):
                         return self.work(signals)
                     except Stopped:
                         return _stopped(signals.requested, requeue)
+            except JobError as error:
+                self.failed(process_rank(), str(error))
             except Exception:
                 self.failed(process_rank(), traceback.format_exc())
         return 1

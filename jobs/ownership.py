@@ -93,11 +93,6 @@ class Ownership:
         write_json(run / ".writer.json", {"token": token})
         return Ownership(run, token)
 
-    @staticmethod
-    def current(run: Path) -> "Ownership":
-        """The ownership that is in force, for the other processes of the job that has taken it."""
-        return Ownership(run, json.loads((run / ".writer.json").read_text())["token"])
-
     def check(self) -> None:
         """Raises Superseded if the run has been taken over; to be called right before every write."""
         try:

@@ -46,6 +46,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return _objects(path.read_text())[0] if path.exists() else []
 
 
+def last_start(run: RunFolder) -> dict[str, Any]:
+    """What timing.jsonl says of the run's last start: its step and the facts of its machine; {} before the first."""
+    return next((line for line in reversed(read_jsonl(run.timing)) if line.get("event") == "start"), {})
+
+
+def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:
+    """The precision of a run, which its first start has resolved if its settings leave it open; else `otherwise`."""
+    return asked if asked != "auto" else last_start(run).get("precision", otherwise)
+
+
 class Tail:
     """Reads a file of lines while it grows."""
 

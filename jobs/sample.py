@@ -1,6 +1,5 @@
 """The sampling job: draws shards of a set of samples, and merges them when all are there."""
 
-import os
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -13,27 +12,28 @@ from diffusion.randomness import Stream, normal
 from diffusion.samplers import SAMPLERS, Predict
 from jobs import checkpoints
 from jobs.files import write_atomically
+from jobs.job import JobError
+from jobs.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.progress import Console, Progress
 from jobs.run_folder import RunFolder
 from jobs.samples import SampleSet, SampleSettings
 from jobs.stop import SignalWatch, Stop, Stopped
-from jobs.world import Kind, resolve_precision
-
-CPU = torch.device("cpu")
 
 
 def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, show_progress: bool) -> None:
     """Draws these shards; raises Stopped when a signal comes."""
     run = RunFolder(samples.run)
-    gpu = int(os.environ.get("LOCAL_RANK", "0"))
-    experiment, model = load_model(run, samples.settings, torch.device("cuda", gpu) if device == "cuda" else CPU)
+    precision = resolve_precision(samples.settings.precision, device)
+    if reason := lacking(precision, device):
+        raise JobError(reason)
+    set_numerics(precision)
+    experiment, model = load_model(run, samples.settings, own_device(device))
 
     def predict(xt: Tensor, t: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
         return model.predict(xt, t)
 
-    precision = resolve_precision(samples.settings.precision, device)
     progress = Progress(Console(run.log), "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         for done, shard in enumerate(shards):

@@ -9,8 +9,8 @@ from jobs.stop import SignalWatch
 from jobs.tracking import following
 
 if TYPE_CHECKING:
+    from jobs.numerics import Kind
     from jobs.samples import SampleSet
-    from jobs.world import Kind
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from diffusion.settings import SamplerSettings, require
 from jobs import checkpoints
 from jobs.experiments import EXPERIMENTS
 from jobs.files import sha256, sync_file, sync_folder, write_json
+from jobs.reporting import precision_of
 from jobs.run_folder import SAMPLES_NAME, RunFolder, check_name
 from jobs.settings import check_seed
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Weights = Literal["ema", "model"]
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["bf16", "tf32", "fp32"]
 
 _NPZ_MEMBER = zipfile.ZipInfo("arr_0.npy")  # its date is fixed, so equal samples make equal files
 
@@ -70,7 +71,7 @@ def plan(
         weights_sha256=manifest["files"][f"{weights}.safetensors"]["sha256"],
         sampler=sampler,
         seed=seed,
-        precision=config.train.precision,
+        precision=precision_of(run, config.train.precision, "fp32"),
         sub_batch_size=entry.sub_batch_size,
         shard_size=entry.shard_size,
     )
@@ -186,6 +187,8 @@ class SampleSet:
         if not manifest:
             return
         for key, value in asdict(self.settings).items():
+            if key == "precision" and manifest.get(key) == "auto":
+                continue  # from before it was resolved with the plan
             if manifest.get(key) != value:
                 raise ValueError(
                     f"samples {self.name} were drawn with {key}={manifest.get(key)}, not {value}; choose another --name"

@@ -38,8 +38,9 @@ class TrainSettings:
     """Decay of the moving average of the weights, reached after a warm-up: min(ema_decay, (1 + step) / (10 + step))."""
     seed: int = 0
     """Decides initial weights, data order, timesteps and noise."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto is bf16 where the hardware computes in it."""
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    """auto is bf16 where the hardware computes in it, else fp32, and stays what it was at the first start. tf32 is fp32
+    with products of shorter numbers, on GPUs alone."""
     compile: bool = False
     """Compile the network with torch.compile: a minute or two at each start, for faster steps on a GPU; needs g++."""
     log_every: int = 10

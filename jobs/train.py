@@ -9,14 +9,16 @@ import torch
 from jobs import checkpoints
 from jobs.ema import decay_at
 from jobs.experiments import EXPERIMENTS
-from jobs.job import Requeue
+from jobs.job import JobError, Requeue
+from jobs.numerics import Kind, changes, facts, lacking, resolve_precision
 from jobs.ownership import Ownership
 from jobs.progress import Console, in_words
 from jobs.recorder import NullRecorder, RunRecorder
+from jobs.reporting import last_start, precision_of
 from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch, Stop, StopVote
 from jobs.training import NotFinite, Training, Update, band_sums
-from jobs.world import Kind, resolve_precision, start
+from jobs.world import start
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -25,19 +27,23 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     """Trains the run to its last step, or to the step at which all processes agree to stop; returns the exit code."""
     experiment, config = run.read_experiment()
     settings = config.train
-    world = start(processes, device, resolve_precision(settings.precision, device))
+    before = last_start(run)
+    precision = resolve_precision(precision_of(run, settings.precision, "auto"), device)
+    if unfit := lacking(precision, device):
+        raise JobError(unfit)
+    world = start(processes, device, precision)
     console = Console(run.log)
     training = Training(config.build(), settings, world)
-    step = take_over(training, run, console)
-    owner = Ownership.current(run.path)
+    step, owner = take_over(training, run, console)
     if step:
         training.restore(checkpoints.load(run.checkpoints, step))
     recorder = NullRecorder()
     if world.rank == 0:
         advise(training, EXPERIMENTS[experiment].cpu_advice, console)
-        facts = {"processes": processes, "device": str(world.device), "precision": world.precision}
-        facts["threads"] = torch.get_num_threads()
-        recorder = RunRecorder(run, training, owner, console, requeue is not None, facts)
+        machine = {"processes": processes, "precision": precision, **facts(world.device)}
+        if step and (differences := changes(before, machine)):
+            console.say(differences)
+        recorder = RunRecorder(run, training, owner, console, requeue is not None, machine)
     try:
         recorder.start()
         if settings.compile and training.step < settings.steps:
@@ -100,21 +106,23 @@ def logged(training: Training, update: Update) -> dict[str, Any] | None:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def take_over(training: Training, run: RunFolder, console: Console) -> int:
-    """Takes the run over and returns the step of its newest good checkpoint, 0 if there is none.
+def take_over(training: Training, run: RunFolder, console: Console) -> tuple[int, Ownership]:
+    """Takes the run over and returns the step of its newest good checkpoint, 0 if there is none, and who owns it now.
 
-    The first process does it; all return the same, and not before it is done.
+    The first process does it; all return the same, and not before it is done. It tells the others its token: on a
+    shared file system they may see the one before for a while, and then take themselves for superseded.
     """
-    step = 0
+    step, token = 0, ""
     if training.world.rank == 0:
-        Ownership.take(run.path)
+        token = Ownership.take(run.path).token
         run.clear_failure()
         checkpoints.clean(run.checkpoints)
         step = checkpoints.newest(run.checkpoints, console.say) or 0
         checkpoints.set_aside(run.checkpoints, newer_than=step)
         if step:
             console.say(f"Continuing {run} after step {step:,} of {training.settings.steps:,}.")
-    return training.world.reduce_max(step)()
+    step, token = training.world.of_first((step, token))
+    return step, Ownership(run.path, token)
 
 
 def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason: Stop, requeue: Requeue | None) -> int:

@@ -18,6 +18,7 @@ from jobs.checkpoints import Snapshot
 from jobs.ema import Ema
 from jobs.flat import ALIGNMENT, Flat, FlatAdamW
 from jobs.job import JobError
+from jobs.numerics import set_numerics
 from jobs.settings import TrainSettings
 from jobs.world import World
 
@@ -131,6 +132,7 @@ class Training:
         from torch._dynamo.exc import TorchDynamoException  # here, because it takes seconds to import
 
         started = time.perf_counter()
+        set_numerics(self.world.precision, compiles=True)
         self.raw.network.compile()
         try:
             for part in {len(part[0]): part for part in self._parts(*self.examples(self.step + 1))}.values():

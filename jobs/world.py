@@ -1,41 +1,19 @@
-"""The processes of a job: devices, precision, and the few collectives that training needs."""
+"""The processes of a job, and the few collectives that training needs."""
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-Kind = Literal["cuda", "cpu"]
-Precision = Literal["bf16", "fp32"]
+from jobs.job import JobError
+from jobs.numerics import Kind, Precision, own_device, set_numerics, whereabouts
 
-
-def resolve_device(device: Literal["auto", "cuda", "cpu"], gpus: int | None) -> Kind:
-    """The kind of device to run on; raises ValueError where GPUs were asked for that are not there."""
-    found = torch.cuda.device_count()
-    if device == "cuda" and found == 0:
-        raise ValueError("--device cuda needs a CUDA GPU; torch finds none on this machine")
-    if device == "cpu":
-        return "cpu"
-    if gpus is not None and gpus > found:
-        raise ValueError(
-            f"--gpus must not exceed the GPUs of this machine, of which torch finds {found}; got {gpus} "
-            f"(--device cpu --gpus {gpus} rehearses with CPU processes)"
-        )
-    return "cuda" if found else "cpu"
-
-
-def resolve_precision(precision: Literal["auto", "bf16", "fp32"], device: Kind) -> Precision:
-    """bf16 for auto where the hardware really computes in it; Accelerate's own test says yes on every CPU."""
-    if precision != "auto":
-        return precision
-    if device == "cuda":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,12 +42,20 @@ class World:
         return self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size
 
     def mean(self, values: torch.Tensor) -> list[float]:
-        """The mean of each value over all processes; every process must call it."""
+        """The mean of each of the values [n] over all processes; every process must call it."""
         values = values.detach().double()
         if self.size > 1:
             dist.all_reduce(values)
             values = values / self.size
-        return values.tolist()
+        return list(values.tolist())
+
+    def of_first(self, value: T) -> T:
+        """The first process's value, on all of them; every process must call it."""
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, src=0)
+            value = box[0]
+        return value
 
     def reduce_max(self, value: int) -> Callable[[], int]:
         """Starts a maximum over all processes; calling what it returns waits for the result."""
@@ -87,19 +73,21 @@ class World:
     def close(self) -> None:
         """Leaves the group, after all have come this far: one that goes early breaks the others' connections."""
         if self.size > 1:
-            dist.barrier()
+            # Told the device, NCCL need not guess it, and warn that it did.
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
             dist.destroy_process_group()
 
 
 def start(processes: int, device: Kind, precision: Precision) -> World:
     """Joins the job's processes, found through RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, as Accelerate does.
 
-    Raises RuntimeError if they are not `processes` many: each process that believes itself alone would train a run of
-    its own and write over the others.
+    Raises JobError if this process finds no GPU for itself and should, and RuntimeError if the processes are not
+    `processes` many: each that believes itself alone would train a run of its own and write over the others.
     """
-    if device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+    set_numerics(precision)
+    own_device(device)
+    # Accelerate would name DDP the GPU of LOCAL_RANK, which is not there where each task is shown its own GPU alone.
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -115,4 +103,26 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
             f"this job has {processes} processes, but process {os.environ.get('RANK', '0')} finds "
             f"{accelerator.num_processes}; are RANK, WORLD_SIZE and MASTER_ADDR set for each?"
         )
+    if accelerator.device.type != device:
+        raise JobError(f"{whereabouts()} should compute on {device} and was given {accelerator.device}")
+    if device == "cuda" and processes > 1:
+        _check_own_gpus(accelerator)
     return World(accelerator, precision)
+
+
+def _check_own_gpus(accelerator: Accelerator) -> None:
+    """Raises JobError, the same on each process, where two processes have one GPU: NCCL hangs or fails later on.
+
+    Through the store by which the processes have met: a first collective would need what is checked here.
+    """
+    gpu = torch.cuda.get_device_properties(accelerator.device)
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"gpu-of-{accelerator.process_index}", f"{gpu.name}, {getattr(gpu, 'uuid', accelerator.process_index)}")
+    gpus = [store.get(f"gpu-of-{rank}").decode() for rank in range(accelerator.num_processes)]
+    for rank, name in enumerate(gpus):
+        if " MIG " in name:
+            raise JobError(f"process {rank} has a MIG slice ({name}): slices cannot train together; use --gpus 1")
+        if name in gpus[:rank]:
+            raise JobError(
+                f"processes {gpus.index(name)} and {rank} have one and the same GPU ({name}); each needs one of its own"
+            )

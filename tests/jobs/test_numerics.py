@@ -1,0 +1,201 @@
+"""Devices and precision: a job computes where and how it was asked to, or says in one sentence that it cannot."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from jobs import numerics
+from jobs.job import JobError
+from jobs.world import World
+from tests.launching import ROOT, TINY, done, launch, status
+
+A_RUN = ("train", "1d", *TINY, "--train.steps", "20", "--name", "a")
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("job", ["train", "sample", "evaluate"])
+def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, tmp_path: Path) -> None:
+    """As a Slurm task on a node whose GPU is gone: the launcher has looked at another machine."""
+    done(*A_RUN, "--device", "cpu", cwd=tmp_path)
+    done("sample", "1d/a", "--num-samples", "100", "--device", "cpu", cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    calls = {
+        "train": "TrainJob(run, 1, 'cuda')",
+        "sample": "SampleJob(samples.read(RunFolder(run), name), (0,), 1, 'cuda', merge=True)",
+        "evaluate": "EvaluateJob(evaluation.plan(RunFolder(run), name), (0, 1), 'cuda', merge=True)",
+    }
+    code = (
+        "import sys; from pathlib import Path; from jobs import evaluation, samples; from jobs.job import TrainJob\n"
+        "from jobs.evaluate_job import EvaluateJob; from jobs.sample_job import SampleJob\n"
+        "from jobs.run_folder import RunFolder\n"
+        "run = Path(sys.argv[1]); name = next((run / 'samples').iterdir()).name\n"
+        f"sys.exit({calls[job]}())"
+    )
+    logged = (run / "metrics.jsonl").read_bytes()
+    env = {**os.environ, **NO_GPU, "RANK": "0", "LOCAL_RANK": "0", "SLURMD_NODENAME": "n7", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, run], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1, ended
+    assert "Traceback" not in ended.stderr
+    for word in ("process 0", "n7", "CUDA_VISIBLE_DEVICES=", "finds no GPU"):
+        assert word in ended.stderr, ended
+    assert (run / "metrics.jsonl").read_bytes() == logged
+    if job == "train":
+        assert status(run)["state"] == "failed"
+
+
+def test_auto_is_no_cpu_on_a_machine_with_gpus_that_torch_cannot_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numerics, "DEV", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert numerics.resolve_device("auto", None) == "cpu"
+    (tmp_path / "nvidiactl").touch()
+    assert numerics.resolve_device("auto", None) == "cpu"
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(RuntimeError, match=r"GPUs, but torch .* CUDA_VISIBLE_DEVICES=unset.*--device cpu"):
+        numerics.resolve_device("auto", None)
+    assert numerics.resolve_device("cpu", None) == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # they are hidden on purpose
+    assert numerics.resolve_device("auto", None) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("seen", "rank", "index"), [(4, 0, 0), (4, 3, 3), (1, 0, 0), (1, 3, 0), (8, 3, 3), (2, 2, None), (0, 0, None)]
+)
+def test_each_process_finds_its_own_gpu(
+    seen: int, rank: int, index: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Slurm shows each task its own GPU alone."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: None)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    if index is None:
+        with pytest.raises(JobError, match="CUDA_VISIBLE_DEVICES"):
+            numerics.own_device("cuda")
+    else:
+        assert numerics.own_device("cuda") == torch.device("cuda", index)
+
+
+def test_a_gpu_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(n: int, device: torch.device) -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "zeros", broken)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(JobError, match=r"cannot use its GPU 1: CUDA error: uncorrectable ECC error encountered$"):
+        numerics.own_device("cuda")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
+def test_every_job_computes_in_what_the_precision_says(precision: Any) -> None:
+    from torch._dynamo import config as dynamo  # here, because they take seconds to import
+    from torch._inductor import config as inductor
+
+    numerics.set_numerics(precision, compiles=True)
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert inductor.deterministic
+    assert not dynamo.optimize_ddp
+
+
+def test_auto_is_resolved_once_with_the_run_and_with_the_set(tmp_path: Path) -> None:
+    """As if another kind of machine had begun: what it has chosen is what everything after it computes in."""
+    own = numerics.resolve_precision("auto", "cpu")
+    other = "fp32" if own == "bf16" else "bf16"
+    command = ("train", "1d", *TINY, "--train.precision", "auto", "--name", "a", "--device", "cpu")
+    run = tmp_path / "runs" / "1d" / "a"
+    done(*command, "--train.steps", "20", cwd=tmp_path)
+    [start] = [line for line in lines(run / "timing.jsonl") if line["event"] == "start"]
+    assert start["precision"] == own
+    timing = (run / "timing.jsonl").read_text()
+    (run / "timing.jsonl").write_text(timing.replace(f'"precision": "{own}"', f'"precision": "{other}"'))
+    done("resume", "1d/a", "--train.steps", "30", "--device", "cpu", cwd=tmp_path)
+    assert [line["precision"] for line in lines(run / "timing.jsonl") if line["event"] == "start"] == [other, other]
+    done("sample", "1d/a", "--num-samples", "10", "--device", "cpu", cwd=tmp_path)
+    [manifest] = run.glob("samples/*/manifest.json")
+    assert json.loads(manifest.read_text())["precision"] == other
+    # A set from before, which says auto, is as it was.
+    manifest.write_text(manifest.read_text().replace(f'"precision": "{other}"', '"precision": "auto"'))
+    assert "already" in done("sample", "1d/a", "--num-samples", "10", "--device", "cpu", cwd=tmp_path).out
+
+
+def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    done(*A_RUN, "--device", "cpu", cwd=tmp_path)
+    [start] = [line for line in lines(run / "timing.jsonl") if line["event"] == "start"]
+    assert {"device", "cpu", "threads", "torch", "precision", "processes"} <= start.keys()
+    same = done("resume", "1d/a", "--train.steps", "30", "--device", "cpu", cwd=tmp_path)
+    assert "bytes" not in same.out
+    more = ("--train.steps", "40", "--train.precision", "bf16", "--device", "cpu")
+    other = done("resume", "1d/a", *more, cwd=tmp_path, OMP_NUM_THREADS="2")
+    [sentence] = [line for line in other.out.splitlines() if "bytes" in line]
+    assert "precision fp32 before, bf16 now" in sentence
+    assert "threads 1 before, 2 now" in sentence
+    assert sentence in (run / "log.txt").read_text()
+
+
+def test_another_gpu_model_is_a_change_and_another_gpu_of_the_model_is_none() -> None:
+    a100 = {"device": "cuda:0", "gpu": "NVIDIA A100", "precision": "bf16"}
+    assert numerics.changes(a100, {**a100, "device": "cuda:3"}) is None
+    assert "gpu NVIDIA A100 before, NVIDIA H100 now" in str(numerics.changes(a100, {**a100, "gpu": "NVIDIA H100"}))
+    assert numerics.changes({"precision": "bf16"}, a100) is None  # an older version recorded less
+    assert "device cuda:0 before, cpu now" in str(numerics.changes(a100, {"device": "cpu", "precision": "bf16"}))
+
+
+def test_a_gpu_without_bf16_does_not_mix_it_with_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    assert numerics.resolve_precision("auto", "cuda") == "fp32"
+    assert "Tesla V100 does not compute in bf16" in str(numerics.lacking("bf16", "cuda"))
+    assert "tf32" in str(numerics.lacking("tf32", "cuda"))
+    assert numerics.lacking("fp32", "cuda") is None
+
+
+def test_a_precision_that_a_cpu_does_not_have_is_refused(tmp_path: Path) -> None:
+    ended = launch("train", "1d", "--train.precision", "tf32", "--device", "cpu", cwd=tmp_path)
+    assert ended.code == 2
+    assert "tf32" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("second", "words"), [("GPU-1", ""), ("GPU-0", "one and the same GPU"), ("MIG", "MIG slice")])
+def test_processes_with_one_gpu_between_them_are_told(second: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store is torch's own; the GPUs are pretended."""
+    from torch.distributed import HashStore
+
+    from jobs import world
+
+    name = "NVIDIA A100 MIG 1g.5gb" if second == "MIG" else "NVIDIA A100"
+    store = HashStore()
+    store.set("gpu-of-0", "NVIDIA A100, GPU-0")
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name=name, uuid=second))
+    accelerator: Any = SimpleNamespace(process_index=1, num_processes=2, device=torch.device("cuda", 0))
+    if words:
+        with pytest.raises(JobError, match=words):
+            world._check_own_gpus(accelerator)
+    else:
+        world._check_own_gpus(accelerator)
+
+
+def test_the_mean_is_a_list_for_every_number_of_processes() -> None:
+    alone: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"))
+    assert World(alone, "fp32").mean(torch.tensor([1.0, 2.0])) == [1.0, 2.0]
+    assert World(alone, "fp32").of_first("token") == "token"
