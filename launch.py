@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Union
 
 import tyro
@@ -15,7 +16,9 @@ from commands.sample import Sample
 from commands.sweep import Sweep
 from commands.train import Resume, Train
 from commands.watch import Cancel, Logs, Status
+from commands.where import Launch
 from diffusion.settings import SettingsError
+from jobs.surroundings import open_standard_streams, undisturbed
 
 
 def main() -> int:
@@ -34,6 +37,7 @@ def main() -> int:
     ]
     # Without words of ours tyro looks for some in the sources of Python's own modules, which takes 40 ms.
     commands = Annotated[choice, arg(help="One of these; COMMAND --help says more.")]
+    open_standard_streams()
     try:
         command: Callable[[], int] = tyro.cli(
             commands,
@@ -41,7 +45,9 @@ def main() -> int:
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
             config=(CascadeSubcommandArgs,),
         )
-        return command()
+        # Whoever reads `logs` or `status` may leave, and ends it; a job goes on.
+        with undisturbed() if isinstance(getattr(command, "where", None), Launch) else nullcontext():
+            return command()
     except (SettingsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,6 +15,7 @@ from jobs import evaluation, evaluation_report, ownership, provenance, run_folde
 from jobs.evaluate_job import EvaluateJob, EvaluateMergeJob
 from jobs.evaluation import Evaluation
 from jobs.run_folder import RunFolder
+from jobs.surroundings import decorate
 from slurm import queue
 from slurm.place import Here, OnSlurm
 
@@ -63,7 +64,7 @@ class Evaluate:
                 show(dict(found.protocol), self._describe(found))
             return 0
         with contextlib.redirect_stdout(sys.stderr):  # what is printed for scripts is JSON alone
-            codes = [self._evaluate(found) for found in asked if not found.is_complete()]
+            codes = [self._evaluate(found) for found in asked if not found.is_done()]
         if any(codes):
             return max(codes)
         if all(found.is_complete() for found in asked):
@@ -144,7 +145,8 @@ class Evaluate:
         value: object
         if self.all:
             figure = RunFolder(asked[0].samples.run).figures / "quality.png"
-            evaluation_report.draw_quality(asked, figure)
+            with contextlib.redirect_stdout(sys.stderr):
+                decorate(figure.name, lambda: evaluation_report.draw_quality(asked, figure), print)
             value, text = evaluation_report.quality_rows(asked), evaluation_report.quality(asked, width)
         elif len(asked) == 2:
             a, b = asked

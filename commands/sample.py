@@ -67,7 +67,7 @@ class Sample:
             say=print,
         )
         where = f"{run}/samples/{asked.name}"
-        if asked.is_complete():
+        if asked.is_complete() and asked.picture.exists():
             print(f"{asked.num_samples:,} samples are in {where} already.")
             return 0
         place = self.where.place(run)
@@ -100,5 +100,6 @@ class Sample:
             with ownership.sampling(run.path) as descriptor:
                 code = place.run(job, keep_open=descriptor)
         if code == 0:
-            print(f"{asked.num_samples:,} samples are in {where}: samples.npz, grid.png.")
+            files = "samples.npz, grid.png" if asked.picture.exists() else "samples.npz"
+            print(f"{asked.num_samples:,} samples are in {where}: {files}.")
         return code

@@ -164,5 +164,7 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
 
 
 def is_finished(run: RunFolder, config: ExperimentConfig) -> bool:
+    """Whether nothing is left to do: all steps are made, and their figures are drawn."""
     status = run.read_status() if run.exists() else {}
-    return status.get("state") == "finished" and status["step"] >= config.train.steps
+    is_trained = status.get("state") == "finished" and status["step"] >= config.train.steps
+    return is_trained and status.get("missing") is None

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 FILES = (MODEL, EMA, OPTIMIZER)
+SLOW_S = 10.0
+"""A checkpoint that takes longer is worth a line."""
 
 
 class CorruptCheckpoint(ValueError):
@@ -165,11 +167,26 @@ class Writer:
         self._folder, self._keep = folder, keep
         self._may_write, self._say = may_write, say
         self._thread: threading.Thread | None = None
+        self._begun, self._told = 0.0, False
         self._error: BaseException | None = None
+
+    def is_busy(self, say: Callable[[str], None]) -> bool:
+        """Whether the last checkpoint is still on its way; says so once if that takes long.
+
+        A file system may stand still for minutes. Who trains can go on meanwhile, and save later.
+        """
+        if self._thread is None or not self._thread.is_alive():
+            return False
+        seconds = time.monotonic() - self._begun
+        if seconds >= SLOW_S and not self._told:
+            self._told = True
+            say(f"WARNING: a checkpoint is not written after {seconds:.0f} s; training goes on, the next one waits")
+        return True
 
     def write(self, snapshot: Snapshot) -> None:
         """Starts writing, after the checkpoint before it is done."""
         self.wait()
+        self._begun, self._told = time.monotonic(), False
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 

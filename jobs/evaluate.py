@@ -15,6 +15,7 @@ from jobs.progress import Console, Progress
 from jobs.run_folder import RunFolder
 from jobs.sample import load_model
 from jobs.stop import SignalWatch, Stop, Stopped
+from jobs.surroundings import decorate
 
 
 def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
@@ -78,7 +79,6 @@ def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
     for name, unit in evaluator.units().items():
         with np.load(evaluation.result_path(name, unit.of), allow_pickle=False) as arrays:
             results[name] = dict(arrays)
-    evaluator.draw(results, evaluation.folder)
     metrics = evaluator.metrics(results)
     evaluation.write(
         {
@@ -88,3 +88,6 @@ def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
         },
         {name: m.estimate.replicates for name, m in metrics.items() if isinstance(m.estimate, Estimate)},
     )
+    evaluation.undrawn.touch()
+    if decorate("its figures", lambda: evaluator.draw(results, evaluation.folder), print) is None:
+        evaluation.undrawn.unlink()

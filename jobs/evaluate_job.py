@@ -35,7 +35,7 @@ class EvaluateJob(IndependentJob):
         evaluator = open_evaluator(self.target, self.device)
         evaluate(self.target, evaluator, (first + process_rank(), step), signals)
         # Two processes that end together merge twice, into the same bytes.
-        if self.merge and not missing(self.target, evaluator) and not self.target.is_complete():
+        if self.merge and not missing(self.target, evaluator) and not self.target.is_done():
             merge(self.target, evaluator)
             follow_evaluation(self.target, print)
         return 0
@@ -55,7 +55,7 @@ class EvaluateMergeJob(IndependentJob):
         if lacking:
             print(f"{len(lacking)} units are missing ({', '.join(lacking)}): run the same `evaluate` command again.")
             return 1
-        if not self.target.is_complete():
+        if not self.target.is_done():
             merge(self.target, evaluator)
             follow_evaluation(self.target, print)
         return 0

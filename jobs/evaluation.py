@@ -52,6 +52,11 @@ class Evaluation:
         return self.folder / ".evaluation"
 
     @property
+    def undrawn(self) -> Path:
+        """A file that is there as long as figures are missing."""
+        return self.kept / "undrawn"
+
+    @property
     def has_weights(self) -> bool:
         """Whether the weights are still there that the samples were drawn with."""
         return bool(self.protocol["weights_are_there"])
@@ -81,7 +86,12 @@ class Evaluation:
             return dict(arrays)
 
     def is_complete(self) -> bool:
+        """Whether the results are there, with or without figures."""
         return bool(self.read()) and (self.kept / REPLICATES).is_file()
+
+    def is_done(self) -> bool:
+        """Whether the figures are there, too."""
+        return self.is_complete() and not self.undrawn.exists()
 
     def write(self, results: Mapping[str, Any], replicates: "Mapping[str, NDArray[np.float64]]") -> None:
         """Completes the evaluation."""

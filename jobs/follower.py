@@ -22,7 +22,7 @@ from jobs.dashboard import FLUSH_S, Dashboard, Identity, open_dashboard
 from jobs.experiments import ExperimentConfig
 from jobs.files import write_json
 from jobs.following import follow, say
-from jobs.ownership import Ownership, Superseded
+from jobs.ownership import Ownership
 from jobs.provenance import ROOT
 from jobs.reporting import Tail, read_jsonl
 from jobs.run_folder import RunFolder
@@ -177,9 +177,9 @@ class Follower:
         """Draws the curves if the last time is so long ago."""
         if time.monotonic() - self._drawn < least_s or not self._history:
             return
-        from diffusion import figures  # here, because plotting libraries take a second to import
+        with contextlib.suppress(Exception):  # a picture that cannot be drawn must not end the tracking
+            from diffusion import figures  # here, because plotting libraries take a second to import
 
-        with contextlib.suppress(OSError, Superseded):
             self._owner.check()
             path = self._run.figures / ".training.png"
             figures.training(self._history, self._timing, path)

@@ -19,6 +19,7 @@ from jobs.ownership import Superseded
 from jobs.reporting import now
 from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch, Stop, Stopped
+from jobs.surroundings import undisturbed
 
 if TYPE_CHECKING:
     from jobs.evaluation import Evaluation
@@ -46,7 +47,7 @@ class TrainJob:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         keep_freed_memory()
         # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
-        with SignalWatch() as signals:
+        with undisturbed(), SignalWatch() as signals:
             try:
                 from jobs.train import train
 
@@ -109,7 +110,7 @@ class IndependentJob(ABC):
 
     def __call__(self, requeue: Requeue | None = None) -> int:
         keep_freed_memory()
-        with SignalWatch() as signals:
+        with undisturbed(), SignalWatch() as signals:
             try:
                 with self.around():
                     try:

@@ -1,5 +1,6 @@
 """Progress on a terminal and in a log file."""
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -21,9 +22,9 @@ class Console:
         self.log(text)
 
     def log(self, text: str) -> None:
-        """Into the file only."""
+        """Into the file only; a disk that is full costs the line."""
         if self._log is not None:
-            with self._log.open("a") as file:
+            with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
 

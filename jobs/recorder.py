@@ -13,6 +13,7 @@ from jobs.ownership import Ownership
 from jobs.progress import Console, Progress, in_words
 from jobs.reporting import Metrics, Status, append_timing, read_jsonl
 from jobs.run_folder import RunFolder
+from jobs.surroundings import decorate
 from jobs.tracking import Follower, follow_training
 from jobs.training import Training
 
@@ -45,7 +46,7 @@ class NullRecorder:
         """The job is queued again under this id."""
 
     def draw(self) -> None:
-        """The last step is done: figures and final numbers."""
+        """The last step is done and saved: figures and final numbers, whose failure is not the run's."""
 
     def close(self) -> None:
         """Releases files, whatever has happened."""
@@ -75,6 +76,8 @@ class RunRecorder(NullRecorder):
         self._snapshot_s = 0.0
         self._first_step = training.step
         self._clock = self._read_clock()
+        self._missing: str | None = None
+        self._due = False  # a checkpoint, as soon as the one before it is written
         self._follower: Follower | None = None
         self._ended = False
 
@@ -103,8 +106,9 @@ class RunRecorder(NullRecorder):
                 self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
         self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
-        late = time.monotonic() - self._saved_at >= 60 * settings.checkpoint_minutes
-        if step % settings.checkpoint_every == 0 or late:
+        self._due |= step % settings.checkpoint_every == 0
+        self._due |= time.monotonic() - self._saved_at >= 60 * settings.checkpoint_minutes
+        if self._due and not self._writer.is_busy(self._console.say):
             self._save()
 
     def save(self) -> None:
@@ -140,6 +144,8 @@ class RunRecorder(NullRecorder):
             "memory_mb": _memory_mb(self._training.world.device),
         }
         append_timing(self._run, timing)
+        if self._missing is not None:
+            facts["missing"] = self._missing
         self._status.write(state=state, step=self._training.step, eta_s=None, **facts)
         self._console.say(message)
 
@@ -150,6 +156,9 @@ class RunRecorder(NullRecorder):
 
     def draw(self) -> None:
         self._progress.close()
+        self._missing = decorate("figures and final numbers", self._draw, self._console.say, self._console.log)
+
+    def _draw(self) -> None:
         from diffusion import figures  # here, because plotting libraries take a second to import
 
         history = read_jsonl(self._run.metrics)
@@ -201,7 +210,7 @@ class RunRecorder(NullRecorder):
         self._snapshot_s += time.perf_counter() - started
         self._metrics.sync()
         self._writer.write(snapshot)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._due = time.monotonic(), False
 
 
 @dataclass(frozen=True)

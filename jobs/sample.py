@@ -18,6 +18,7 @@ from jobs.progress import Console, Progress
 from jobs.run_folder import RunFolder
 from jobs.samples import SampleSet, SampleSettings
 from jobs.stop import SignalWatch, Stop, Stopped
+from jobs.surroundings import decorate
 
 
 def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, show_progress: bool) -> None:
@@ -88,7 +89,11 @@ def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -
 
 
 def merge(samples: SampleSet) -> None:
-    """Merges the shards, all of which are there, and draws a picture of the first of them."""
-    _, config = RunFolder(samples.run).read_experiment()
-    samples.merge()
-    config.build().draw_samples(np.load(samples.shard_path(0)), samples.folder / "grid.png")
+    """Merges the shards, all of which are there, and draws a picture of the first of them; does what is not done."""
+    run = RunFolder(samples.run)
+    if not samples.is_complete():
+        samples.merge()
+    if not samples.picture.exists():
+        _, config = run.read_experiment()
+        first = np.load(samples.shard_path(0))
+        decorate(samples.picture.name, lambda: config.build().draw_samples(first, samples.picture), print)

@@ -34,7 +34,7 @@ class SampleJob(IndependentJob):
         mine = self.shards[process_rank() :: self.processes]
         sample(self.target, mine, self.device, signals, show_progress=process_rank() == 0)
         # Two processes that end together merge twice, into the same bytes.
-        if self.merge and not self.target.missing() and not self.target.is_complete():
+        if self.merge and not self.target.missing():
             merge(self.target)
         return 0
 
@@ -56,6 +56,5 @@ class SampleMergeJob(IndependentJob):
             shards = f"{len(missing)} of {self.target.num_shards} shards"
             print(f"{shards} are missing: run the same `sample` command again.")
             return 1
-        if not self.target.is_complete():
-            merge(self.target)
+        merge(self.target)
         return 0

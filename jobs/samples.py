@@ -113,6 +113,11 @@ class SampleSet:
         return RunFolder(self.run).samples / self.name
 
     @property
+    def picture(self) -> Path:
+        """Of the first samples, drawn once the set is complete."""
+        return self.folder / "grid.png"
+
+    @property
     def num_shards(self) -> int:
         return -(-self.num_samples // self.settings.shard_size)
 

@@ -1,0 +1,91 @@
+"""What surrounds a job must not decide over it: who reads what it prints, a notebook's variables, its figures."""
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+Say = Callable[[str], None]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """While entered, nobody who should read what is printed can stop the work, nor can a notebook's backend of figures.
+
+    A terminal that is gone, a full disk or a closed pipe behind stdout: what is printed is dropped from then on.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # a notebook hands down a backend that may not be installed here
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Lenient(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def open_standard_streams() -> None:
+    """Opens /dev/null for what a shell has closed with `>&-`: the next file that is opened would take its place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+
+
+def decorate(what: str, draw: Callable[[], None], say: Say, log: Say | None = None) -> str | None:
+    """Draws what decorates a result that is safe on the disk; if that fails, says so and returns the sentence.
+
+    `log` gets the traceback.
+    """
+    try:
+        draw()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sentence = f"{what} could not be drawn ({reason}); the same command draws them again"
+        if log is not None:
+            log(traceback.format_exc())
+        say(f"WARNING: {sentence}")
+        return sentence
+    return None
+
+
+class _Lenient:
+    """A text stream that drops what its target does not take."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target = target
+
+    def write(self, text: str) -> int:
+        try:
+            self._target.write(text)
+        except UnicodeEncodeError:
+            encoding = self._target.encoding
+            self._target.write(text.encode(encoding, "replace").decode(encoding))
+        except (OSError, ValueError):
+            self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._target.flush()
+        except (OSError, ValueError):
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Lets what is still in the target's buffer, and all that follows, go nowhere."""
+        try:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._target.fileno())
+            os.close(nowhere)
+        except (OSError, ValueError):  # it is closed, or no file
+            self._target = io.StringIO()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)

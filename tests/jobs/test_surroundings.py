@@ -1,0 +1,125 @@
+"""What decorates a result, and who looks on, do not decide over it: the run is finished, and the same command draws."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT, TINY, Finished, done, status
+
+A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device", "cpu")
+NOTEBOOK = {"MPLBACKEND": "module://a_backend_that_is_not_installed"}
+
+
+@pytest.fixture
+def no_plots(tmp_path: Path) -> dict[str, str]:
+    """An environment in which the plotting library cannot be imported."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "seaborn.py").write_text("raise ImportError('fonts are gone')")
+    return {"PYTHONPATH": str(tmp_path / "broken")}
+
+
+def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(
+    tmp_path: Path, no_plots: dict[str, str]
+) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    ended = done(*A_RUN, cwd=tmp_path, **no_plots)
+    assert "figures and final numbers could not be drawn (fonts are gone)" in ended.out
+    assert "Traceback" not in ended.out + ended.err
+    assert "fonts are gone" in (run / "log.txt").read_text()
+    assert (status(run)["state"], status(run)["step"]) == ("finished", 30)
+    assert "fonts are gone" in status(run)["missing"]
+    weights = (run / "checkpoints" / "step-00000030" / "model.safetensors").read_bytes()
+    metrics = (run / "metrics.jsonl").read_bytes()
+    again = done(*A_RUN, cwd=tmp_path)
+    assert "W1 of 100,000 samples" in again.out
+    assert {"loss.png", "samples.png", "training.png"} <= {path.name for path in (run / "figures").iterdir()}
+    assert "missing" not in status(run)
+    assert (run / "checkpoints" / "step-00000030" / "model.safetensors").read_bytes() == weights
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert "is finished" in done(*A_RUN, cwd=tmp_path).out
+
+
+def test_so_are_those_of_samples_and_evaluations(tmp_path: Path, no_plots: dict[str, str]) -> None:
+    done(*A_RUN, cwd=tmp_path)
+    sample = ("sample", "1d/a", "--num-samples", "50", "--device", "cpu")
+    evaluate = ("evaluate", "1d/a", "--device", "cpu")
+    ended = done(*sample, cwd=tmp_path, **no_plots)
+    assert "grid.png could not be drawn (fonts are gone)" in ended.out
+    [folder] = (tmp_path / "runs" / "1d" / "a" / "samples").iterdir()
+    assert json.loads((folder / "manifest.json").read_text())["complete"]
+    samples = (folder / "samples.npz").read_bytes()
+    done(*sample, cwd=tmp_path)
+    assert (folder / "grid.png").exists()
+    assert (folder / "samples.npz").read_bytes() == samples
+    assert "already" in done(*sample, cwd=tmp_path).out
+
+    ended = done(*evaluate, cwd=tmp_path, **no_plots)
+    assert "its figures could not be drawn (fonts are gone)" in ended.err
+    assert "W1 to the exact mixture" in ended.out
+    assert not (folder / "samplers.png").exists()
+    done(*evaluate, cwd=tmp_path)
+    assert (folder / "samplers.png").exists()
+
+
+def test_a_notebooks_backend_is_not_asked_for(tmp_path: Path) -> None:
+    ended = done(*A_RUN, cwd=tmp_path, **NOTEBOOK)
+    assert "WARNING" not in ended.out
+    assert (tmp_path / "runs" / "1d" / "a" / "figures" / "samples.png").exists()
+
+
+def in_a_shell(redirection: str, cwd: Path) -> Finished:
+    """A training whose streams a shell has changed."""
+    command = " ".join([sys.executable, str(ROOT / "launch.py"), *A_RUN, redirection])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    return Finished(ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&-", "| true"])
+def test_who_reads_the_output_does_not_decide_over_the_run(redirection: str, tmp_path: Path) -> None:
+    ended = in_a_shell(redirection, tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    assert ended.code == 0, ended
+    assert status(run)["state"] == "finished"
+    assert "Finished" in (run / "log.txt").read_text()
+    assert (run / "figures" / "training.png").exists()
+
+
+def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path) -> None:
+    """As after `disown`: the terminal is closed while the training writes its bar onto it."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    command = [sys.executable, str(ROOT / "launch.py"), *A_RUN[:-6], "--train.steps", "3000", *A_RUN[-4:]]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs, stderr=theirs, start_new_session=True)
+    os.close(theirs)
+    seen = b""
+    while b"train" not in seen:
+        seen += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(300) == 0
+    run = tmp_path / "runs" / "1d" / "a"
+    assert (status(run)["state"], status(run)["step"]) == ("finished", 3000)
+
+
+def test_letters_that_a_terminal_does_not_have_are_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "Läufe"
+    ended = done(*A_RUN, "--runs-dir", folder, cwd=tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert "L?ufe" in ended.out
+    assert "Läufe" in (folder / "1d" / "a" / "log.txt").read_text(encoding="utf-8")
+
+
+def test_a_reader_of_logs_that_leaves_still_ends_it(tmp_path: Path) -> None:
+    done(*A_RUN, cwd=tmp_path)
+    command = f"{sys.executable} {ROOT / 'launch.py'} logs 1d/a | true"
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0
+    assert "Traceback" not in ended.stderr
