@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-# submitit draws torch's port from 20000 to 60000, the kernel its own from 32768 on: keep out of both.
+# Jobs draw torch's port from 20000 on (slurm/task.py), the kernel its own from 32768 on: keep out of both.
 PORT_RANGE = range(10_000, 20_000)
 DATABASE = "slurm_acct_db"
 
