@@ -34,14 +34,15 @@ if [ ! -d "$root" ]; then
     mv "$root.part" "$root" # a folder of this name is complete
 fi
 
-# A cluster that was killed may have left lines in the old copy.
-grep -v slurm.devcluster /etc/hosts >"$root/etc/hosts"
-
 export root checkout lent
 exec unshare --mount --pid --fork --kill-child --mount-proc="$root/proc" sh -euc '
     mount --rbind /dev "$root/dev"
     mount --rbind /sys "$root/sys"
     mount -t tmpfs tmpfs "$root/run"
+    # A copy that ends with the command: clusters write their nodes into it.
+    touch "$root/etc/hosts"
+    grep -v slurm.devcluster /etc/hosts >"$root/run/hosts"
+    mount --bind "$root/run/hosts" "$root/etc/hosts"
     printf "%s\n" "$checkout" "$lent" | while read -r folder; do
         mkdir -p "$root$folder"
         mount --bind "$folder" "$root$folder"
