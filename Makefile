@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format soak bench slurm-test clean
+.PHONY: help demo test lint format soak bench slurm-test slurm-test-newer clean
 
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
@@ -11,6 +11,8 @@ help:
 	@echo "make lint        style and types"
 	@echo "make format      put the code into shape"
 	@echo "make slurm-test  the tests that start a Slurm of their own (root, Debian or Ubuntu packages)"
+	@echo "make slurm-test-newer"
+	@echo "                 the same with the Slurm of Debian 13, in .trixie (root; debootstrap makes it, 1 GB)"
 	@echo "make soak        the long repetitions: hundreds of kills"
 	@echo "make bench       speed beside other tools, after make demo: half an hour on two CPU cores"
 
@@ -41,6 +43,9 @@ test: $(VENV)/ready
 slurm-test: $(VENV)/ready
 	$(RUN) -m pytest -m "slurm and not soak"
 
+slurm-test-newer: $(VENV)/ready
+	tests/slurm/newer.sh $(RUN)
+
 soak: $(VENV)/ready
 	$(RUN) -m pytest -m soak --timeout 0
 
@@ -58,4 +63,4 @@ format: $(VENV)/ready
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .trixie *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,10 +2,10 @@
 
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from slurm import queue
 from slurm.place import Job, OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Shape
@@ -39,7 +39,7 @@ def unreachable() -> Finding:
 
 def examine(place: OnSlurm, job: Job) -> Iterator[Finding]:
     """Findings about the cluster, and about the resources that the job asks of it."""
-    config = _config()
+    config = queue.config()
     yield _version(config)
     yield _accounting(config)
     yield _requeue(config)
@@ -69,9 +69,11 @@ def _accounting(config: dict[str, str]) -> Finding:
     if not kind.endswith("slurmdbd"):
         return Finding("warning", "no accounting: sacct knows nothing", why, "look soon, or ask for slurmdbd")
     # Any question will do.
-    answer = _run("sacct", "--noheader", "--allocations", "--starttime=now")
+    answer = queue.ask("sacct", "--noheader", "--allocations", "--starttime=now")
     if answer.returncode != 0:
-        return Finding("warning", f"sacct does not answer: {_last_line(answer.stderr)}", why, "tell the administrators")
+        return Finding(
+            "warning", f"sacct does not answer: {queue.last_words(answer.stderr)}", why, "tell the administrators"
+        )
     return Finding("ok", "accounting: sacct answers")
 
 
@@ -175,9 +177,10 @@ def _limits(place: OnSlurm, partition: dict[str, str]) -> Iterator[Finding]:
             "the job would wait forever",
             f"--slurm.time-min {longest}: longer runs are queued again as often as they need",
         )
-    rows = _run("sinfo", "--noheader", "--Node", f"--partition={name}", "--format=%c|%m|%G|%t").stdout.split()
-    nodes = [(int(cpus.rstrip("+")), int(mem.rstrip("+")), _gpus(gres)) for cpus, mem, gres, _ in _cells(rows)]
-    alive = [state for *_, state in _cells(rows) if not state.startswith(("down", "drain", "drng", "fail", "unk"))]
+    shown = queue.ask("sinfo", "--noheader", "--Node", f"--partition={name}", "--format=%c|%m|%G|%t").stdout
+    rows = re.findall(r"^ *(\d+)\+? *\| *(\d+)\+? *\|(.*)\| *(\S+) *$", shown, re.MULTILINE)
+    nodes = [(int(cpus), int(mem), _gpus(gres)) for cpus, mem, gres, _ in rows]
+    alive = [state for *_, state in rows if not state.startswith(("down", "drain", "drng", "fail", "unk"))]
     cpus, mem_mb, gpus = (max(column) for column in zip(*nodes, strict=True)) if nodes else (0, 0, 0)
     shape = Shape.of(place.processes, profile.gpus_per_node)
     if place.on_gpus:
@@ -216,13 +219,6 @@ def _acceptance(place: OnSlurm, job: Job) -> Finding:
     )
 
 
-def _config() -> dict[str, str]:
-    """What `scontrol show config` says, by name."""
-    lines = _run("scontrol", "show", "config").stdout.splitlines()
-    pairs = [line.partition("=") for line in lines if "=" in line]
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
 def _partition(name: str | None) -> dict[str, str] | None:
     """The partition of this name, or the default one; None if there is none."""
     partitions = _partitions()
@@ -232,19 +228,15 @@ def _partition(name: str | None) -> dict[str, str] | None:
 
 
 def _partitions() -> dict[str, dict[str, str]]:
-    lines = _run("scontrol", "--oneliner", "show", "partition").stdout.splitlines()
+    lines = queue.ask("scontrol", "--oneliner", "show", "partition").stdout.splitlines()
     found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
     return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
-
-
-def _cells(rows: list[str]) -> list[list[str]]:
-    return [row.split("|") for row in rows]
 
 
 def _gpus(gres: str) -> int:
     """The number of GPUs in a node's resources, such as gpu:a100:4(S:0-1),gpu:2."""
     bare = re.sub(r"\([^)]*\)", "", gres)
-    return sum(int(entry.split(":")[-1]) for entry in bare.split(",") if entry.startswith("gpu:"))
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)", bare))
 
 
 def _number(text: str) -> int:
@@ -260,11 +252,3 @@ def _minutes(limit: str) -> int | None:
         return None
     days, hours, minutes = (int(part or 0) for part in found.groups())
     return (24 * days + hours) * 60 + minutes
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["no answer"])[-1]
-
-
-def _run(*command: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)

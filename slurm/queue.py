@@ -5,7 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
@@ -20,10 +20,49 @@ def has_slurm() -> bool:
     if shutil.which("sbatch") is None:
         return False
     try:
-        done = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=2, check=False)
+        return " is UP" in ask("scontrol", "ping", timeout_s=2).stdout
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return " is UP" in done.stdout
+
+
+def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -> "subprocess.CompletedProcess[str]":
+    """Runs one of Slurm's commands; bytes that are no text, in a site's notice for example, become question marks."""
+    # SQUEUE_PARTITION, SACCT_TIMEFORMAT and so on are for what people read: they hide or change what is read here.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
+    return subprocess.run(
+        command,
+        env=env,
+        input=input,
+        timeout=timeout_s,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+
+
+def last_words(text: str) -> str:
+    """Why a command of Slurm's has failed: the last line that calls itself an error, among notices and banners."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no answer"]
+    return ([line for line in lines if re.search("error|fail", line, re.IGNORECASE)] or lines)[-1]
+
+
+def submitted_id(shown: str) -> str | None:
+    """The job's id in what sbatch prints, with --parsable or without; None if there is none."""
+    found = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*$", shown, re.MULTILINE)
+    return found[-1] if found else None
+
+
+def config(timeout_s: float | None = 30) -> dict[str, str]:
+    """What `scontrol show config` says, by name; {} if it does not answer."""
+    shown = ask("scontrol", "show", "config", timeout_s=timeout_s).stdout
+    return dict(re.findall(r"^(\w+) *= (.*?) *$", shown, re.MULTILINE))
+
+
+def max_array_size() -> int:
+    """How many elements an array may have (MaxArraySize, whose usual value is 1001)."""
+    size = config().get("MaxArraySize", "")
+    return int(size) if size.isdecimal() else 1001
 
 
 def active(job_ids: Iterable[str]) -> dict[str, str]:
@@ -35,20 +74,9 @@ def active(job_ids: Iterable[str]) -> dict[str, str]:
     if not wanted or shutil.which("squeue") is None:
         return {}
     # All of the user's jobs: asked for single ones, squeue fails if it has forgotten one of them.
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"squeue does not answer: {done.stderr.strip()}")
-    states = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T"]
     # An element of an array is called ARRAY_INDEX.
-    return {job_id: state for job_id, state in states.items() if job_id in wanted or job_id.split("_")[0] in wanted}
-
-
-def max_array_size() -> int:
-    """How many elements an array may have (MaxArraySize, whose usual value is 1001)."""
-    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", shown, re.MULTILINE)
-    return int(found[1]) if found else 1001
+    return {job_id: state for job_id, state in _rows(command, rf"{_ID}{_STATE}", 30) if _stands_for(job_id, wanted)}
 
 
 class JobState(NamedTuple):
@@ -88,9 +116,9 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
     columns = "JobArrayID:40|,State:20|,Reason:80|,exit_code:12|,NodeList:400"
     command = ["squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}"]
     found = {}
-    for job_id, state, reason, exit_code, nodes in _rows(command, timeout_s):
+    for job_id, state, reason, exit_code, nodes in _rows(command, rf"{_ID}{_STATE}\|(.*)\|{_CODE}\|(.*)", timeout_s):
         why = reason if state in _WAITING and reason != "None" else ""
-        found[job_id] = JobState(state, why, nodes, _signal(int(exit_code)))
+        found[job_id] = JobState(state, why, nodes, _signal(exit_code))
     found = {job_id: job for job_id, job in found.items() if _stands_for(job_id, wanted)}
     forgotten = wanted - found.keys() - {job_id.partition("_")[0] for job_id in found}
     return {**found, **_recall(forgotten, timeout_s)} if forgotten else found
@@ -107,9 +135,9 @@ def requeue(job_id: str) -> None:
 
 
 def _control(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = ask(*command)
     if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} refuses: {done.stderr.strip()}")
+        raise RuntimeError(f"{command[0]} refuses: {last_words(done.stderr)}")
 
 
 def cancel(job_ids: Iterable[str]) -> None:
@@ -120,42 +148,56 @@ def cancel(job_ids: Iterable[str]) -> None:
 def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
     """What the accounting remembers of jobs that have ended; {} where there is none or it does not answer."""
     command = ["sacct", "--noheader", "--parsable2", "--format=JobID,State,ExitCode,NodeList"]
+    command.append(f"--jobs={','.join(sorted(job_ids))}")
+    # A step is called JOB.STEP, and who has cancelled a job is told: CANCELLED by 1000.
+    row = rf"{_ID}(\.\S+)?{_STATE}(?: by .*)?\|{_CODE}\|(.*)"
     found: dict[str, JobState] = {}
     with suppress(RuntimeError):
-        for step_id, words, exit_code, nodes in _rows([*command, f"--jobs={','.join(sorted(job_ids))}"], timeout_s):
-            job_id, _, step = step_id.partition(".")
-            state, number = words.split()[0], int(exit_code.partition(":")[2])  # CANCELLED by 1000; code:signal
+        for job_id, step, state, exit_code, nodes in _rows(command, row, timeout_s):
+            number = _signal(exit_code)
             known = found.get(job_id)
             if known is None:
-                found[job_id] = JobState(state, "", nodes.removeprefix("None assigned"), _signal(number))
+                found[job_id] = JobState(state, "", nodes.removeprefix("None assigned"), number)
             elif step and (state == "OUT_OF_MEMORY" or number):  # which the job itself may only call FAILED
                 worst = state if state == "OUT_OF_MEMORY" else known.state
-                found[job_id] = known._replace(state=worst, signal=_signal(number) or known.signal)
+                found[job_id] = known._replace(state=worst, signal=number or known.signal)
     # What squeue has forgotten has ended, whatever was written down last.
     return {job_id: job for job_id, job in found.items() if job.phase == "ended" and _stands_for(job_id, job_ids)}
 
 
-def _rows(command: list[str], timeout_s: float) -> list[list[str]]:
-    """The lines that a command prints, cut at `|`; raises RuntimeError if it fails."""
+_ID, _STATE, _CODE = r" *(\d+(?:_\d+)?)", r" *\| *([A-Z_]+) *", r" *(\d+(?::\d+)?) *"
+
+
+def _rows(command: list[str], pattern: str, timeout_s: float) -> Iterator[list[str]]:
+    """The groups of the pattern in those lines that have its form; others, such as a site's notices, are passed over.
+
+    Raises RuntimeError if the command fails.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = ask(*command, timeout_s=timeout_s)
     except FileNotFoundError:
         raise RuntimeError(f"there is no {command[0]} on this machine") from None
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{command[0]} does not answer within {timeout_s:g} s") from None
     if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} does not answer: {done.stderr.strip()}")
-    return [[cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()]
+        raise RuntimeError(f"{command[0]} does not answer: {last_words(done.stderr)}")
+    for line in done.stdout.splitlines():
+        if found := re.fullmatch(pattern, line):
+            yield [(cell or "").strip() for cell in found.groups()]
 
 
 def _stands_for(job_id: str, wanted: set[str]) -> bool:
     return job_id in wanted or job_id.partition("_")[0] in wanted
 
 
-def _signal(status: int) -> str:
-    """The signal in what wait(2) says of a process: one of its own, or that of a child of a shell (128 + number)."""
-    number = status & 127 or max(0, (status >> 8) - 128)
+def _signal(exit_code: str) -> str:
+    """The signal in a job's exit code: its own, or that of a child of its shell (128 + number).
+
+    An exit code is CODE:SIGNAL, but in squeue before Slurm 23 one number, as wait(2) gives it.
+    """
+    first, colon, second = exit_code.partition(":")
+    code, number = (int(first), int(second)) if colon else (int(first) >> 8, int(first) & 127)
     try:
-        return signal.Signals(number).name if number else ""
+        return signal.Signals(number or code - 128).name
     except ValueError:
         return ""

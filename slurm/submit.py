@@ -1,15 +1,19 @@
 """Submitting a job to Slurm through submitit."""
 
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from slurm import queue
+from slurm.environment import outside_any_job
 from slurm.profile import Profile
 from slurm.task import SlurmTask, Work
+
+if TYPE_CHECKING:
+    from submitit.slurm.slurm import SlurmExecutor
 
 _PYTHON = f"{shlex.quote(sys.executable)} -S -m slurm.shield {shlex.quote(sys.executable)}"
 
@@ -72,27 +76,27 @@ class Submission:
 
     def check(self) -> None:
         """Raises ValueError with Slurm's own words if it would refuse the job; nothing is submitted or written."""
-        command = ["sbatch", "--test-only"]
-        asked = subprocess.run(command, input=self.script(), capture_output=True, text=True, check=False)
+        with outside_any_job():
+            asked = queue.ask("sbatch", "--test-only", input=self.script())
         if asked.returncode != 0:
-            raise ValueError(f"Slurm refuses the job: {asked.stderr.strip().splitlines()[-1]}")
+            raise ValueError(f"Slurm refuses the job: {queue.last_words(asked.stderr)}")
 
     def submit(self) -> str:
         """Submits and returns the id of the job or the array; RuntimeError with Slurm's own words if it refuses."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
-        from submitit.slurm.slurm import SlurmExecutor
 
         self.folder.mkdir(parents=True, exist_ok=True)  # before Slurm 23.02 logs are lost if it is not there
-        executor = SlurmExecutor(self.folder, python=_PYTHON)
+        executor = _executor(self.folder)
         executor.update_parameters(**self._parameters())
         try:
-            if len(self.works) == 1:
-                return str(executor.submit(SlurmTask(self.works[0])).job_id)
-            with executor.batch():
-                elements = [executor.submit(SlurmTask(work)) for work in self.works]
+            with outside_any_job():
+                if len(self.works) == 1:
+                    return str(executor.submit(SlurmTask(self.works[0])).job_id)
+                with executor.batch():
+                    elements = [executor.submit(SlurmTask(work)) for work in self.works]
             return str(elements[0].job_id.split("_")[0])
         except (FailedJobError, FailedSubmissionError) as error:
-            raise RuntimeError(f"Slurm refuses the job: {str(error).strip().splitlines()[-1]}") from None
+            raise RuntimeError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None
 
     def _parameters(self) -> dict[str, Any]:
         profile, shape = self.profile, self.shape
@@ -115,7 +119,29 @@ class Submission:
             "stderr_to_stdout": True,
             "setup": [*profile.setup, *exports],
             # Slurm 22.05 and later do not hand --cpus-per-task on to srun; one failed task must end the others.
-            "srun_args": [f"--cpus-per-task={profile.cpus_per_gpu}", "--kill-on-bad-exit=1"],
+            # The others may take long after the first has ended, whatever the site's WaitTime; neighbours in rank share
+            # a node, and a socket.
+            "srun_args": [
+                *(f"--cpus-per-task={profile.cpus_per_gpu}", "--kill-on-bad-exit=1"),
+                *("--wait=0", "--distribution=block:block"),
+            ],
             # Without requeue a site with JobRequeue=0 refuses to do it. `python -m` looks for modules in chdir first.
             "additional_parameters": {"requeue": True, "chdir": str(self.code)},
         }
+
+
+def _executor(folder: Path) -> "SlurmExecutor":
+    from submitit.core.utils import FailedSubmissionError
+    from submitit.slurm.slurm import SlurmExecutor
+
+    class Executor(SlurmExecutor):
+        """Finds the job's id among other words: submitit takes the first "job NUMBER", be it in a site's notice."""
+
+        @staticmethod
+        def _get_job_id_from_submission_command(string: str | bytes) -> str:
+            text = string if isinstance(string, str) else string.decode(errors="replace")
+            if (job_id := queue.submitted_id(text)) is None:
+                raise FailedSubmissionError(f"sbatch names no job: {queue.last_words(text)}")
+            return job_id
+
+    return Executor(folder, python=_PYTHON)

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from slurm import queue
+from slurm.environment import outside_any_job
+
 Requeue = Callable[[], str | None]
 Work = Callable[[Requeue], int]
 
@@ -34,9 +37,33 @@ class SlurmTask:
         # All GPUs of the node stay visible to each task, as Slurm gave them: Accelerate picks by LOCAL_RANK.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
-        code = self.work(requeue)
+        _keep_evidence()
+        answers: list[str | None] = []
+
+        def ask() -> str | None:
+            answers.append(requeue())
+            return answers[-1]
+
+        code = self.work(ask)
+        if os.environ["SLURM_PROCID"] == "0" and code in (0, 130) and not any(answers):
+            stay_away()
         if code not in (0, 130):
             raise JobFailed(f"exit code {code}")
+
+
+def _keep_evidence() -> None:
+    """Has NCCL say why it fails, and torch write what each process was waiting for, when a collective times out."""
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    # By default the files, one for each rank, would lie on the compute node. Older torch knows the first name alone.
+    path = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{_folder()}/{_job_id()}_nccl_rank_")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", path)
+
+
+def _folder() -> Path:
+    """Submitit's folder: the run's slurm/."""
+    return Path(os.environ["SUBMITIT_FOLDER"].replace("%j", _job_id()))
 
 
 def _job_id() -> str:
@@ -52,27 +79,61 @@ def _master_port() -> int:
     Processes of a node that Slurm took for dead may live on and still hold the port that they had.
     """
     attempt = f"{os.environ['SLURM_JOB_ID']}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    return random.Random(attempt).randrange(20_000, 60_000)
+    # Below the ports that the kernel hands out (from 32,768 on), one of which may be in use by anything.
+    return random.Random(attempt).randrange(20_000, 32_768)
 
 
 def requeue() -> str | None:
     """Queues this job again unless it has been cancelled; returns the id it comes back under, None if it does not.
 
-    To be called by one task while the job lives, whichever signal has come: a job that ends by itself in the grace time
-    of a preemption counts as completed, and Slurm does not bring it back.
+    To be called by one task while the job lives, whichever signal has come: before Slurm 24.05 a job that ends by
+    itself in the grace time of a preemption counts as completed, and Slurm does not bring it back.
     """
     job_id = _job_id()
     if shutil.which("scontrol") is None:
         return _resubmit(job_id)
-    before = _fields(job_id)
+    before = _fields("job", job_id)
     if before.get("JobState") == "COMPLETING":
         # Somebody was faster: Slurm itself has requeued it (then the end is open), or it has been cancelled.
         return job_id if before.get("EndTime") == "Unknown" else None
+    if _comes_back_by_itself(before):
+        return job_id
     # `incomplete`, for without it a job that is being cancelled would come back to life.
     subprocess.run(["scontrol", "requeue", "incomplete", job_id], check=False)
-    after = _fields(job_id)
+    after = _fields("job", job_id)
     came_back = after.get("Restarts") != before.get("Restarts") or after.get("JobState") == "PENDING"
     return job_id if came_back else _resubmit(job_id)
+
+
+def _comes_back_by_itself(job: dict[str, str]) -> bool:
+    """Whether Slurm queues this job again if it just ends: 24.05 and later do, in the grace time of a preemption.
+
+    Asked for it as well, they would do it twice: now, and when the job has ended the next time (see `stay_away`).
+    """
+    if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
+        return False
+    config = queue.config(timeout_s=None)
+    version = [int(part) for part in config.get("SLURM_VERSION", "").split(".")[:2] if part.isdecimal()]
+    # Where a quality of service decides what a preemption does, jobs cannot see it: then it is asked for.
+    by_partition = config.get("PreemptType") == "preempt/partition_prio"
+    requeues = by_partition and _fields("partition", job.get("Partition", "")).get("PreemptMode") == "REQUEUE"
+    # Slurm takes such an end for a failed launch, and holds the job for good when there have been too many of them.
+    launches = int(job.get("Restarts", "0")) + 2
+    return version >= [24, 5] and requeues and launches <= int(config.get("MaxBatchRequeue", "5"))
+
+
+def stay_away() -> None:
+    """Tells Slurm not to bring this job back when it ends now.
+
+    24.05 and later would do so with a job that has queued itself again in the grace time of an earlier preemption.
+    """
+    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if attempt == "0" or shutil.which("scontrol") is None:
+        return
+    job = _fields("job", _job_id())
+    # Slurm may have taken this node for dead and started the job elsewhere: that one shall come back.
+    if job.get("JobState") == "RUNNING" and job.get("Restarts") == attempt:
+        subprocess.run(["scontrol", "update", f"JobId={_job_id()}", "Requeue=0"], check=False)
 
 
 def _resubmit(job_id: str) -> str | None:
@@ -80,27 +141,23 @@ def _resubmit(job_id: str) -> str | None:
 
     Returns the new job's id, None if that is not possible either.
     """
-    folder = Path(os.environ["SUBMITIT_FOLDER"].replace("%j", job_id))
-    script, pickle = folder / f"{job_id}_submission.sh", folder / f"{job_id}_submitted.pkl"
+    script, pickle = (_folder() / f"{job_id}_{name}" for name in ("submission.sh", "submitted.pkl"))
     if shutil.which("sbatch") is None or not script.exists():
         print("the job cannot be queued again: there is neither scontrol nor sbatch on this node", flush=True)
         return None
-    command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", str(script)]
-    # Without this job's own variables, which sbatch would read as options.
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-    env |= {name: os.environ[name] for name in ("SLURM_CONF",) if name in os.environ}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        print(f"could not submit the job again: {done.stderr.strip()}", flush=True)
+    with outside_any_job():
+        done = queue.ask("sbatch", "--parsable", f"--dependency=afterany:{job_id}", str(script), timeout_s=None)
+    new_id = queue.submitted_id(done.stdout)
+    if done.returncode != 0 or new_id is None:
+        print(f"could not submit the job again: {queue.last_words(done.stdout + done.stderr)}", flush=True)
         return None
-    new_id = done.stdout.strip().split(";")[0]
     for path in (script, pickle):
         shutil.copy2(path, path.with_name(path.name.replace(job_id, new_id, 1)))
     return new_id
 
 
-def _fields(job_id: str) -> dict[str, str]:
-    """The job's fields as `scontrol show job` names them."""
-    command = ["scontrol", "--oneliner", "show", "job", job_id]
-    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+def _fields(kind: str, name: str) -> dict[str, str]:
+    """The fields of a job or a partition as `scontrol show` names them, up to the first space."""
+    # Slurm's tools ask a controller that is busy again and again: there is nothing better to do than to wait for it.
+    shown = queue.ask("scontrol", "--oneliner", "show", kind, name, timeout_s=None).stdout
     return dict(re.findall(r"([\w:/]+)=(\S*)", shown))

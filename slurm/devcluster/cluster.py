@@ -176,6 +176,9 @@ class DevCluster:
         self.run("mariadb-install-db", *data, "--skip-test-db", "--auth-root-authentication-method=normal")
         socket = self.dir / "mysql" / "socket"
         flags = [f"--socket={socket}", "--skip-networking", f"--pid-file={self.dir}/mysql/pid"]
+        # slurmdbd makes the database itself, once a connection to it has failed; but the client library of MariaDB 11.8
+        # then allows that connection no columns: "_check_mysql_concat_is_sane: null result".
+        flags += [f"--init-file={self.dir}/init.sql"]
         self._start("mariadbd", "mariadbd", *data, *flags, ready=socket.exists)
         self._start("slurmdbd", "slurmdbd", "-D", ready=self._accounting_answers)
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-# submitit draws torch's port from 20000 to 60000, the kernel its own from 32768 on: keep out of both.
+# Jobs draw torch's port from 20000 on (slurm/task.py), the kernel its own from 32768 on: keep out of both.
 PORT_RANGE = range(10_000, 20_000)
+DATABASE = "slurm_acct_db"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ def write_config(dir: Path, options: Options) -> None:
         os.mknod(dir / "gpu" / f"gpu{i}", 0o020666, os.makedev(1, 3))
     ports = free_ports(options.nodes + 2)
     _write(dir / "munge.key", os.urandom(128))
+    _write(dir / "init.sql", f"CREATE DATABASE IF NOT EXISTS {DATABASE};\n".encode())
     _write(dir / "slurmdbd.conf", render_slurmdbd_conf(dir, ports[1]).encode())
     _write(dir / "slurm.conf", render_slurm_conf(dir, options, ports).encode(), mode=0o644)
     _write(dir / "gres.conf", render_gres_conf(dir, options).encode(), mode=0o644)
@@ -154,6 +156,6 @@ def render_slurmdbd_conf(dir: Path, port: int) -> str:
         "StorageType=accounting_storage/mysql",
         "StorageHost=localhost",
         "StorageUser=root",
-        "StorageLoc=slurm_acct_db",
+        f"StorageLoc={DATABASE}",
     ]
     return "\n".join(lines) + "\n"

@@ -1,11 +1,12 @@
 """What a submission to a real Slurm shows, refuses and costs."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launching import launch
+from tests.launching import ROOT, launch
 from tests.slurm.site import TRAINING, Site
 
 pytestmark = pytest.mark.slurm
@@ -47,6 +48,14 @@ def test_an_salloc_runs_here_and_a_missing_controller_is_said(site: Site, tmp_pa
     missing = launch("train", "1d", "--cluster", "slurm", cwd=tmp_path, SLURM_CONF="/nowhere/slurm.conf")
     assert missing.code == 2
     assert "scontrol ping" in missing.err
+
+
+def test_a_job_submitted_from_within_an_salloc_gets_what_it_asks_for(site: Site) -> None:
+    """The salloc's memory for each CPU and the job's memory for each node would contradict each other."""
+    arguments = (*TRAINING, "--train.steps", 50, "--gpus", 2, "--name", "a", "--slurm.mem-gb", 1)
+    command = ["env", "WANDB_MODE=disabled", "OMP_NUM_THREADS=1", sys.executable, ROOT / "launch.py", *arguments]
+    site.cluster.run("salloc", f"--chdir={site.root}", "--mem-per-cpu=100", *map(str, command))
+    site.finish(site.root / "runs" / "1d" / "a")
 
 
 def test_submitting_does_not_import_torch(site: Site) -> None:

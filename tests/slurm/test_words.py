@@ -1,0 +1,231 @@
+"""What Slurm says is understood in the words of an old and a new version, with a site's own notices around them.
+
+The answers were recorded by record.py; the job ids are in its order.
+"""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from jobs.experiments import EXPERIMENTS, write
+from slurm import doctor, queue, task
+from slurm.place import OnSlurm
+from slurm.profile import Profile
+from slurm.submit import Submission
+from tests.launching import launch
+from tests.slurm.record import RECORDED
+
+DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING = map(str, range(1, 9))
+ALL = [DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING]
+VERSIONS = ["22.05.8", "24.11.5"]
+NOTICE = """
+*** On Tuesday the cluster rests: job 1 and all others will wait. ***
+CLUSTER: west
+7 jobs are yours
+ | scratch | is | 98 | % full |
+your job 3 has priority = 12, of MaxArraySize
+1|RUNNING|and|so|on|
+caf\u00e9
+"""
+
+
+class Tools:
+    """Slurm's commands, which print what a real Slurm has printed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = f"{folder}:/usr/bin:/bin"
+        folder.mkdir()
+
+    def write(self, name: str, script: str) -> None:
+        (self.folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (self.folder / name).chmod(0o755)
+
+    def notice(self) -> str:
+        """A file with a site's notice; its last letter is no UTF-8."""
+        path = self.folder / "notice"
+        path.write_bytes(NOTICE.encode("latin-1"))
+        return shlex.quote(str(path))
+
+    def replay(self, version: str, notice: bool, forgotten: bool = False) -> None:
+        """All commands as that version answers; squeue knows no job if they are `forgotten`."""
+        around = self.notice() if notice else ""
+
+        def show(name: str) -> str:
+            return f"cat {around} {shlex.quote(str(RECORDED / version / name))}.txt {around}"
+
+        active = show("squeue-active")
+        self.write("squeue", f"case $* in *exit_code*) {show('squeue')};; *) {active};; esac")
+        if forgotten:
+            self.write("squeue", f"cat {around} /dev/null")
+        self.write("sacct", show("sacct"))
+        self.write("sinfo", show("sinfo"))
+        answers = {"ping": "echo 'Slurmctld(primary) at here is UP'"}
+        answers |= {kind: show(f"scontrol-{kind}") for kind in ("config", "partition", "job")}
+        self.write("scontrol", f"case $* in {' '.join(f'*{kind}*) {show};;' for kind, show in answers.items())} esac")
+        self.write("sbatch", f"cat > /dev/null; {show('sbatch')}")
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tools:
+    tools = Tools(tmp_path / "tools")
+    monkeypatch.setenv("PATH", tools.path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return tools
+
+
+either = pytest.mark.parametrize("version", VERSIONS)
+quiet_or_not = pytest.mark.parametrize("notice", [False, True], ids=["bare", "with notices"])
+
+
+@either
+@quiet_or_not
+def test_squeue(version: str, notice: bool, tools: Tools) -> None:
+    tools.replay(version, notice)
+    tools.write("sacct", "exit 1")
+    found = queue.look(ALL)
+    assert found == {
+        DONE: queue.JobState("COMPLETED", nodes="n1"),
+        FAILED: queue.JobState("FAILED", nodes="n1"),
+        TASK_KILLED: queue.JobState("FAILED", nodes="n1", signal="SIGKILL"),
+        SHELL_KILLED: queue.JobState("FAILED", nodes="n1", signal="SIGKILL"),
+        CANCELLED: queue.JobState("CANCELLED", nodes="n2", signal="SIGTERM"),
+        f"{ARRAY}_0": queue.JobState("COMPLETED", nodes="n2"),
+        f"{ARRAY}_1": queue.JobState("FAILED", nodes="n2"),
+        RUNNING: queue.JobState("RUNNING", nodes="n[1-2]"),
+        f"{WAITING}_3": queue.JobState("PENDING", "Resources"),
+        f"{WAITING}_4": queue.JobState("PENDING", "Resources"),
+    }
+    assert queue.active(ALL) == {RUNNING: "RUNNING", f"{WAITING}_3": "PENDING", f"{WAITING}_4": "PENDING"}
+
+
+@either
+@quiet_or_not
+def test_sacct(version: str, notice: bool, tools: Tools) -> None:
+    tools.replay(version, notice, forgotten=True)
+    found = queue.look(ALL)
+    assert {job_id: (job.state, job.signal) for job_id, job in found.items()} == {
+        DONE: ("COMPLETED", ""),
+        FAILED: ("FAILED", ""),
+        TASK_KILLED: ("FAILED", "SIGKILL"),
+        SHELL_KILLED: ("FAILED", "SIGKILL"),
+        CANCELLED: ("CANCELLED", "SIGTERM"),
+        f"{ARRAY}_0": ("COMPLETED", ""),
+        f"{ARRAY}_1": ("FAILED", ""),
+    }
+    assert queue.active(ALL) == {}
+
+
+@either
+@quiet_or_not
+def test_scontrol_and_sinfo(version: str, notice: bool, tools: Tools, tmp_path: Path) -> None:
+    tools.replay(version, notice)
+    assert queue.has_slurm()
+    assert queue.max_array_size() == 1001
+    job = task._fields("job", RUNNING)
+    assert (job["JobState"], job["Restarts"], job["PreemptTime"], job["Requeue"]) == ("RUNNING", "0", "None", "1")
+    profile = Profile(gpus_per_node=4, cpus_per_gpu=1)
+    place = OnSlurm(4, profile, on_gpus=True, name="a", folder=tmp_path, code=tmp_path)
+    found = {finding.what: finding.level for finding in doctor.examine(place, job=None)}  # type: ignore[arg-type]
+    assert found.pop("KillWait=5: a cancelled job has 5 s to save") == "warning"
+    assert set(found.values()) == {"ok"}, found
+    assert f"Slurm {version}" in found
+    assert "GPUs of a node in low: 4, asked for 4" in found
+    assert "nodes of low that are up: 2, asked for 1" in found
+
+
+@pytest.mark.parametrize("shown", ["sbatch", "sbatch-parsable"])
+@either
+def test_sbatch(version: str, shown: str) -> None:
+    answer = (RECORDED / version / f"{shown}.txt").read_text()
+    expected = {"sbatch": "9", "sbatch-parsable": "10"}[shown]
+    assert queue.submitted_id(answer) == expected
+    assert queue.submitted_id(NOTICE + answer + NOTICE) == expected
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [("17;west\n", "17"), ("Submitted batch job 17 on cluster west\n", "17"), (NOTICE, None), ("", None)],
+)
+def test_sbatch_of_several_clusters_and_of_none(shown: str, expected: str | None) -> None:
+    assert queue.submitted_id(shown) == expected
+
+
+@either
+def test_a_submission_among_notices(version: str, tools: Tools, tmp_path: Path) -> None:
+    tools.replay(version, notice=True)
+    (tools.folder / "notice").write_text(NOTICE)  # submitit takes nothing but UTF-8
+    submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
+    assert submission.submit() == "9"
+    assert (tmp_path / "slurm" / "9_submitted.pkl").exists()
+
+
+def test_a_refusal_among_notices(tools: Tools, tmp_path: Path) -> None:
+    refusal = "sbatch: error: Batch job submission failed: Invalid account"
+    tools.write("sbatch", f"(cat {tools.notice()}; echo {refusal}; echo See you.) >&2; exit 1")
+    submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=f"Slurm refuses the job: {refusal}$"):
+        submission.check()
+    tools.write("sbatch", "exit 1")
+    with pytest.raises(ValueError, match="Slurm refuses the job: no answer"):
+        submission.check()
+
+
+@either
+def test_a_job_that_submits_itself_again_among_notices(
+    version: str, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.replay(version, notice=True)
+    tools.write("sbatch", f"cat {tools.notice()} {RECORDED}/{version}/sbatch-parsable.txt {tools.notice()}")
+    (tools.folder / "scontrol").unlink()
+    (tools.folder / "cat").symlink_to("/bin/cat")
+    monkeypatch.setenv("PATH", str(tools.folder))  # the real scontrol is hidden, too
+    monkeypatch.setenv("SLURM_JOB_ID", RUNNING)
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    for name in ("submission.sh", "submitted.pkl"):
+        (tmp_path / f"{RUNNING}_{name}").write_text(name)
+    assert task.requeue() == "10"
+    assert (tmp_path / "10_submission.sh").read_text() == "submission.sh"
+    assert (tmp_path / "10_submitted.pkl").read_text() == "submitted.pkl"
+
+
+@either
+@quiet_or_not
+def test_status_logs_and_cancel(version: str, notice: bool, tools: Tools, tmp_path: Path) -> None:
+    tools.replay(version, notice)
+    expected = {RUNNING: "running", TASK_KILLED: "failed", CANCELLED: "cancelled", f"{WAITING}_3": "requeued"}
+    for job_id in expected:
+        run = tmp_path / "runs" / "1d" / f"job-{job_id}"
+        (run / "slurm").mkdir(parents=True)
+        (run / "experiment.json").write_text(write("1d", EXPERIMENTS["1d"].preset))
+        (run / "launch.json").write_text(json.dumps({"job_ids": [job_id], "host": "elsewhere"}))
+        said = {"state": "running", "step": 7, "total": 9, "updated": "2026-01-01T00:00:00.000+00:00"}
+        (run / "status.json").write_text(json.dumps(said))
+        (run / "slurm" / f"{job_id}_0_log.out").write_text("Hello\n")
+    environment = {"PATH": tools.path}
+    shown = launch("status", "--json", cwd=tmp_path, **environment)
+    assert (shown.code, shown.err) == (0, "")
+    states = {entry["run"]: entry["state"] for entry in json.loads(shown.out)}
+    assert states == {f"1d/job-{job_id}": state for job_id, state in expected.items()}
+    followed = launch("logs", f"1d/job-{TASK_KILLED}", "--follow", cwd=tmp_path, **environment)
+    assert (followed.code, followed.out) == (0, "Hello\n"), followed
+    ended = launch("cancel", f"1d/job-{TASK_KILLED}", cwd=tmp_path, **environment)
+    assert (ended.code, ended.err) == (2, f"error: runs/1d/job-{TASK_KILLED} is not running: it is failed\n")
+
+
+def test_what_people_set_for_their_eyes_does_not_count(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools.write("squeue", f'[ -z "$SQUEUE_PARTITION" ] && cat {RECORDED}/24.11.5/squeue-active.txt')
+    monkeypatch.setenv("SQUEUE_PARTITION", "mine")
+    assert queue.active([RUNNING]) == {RUNNING: "RUNNING"}
+
+
+def test_ports_are_below_those_that_the_kernel_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = set()
+    for job_id in range(1000):
+        monkeypatch.setenv("SLURM_JOB_ID", str(job_id))
+        ports.add(task._master_port())
+    assert 20_000 <= min(ports) < 20_500
+    assert 32_000 < max(ports) < 32_768
+    assert len(ports) > 900
