@@ -11,11 +11,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.comparison import Alternative, Measurements, Row, limit, ratio
 from benchmarks.sampling import planned
 from benchmarks.tracking import timed
+
+if TYPE_CHECKING:
+    from benchmarks.device import Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch, accelerate, numpy, denoising_diffusion_pytorch"
@@ -56,12 +59,21 @@ def peak_memory(*arguments: object, cwd: Path) -> float:
     return int(printed) / 1000
 
 
-def large_sets(run: Path) -> Iterator[Row]:
+def devices(device: "Kind") -> int:
+    """How many processes this machine can give a device of its own."""
+    if device == "cpu":
+        return os.cpu_count() or 1
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def large_sets(run: Path, device: "Kind") -> Iterator[Row]:
     """A million samples of a trained 1d: memory of the command, time of the sampling phase, W1 of the samples."""
     with copied(run) as copy:
-        drawn = ("sample", copy, "--sampler", "dpm++", "--steps", 3, "--device", "cpu", "--cluster", "local")
+        drawn = ("sample", copy, "--sampler", "dpm++", "--steps", 3, "--device", device, "--cluster", "local")
         peaks = [peak_memory(*drawn, "--num-samples", n, "--name", f"of-{n}", cwd=copy) for n in (1000, SAMPLES_1D)]
-        alternative = Alternative(sampling_phase, copy)
+        alternative = Alternative(sampling_phase, copy, device)
         try:
             phase = alternative.measure()
         finally:
@@ -72,7 +84,7 @@ def large_sets(run: Path) -> Iterator[Row]:
     yield limit("their W1 to the exact mixture", "", [phase["w1"]], 0.01)
 
 
-def sampling_phase(run: Path) -> Measurements:
+def sampling_phase(run: Path, device: "Kind") -> Measurements:
     """What a sampling job of a process does after its imports: loads the model, draws shards and writes them."""
     import numpy as np
     import torch
@@ -89,23 +101,23 @@ def sampling_phase(run: Path) -> Measurements:
     _, config = RunFolder(run).read_experiment()
     if not isinstance(config, Gaussian1dConfig):
         raise ValueError(f"{run} must be a run of 1d")
-    asked = planned(run, SAMPLES_1D, "dpm++", STEPS_1D)
+    asked = planned(run, "dpm++", STEPS_1D, SAMPLES_1D)
     asked.write_manifest()
     with SignalWatch() as signals:
         started = time.perf_counter()
-        sample(asked, asked.missing(), "cpu", signals, show_progress=False)
+        sample(asked, asked.missing(), device, signals, show_progress=False)
         seconds = time.perf_counter() - started
     drawn = np.concatenate([np.load(asked.shard_path(shard)) for shard in range(asked.num_shards)])
     assert len(drawn) == SAMPLES_1D
     yield {"seconds": seconds, "w1": wasserstein1(torch.from_numpy(drawn), Mixture.of(config.data))}
 
 
-def digits(run: Path) -> Iterator[Row]:
+def digits(run: Path, device: "Kind") -> Iterator[Row]:
     """Ten thousand digits of a trained mnist-small, from the start of the command to its end."""
-    for processes in (1, 2):
+    for processes in (1, 2) if devices(device) > 1 else (1,):
         with copied(run) as copy:
             drawn = ("sample", copy, "--num-samples", 10_000, "--sampler", "ddpm", "--steps", 20)
-            where = ("--device", "cpu", "--cluster", "local", "--gpus", processes)
+            where = ("--device", device, "--cluster", "local", "--gpus", processes)
             seconds = command(*drawn, *where, cwd=copy)
         yield limit(f"10,000 digits by `ddpm` 20, the whole command, `--gpus {processes}`", "s", [seconds], 240)
 
@@ -158,7 +170,7 @@ def submission(rounds: int) -> Iterator[Row]:
 
 
 def overhead(rounds: int) -> Iterator[Row]:
-    """The share of a step that is not forward pass, backward pass and optimizer, tracking offline.
+    """The share of a step that is not forward pass, backward pass and optimizer, tracking offline; on a CPU.
 
     Noise is not drawn by a thread here but when it is needed: on a CPU the thread takes its time from the step anyway,
     now inside the passes, now outside.
@@ -202,22 +214,25 @@ def overhead_of(experiment: str, steps: int) -> Measurements:
     yield {"percent": 100 * (1 - seconds["compute"] / seconds["steps"])}
 
 
-def scaling(rounds: int) -> Iterator[Row]:
+def scaling(rounds: int, device: "Kind") -> Iterator[Row]:
     """Two processes against one, one thread each: the same batch, divided, as steps and shards tell it themselves."""
+    if devices(device) < 2:
+        print("scaling needs two GPUs; it is left out", file=sys.stderr)
+        return
     found: dict[str, dict[int, list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         for i in range(rounds):
             for processes in (1, 2):
-                for what, rate in _rates(Path(name), f"run{i}-{processes}", processes).items():
+                for what, rate in _rates(Path(name), f"run{i}-{processes}", processes, device).items():
                     found.setdefault(what, {1: [], 2: []})[processes].append(rate)
     for what, rates in found.items():
         at_least = 1.9 if what.startswith("sampling") else 1.75
         yield ratio(f"{what}, 2 processes against 1", "images/s", rates[2], rates[1], "1 process", at_least)
 
 
-def _rates(folder: Path, name: str, processes: int) -> dict[str, float]:
+def _rates(folder: Path, name: str, processes: int, device: "Kind") -> dict[str, float]:
     """Images per second of short trainings and of sampling the small network."""
-    where = ("--cluster", "local", "--device", "cpu", "--gpus", processes)
+    where = ("--cluster", "local", "--device", device, "--gpus", processes)
     rates = {}
     for experiment, steps, log_every in (("mnist", 16, 2), ("mnist-small", 150, 20)):
         # Few timesteps: a training draws digits at its end, and each of its steps takes one timestep of an image.

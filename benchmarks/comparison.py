@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 Measurements = Generator[dict[str, float], None, None]
@@ -115,12 +116,19 @@ def machine() -> dict[str, object]:
     """What the numbers depend on."""
     import torch  # here, because the processes that are measured import it in their own time
 
-    return {
+    found: dict[str, object] = {
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    if torch.cuda.is_available():
+        gpu, driver = torch.cuda.get_device_properties(0), Path("/sys/module/nvidia/version")
+        found["gpu"] = f"{gpu.name}, {gpu.total_memory // 2**20:,} MB"
+        found["gpus"] = torch.cuda.device_count()
+        found["driver"] = driver.read_text().strip() if driver.exists() else "unknown"
+        found["cuda"], found["cudnn"] = torch.version.cuda, torch.backends.cudnn.version()
+    return found
 
 
 def table(rows: list[Row]) -> str:

@@ -2,23 +2,30 @@
 
 A step of p processes with b images each takes
 
-    step(p) = compute + exposed
+    step(p) = work + exposed
+    work = max(compute, launches)
     compute = b F / R
-    exposed = max(0, 2 (p - 1) / p G / W + 2 (p - 1) L - compute / 2)
+    launches = N l
+    exposed = max(0, 2 (p - 1) / p G / W + 2 (p - 1) L - work / 2)
 
-where F is the arithmetic of an image, forward and backward (counted), R the rate of it on this machine's device
-(measured at b, unless --tflops assumes one), G the bytes of the gradients that a ring all-reduce sums (counted), W the
-bandwidth and L the latency of a hop of that ring (assumed). DDP sends gradients during most of the backward pass, which
-is two thirds of the compute: half of the compute is taken to hide them. Clipping, AdamW and the moving average, which
-take the same time however many processes there are, are left out. F counts all that is computed, also what attention
-computes for pairs of heads and throws away.
+where F is the arithmetic of an image, forward and backward (counted), R the rate of it (assumed by --tflops), N the
+operations of a step, each of which the host has to launch (counted), l the time that it takes to launch one (assumed by
+--launch-us), G the bytes of the gradients that a ring all-reduce sums (counted), W the bandwidth and L the latency of a
+hop of that ring (assumed). A GPU computes while the host launches what comes next, so the slower of both decides.
+Without --tflops the passes are measured on this machine's device at b, launches and all.
+
+DDP sends gradients during most of the backward pass, which is two thirds of the work: half of the work is taken to hide
+them. F counts all that is computed, also what attention computes for pairs of heads and throws away. N counts an
+operation once that takes two or three kernels, and leaves out what DDP copies into its buckets and back. A CPU counts
+it, in bf16, whose autocast converts less than CUDA's: on a GPU it is a little more.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,12 +46,45 @@ NODE = Network("inside a node: 200 GB/s, 5 us", 200e9, 5e-6)
 CLUSTER = Network("between nodes: 20 GB/s, 10 us", 20e9, 10e-6)
 CASES = ((8, 128, NODE), (64, 128, CLUSTER), (8, 16, NODE), (64, 2, CLUSTER))
 """Processes, images of each in a step, and what connects them."""
+ASSUMED_LAUNCH_US = 8.0
+"""Microseconds of a launch from Python, with autograd and autocast, on a good server's core."""
 
 
-def exposed(processes: int, compute: float, gradient_bytes: float, network: Network) -> float:
+def exposed(processes: int, work: float, gradient_bytes: float, network: Network) -> float:
     """Seconds of a ring all-reduce that the backward pass does not hide."""
     hops = 2 * (processes - 1)
-    return max(0.0, hops / processes * gradient_bytes / network.bandwidth + hops * network.latency - compute / 2)
+    return max(0.0, hops / processes * gradient_bytes / network.bandwidth + hops * network.latency - work / 2)
+
+
+def work(compute: float, launches: int, launch_s: float) -> float:
+    """Seconds of a step without communication: of the device's arithmetic, or of the host that launches it."""
+    return max(compute, launches * launch_s)
+
+
+def launches_of(call: Callable[[], object]) -> int:
+    """The operations of a call that a GPU has to be told of: those that make new values or change old ones."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    launched = 0
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal launched
+            result = function(*args, **(kwargs or {}))
+            # A view is another look at the same memory, and memory that is only reserved holds no values.
+            before, after = (
+                {leaf.untyped_storage()._cdata for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+                for tree in ((args, kwargs), result)
+            )
+            reserves = "empty" in function._schema.name
+            launched += function._schema.is_mutable or bool(after - before and not reserves)
+            return result
+
+    with Counter():
+        call()
+    return launched
 
 
 def flops_of_an_image(training: "Training") -> float:
@@ -78,7 +118,13 @@ def _pass(training: "Training", examples: "list[Tensor]") -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tflops", type=float, help="the rate R of a device that is not at hand, in TFLOP/s")
+    parser.add_argument("--tflops", type=float, help="assume this rate R, in TFLOP/s, of a device that is not at hand")
+    parser.add_argument(
+        "--launch-us",
+        type=float,
+        default=ASSUMED_LAUNCH_US,
+        help="assume this time of a launch, in microseconds, with --tflops (default: %(default)s)",
+    )
     options = parser.parse_args()
 
     from jobs.experiments import EXPERIMENTS
@@ -91,26 +137,31 @@ def main() -> None:
     preset = EXPERIMENTS["mnist"].preset
     preset.prepare(print)
     kind = resolve_device("auto", None)
-    precision = resolve_precision(preset.train.precision, kind)
+    precision = resolve_precision("bf16" if options.tflops else preset.train.precision, kind)
     training = Training(preset.build(), preset.train, start(1, kind, precision))
-    flops = flops_of_an_image(training)
+    training.update()  # the first one also makes the optimizer's state
+    flops, launches = flops_of_an_image(training), launches_of(training.update)
     gradients = 4 * sum(weights.numel() for weights in training.raw.network.parameters())
-    print(f"F = {flops / 1e9:.3g} GFLOP, G = {gradients / 1e6:.3g} MB")
+    print(f"F = {flops / 1e9:.3g} GFLOP, G = {gradients / 1e6:.3g} MB, N = {launches:,}")
 
     @cache
-    def compute_of(images: int) -> float:
-        return images * flops / (options.tflops * 1e12) if options.tflops else seconds_of(training, images)
+    def work_of(images: int) -> float:
+        if not options.tflops:
+            return seconds_of(training, images)
+        return work(images * flops / (options.tflops * 1e12), launches, options.launch_us / 1e6)
 
-    where = f"assumed, R = {options.tflops:g} TFLOP/s" if options.tflops else f"measured here, {kind} in {precision}"
-    print(f"\n| processes x images | compute ({where}) | exposed | step | images/s | efficiency |")
-    print("|---|---|---|---|---|---|")
+    assumed = f"assumed: R = {options.tflops:g} TFLOP/s, l = {options.launch_us:g} us" if options.tflops else ""
+    print(f"\n| processes x images | work ({assumed or f'measured here, {kind} in {precision}'}) | ", end="")
+    print("exposed | step | images/s | efficiency |\n|---|---|---|---|---|---|")
     for processes, images, network in CASES:
-        compute = compute_of(images)
-        waiting = exposed(processes, compute, gradients, network)
-        step = compute + waiting
+        seconds = work_of(images)
+        waiting = exposed(processes, seconds, gradients, network)
+        step = seconds + waiting
+        # An ideal GPU would need no more than its arithmetic, or, where that is not known, wait for nobody.
+        ideal = images * flops / (options.tflops * 1e12) if options.tflops else seconds
         print(
-            f"| {processes} x {images}, {network.name} | {1e3 * compute:.3g} ms | {1e3 * waiting:.3g} ms "
-            f"| {1e3 * step:.3g} ms | {processes * images / step:,.0f} | {compute / step:.2f} |"
+            f"| {processes} x {images}, {network.name} | {1e3 * seconds:.3g} ms | {1e3 * waiting:.3g} ms "
+            f"| {1e3 * step:.3g} ms | {processes * images / step:,.0f} | {ideal / step:.2f} |"
         )
 
 

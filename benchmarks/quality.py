@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.commands import command
 from benchmarks.comparison import Alternative, Measurements, Row, machine
-from benchmarks.training import png_folder
+from benchmarks.peers import png_folder
 from diffusion.settings import MnistSettings
 
 if TYPE_CHECKING:
@@ -118,14 +118,14 @@ def draw(model: "GaussianDiffusion") -> "NDArray[np.uint8]":
     return (torch.cat(batches)[:SAMPLES] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
-def frechet(samples: "NDArray[np.uint8]") -> float:
-    """The distance that `evaluate` prints for these samples, uint8 [n, 28, 28, 1]."""
+def frechet(samples: "NDArray[np.uint8]", experiment: str = "mnist-small", *, real: bool = False) -> float:
+    """The distance that `evaluate` prints for these samples, uint8 [n, 28, 28, 1], or for as many real digits."""
     from diffusion.evaluation import Drawn, unpack
     from jobs.experiments import EXPERIMENTS
 
-    entry = EXPERIMENTS["mnist-small"]
+    entry = EXPERIMENTS[experiment]
     evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler), {"seed": 0, "sha256": {}})
-    return unpack(evaluator.units()["features"].compute()["frechet"]).value
+    return unpack(evaluator.units()[f"features-real-{len(samples)}" if real else "features"].compute()["frechet"]).value
 
 
 def ours(steps: int, folder: Path) -> tuple[float, float]:

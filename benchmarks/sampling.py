@@ -1,4 +1,4 @@
-"""Sampling speed of a trained mnist-small: our samplers against the library's, on the same network.
+"""Sampling speed of a trained run of digits: our samplers against the library's, on the same network and sub-batches.
 
 `sample()` of the library with its defaults takes 1,000 ancestral steps; which of our settings are as good is in the
 table of README, from `evaluate --all`.
@@ -12,47 +12,51 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.comparison import Alternative, Measurements, Row, in_turn, ratio
 
 if TYPE_CHECKING:
+    from benchmarks.device import Kind
     from diffusion.model import DiffusionModel, Experiment
     from jobs.samples import SampleSet
 
-BATCH_SIZE = 64
 AS_GOOD_AS_1000 = {20: "Frechet distance", 50: "every metric"}
-"""Ancestral steps whose 2,000 digits lie within the interval of those of 1,000 steps (README), and by which measure."""
+"""Ancestral steps of which 2,000 digits of `mnist-small` lie within the interval of those of 1,000 steps (README), and
+by which measure."""
 
 
-def ours(run: Path, sampler: str, steps: int) -> Measurements:
+def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     """Sub-batches as the sampling job draws them."""
     import torch
 
+    from benchmarks.device import resolve_precision, wait
     from jobs.memory import keep_freed_memory
-    from jobs.numerics import resolve_precision
     from jobs.sample import draw
 
     keep_freed_memory()  # as each of our jobs does
-    samples = planned(run, BATCH_SIZE, sampler, steps)
-    experiment, model = _load(samples)
-    precision, first = resolve_precision("auto", "cpu"), 0
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+    samples = planned(run, sampler, steps)
+    experiment, model = _load(samples, device)
+    precision, first, n = resolve_precision("auto", device), 0, samples.settings.sub_batch_size
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         while True:
+            wait(device)
             started = time.perf_counter()
-            x0 = draw(model.predict, model.alphas_cumprod, experiment, samples.settings, first, first + BATCH_SIZE)
-            experiment.to_array(x0)
-            yield {"images_per_s": BATCH_SIZE / (time.perf_counter() - started)}
-            first += BATCH_SIZE
+            x0 = draw(model.predict, model.alphas_cumprod, experiment, samples.settings, first, first + n)
+            experiment.to_array(x0)  # in the host's memory, so the device has finished
+            yield {"images_per_s": n / (time.perf_counter() - started)}
+            first += n
 
 
-def library(run: Path, steps: int | None) -> Measurements:
+def library(run: Path, device: "Kind", steps: int | None) -> Measurements:
     """`GaussianDiffusion.sample` around the library's U-Net; `steps` below 1,000 is its DDIM, None its default."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from torch import Tensor, nn
 
+    from benchmarks.device import wait
     from diffusion.mnist import Mnist, MnistModel, library_unet
 
-    experiment, model = _load(planned(run, BATCH_SIZE, "ddim", 50))
+    samples = planned(run, "ddim", 50)
+    experiment, model = _load(samples, device)
     assert isinstance(experiment, Mnist) and isinstance(model, MnistModel)
-    unet = library_unet(experiment.model_settings).eval()
+    unet, n = library_unet(experiment.model_settings).eval(), samples.settings.sub_batch_size
     unet.load_state_dict(model.network.state_dict())
-    model.network = unet
+    model.network = unet.to(device)
 
     class Network(nn.Module):
         """The model with what the library asks of a network."""
@@ -68,29 +72,41 @@ def library(run: Path, steps: int | None) -> Measurements:
             return model.predict(x, t)
 
     peer: Any = GaussianDiffusion(
-        Network(), image_size=28, objective="pred_noise", beta_schedule="linear", sampling_timesteps=steps
-    )
+        Network(),
+        image_size=28,
+        timesteps=len(model.alphas_cumprod),
+        objective="pred_noise",
+        beta_schedule="linear",
+        sampling_timesteps=steps,
+    ).to(device)
     while True:
+        wait(device)
         started = time.perf_counter()
-        peer.sample(batch_size=BATCH_SIZE)
-        yield {"images_per_s": BATCH_SIZE / (time.perf_counter() - started)}
+        peer.sample(batch_size=n)
+        wait(device)
+        yield {"images_per_s": n / (time.perf_counter() - started)}
 
 
-def rows(rounds: int, run: Path) -> Iterator[Row]:
+def rows(rounds: int, run: Path, device: "Kind", small: bool) -> Iterator[Row]:
     """Our ancestral sampler against the library's defaults, and DDIM against DDIM."""
-    alternatives = {f"ours {steps}": Alternative(ours, run, "ddpm", steps) for steps in AS_GOOD_AS_1000}
-    # A minute or more for each round of 1,000 evaluations: there the first ones count for nothing.
-    found = in_turn({**alternatives, "default": Alternative(library, run, None)}, rounds, warm_up=False)
+    alternatives = {f"ours {steps}": Alternative(ours, run, device, "ddpm", steps) for steps in AS_GOOD_AS_1000}
+    # Many seconds for each round of 1,000 evaluations: there the first ones count for nothing.
+    found = in_turn({**alternatives, "default": Alternative(library, run, device, None)}, rounds, warm_up=False)
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
+    targets = device == "cpu" and not small
     for steps, judged in AS_GOOD_AS_1000.items():
         what = f"sampling, `ddpm` {steps} (as good by {judged})"
-        yield ratio(what, "images/s", speeds[f"ours {steps}"], speeds["default"], "`sample()`, 1,000", 60)
-    found = in_turn({"ours": Alternative(ours, run, "ddim", 50), "ddim": Alternative(library, run, 50)}, rounds)
+        at_least = 60 if targets else None
+        yield ratio(what, "images/s", speeds[f"ours {steps}"], speeds["default"], "`sample()`, all timesteps", at_least)
+    pair = {"ours": Alternative(ours, run, device, "ddim", 50), "ddim": Alternative(library, run, device, 50)}
+    found = in_turn(pair, rounds)
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
-    yield ratio("sampling, `ddim` 50", "images/s", speeds["ours"], speeds["ddim"], "library's DDIM 50", 1.5)
+    yield ratio(
+        "sampling, `ddim` 50", "images/s", speeds["ours"], speeds["ddim"], "library's DDIM 50", 1.5 if targets else None
+    )
 
 
-def planned(run: Path, num_samples: int, sampler: Any, steps: int) -> "SampleSet":
+def planned(run: Path, sampler: Any, steps: int, num_samples: int = 64) -> "SampleSet":
     """A set of samples of the run's newest weights, of which nothing is written yet."""
     from diffusion.settings import SamplerSettings
     from jobs import samples
@@ -108,11 +124,11 @@ def planned(run: Path, num_samples: int, sampler: Any, steps: int) -> "SampleSet
     )
 
 
-def _load(samples: "SampleSet") -> "tuple[Experiment, DiffusionModel]":
+def _load(samples: "SampleSet", device: "Kind") -> "tuple[Experiment, DiffusionModel]":
     """What draws it."""
     import torch
 
     from jobs.run_folder import RunFolder
     from jobs.sample import load_model
 
-    return load_model(RunFolder(samples.run), samples.settings, torch.device("cpu"))
+    return load_model(RunFolder(samples.run), samples.settings, torch.device(device))

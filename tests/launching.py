@@ -29,8 +29,11 @@ class Finished:
     err: str
 
 
-def start(*arguments: object, cwd: Path, **env: str) -> "subprocess.Popen[str]":
-    """Starts `launch.py ARGUMENTS` in a session of its own."""
+def start(*arguments: object, cwd: Path, see_gpus: bool = False, **env: str) -> "subprocess.Popen[str]":
+    """Starts `launch.py ARGUMENTS` in a session of its own, where there is no GPU unless the command may see them.
+
+    What a test expects must not depend on the machine that it runs on.
+    """
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
@@ -41,6 +44,7 @@ def start(*arguments: object, cwd: Path, **env: str) -> "subprocess.Popen[str]":
             "COLUMNS": "200",
             "WANDB_MODE": "disabled",
             "LAUNCHED_AS": mark,
+            **({} if see_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
             **env,
         },
         stdin=subprocess.DEVNULL,
@@ -68,14 +72,14 @@ def finish(process: "subprocess.Popen[str]", timeout_s: float = 300) -> Finished
     return Finished(process.returncode, out, err)
 
 
-def launch(*arguments: object, cwd: Path, **env: str) -> Finished:
+def launch(*arguments: object, cwd: Path, see_gpus: bool = False, **env: str) -> Finished:
     """Runs `launch.py ARGUMENTS` to its end."""
-    return finish(start(*arguments, cwd=cwd, **env))
+    return finish(start(*arguments, cwd=cwd, see_gpus=see_gpus, **env))
 
 
-def done(*arguments: object, cwd: Path, **env: str) -> Finished:
+def done(*arguments: object, cwd: Path, see_gpus: bool = False, **env: str) -> Finished:
     """Runs a command that must succeed."""
-    ended = launch(*arguments, cwd=cwd, **env)
+    ended = launch(*arguments, cwd=cwd, see_gpus=see_gpus, **env)
     assert ended.code == 0, ended
     return ended
 

@@ -1,0 +1,77 @@
+"""How busy a GPU is in a step of training `mnist`, and with what: what torch's profiler has recorded of some steps."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from benchmarks.comparison import Alternative, Measurements, Row, limit
+
+if TYPE_CHECKING:
+    from benchmarks.device import Kind
+
+STEPS, SHOWN = 5, 12
+
+
+def rows(device: "Kind", small: bool) -> Iterator[Row]:
+    """What a step asks the device to do, counted and recorded, and what takes most of its time."""
+    alternative = Alternative(recorded, device, small)
+    try:
+        found = alternative.measure()
+    finally:
+        alternative.close()
+    for what, unit in (
+        ("operations of a step that the host has to launch, counted", ""),
+        ("kernels of a step, recorded", ""),
+        ("a step, being recorded", "ms"),
+        ("the kernels of a step", "ms"),
+        ("share of a step in which the GPU is busy", ""),
+    ):
+        if what in found:
+            yield limit(what, unit, [found.pop(what)], None)
+    for what, milliseconds in found.items():
+        yield limit(what, "ms a step", [milliseconds], None)
+
+
+def recorded(device: "Kind", small: bool) -> Measurements:
+    """The quantities of `rows`, and milliseconds by the name of a kernel, of an operator where there is no GPU."""
+    import time
+
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.device import resolve_precision, start, wait
+    from benchmarks.peers import experiment
+    from benchmarks.prediction import launches_of
+    from jobs.memory import keep_freed_memory
+    from jobs.settings import TrainSettings
+    from jobs.training import Training
+
+    keep_freed_memory()
+    settings = TrainSettings(steps=1_000_000, batch_size=16 if small else 128, lr=1e-4)
+    world = start(1, device, resolve_precision("auto", device))
+    training = Training(experiment(8 if small else 64), settings, world)
+    for _ in range(2 if small else 10):
+        training.update()
+    launches = launches_of(training.update)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    wait(device)
+    with profile(activities=activities) as recording:
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            training.update()
+        wait(device)
+        seconds = time.perf_counter() - started
+    found = {"operations of a step that the host has to launch, counted": float(launches)}
+    found["a step, being recorded"] = 1e3 * seconds / STEPS
+    times: Counter[str] = Counter()
+    if device == "cuda":
+        events = [e for e in recording.events() or [] if e.device_type.name == "CUDA"]
+        for event in events:
+            times[event.name] += event.device_time_total / 1e3 / STEPS
+        found["kernels of a step, recorded"] = len(events) / STEPS
+        found["the kernels of a step"] = sum(times.values())
+        # There is one stream, so no two kernels run at once.
+        found["share of a step in which the GPU is busy"] = sum(times.values()) * STEPS / 1e3 / seconds
+    else:
+        for average in recording.key_averages():
+            times[average.key] += average.self_cpu_time_total / 1e3 / STEPS
+    yield {**found, **{f"`{name[:90]}`": spent for name, spent in times.most_common(SHOWN)}}

@@ -1,0 +1,89 @@
+"""Jobs of processes that train `mnist` a few steps, on a GPU the network that its users train."""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+
+from diffusion.settings import UnetSettings
+from jobs.experiments import EXPERIMENTS, MnistConfig
+from jobs.numerics import Kind
+from jobs.training import Training
+from jobs.world import World, start
+
+
+def dim(device: Kind) -> int:
+    """Channels of the network: on a GPU those of `mnist`, whose kernels are what is tested."""
+    return 64 if device == "cuda" else 8
+
+
+def training(device: Kind, mnist_root: Path, world: World) -> Training:
+    """Of `mnist`, in batches that two processes can divide."""
+    preset = EXPERIMENTS["mnist"].preset
+    assert isinstance(preset, MnistConfig)
+    asked = replace(
+        preset,
+        data=replace(preset.data, root=str(mnist_root)),
+        model=UnetSettings(dim=dim(device)),
+        train=replace(preset.train, batch_size=16, warmup_steps=2, steps=100),
+    )
+    return Training(asked.build(), asked.train, world)
+
+
+@dataclass(frozen=True)
+class GlooJob:
+    """Six updates by processes that share one device: their losses, and a fingerprint of the weights."""
+
+    folder: Path
+    mnist_root: Path
+    device: Kind
+    processes: int
+
+    def __call__(self) -> int:
+        # NCCL, which `jobs.world.start` takes for GPUs, wants one for each process; gloo sums what lies on the same.
+        rank = int(os.environ["RANK"])
+        os.environ["LOCAL_RANK"], os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "0", "true"
+        dist.init_process_group("gloo")
+        _ieee()
+        accelerator = Accelerator(
+            cpu=self.device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
+        )
+        world = World(accelerator, "fp32")
+        assert (world.rank, world.size, world.device.type) == (rank, self.processes, self.device)
+        trained = training(self.device, self.mnist_root, world)
+        losses = [world.mean(trained.update().loss[None])[0] for _ in range(6)]
+        weights = b"".join(p.detach().cpu().numpy().tobytes() for p in trained.raw.network.parameters())
+        seen = {"losses": losses, "weights": hashlib.sha256(weights).hexdigest()}
+        (self.folder / f"{rank}.json").write_text(json.dumps(seen))
+        dist.barrier()
+        dist.destroy_process_group()
+        return 0
+
+
+@dataclass(frozen=True)
+class DeterministicJob:
+    """Updates that fail where torch knows an operation to give other bytes each time."""
+
+    mnist_root: Path
+    device: Kind
+    precision: str
+
+    def __call__(self) -> int:
+        torch.use_deterministic_algorithms(True)
+        # It would fill each new tensor first, so that what reads too early reads the same; nothing here does.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        trained = training(self.device, self.mnist_root, start(1, self.device, self.precision))  # type: ignore[arg-type]
+        for _ in range(3):
+            trained.update()
+        trained.snapshot()
+        return 0
+
+
+def _ieee() -> None:
+    """Products in fp32 as IEEE has it, not in TF32."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
