@@ -1,0 +1,86 @@
+"""A file system that stands still: training goes on, and saves when it can."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffusion.settings import MlpSettings
+from jobs import checkpoints
+from jobs.experiments import EXPERIMENTS
+from jobs.ownership import Ownership
+from jobs.progress import Console
+from jobs.recorder import RunRecorder
+from jobs.run_folder import RunFolder
+from jobs.settings import TrackingSettings
+from jobs.training import Training
+from jobs.world import start
+from tests.launching import wait_until
+
+
+@pytest.fixture
+def moves(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, the file system stands still at the end of a checkpoint."""
+    moves, sync = threading.Event(), checkpoints.sync_folder
+
+    def slow(folder: Path) -> None:
+        assert moves.wait(60)
+        sync(folder)
+
+    monkeypatch.setattr(checkpoints, "sync_folder", slow)
+    monkeypatch.setattr(checkpoints, "SLOW_S", 0.0)
+    return moves
+
+
+@contextmanager
+def recorded(folder: Path, **train: int) -> Iterator[tuple[Training, RunRecorder]]:
+    """A small training and its recorder."""
+    preset = EXPERIMENTS["1d"].preset
+    config = replace(
+        preset,
+        model=MlpSettings(dim=8, layers=1),
+        train=replace(preset.train, batch_size=16, keep_checkpoints=20, **train),  # type: ignore[arg-type]
+        tracking=TrackingSettings(mode="disabled"),
+    )
+    run = RunFolder(folder)
+    run.create("1d", config, {"wandb_id": "a"}, lambda code: code.mkdir())
+    training = Training(config.build(), config.train, start(1, "cpu", "fp32"))
+    recorder = RunRecorder(run, training, Ownership.take(run.path), Console(run.log), False, {})
+    try:
+        yield training, recorder
+    finally:
+        recorder.close()
+
+
+def test_a_regular_checkpoint_does_not_wait_for_one_that_is_on_its_way(
+    moves: threading.Event, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with recorded(tmp_path / "a", steps=20, checkpoint_every=2) as (training, recorder):
+        for _ in range(7):  # steps 4 and 6 are due while the checkpoint of step 2 stands still
+            training.update()
+            recorder.after_step(None)
+        assert recorder._writer.newest == 0
+        assert capsys.readouterr().out.count("training goes on") == 1
+        moves.set()
+        recorder.save()  # waits, as at the end of a job
+        folder = tmp_path / "a" / "checkpoints"
+        assert checkpoints.steps(folder) == [7, 2]
+        assert checkpoints.newest(folder, pytest.fail) == 7
+
+
+def test_what_is_late_is_saved_at_the_next_step_that_can(moves: threading.Event, tmp_path: Path) -> None:
+    """Not only at the next multiple: a cadence of hours would lose hours."""
+    with recorded(tmp_path / "a", steps=200, checkpoint_every=50) as (training, recorder):
+        for step in (50, 100):  # that of step 100 is due, and cannot begin
+            training.step = step - 1
+            training.update()
+            recorder.after_step(None)
+        moves.set()
+        wait_until(lambda: not recorder._writer.is_busy(pytest.fail))
+        training.update()
+        recorder.after_step(None)
+        recorder._writer.wait()
+        assert checkpoints.steps(tmp_path / "a" / "checkpoints") == [101, 50]
