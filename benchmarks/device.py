@@ -4,10 +4,13 @@ import os
 
 import torch
 
-from jobs.numerics import Kind, Precision, resolve_device, resolve_precision
+from jobs.numerics import Kind, Precision, resolve_device, resolve_precision, set_numerics
 from jobs.world import start
 
-__all__ = ["Kind", "Precision", "hide_gpus", "peak_memory_mb", "resolve_device", "resolve_precision", "start", "wait"]
+__all__ = [
+    *("Kind", "Precision", "hide_gpus", "peak_memory_mb"),
+    *("resolve_device", "resolve_precision", "set_numerics", "start", "wait"),
+]
 
 
 def hide_gpus(device: Kind) -> None:

@@ -25,7 +25,7 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     """Sub-batches as the sampling job draws them."""
     import torch
 
-    from benchmarks.device import resolve_precision, wait
+    from benchmarks.device import resolve_precision, set_numerics, wait
     from jobs.memory import keep_freed_memory
     from jobs.sample import draw
 
@@ -33,6 +33,7 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     samples = planned(run, sampler, steps)
     experiment, model = _load(samples, device)
     precision, first, n = resolve_precision("auto", device), 0, samples.settings.sub_batch_size
+    set_numerics(precision)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         while True:
             wait(device)

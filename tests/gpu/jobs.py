@@ -12,7 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from diffusion.settings import UnetSettings
 from jobs.experiments import EXPERIMENTS, MnistConfig
-from jobs.numerics import Kind
+from jobs.numerics import Kind, set_numerics
 from jobs.training import Training
 from jobs.world import World, start
 
@@ -49,7 +49,7 @@ class GlooJob:
         rank = int(os.environ["RANK"])
         os.environ["LOCAL_RANK"], os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "0", "true"
         dist.init_process_group("gloo")
-        _ieee()
+        set_numerics("fp32")
         accelerator = Accelerator(
             cpu=self.device == "cpu", kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)]
         )
@@ -82,8 +82,3 @@ class DeterministicJob:
             trained.update()
         trained.snapshot()
         return 0
-
-
-def _ieee() -> None:
-    """Products in fp32 as IEEE has it, not in TF32."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -1,7 +1,6 @@
 """A GPU computes what a CPU computes in float64, as well as the library does, alone and with others."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 from diffusion.mnist import library_unet
 from diffusion.settings import UnetSettings
 from diffusion.unet import with_fast_layers
-from jobs.numerics import Kind
+from jobs.numerics import Kind, set_numerics
 from jobs.reporting import read_jsonl
 from jobs.run_folder import RunFolder
 from slurm import local
@@ -19,18 +18,6 @@ from tests.gpu.jobs import GlooJob, dim
 from tests.launching import TINY, done
 
 IMAGES = 16
-
-
-@pytest.fixture
-def ieee() -> Iterator[None]:
-    """Products in fp32 as IEEE has it, not in TF32."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    yield
-    for backend, value in zip(backends, before, strict=True):
-        backend.allow_tf32 = value
 
 
 def outcome(device: Kind, dtype: torch.dtype, *, channels: int, fast: bool, bf16: bool) -> tuple[Tensor, Tensor]:
@@ -46,7 +33,8 @@ def outcome(device: Kind, dtype: torch.dtype, *, channels: int, fast: bool, bf16
     return y.detach().double().cpu(), torch.cat([p.grad.double().cpu().flatten() for p in network.parameters()])
 
 
-def test_outputs_and_gradients_are_those_of_float64(device: Kind, ieee: None) -> None:
+def test_outputs_and_gradients_are_those_of_float64(device: Kind) -> None:
+    set_numerics("fp32")
     channels = dim(device)
     exact = outcome("cpu", torch.float64, channels=channels, fast=False, bf16=False)
 
@@ -54,7 +42,7 @@ def test_outputs_and_gradients_are_those_of_float64(device: Kind, ieee: None) ->
         found = outcome(device, torch.float32, channels=channels, fast=fast, bf16=bf16)
         return torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, exact, strict=True)])
 
-    assert (errors(fast=True, bf16=False) < 1e-5).all()
+    assert (errors(fast=True, bf16=False) < torch.tensor([1e-5, 1e-4])).all()  # a gradient sums over all images
     ours, library = errors(fast=True, bf16=True), errors(fast=False, bf16=True)
     assert (ours < 2 * library).all(), (ours, library)
     assert (ours > 1e-4).all()  # else it was not bf16
