@@ -18,7 +18,7 @@ from benchmarks.sampling import planned
 from benchmarks.tracking import timed
 
 if TYPE_CHECKING:
-    from benchmarks.device import Kind
+    from jobs.numerics import Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch, accelerate, numpy, denoising_diffusion_pytorch"

@@ -4,13 +4,7 @@ import os
 
 import torch
 
-from jobs.numerics import Kind, Precision, resolve_device, resolve_precision, set_numerics
-from jobs.world import start
-
-__all__ = [
-    *("Kind", "Precision", "hide_gpus", "peak_memory_mb"),
-    *("resolve_device", "resolve_precision", "set_numerics", "start", "wait"),
-]
+from jobs.numerics import Kind
 
 
 def hide_gpus(device: Kind) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from benchmarks.comparison import Alternative, Measurements, Row, limit
 
 if TYPE_CHECKING:
-    from benchmarks.device import Kind
+    from jobs.numerics import Kind
 
 STEPS, SHOWN = 5, 12
 
@@ -38,12 +38,14 @@ def recorded(device: "Kind", small: bool) -> Measurements:
 
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.device import resolve_precision, start, wait
+    from benchmarks.device import wait
     from benchmarks.peers import experiment
     from benchmarks.prediction import launches_of
     from jobs.memory import keep_freed_memory
+    from jobs.numerics import resolve_precision
     from jobs.settings import TrainSettings
     from jobs.training import Training
+    from jobs.world import start
 
     keep_freed_memory()
     settings = TrainSettings(steps=1_000_000, batch_size=16 if small else 128, lr=1e-4)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from denoising_diffusion_pytorch import GaussianDiffusion
     from torch import Tensor
 
-    from benchmarks.device import Kind, Precision
     from diffusion.mnist import Mnist
+    from jobs.numerics import Kind, Precision
 
 LR = 1e-4
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.comparison import Alternative, Measurements, Row, in_turn, ratio
 
 if TYPE_CHECKING:
-    from benchmarks.device import Kind
     from diffusion.model import DiffusionModel, Experiment
+    from jobs.numerics import Kind
     from jobs.samples import SampleSet
 
 AS_GOOD_AS_1000 = {20: "Frechet distance", 50: "every metric"}
@@ -25,8 +25,9 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     """Sub-batches as the sampling job draws them."""
     import torch
 
-    from benchmarks.device import resolve_precision, set_numerics, wait
+    from benchmarks.device import wait
     from jobs.memory import keep_freed_memory
+    from jobs.numerics import resolve_precision, set_numerics
     from jobs.sample import draw
 
     keep_freed_memory()  # as each of our jobs does

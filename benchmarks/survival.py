@@ -17,7 +17,7 @@ from jobs.drill import last_step
 from jobs.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from benchmarks.device import Kind
+    from jobs.numerics import Kind
 
 NAME = "survival"
 """Of the run."""
