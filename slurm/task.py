@@ -45,6 +45,7 @@ class SlurmTask:
             return answers[-1]
 
         code = self.work(ask)
+        # Not after a failure: what has failed may be worth another try.
         if os.environ["SLURM_PROCID"] == "0" and code in (0, 130) and not any(answers):
             stay_away()
         if code not in (0, 130):
