@@ -30,6 +30,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
         "jobs": {job_id: _job(job_id, jobs) for job_id in launch.get("job_ids", [])},
         "sample_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("sample_job_ids", [])},
         "evaluate_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("evaluate_job_ids", [])},
+        "missing": status.get("missing"),
         "failed_rank": status.get("failed_rank"),
         "traceback": status.get("traceback"),
     }
@@ -41,6 +42,7 @@ def render(detail: dict[str, Any], width: int) -> str:
     is_said_below = failed and detail["reason"] in detail["traceback"]
     reason = "" if is_said_below or not detail["reason"] else f" ({detail['reason']})"
     lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]
+    lines += _line("missing", detail["missing"]) if detail["missing"] else []
     lines += _line("settings", *(f"{flag} {value}" for flag, value in detail["settings"].items()))
     lines += _line("checkpoints", *(f"{step}" for step in detail["checkpoints"]))
     for entry in detail["samples"]:

@@ -34,6 +34,7 @@ def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(
     assert "fonts are gone" in (run / "log.txt").read_text()
     assert (status(run)["state"], status(run)["step"]) == ("finished", 30)
     assert "fonts are gone" in status(run)["missing"]
+    assert "fonts are gone" in done("status", "1d/a", cwd=tmp_path).out
     weights = (run / "checkpoints" / "step-00000030" / "model.safetensors").read_bytes()
     metrics = (run / "metrics.jsonl").read_bytes()
     again = done(*A_RUN, cwd=tmp_path)
