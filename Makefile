@@ -47,10 +47,9 @@ test: $(VENV)/ready
 slurm-test: $(VENV)/ready
 	$(RUN) -m pytest -m "slurm and not soak"
 
-<<<<<<< HEAD
 slurm-test-newer: $(VENV)/ready
 	tests/slurm/newer.sh $(RUN)
-=======
+
 gpu-test: $(VENV)/ready
 	$(RUN) -m pytest -m gpu
 
@@ -64,7 +63,6 @@ GPU_WHEELS := 'denoising-diffusion-pytorch>=2.2,<2.4' ema-pytorch 'pytorch-fid>=
 gpu-wheels:
 	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --python-version 3.12 --only-binary=:all: \
 	  --dest gpu-wheels $(GPU_WHEELS)
->>>>>>> work-bench
 
 soak: $(VENV)/ready
 	$(RUN) -m pytest -m soak --timeout 0

@@ -76,12 +76,12 @@ def whereabouts() -> str:
 def resolve_precision(asked: Asked, kind: Kind) -> Precision:
     """The precision itself: for `auto` bf16 where the hardware really computes in it, else fp32.
 
-    Accelerate's own test says yes on every CPU.
+    Accelerate's own test says yes on every CPU. Raises JobError where there is no GPU to ask.
     """
     if asked != "auto":
         return asked
     if kind == "cuda":
-        return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(own_device(kind)) >= (8, 0) else "fp32"
     return "bf16" if computes_bf16() else "fp32"
 
 
@@ -94,13 +94,15 @@ def lacking(precision: Asked, kind: Kind) -> str | None:
     """Says why this machine cannot compute in a precision, None if it can. Any CPU can imitate bf16."""
     if precision == "tf32" and kind == "cpu":
         return "precision tf32 is one of GPUs; a CPU computes in bf16 or fp32"
-    if precision in ("bf16", "tf32") and kind == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} does not compute in {precision}; it needs another GPU, or fp32"
+    if precision in ("bf16", "tf32") and kind == "cuda":
+        gpu = own_device(kind)
+        if torch.cuda.get_device_capability(gpu) < (8, 0):
+            return f"{torch.cuda.get_device_name(gpu)} does not compute in {precision}; it needs another GPU, or fp32"
     return None
 
 
 def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
-    """Sets all that equal bytes depend on, for every job, before CUDA starts: `compiles` where torch.compile is used.
+    """Sets all that equal bytes depend on, for every job, before a GPU computes; `compiles` is for torch.compile.
 
     fp32 is IEEE fp32 in matrix products and convolutions alike: TF32, which keeps 10 bits of the mantissa, has a name
     of its own. cuDNN is kept to algorithms that add in a fixed order, and cuBLAS to a fixed workspace, on whose size

@@ -24,10 +24,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("job", ["train", "sample", "evaluate"])
-def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("job", "precision"),
+    [("train", "fp32"), ("train", "auto"), ("train", "bf16"), ("sample", "bf16"), ("evaluate", "")],
+)
+def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, precision: str, tmp_path: Path) -> None:
     """As a Slurm task on a node whose GPU is gone: the launcher has looked at another machine."""
-    done(*A_RUN, "--device", "cpu", cwd=tmp_path)
+    done(*A_RUN, "--device", "cpu", "--train.precision", precision or "fp32", cwd=tmp_path)
     done("sample", "1d/a", "--num-samples", "100", "--device", "cpu", cwd=tmp_path)
     run = tmp_path / "runs" / "1d" / "a"
     calls = {
@@ -42,6 +45,8 @@ def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, tmp_
         "run = Path(sys.argv[1]); name = next((run / 'samples').iterdir()).name\n"
         f"sys.exit({calls[job]}())"
     )
+    if precision == "auto":
+        (run / "timing.jsonl").unlink()  # so that it has to be resolved
     logged = (run / "metrics.jsonl").read_bytes()
     env = {**os.environ, **NO_GPU, "RANK": "0", "LOCAL_RANK": "0", "SLURMD_NODENAME": "n7", "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
@@ -160,8 +165,9 @@ def test_another_gpu_model_is_a_change_and_another_gpu_of_the_model_is_none() ->
 
 
 def test_a_gpu_without_bf16_does_not_mix_it_with_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    monkeypatch.setattr(numerics, "own_device", lambda kind: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: "Tesla V100")
     assert numerics.resolve_precision("auto", "cuda") == "fp32"
     assert "Tesla V100 does not compute in bf16" in str(numerics.lacking("bf16", "cuda"))
     assert "tf32" in str(numerics.lacking("tf32", "cuda"))
