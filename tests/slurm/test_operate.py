@@ -159,6 +159,7 @@ def test_the_accounting_remembers_what_the_controller_has_forgotten(
     late = site.cluster.submit("sleep 100")
     site.cluster.wait_for_job(killed, "FAILED")
     site.cluster.run("scancel", late)
+    site.cluster.wait_for_job(late, "CANCELLED")
     expected = {killed: "FAILED", f"{array}_0": "COMPLETED", f"{array}_1": "FAILED", late: "CANCELLED"}
     asked = {killed, array, late}
     wait_until(lambda: {job: found.state for job, found in queue._recall(asked, 5).items()} == expected)
