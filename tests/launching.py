@@ -1,5 +1,6 @@
 """Runs launch.py as a user does: real processes, real signals."""
 
+import functools
 import json
 import os
 import signal
@@ -10,14 +11,19 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from tests.warm import EARLY, Forked, Warm
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--train.batch-size", "64", "--train.log-every", "1", "--model.dim", "16")
 """Settings of a 1D run whose steps take a millisecond."""
 
+Process: TypeAlias = subprocess.Popen[str] | Forked
+
 _MARKS: dict[int, str] = {}
-_STARTED: list["subprocess.Popen[str]"] = []
+_STARTED: list[Process] = []
+_warm = functools.cache(Warm)
 
 
 @dataclass(frozen=True)
@@ -29,30 +35,36 @@ class Finished:
     err: str
 
 
-def start(*arguments: object, cwd: Path, see_gpus: bool = False, **env: str) -> "subprocess.Popen[str]":
+def start(*arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = False, **env: str) -> Process:
     """Starts `launch.py ARGUMENTS` in a session of its own, where there is no GPU unless the command may see them.
 
-    What a test expects must not depend on the machine that it runs on.
+    What a test expects must not depend on the machine that it runs on. `plain` is as a user starts it; without that the
+    process is forked from one that has loaded torch, if it may be (`tests.warm`).
     """
     mark = uuid.uuid4().hex
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
-        cwd=cwd,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "COLUMNS": "200",
-            "WANDB_MODE": "disabled",
-            "LAUNCHED_AS": mark,
-            **({} if see_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
-            **env,
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    whole = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+        "WANDB_MODE": "disabled",
+        "LAUNCHED_AS": mark,
+        **({} if see_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
+        **env,
+    }
+    process: Process
+    if plain or see_gpus or any(name.startswith(EARLY) for name in env):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
+            cwd=cwd,
+            env=whole,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    else:
+        process = _warm().start([*map(str, arguments)], cwd, whole)
     _MARKS[process.pid] = mark
     _STARTED.append(process)
     return process
@@ -67,19 +79,19 @@ def kill_started() -> None:
     _STARTED.clear()
 
 
-def finish(process: "subprocess.Popen[str]", timeout_s: float = 300) -> Finished:
+def finish(process: Process, timeout_s: float = 300) -> Finished:
     out, err = process.communicate(timeout=timeout_s)
     return Finished(process.returncode, out, err)
 
 
-def launch(*arguments: object, cwd: Path, see_gpus: bool = False, **env: str) -> Finished:
+def launch(*arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = False, **env: str) -> Finished:
     """Runs `launch.py ARGUMENTS` to its end."""
-    return finish(start(*arguments, cwd=cwd, see_gpus=see_gpus, **env))
+    return finish(start(*arguments, cwd=cwd, see_gpus=see_gpus, plain=plain, **env))
 
 
-def done(*arguments: object, cwd: Path, see_gpus: bool = False, **env: str) -> Finished:
+def done(*arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = False, **env: str) -> Finished:
     """Runs a command that must succeed."""
-    ended = launch(*arguments, cwd=cwd, see_gpus=see_gpus, **env)
+    ended = launch(*arguments, cwd=cwd, see_gpus=see_gpus, plain=plain, **env)
     assert ended.code == 0, ended
     return ended
 
@@ -102,10 +114,11 @@ def status(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "status.json").read_text()))
 
 
-def relatives(process: "subprocess.Popen[str]") -> list[int]:
+def relatives(process: Process) -> list[int]:
     """Living processes that the command has started, itself included, in whatever session they are."""
     mark = f"LAUNCHED_AS={_MARKS[process.pid]}".encode()
-    found = []
+    # What has been forked keeps the environment that /proc shows; its children have their own.
+    found = [process.pid] if isinstance(process, Forked) and process.poll() is None else []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
@@ -116,7 +129,7 @@ def relatives(process: "subprocess.Popen[str]") -> list[int]:
     return found
 
 
-def workers(process: "subprocess.Popen[str]") -> list[int]:
+def workers(process: Process) -> list[int]:
     """Those of its relatives that do the work: not the ones that only look on, for wandb."""
 
     def works(pid: int) -> bool:
@@ -125,6 +138,6 @@ def workers(process: "subprocess.Popen[str]") -> list[int]:
     return [pid for pid in relatives(process) if works(pid)]
 
 
-def interrupt(process: "subprocess.Popen[str]", number: signal.Signals) -> Finished:
+def interrupt(process: Process, number: signal.Signals) -> Finished:
     process.send_signal(number)
     return finish(process)

@@ -101,12 +101,22 @@ def test_the_test_job_in_two_processes(tmp_path: Path) -> None:
     assert find(findings, "reach each other")
 
 
-def test_a_test_job_that_finds_no_gpus(tmp_path: Path) -> None:
-    job = DoctorJob(tmp_path, 2, "cuda")
-    (tmp_path / "result-0.json").write_text('{"node": "n1", "visible": "0", "gpus": 1, "tasks_here": 2}')
+@pytest.mark.parametrize(("gpus", "tasks"), [(0, 1), (0, 2), (2, 4)])
+def test_a_test_job_that_finds_no_gpus(gpus: int, tasks: int, tmp_path: Path) -> None:
+    job = DoctorJob(tmp_path, tasks, "cuda")
+    seen = {"node": "n1", "visible": "0", "gpus": gpus, "tasks_here": tasks}
+    (tmp_path / "result-0.json").write_text(json.dumps(seen))
     (finding,) = job.findings()
     assert finding.level == "problem"
-    assert "task 0 on n1 sees 1 GPUs" in finding.what
+    assert f"task 0 on n1 sees {gpus} GPUs" in finding.what
+
+
+def test_tasks_that_are_shown_their_own_gpu_alone_are_fine(tmp_path: Path) -> None:
+    job = DoctorJob(tmp_path, 2, "cuda")
+    seen = {"node": "n1", "visible": "0", "gpus": 1, "tasks_here": 2, "mean": 0.5, "reduce_s": 0.1, "unseen": []}
+    for rank in range(2):
+        (tmp_path / f"result-{rank}.json").write_text(json.dumps(seen))
+    assert {finding.level for finding in job.findings()} == {"ok"}
 
 
 @pytest.mark.parametrize("broken", ["unseen", "mean", "lost", "failed"])

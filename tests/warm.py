@@ -1,0 +1,211 @@
+"""Starts launch.py in the time that a fork takes: `python -m tests.warm FD` imports torch once, then forks on request.
+
+Importing torch and what comes with it takes seconds, and hundreds of tests start a command that is about something
+else. A command that is forked is a process of its own like any other: session, signals, folder, environment, streams.
+Only the libraries have been loaded before it began; the project's own modules it imports itself, after its environment
+is set. What a test wants to see of starting, or of variables that libraries read when they are loaded, needs a plain
+start (`tests.launching.start(..., plain=True)`).
+"""
+
+import atexit
+import gc
+import io
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = (
+    *("torch", "torch.distributed", "accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
+    *("seaborn", "matplotlib.figure", "scipy.stats", "scipy.integrate", "PIL.Image", "tqdm", "tyro"),
+)
+EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH", "CUDA")
+"""Variables that begin so are read when a process or a library begins: too early for one that is forked."""
+
+
+class Forked:
+    """A process that has been forked, with what tests use of `subprocess.Popen`."""
+
+    def __init__(self, warm: "Warm", pid: int, stdout: IO[str], stderr: IO[str]) -> None:
+        self._warm, self.pid = warm, pid
+        self.stdout, self.stderr = stdout, stderr
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._warm.exit_code(self.pid, 0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            self.returncode = self._warm.exit_code(self.pid, timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("launch.py", timeout or 0)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it prints until all who hold its streams have closed them."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        found = ["", ""]
+
+        def read(i: int, stream: IO[str]) -> None:
+            with stream:
+                found[i] = stream.read()
+
+        readers = [
+            threading.Thread(target=read, args=pair, daemon=True) for pair in enumerate((self.stdout, self.stderr))
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(None if deadline is None else max(0, deadline - time.monotonic()))
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired("launch.py", timeout or 0)
+        self.wait(None if deadline is None else max(0.1, deadline - time.monotonic()))
+        return found[0], found[1]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Warm:
+    """The process that forks, seen from the tests."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._codes: dict[int, int] = {}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"},
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+        atexit.register(self._socket.close)  # at whose end it ends
+
+    def start(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> Forked:
+        """Forks `launch.py ARGUMENTS`."""
+        (out, their_out), (err, their_err) = os.pipe(), os.pipe()
+        request = json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env}).encode()
+        socket.send_fds(self._socket, [request], [their_out, their_err])
+        os.close(their_out)
+        os.close(their_err)
+        while "pid" not in (answer := self._receive(None) or {}):
+            pass
+        return Forked(self, answer["pid"], open(out), open(err))
+
+    def exit_code(self, pid: int, timeout_s: float | None) -> int | None:
+        """How the process has ended, within the time; None if it has not."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while pid not in self._codes:
+            left = None if deadline is None else max(0, deadline - time.monotonic())
+            if self._receive(left) is None:
+                return None
+        return self._codes[pid]
+
+    def _receive(self, timeout_s: float | None) -> dict[str, Any] | None:
+        """The next thing that it says, None if it says nothing in time; ends of processes are kept."""
+        if not select.select([self._socket], [], [], timeout_s)[0]:
+            return None
+        message = self._socket.recv(1000)
+        if not message:
+            raise RuntimeError("the process that forks has died; it has printed why")
+        answer: dict[str, Any] = json.loads(message)
+        if "ended" in answer:
+            self._codes[answer["ended"]] = answer["code"]
+        return answer
+
+
+def main() -> int:
+    """Forks until the tests are gone; in a process that has been forked, runs launch.py."""
+    tests = socket.socket(fileno=int(sys.argv[1]))
+    for library in LIBRARIES:
+        __import__(library)
+    gc.freeze()  # else the first collection in each child would copy all of it
+    awake, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    while True:
+        ready, _, _ = select.select([tests, awake], [], [])
+        if awake in ready:
+            os.read(awake, 1000)
+            _tell_ends(tests)
+        if tests in ready:
+            request, fds, _, _ = socket.recv_fds(tests, 1_000_000, 2)
+            if not request:
+                return 0
+            pid = os.fork()
+            if pid == 0:
+                signal.set_wakeup_fd(-1)
+                for fd in (awake, wake):
+                    os.close(fd)
+                tests.close()
+                _run(json.loads(request), fds)
+            for fd in fds:
+                os.close(fd)
+            tests.send(json.dumps({"pid": pid}).encode())
+
+
+def _tell_ends(tests: socket.socket) -> None:
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if pid == 0:
+            return
+        tests.send(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}).encode())
+
+
+def _run(request: dict[str, Any], fds: list[int]) -> NoReturn:
+    """Becomes the command, and ends with its exit code."""
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for fd, number in zip(fds, (1, 2), strict=True):
+        os.dup2(fd, number)
+        os.close(fd)
+    os.environ.clear()
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", line_buffering=True)
+    sys.argv = [str(ROOT / "launch.py"), *request["arguments"]]
+    code = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    # As the interpreter ends, but for taking libraries apart, which takes a second.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
