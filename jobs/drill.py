@@ -38,11 +38,12 @@ class Drill:
         started = time.monotonic()
         _expect_success(self.start("whole"), "the undisturbed training")
         say(f"  undisturbed             {self.steps} steps in {time.monotonic() - started:.1f} s")
-        killed, process = RunFolder(self.folder / "killed"), self.start("killed")
+        killed = RunFolder(self.folder / "killed")
+        process = self._begin(killed)
         moments = sorted(random.Random(self.seed).sample(range(1, self.steps), self.kills))
         for moment, (name, disturb) in zip(moments, itertools.cycle(self.disturbances.items()), strict=False):
             if process.poll() is not None:
-                process = self.start("killed")
+                process = self._begin(killed)
             self._disturb_once(process, killed, moment, name, disturb, say)
         if process.poll() is not None:
             process = self.start("killed")
@@ -51,6 +52,14 @@ class Drill:
         for name in different:
             say(f"  DIFFERENT: {name}")
         return not different
+
+    def _begin(self, run: RunFolder) -> Process:
+        """Starts the run and waits until its training has begun: lines of the start before say nothing of this one."""
+        before = run.read_status().get("restarts")
+        process = self.start(run.path.name)
+        while process.poll() is None and run.read_status().get("restarts") == before:
+            time.sleep(0.002)
+        return process
 
     def _disturb_once(
         self, process: Process, run: RunFolder, moment: int, name: str, disturb: Disturb, say: Callable[[str], None]
