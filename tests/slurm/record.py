@@ -37,7 +37,7 @@ def submit_all(cluster: DevCluster) -> list[str]:
         cluster.wait_for_job(job_id, state)
     for job_id in (failed, task_killed, shell_killed, f"{array}_1"):
         cluster.wait_for_job(job_id, "FAILED")
-    running = cluster.submit("sleep 100", "--nodes=2", "--exclusive")
+    running = cluster.submit("sleep 100", "--nodes=2", "--exclusive", "--chdir=/")  # it is shown
     cluster.wait_for_job(running, "RUNNING")
     waiting = cluster.submit("true", "--array=3-4")
     wait_for(lambda: cluster.job(f"{waiting}_3")["Reason"] == "Resources", "a reason to wait")
