@@ -70,13 +70,16 @@ def test_every_image_comes_once_in_each_epoch_however_the_batch_is_split() -> No
     mnist, batch_size = experiment(images=96), 32
     flat = mnist.images.flatten(1).numpy()
     indices = {image.tobytes(): i for i, image in enumerate(flat)}
+    orders = []
     for epoch in range(2):
-        seen = []
+        seen: list[int] = []
         for step in range(3 * epoch + 1, 3 * epoch + 4):
             parts = [mnist.batch(7, step, start, start + 8, batch_size, CPU) for start in range(0, batch_size, 8)]
             assert torch.equal(torch.cat(parts), mnist.batch(7, step, 0, batch_size, batch_size, CPU))
             seen += [indices[image.tobytes()] for image in mnist.to_array(torch.cat(parts))]
         assert sorted(seen) == list(range(96))
+        orders.append(seen)
+    assert orders[0] != orders[1]
 
 
 def test_pixels_survive_the_way_to_the_model_and_back() -> None:

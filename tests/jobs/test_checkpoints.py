@@ -114,6 +114,34 @@ def test_a_half_written_checkpoint_is_invisible_and_cleaned_up(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["step-00000010"]
 
 
+def test_a_checkpoint_gets_its_name_when_its_bytes_are_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, list[int]]] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, checkpoints.steps(tmp_path)))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    save(tmp_path, 10)
+    for file in (tmp_path / "step-00000010").iterdir():
+        assert (file.stat().st_ino, []) in synced, file
+    assert synced[-1] == (tmp_path.stat().st_ino, [10])  # then its name in the folder
+
+
+def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 10, 20, 30)
+    delete, seen = shutil.rmtree, []
+
+    def look_and_delete(path: Path) -> None:
+        seen.append(checkpoints.steps(tmp_path))
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", look_and_delete)
+    checkpoints.prune(tmp_path, 2)
+    assert seen == [[30, 20]]
+
+
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 10, 20, 30, 40)
     checkpoints.prune(tmp_path, 2)

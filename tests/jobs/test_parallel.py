@@ -2,14 +2,16 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from jobs.world import start
+from jobs import checkpoints, world
 from slurm import local
 from tests.jobs.parallel import ExamplesJob, FailJob, SkipJob
+from tests.launching import TINY, finish, start, status, steps_logged, wait_until, workers
 
 
 @pytest.fixture(autouse=True)
@@ -57,4 +59,16 @@ def test_a_failing_process_ends_the_others(tmp_path: Path, capfd: pytest.Capture
 
 def test_processes_that_believe_themselves_alone_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="this job has 2 processes, but process 0 finds 1"):
-        start(2, "cpu", "fp32")
+        world.start(2, "cpu", "fp32")
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    endless = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--device", "cpu", "--gpus", "2")
+    process = start(*endless, cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) > 10)
+    (last,) = (pid for pid in workers(process) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    os.kill(last, signal.SIGTERM)
+    assert finish(process, timeout_s=60).code == 130
+    assert status(run)["state"] == "cancelled"
+    assert checkpoints.steps(run / "checkpoints")[0] == status(run)["step"] == steps_logged(run)

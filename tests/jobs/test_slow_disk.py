@@ -1,5 +1,6 @@
 """A file system that stands still: training goes on, and saves when it can."""
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,3 +85,19 @@ def test_what_is_late_is_saved_at_the_next_step_that_can(moves: threading.Event,
         recorder.after_step(None)
         recorder._writer.wait()
         assert checkpoints.steps(tmp_path / "a" / "checkpoints") == [101, 50]
+
+
+def test_lines_are_on_the_disk_before_the_checkpoint_that_covers_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+
+    def sync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with recorded(tmp_path / "a", steps=20, checkpoint_every=1) as (training, recorder):
+        training.update()
+        recorder.after_step({"loss": 0.5})
+        recorder._writer.wait()
+    assert synced.index("metrics.jsonl") < synced.index("model.safetensors")

@@ -1,12 +1,13 @@
 """Sweeps: every point of the grid is trained once, and shown by its loss."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 
 from jobs import sweep
-from tests.launching import TINY, done, launch, status
+from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=0,1")
 COMMAND = ("sweep", "1d", *TINY, "--train.steps", "30", "--name", "S", "--cluster", "local", *GRID)
@@ -49,6 +50,25 @@ def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) ->
     assert status(runs[2])["state"] == "finished"
     assert [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[2]] == untouched
     assert "finished or on their way" in done(*COMMAND, cwd=tmp_path).out
+
+
+def test_ctrl_c_ends_the_whole_sweep(tmp_path: Path) -> None:
+    endless = ("--train.steps", "1000000", "--name", "S", "--cluster", "local", "--grid", "train.seed=0,1")
+    process = start("sweep", "1d", *TINY, *endless, cwd=tmp_path)
+    first, second = (tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(2))
+    wait_until(lambda: steps_logged(first) > 10)
+    process.send_signal(signal.SIGINT)
+    assert finish(process, timeout_s=60).code == 130
+    assert status(first)["state"] == "interrupted"
+    assert not (second / "status.json").exists()
+
+
+def test_a_sweep_goes_on_after_a_failed_run_and_says_in_the_end_that_one_has_failed(tmp_path: Path) -> None:
+    diverging = ("--train.warmup-steps", "0", "--train.steps", "30", "--grid", "train.lr=1e30,1e-3")
+    ended = launch("sweep", "1d", *TINY, "--name", "S", "--cluster", "local", *diverging, cwd=tmp_path)
+    assert ended.code == 1
+    runs = [tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(2)]
+    assert [status(run)["state"] for run in runs] == ["failed", "finished"]
 
 
 def test_a_wrong_value_in_the_grid_writes_nothing(tmp_path: Path) -> None:

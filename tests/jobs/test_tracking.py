@@ -20,6 +20,8 @@ import torch
 
 from jobs.dashboard import why_not_online
 from jobs.follower import Curves
+from jobs.reporting import Tail
+from jobs.run_folder import RunFolder
 from jobs.training import LOSS_BANDS, band_sums
 from tests.launching import TINY, Finished, done, finish, interrupt, relatives, start, status, steps_logged, wait_until
 
@@ -106,6 +108,8 @@ def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures
     named = ("sampler", "steps", "num-samples", "checkpoint", "weights")
     assert [settings[name] for name in named] == ["dpm++", 30, 100_000, 30, "ema"]
     assert len(history(training, "figures/samples._type")) == 1
+    _, config = RunFolder(run).read_experiment()
+    assert {value for _, value in history(training, "train/exact_floor")} == {config.build().loss_floor()}
     assert history(samples, "sample/done")[-1] == (100_000, 1)
     assert len(history(samples, "sample/grid._type")) == 1
     metrics = json.loads((run / "samples" / "s" / "metrics.json").read_text())["metrics"]
@@ -278,6 +282,18 @@ def test_the_dashboard_names_what_the_lines_say() -> None:
     assert row["train/skipped_steps"] == 1
     assert row["loss_by_timestep/0250-0499"] == 1.0
     assert row["loss_by_timestep/0750-0999"] == 3.0
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a Tail is open as long as its process lives
+def test_a_line_that_is_read_while_it_is_written_comes_once_and_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = Tail(path)
+    assert tail.read() == []
+    with path.open("a") as file:
+        for written, steps in (('{"step": 1}\n{"st', [1]), ('ep": 2', []), ("}\n", [2]), ("", [])):
+            file.write(written)
+            file.flush()
+            assert [line["step"] for line in tail.read()] == steps
 
 
 def test_loss_by_timestep_is_the_mean_over_the_examples_of_each_band() -> None:

@@ -1,6 +1,7 @@
 """An update against the same one written with torch alone."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -51,3 +52,15 @@ def test_an_update_is_that_of_plain_torch(max_grad_norm: float, micro_batch_size
         assert update.grad_norm == pytest.approx(float(norm), rel=1e-5)
     torch.testing.assert_close(training.raw.network.state_dict(), model.network.state_dict(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(training.ema.network.state_dict(), average.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_along_a_cosine() -> None:
+    settings = replace(EXPERIMENTS["1d"].preset.train, lr=2.0, warmup_steps=4, steps=13)
+    assert [lr_at(step, settings) for step in range(1, 5)] == [0.5, 1.0, 1.5, 2.0]
+    falling = [1 + math.cos(math.pi * tenth / 10) for tenth in range(1, 10)]  # it would be 0 at step 14
+    assert [lr_at(step, settings) for step in range(5, 14)] == pytest.approx(falling, rel=1e-12)
+
+
+def test_the_average_forgets_its_beginning_and_then_remembers_as_long_as_it_is_told() -> None:
+    assert [decay_at(step, 0.99) for step in (1, 8, 90)] == [2 / 11, 0.5, 0.91]
+    assert decay_at(10_000, 0.99) == 0.99
