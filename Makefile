@@ -14,6 +14,7 @@ help:
 	@echo "make slurm-test-newer"
 	@echo "                 the same with the Slurm of Debian 13, in .trixie (root; debootstrap makes it, 1 GB)"
 	@echo "make soak        the long repetitions: hundreds of kills"
+	@echo "make faults      writes faults into copies of the code, and shows for each the test that fails"
 	@echo "make gpu-test    the tests that need a GPU; GPU_TEST_DEVICE=cpu rehearses them without one"
 	@echo "make gpu-check   those tests, benchmarks and a long training on a GPU, 8 minutes; DEVICE=cpu rehearses it"
 	@echo "make gpu-wheels  what a GPU machine without a network needs besides PyTorch, into gpu-wheels/"
@@ -66,6 +67,10 @@ gpu-wheels:
 
 soak: $(VENV)/ready
 	$(RUN) -m pytest -m soak --timeout 0
+
+.PHONY: faults
+faults: $(VENV)/ready
+	$(RUN) -m tests.faults --jobs 2
 
 bench: $(VENV)/ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

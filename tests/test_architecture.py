@@ -1,4 +1,4 @@
-"""The house rules: imports flow one way, the command line needs no heavy imports, README tells the truth."""
+"""The house rules: imports flow one way, the command line imports nothing heavy, README and the faults are true."""
 
 import ast
 import re
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -98,6 +100,13 @@ def test_the_file_tree_in_the_readme_is_the_tree() -> None:
     inside_described_folder = {p for p in sources if any(p.startswith(f"{f}/") for f in listed if f.count("/"))}
     assert sources - described - inside_described_folder == set()
     assert {path for path in listed if not (ROOT / path).exists()} == set()
+
+
+def test_the_faults_that_tests_are_known_to_catch_fit_the_code() -> None:
+    for fault in faults.FAULTS:
+        assert faults.written(fault) != (ROOT / fault.file).read_text()
+        path, _, name = fault.test.partition("::")
+        assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), fault.name
 
 
 def test_commands_in_the_readme_exist() -> None:
