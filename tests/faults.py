@@ -284,7 +284,7 @@ FAULTS = [
         "jobs/reporting.py",
         'previous.get("restarts", -1) + 1',
         'previous.get("restarts", -1) + 2',
-        "tests/jobs/test_drill.py::test_a_drill_finds_equal_results_and_would_see_a_changed_byte",
+        "tests/test_launch.py::test_the_same_command_continues_and_other_settings_are_refused",
     ),
     Fault(
         "MNIST's files are not compared with their hashes",
@@ -436,13 +436,13 @@ FAULTS = [
         "slurm/queue.py",
         "signal.Signals(number or code - 128).name",
         "signal.Signals(number).name",
-        "tests/slurm/test_words.py::test_sacct",
+        "tests/slurm/test_words.py::test_squeue",
     ),
     Fault(
-        "a site's notice with a number passes for the job's id",
+        "a site's notice that names a job passes for the answer of sbatch",
         "slurm/queue.py",
-        "return found[-1] if found else None",
-        "return found[0] if found else None",
+        r'r"^(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*$"',
+        r'r"job (\d+)"',
         "tests/slurm/test_words.py::test_sbatch",
     ),
     Fault(

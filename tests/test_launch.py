@@ -47,7 +47,10 @@ def sentence(err: str) -> str:
         (["train", "1d", "--device", "cuda"], ["--device cuda needs a CUDA GPU"]),
         (["train", "1d", "--gpus", "2"], ["--gpus", "2", "--device cpu --gpus 2"]),
         (["train", "1d", "--gpus", "0"], ["--gpus must be at least 1", "0"]),
-        (["train", "1d", "--device", "cpu", "--gpus", "3"], ["multiple of the number of GPUs", "2048", "3"]),
+        (
+            ["train", "1d", "--train.steps", "1", "--device", "cpu", "--gpus", "3"],
+            ["multiple of the number of GPUs", "2048", "3"],
+        ),
         (["resume", "nowhere"], ["nowhere", "1d, mnist, mnist-small"]),
         (["resume", "1d"], ["no run of 1d"]),
         (["sample", "1d/a"], ["1d/a"]),
@@ -122,6 +125,7 @@ def test_the_same_command_continues_and_other_settings_are_refused(tmp_path: Pat
     assert launch("resume", "1d", "--train.steps", "40", cwd=tmp_path).code == 2
     done("resume", "1d", "--train.steps", "80", cwd=tmp_path)
     assert status(run)["step"] == steps_logged(run) == 80
+    assert status(run)["restarts"] == 1
 
 
 def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_the_parent_of_several_processes_dies_and_so_do_they(tmp_path: Path) -> 
     wait_until(lambda: steps_logged(run) > 10)
     assert shown(tmp_path)["state"] == "running"
     os.kill(process.pid, signal.SIGKILL)
-    finish(process)
+    finish(process, timeout_s=60)
     wait_until(lambda: shown(tmp_path)["state"] == "cancelled", timeout_s=30)
 
 
