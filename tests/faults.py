@@ -585,9 +585,9 @@ def main() -> int:
     if asked.slurm and there:
         good &= pass_without(there, 1)
         caught |= {fault: try_out(fault) for fault in there}
+    print()
     for fault, is_caught in caught.items():
-        if not is_caught:
-            print(f"NOT CAUGHT: {fault.name} ({fault.file}; {fault.test})")
+        print(f"{'caught' if is_caught else 'NOT CAUGHT':<11}{fault.name:<68}{fault.file}")
     print(f"{sum(caught.values())} of {len(caught)} faults are caught.")
     return 0 if good and all(caught.values()) else 1
 
