@@ -125,6 +125,7 @@ def parts(device: str, folder: Path) -> tuple[list[Part], list[Part]]:
         return Part(name, arguments, patience * limit_s)
 
     side_by_side = [benchmark("survival", 270), tests("test_exact", 330), tests("test_right", 200)]
+    side_by_side.append(tests("test_captured", 100))
     return side_by_side, [benchmark("kernels", 60), benchmark("training", 150), benchmark("sampling", 90)]
 
 

@@ -26,6 +26,7 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     import torch
 
     from benchmarks.device import wait
+    from jobs.captured import in_one_launch
     from jobs.memory import keep_freed_memory
     from jobs.numerics import resolve_precision, set_numerics
     from jobs.sample import draw
@@ -35,11 +36,12 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     experiment, model = _load(samples, device)
     precision, first, n = resolve_precision("auto", device), 0, samples.settings.sub_batch_size
     set_numerics(precision)
+    predict = in_one_launch(model.predict, print) if device == "cuda" else model.predict
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         while True:
             wait(device)
             started = time.perf_counter()
-            x0 = draw(model.predict, model.alphas_cumprod, experiment, samples.settings, first, first + n)
+            x0 = draw(predict, model.alphas_cumprod, experiment, samples.settings, first, first + n)
             experiment.to_array(x0)  # in the host's memory, so the device has finished
             yield {"images_per_s": n / (time.perf_counter() - started)}
             first += n

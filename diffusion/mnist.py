@@ -16,6 +16,7 @@ from diffusion.model import DiffusionModel, Experiment
 from diffusion.randomness import Stream, permutation
 from diffusion.schedules import alphas_cumprod_at
 from diffusion.settings import DiffusionSettings, UnetSettings
+from diffusion.transfer import sent
 from diffusion.unet import with_fast_layers
 
 
@@ -79,7 +80,7 @@ class Mnist(Experiment):
             self.images = self.images.to(device)
         first = (step - 1) * batch_size
         indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
-        return self.images[torch.from_numpy(indices).to(device)].float().div_(127.5).sub_(1)
+        return self.images[sent(indices, device)].float().div_(127.5).sub_(1)
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """uint8 [n, 28, 28, 1]."""

@@ -76,8 +76,9 @@ class LinearAttention(library.LinearAttention):  # type: ignore[misc]
         q, k, v = _queries_keys_values(self.norm, self.to_qkv, x)  # each [b, h * w, heads * d]
         memory_k, memory_v = (m.flatten(0, 1).t().expand(b, -1, -1).to(k.dtype) for m in self.mem_kv)
         k, v = torch.cat((memory_k, k), 1), torch.cat((memory_v, v), 1)
-        q = q.unflatten(-1, (self.heads, -1)).softmax(-1).flatten(-2)
-        context = k.softmax(1).transpose(1, 2) @ v  # [b, heads * d, heads * d]
+        # In the precision of their input: CUDA's autocast would write both in fp32, twice the bytes.
+        q = q.unflatten(-1, (self.heads, -1)).softmax(-1, dtype=q.dtype).flatten(-2)
+        context = k.softmax(1, dtype=k.dtype).transpose(1, 2) @ v  # [b, heads * d, heads * d]
         head = torch.arange(context.shape[-1], device=x.device) // (context.shape[-1] // self.heads)
         # Each head sees itself alone. Blocks on a diagonal need no copies, as a product for each head would.
         out = q @ torch.where(head[:, None] == head, context * self.scale, 0)
@@ -104,7 +105,27 @@ class Downsample(nn.Sequential):
         return F.conv2d(x, convolution.weight.view(len(convolution.weight), -1, 2, 2), convolution.bias, stride=2)
 
 
+class Doubled(torch.autograd.Function):
+    """Each pixel of [b, c, h, w] as four; compiled for a GPU, the gradient of torch's own adds in a random order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return F.avg_pool2d(grad, 2, divisor_override=1)
+
+
+class Upsample(nn.Upsample):
+    """Twice the height and width, by the nearest pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(x)
+
+
 FAST_LAYERS = {
+    nn.Upsample: Upsample,
     library.RMSNorm: RMSNorm,
     library.Block: Block,
     library.LinearAttention: LinearAttention,

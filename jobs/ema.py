@@ -16,15 +16,14 @@ def decay_at(step: int, decay: float) -> float:
 class Ema:
     """A copy of a network that follows its `Flat` weights; buffers are copied."""
 
-    def __init__(self, network: nn.Module, weights: Tensor, decay: float) -> None:
+    def __init__(self, network: nn.Module, weights: Tensor) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._decay = decay
         self._averages, self._weights = Flat(self.network).weights, weights
         self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves towards the weights after optimizer update `step`."""
-        self._averages.lerp_(self._weights, 1 - decay_at(step, self._decay))
+    def update(self, share: Tensor) -> None:
+        """Moves towards the weights, by this share of the way: a tensor [] like them, 1 minus the decay of a step."""
+        self._averages.lerp_(self._weights, share)
         for average, buffer in self._buffers:
             average.copy_(buffer)

@@ -58,11 +58,28 @@ class Flat:
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """AdamW of flat weights; its state_dict is that of an AdamW of the single parameters."""
+    """AdamW of flat weights; its state_dict is that of an AdamW of the single parameters.
 
-    def __init__(self, flat: Flat, **settings: Any) -> None:
-        super().__init__([flat.weights], fused=True, **settings)
+    `grad_scale` and `found_inf` are tensors of torch's fused optimizers: gradients are divided by the one, and where
+    the other is 1 nothing moves, neither weights, moments nor the number of steps.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    def __init__(self, flat: Flat, lr: float = 1e-3, **settings: Any) -> None:
+        on_gpu = flat.weights.is_cuda
+        # A CUDA graph repeats the numbers that it was captured with, so there the learning rate has to be a tensor.
+        rate = torch.tensor(lr, device=flat.weights.device) if on_gpu else lr
+        super().__init__([flat.weights], lr=rate, fused=True, capturable=on_gpu, **settings)
         self._flat = flat
+
+    def set_lr(self, lr: float) -> None:
+        group = self.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """In place at any rate: the parameters' gradients must stay where this optimizer finds them."""
@@ -70,6 +87,7 @@ class FlatAdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         whole = super().state_dict()
+        group = whole["param_groups"][0]
         n = len(self._flat.split(self._flat.weights))
         parts = {
             name: [value.clone() for _ in range(n)] if name == "step" else self._flat.split(value)
@@ -78,7 +96,7 @@ class FlatAdamW(torch.optim.AdamW):
         states = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         return {
             "state": dict(enumerate(states)),
-            "param_groups": [{**whole["param_groups"][0], "params": list(range(n))}],
+            "param_groups": [{**group, "lr": float(group["lr"]), "capturable": False, "params": list(range(n))}],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -87,5 +105,7 @@ class FlatAdamW(torch.optim.AdamW):
             name: value.clone() if name == "step" else self._flat.join(state[name] for state in states)
             for name, value in (states[0].items() if states else ())
         }
-        group = {**state_dict["param_groups"][0], "params": [0]}
+        own = self.param_groups[0]
+        # What a CPU has saved continues on a GPU, and the other way round.
+        group = {**state_dict["param_groups"][0], "lr": own["lr"], "capturable": own["capturable"], "params": [0]}
         super().load_state_dict({"state": {0: whole} if whole else {}, "param_groups": [group]})

@@ -116,10 +116,13 @@ def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if compiles:
+        # Inductor would time kernels at each start and take the fastest. The variable is for the threads and processes
+        # that compile, too: since torch 2.12 what is set below holds in this thread alone.
+        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
         import torch._dynamo.config as dynamo  # here, because they take seconds to import
         import torch._inductor.config as inductor
 
-        # Inductor would time kernels at each start and take the fastest; older versions have no such switch.
+        # If it was imported before, it has not read the variable; older versions have no such switch.
         if hasattr(inductor, "deterministic"):
             inductor.deterministic = True
         # DDP's own optimizer cuts the graph at each bucket of gradients, and at each function with a backward pass of

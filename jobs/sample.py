@@ -1,16 +1,21 @@
 """The sampling job: draws shards of a set of samples, and merges them when all are there."""
 
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.model import DiffusionModel, Experiment
 from diffusion.randomness import Stream, normal
 from diffusion.samplers import SAMPLERS, Predict
+from diffusion.transfer import sent
 from jobs import checkpoints
+from jobs.ahead import Ahead
+from jobs.captured import in_one_launch
 from jobs.files import write_atomically
 from jobs.job import JobError
 from jobs.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
@@ -30,10 +35,13 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
     set_numerics(precision)
     experiment, model = load_model(run, samples.settings, own_device(device))
 
+    # A GPU gets each evaluation of the network in one launch.
+    evaluate = in_one_launch(model.predict, print) if device == "cuda" else model.predict
+
     def predict(xt: Tensor, t: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
-        return model.predict(xt, t)
+        return evaluate(xt, t)
 
     progress = Progress(Console(run.log), "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
@@ -61,17 +69,24 @@ def draw(
 ) -> Tensor:
     """Samples [start, stop), [stop - start, *sample_shape]: sample i is a function of weights, settings, seed and i."""
 
-    def noise(stream: Stream, step: int) -> Tensor:
-        numbers = normal(settings.seed, stream, step, start, stop, experiment.sample_shape)
-        return torch.from_numpy(numbers).to(abar.device)
+    def numbers(stream: Stream, step: int) -> NDArray[np.float32]:
+        return normal(settings.seed, stream, step, start, stop, experiment.sample_shape)
+
+    ahead = Ahead(partial(numbers, Stream.SAMPLE_STEP))
+
+    def noise(k: int) -> Tensor:
+        drawn = sent(ahead.of(k), abar.device)
+        if abar.device.type == "cuda" and k + 2 < settings.sampler.steps:  # the last step takes none
+            ahead.begin(k + 1)
+        return drawn
 
     *_, x0 = SAMPLERS[settings.sampler.sampler](
         predict,
-        noise(Stream.SAMPLE_START, 0),
+        sent(numbers(Stream.SAMPLE_START, 0), abar.device),
         abar.double().cpu(),
         steps=settings.sampler.steps,
         eta=settings.sampler.eta,
-        noise=lambda k: noise(Stream.SAMPLE_STEP, k),
+        noise=noise,
         clip=experiment.clip,
     )
     return x0

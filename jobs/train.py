@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from jobs import checkpoints
+from jobs.captured import not_recorded
 from jobs.ema import decay_at
 from jobs.experiments import EXPERIMENTS
 from jobs.job import JobError, Requeue
@@ -48,6 +49,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
         recorder.start()
         if settings.compile and training.step < settings.steps:
             recorder.compiled(training.compile())
+        record(training, console)
         reason = run_steps(training, recorder, signals)
         recorder.save()
         if training.step == settings.steps:
@@ -63,6 +65,17 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
         raise
     finally:
         recorder.close()
+
+
+def record(training: Training, console: Console) -> None:
+    """Has a GPU's step recorded, if that is asked for, useful and possible."""
+    settings, world = training.settings, training.world
+    if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1 or training.step == settings.steps:
+        return
+    try:
+        training.record()
+    except RuntimeError as error:
+        console.say(not_recorded(error))
 
 
 def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) -> Stop:

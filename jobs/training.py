@@ -2,7 +2,8 @@
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.model import DiffusionModel, Experiment, timesteps
 from diffusion.randomness import Stream, generator, normal, stratified
+from diffusion.transfer import sent
 from jobs.ahead import Ahead
+from jobs.captured import Captured
 from jobs.checkpoints import Snapshot
-from jobs.ema import Ema
+from jobs.ema import Ema, decay_at
 from jobs.flat import ALIGNMENT, Flat, FlatAdamW
 from jobs.job import JobError
 from jobs.numerics import set_numerics
@@ -78,30 +81,47 @@ class Training:
         self.raw.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         flat = Flat(self.raw.network)
         self._gradient = flat.place_gradients()
-        self.ema = Ema(self.raw.network, flat.weights, settings.ema_decay)
+        self.ema = Ema(self.raw.network, flat.weights)
         # It is in its place; to Accelerate, which would copy it out of its flat weights, a CPU is another place.
         self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Ahead(self._draw_noise)
+        self._next: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        # What a step needs to know besides its examples, where a recorded one finds it.
+        self._ema_share = torch.zeros((), device=world.device)
+        self._norm_below = torch.full((), math.inf, device=world.device)
+        self._recorded: Captured | None = None
         self.step = 0
         self.data_s = 0.0  # what drawing examples has taken so far
 
     def update(self) -> Update:
         """One optimizer update on the next global batch."""
         self.step += 1
-        started = time.perf_counter()
-        x0, t, eps = self.examples(self.step)
-        self.data_s += time.perf_counter() - started
+        examples, lr = self._examples_of(self.step), lr_at(self.step, self.settings)
+        self.optimizer.set_lr(lr)
+        self._ema_share.fill_(1 - decay_at(self.step, self.settings.ema_decay))
+        loss, losses, norm = (self._recorded or self._advance)(*examples)
+        if self.world.device.type == "cuda":  # it computes while its host draws what comes next
+            self._next = self.step + 1, self._drawn(self.step + 1)
+        return Update(loss, losses, examples[1], float(norm), lr)
+
+    def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step itself, of which the host decides nothing: the loss, that of each example, and the gradient's norm.
+
+        Nothing moves if the norm is not below `_norm_below`, because it is not finite or because that is 0.
+        """
         parts = self._parts(x0, t, eps)
         # Gradients are summed over processes once, with the last part.
         losses = torch.cat([self._pass(part, len(x0), sum_up=part is parts[-1]) for part in parts])
-        update = Update(losses.sum() / len(x0), losses, t, self._clip_gradient(), lr_at(self.step, self.settings))
-        if not update.skipped:
-            self.optimizer.param_groups[0]["lr"] = update.lr
-            self.optimizer.step()
-            self.ema.update(self.step)
+        # By rows, which are summed in parallel: one fp32 sum of ten million squares is off in its fourth digit.
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._gradient.view(ALIGNMENT, -1), dim=1))
+        moves = (norm < self._norm_below).to(norm.dtype)
+        self.optimizer.grad_scale = (norm / self.settings.max_grad_norm).clamp_(min=1)
+        self.optimizer.found_inf = 1 - moves
+        self.optimizer.step()
+        self.ema.update(self._ema_share * moves)
         self.optimizer.zero_grad()
-        return update
+        return losses.sum() / len(x0), losses, norm
 
     def _pass(self, part: tuple[Tensor, ...], n: int, *, sum_up: bool) -> Tensor:
         """The losses of some of n examples, whose gradient is added, forward and backward."""
@@ -115,17 +135,17 @@ class Training:
         micro = self.settings.micro_batch_size or len(examples[0])
         return list(zip(*(tensor.split(micro) for tensor in examples), strict=True))
 
-    def _clip_gradient(self) -> float:
-        """The norm of the gradient, which is `max_grad_norm` afterwards if it was more."""
-        # By rows, which are summed in parallel: one fp32 sum of ten million squares is off in its fourth digit.
-        rows = torch.linalg.vector_norm(self._gradient.view(ALIGNMENT, -1), dim=1)
-        norm, limit = float(torch.linalg.vector_norm(rows)), self.settings.max_grad_norm
-        if norm > limit:
-            self._gradient.mul_(limit / norm)
-        return norm
+    @contextmanager
+    def _without_moving(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Within it steps change nothing; gives the examples of the next one, to try it with."""
+        self._norm_below.zero_()
+        try:
+            yield self.examples(self.step + 1)
+        finally:
+            self._norm_below.fill_(math.inf)
 
     def compile(self) -> float:
-        """Compiles the network by forward and backward passes that change nothing; returns the seconds it took.
+        """Compiles the network by a step that changes nothing; returns the seconds it took.
 
         Raises JobError if that fails, for want of a C++ compiler above all.
         """
@@ -135,13 +155,20 @@ class Training:
         set_numerics(self.world.precision, compiles=True)
         self.raw.network.compile()
         try:
-            for part in {len(part[0]): part for part in self._parts(*self.examples(self.step + 1))}.values():
-                self._pass(part, len(part[0]), sum_up=True)
+            with self._without_moving() as examples:
+                self._advance(*examples)
         except TorchDynamoException as error:
             reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
             raise JobError(f"--train.compile failed on this machine: {' '.join(reason.split())}") from error
-        self.optimizer.zero_grad()
         return time.perf_counter() - started
+
+    def record(self) -> None:
+        """Records the step, so that a GPU gets it from its host in one launch. Before the first; one process alone.
+
+        Raises RuntimeError where something in it cannot be recorded; it is launched piece by piece then.
+        """
+        with self._without_moving() as examples:
+            self._recorded = Captured(self._advance, *examples)
 
     @property
     def communication_s(self) -> float:
@@ -151,15 +178,24 @@ class Training:
         measured = self.model._get_ddp_logging_data()
         return (measured["avg_backward_comm_time"] - measured["avg_backward_compute_comm_overlap_time"]) / 1e9
 
+    def _examples_of(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of a step, drawn while the step before it was computed if there was one."""
+        drawn, self._next = self._next, None
+        return drawn[1] if drawn is not None and drawn[0] == step else self._drawn(step)
+
+    def _drawn(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of a step, whose time counts."""
+        started = time.perf_counter()
+        examples = self.examples(step)
+        self.data_s += time.perf_counter() - started
+        return examples
+
     def examples(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """This process's share of a step's global batch: x0 and eps [n, *sample_shape], t [n]."""
         seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
         start, stop = self.world.share(batch_size)
         x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
-        t, eps = (torch.from_numpy(drawn) for drawn in self._noise.of(step))
-        if device.type == "cuda":  # from pinned memory the copies do not wait for the GPU
-            t, eps = t.pin_memory(), eps.pin_memory()
-        t, eps = t.to(device, non_blocking=True), eps.to(device, non_blocking=True)
+        t, eps = (sent(drawn, device) for drawn in self._noise.of(step))
         self._noise.begin(step + 1)
         return x0, t, eps
 

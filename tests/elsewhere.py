@@ -61,8 +61,10 @@ def elsewhere() -> Iterator[torch.device]:
     torch._C._ensureCUDADeviceGuardSet()
     # `module.cpu()` puts other tensors in the place of these, instead of other memory below them.
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    # Memory is pinned by CUDA's driver.
+    pinned = mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor)
     try:
-        with mock.patch.object(torch.cuda, "_lazy_init"), _Mode():
+        with mock.patch.object(torch.cuda, "_lazy_init"), pinned, _Mode():
             yield DEVICE
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)

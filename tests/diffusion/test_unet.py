@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from denoising_diffusion_pytorch import Unet
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusion.unet import FAST_LAYERS, Block, unit_norm, with_fast_layers
@@ -102,6 +105,23 @@ def test_a_compiled_network_is_the_same_function() -> None:
     fast.compile(backend="aot_eager")  # graphs and gradients as for the real one, which takes a minute more
     for found, expected in zip(outcome(fast, x), outcome(plain, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_compiled_gradients_are_sums_in_a_fixed_order() -> None:
+    """Compiled for a GPU, the gradient of an index adds with atomics, in whatever order threads come."""
+    operations: set[str] = set()
+
+    def seen(graph: torch.fx.GraphModule, inputs: object) -> object:
+        operations.update(str(node.target) for node in graph.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    _, fast = pair(dim=16, dim_mults=(1, 2), channels=1)
+    # What Inductor gets to compile.
+    fast.compile(backend=aot_autograd(fw_compiler=seen, bw_compiler=seen, decompositions=select_decomp_table()))
+    outcome(fast, torch.randn(len(T), 1, 28, 28))
+    assert "aten.convolution_backward.default" in operations
+    in_any_order = ("index_put", "index_add", "scatter_add", "scatter_reduce", "embedding_dense_backward")
+    assert [name for name in operations if any(part in name for part in in_any_order)] == []
 
 
 def test_the_gradient_of_the_norm(float64: None) -> None:

@@ -96,11 +96,11 @@ def test_the_state_of_another_network_is_an_error() -> None:
 def test_an_average_follows_the_weights() -> None:
     module = network()
     flat = Flat(module)
-    ema = Ema(module, flat.weights, 0.9)
+    ema = Ema(module, flat.weights)
     first, expected = copy.deepcopy(module), copy.deepcopy(module)
     with torch.no_grad():
         flat.weights.add_(1)
-    ema.update(5)
+    ema.update(torch.tensor(1 - decay_at(5, 0.9)))
     for average, old in zip(expected.parameters(), first.parameters(), strict=True):
         average.data = old.detach().lerp(old.detach() + 1, 1 - decay_at(5, 0.9))
     torch.testing.assert_close(ema.network.state_dict(), expected.state_dict())

@@ -1,0 +1,68 @@
+"""What a GPU repeats, recorded once: a CUDA graph is one launch where its kernels are thousands, each a host's time.
+
+Recorded kernels are the same as launched ones, and so are the bytes that they compute.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+WARM_UP = 2
+"""Calls before recording: libraries choose kernels and take workspaces in the first."""
+
+
+class Captured:
+    """A function of tensors on a GPU, recorded for inputs of these shapes.
+
+    It is called `WARM_UP` times with these inputs, then recorded, which computes nothing. It must not wait for the GPU,
+    nor depend on anything but its inputs and what lies on the GPU, always at the same place. Raises RuntimeError if it
+    cannot be recorded; it can still be called then.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        # Other threads write checkpoints, whose copies are none of the graph's business.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._outputs = function(*self._inputs)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the function returns, in memory of its own; raises ValueError for inputs of other shapes."""
+        for place, tensor in zip(self._inputs, inputs, strict=True):
+            if place.shape != tensor.shape:
+                raise ValueError(f"recorded for an input {list(place.shape)}; got {list(tensor.shape)}")
+            place.copy_(tensor)
+        self._graph.replay()
+        return tuple(tensor.clone() for tensor in self._outputs)
+
+
+def in_one_launch(function: Callable[..., Tensor], say: Callable[[str], None]) -> Callable[..., Tensor]:
+    """The same function of tensors on a GPU, recorded at its first call; if that fails, it says so and is as it was."""
+    recorded: list[Callable[..., tuple[Tensor, ...]]] = []
+
+    def whole(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return (function(*inputs),)
+
+    def call(*inputs: Tensor) -> Tensor:
+        if not recorded:
+            try:
+                recorded.append(Captured(whole, *inputs))
+            except RuntimeError as error:
+                say(not_recorded(error))
+                recorded.append(whole)
+        return recorded[0](*inputs)[0]
+
+    return call
+
+
+def not_recorded(error: RuntimeError) -> str:
+    """Says what it means that something could not be recorded."""
+    reason = str(error).partition("\n")[0]
+    return f"The GPU's work cannot be recorded, so it is launched piece by piece, which takes longer: {reason}"

@@ -1,0 +1,70 @@
+"""A step that is recorded once and given to a GPU in one launch computes the bytes of one launched piece by piece."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from jobs.checkpoints import Snapshot
+from jobs.experiments import EXPERIMENTS
+from jobs.numerics import Kind, Precision
+from jobs.training import Training
+from jobs.world import World, start
+from tests.gpu import jobs
+
+STEPS, POISONED, SAVED = 12, 4, 7
+
+
+def training(experiment: str, device: Kind, mnist_root: Path, world: World) -> Training:
+    """A new one, whose step `POISONED` has a gradient that is not finite."""
+    if experiment == "mnist":
+        found = jobs.training(device, mnist_root, world)
+    else:
+        preset = EXPERIMENTS[experiment].preset
+        found = Training(preset.build(), replace(preset.train, warmup_steps=2, micro_batch_size=48), world)
+    right = found.experiment.batch
+
+    def batch(seed: int, step: int, *rest: object) -> torch.Tensor:
+        drawn = right(seed, step, *rest)  # type: ignore[arg-type]
+        return drawn * math.nan if step == POISONED else drawn
+
+    found.experiment.batch = batch  # type: ignore[method-assign, assignment]
+    return found
+
+
+def advanced(found: Training, to: int, *, recorded: bool) -> tuple[list[tuple[bool, float]], Snapshot]:
+    """What the steps up to `to` reported, and the state after them; a CPU, which records nothing, rehearses."""
+    if recorded and found.world.device.type == "cuda":
+        found.record()
+    reported = []
+    while found.step < to:
+        update = found.update()
+        reported.append((update.skipped, float(update.loss)))
+    return reported, found.snapshot()
+
+
+def tensors(snapshot: Snapshot) -> list[torch.Tensor]:
+    moments = [value for state in snapshot.optimizer["state"].values() for value in state.values()]  # type: ignore[attr-defined]
+    return [*snapshot.model.values(), *snapshot.ema.values(), *moments]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("experiment", ["1d", "mnist"])
+def test_a_recorded_step_is_the_step(experiment: str, precision: Precision, device: Kind, mnist_root: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # else it would stay at the precision of the test before
+    world = start(1, device, precision)
+    reported, expected = advanced(training(experiment, device, mnist_root, world), STEPS, recorded=False)
+    assert [skipped for skipped, _ in reported] == [step == POISONED for step in range(1, STEPS + 1)]
+
+    whole, found = advanced(training(experiment, device, mnist_root, world), STEPS, recorded=True)
+    _, saved = advanced(training(experiment, device, mnist_root, world), SAVED, recorded=True)
+    resumed = training(experiment, device, mnist_root, world)
+    resumed.restore(saved)
+    rest, continued = advanced(resumed, STEPS, recorded=True)
+
+    assert str(whole) == str(reported) and str(rest) == str(reported[SAVED:])  # NaN is not equal to itself
+    for one, other, third in zip(tensors(expected), tensors(found), tensors(continued), strict=True):
+        assert torch.equal(one, other) and torch.equal(one, third)
