@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo test lint format soak bench slurm-test slurm-test-newer gpu-test gpu-check gpu-wheels clean
+.PHONY: help demo check test lint format soak bench slurm-test slurm-test-newer gpu-test gpu-check gpu-wheels clean
 
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
+	@echo "make check       style, types and the tests that start no process of their own: a minute on two CPU cores"
 	@echo "make test        set up and run the tests"
 	@echo "make lint        style and types"
 	@echo "make format      put the code into shape"
@@ -42,11 +43,18 @@ demo: $(VENV)/ready
 	  runs/mnist-small/demo/figures/* runs/mnist-small/demo/samples/*/grid.png
 
 # A process on each core, and one thread in each: threads that wait for a core that others use make steps crawl.
-test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist worksteal
 
+check: lint
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not processes and not slurm and not soak and not gpu"
+
+test: $(VENV)/ready
+	$(PYTEST) $(SIDE_BY_SIDE)
+
+# Three clusters side by side on two cores: they mostly wait.
 slurm-test: $(VENV)/ready
-	$(RUN) -m pytest -m "slurm and not soak"
+	$(PYTEST) --numprocesses 3 --dist worksteal -m "slurm and not soak"
 
 slurm-test-newer: $(VENV)/ready
 	tests/slurm/newer.sh $(RUN)

@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 
 from jobs import mnist_files
-from tests import launching
+from tests import launching, processes
 
 # A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and processes.starts_some(item.function):
+            item.add_marker("processes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with processes.forbidden(not any(item.get_closest_marker(name) for name in processes.MARKERS)):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -32,5 +44,6 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         except ValueError:
             pass
     root = tmp_path_factory.mktemp("mnist")
-    mnist_files.fetch(root)
+    with processes.forbidden(False):  # not the test that happens to be the first
+        mnist_files.fetch(root)
     return root

@@ -21,6 +21,7 @@ def outcomes(check: Check) -> dict[str, str]:
     return {name: part["outcome"] for name, part in found.items()}
 
 
+@pytest.mark.processes
 def test_a_part_that_fails_and_one_that_takes_too_long_stop_no_other(check: Check) -> None:
     check.run(Part("broken", ("no_such_module",), 60))
     check.run(Part("endless", ("http.server", "0"), 1))
@@ -35,6 +36,7 @@ def test_a_part_that_fails_and_one_that_takes_too_long_stop_no_other(check: Chec
     assert "| good | passed |" in (check.folder / "gpu-check.md").read_text()
 
 
+@pytest.mark.processes
 def test_a_part_that_was_cut_off_leaves_what_it_had_measured(check: Check) -> None:
     rows = [limit("speed", "s", [1.0], None).as_json(), limit("distance", "", [3.0], 2).as_json()]
     (check.folder / "endless.json").write_text(json.dumps({"rows": rows}))
@@ -43,6 +45,7 @@ def test_a_part_that_was_cut_off_leaves_what_it_had_measured(check: Check) -> No
     assert "| speed | 1 s |" in table and "**no**" in table
 
 
+@pytest.mark.processes
 def test_a_missed_target_is_a_failure(check: Check) -> None:
     (check.folder / "good.json").write_text(json.dumps({"rows": [limit("distance", "", [3.0], 2).as_json()]}))
     check.run(Part("good", ("platform",), 60))

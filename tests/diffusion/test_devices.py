@@ -20,7 +20,7 @@ from tests.elsewhere import DEVICE, Elsewhere, elsewhere, move
 
 SMALL = {
     "1d": {"model": MlpSettings(dim=8, layers=1)},
-    "mnist": {"model": UnetSettings(dim=8, dim_mults=(1, 2, 4))},
+    "mnist": {"model": UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1))},
     "mnist-small": {"model": UnetSettings(dim=8, dim_mults=(1,), attn_heads=(1,), noise_skip=True, patch_size=2)},
 }
 HISTORY: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 5)]

