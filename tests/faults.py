@@ -521,7 +521,7 @@ def run(tests: Sequence[str], where: Path, *options: str) -> "subprocess.Complet
     mark = uuid.uuid4().hex
     env = {"MNIST_ROOT": str(ROOT / "data"), "OMP_NUM_THREADS": "1", **os.environ}
     env |= {"PYTHONPATH": str(where), "FAULT": mark, "COLUMNS": "200"}
-    command = [sys.executable, "-m", "pytest", "-x", "-rfE", "-m", "", "-p", "no:cacheprovider", *options, *tests]
+    command = [sys.executable, "-m", "pytest", "-rfE", "-m", "", "-p", "no:cacheprovider", *options, *tests]
     try:
         return subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
     finally:
@@ -536,18 +536,18 @@ def try_out(fault: Fault) -> bool:
     started = time.monotonic()
     with copy() as where:
         (where / fault.file).write_text(written(fault))
-        ended = run([fault.test], where)
+        ended = run([fault.test], where, "-x")
     caught = ended.returncode == 1  # others mean that no test has run
     seconds = f"{time.monotonic() - started:.0f} s"
-    print(f"{'caught' if caught else 'NOT CAUGHT':<11}{seconds:>6}  {fault.name}\n{'':19}{last_words(ended.stdout)}")
+    print(f"{'caught' if caught else 'NOT CAUGHT':<11}{seconds:>6}  {fault.name}\n{'':19}{last_words(ended.stdout)[0]}")
     sys.stdout.flush()
     return caught
 
 
-def last_words(out: str) -> str:
-    """What pytest says of the failure, in one line."""
-    lines = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))] or out.splitlines() or [""]
-    return lines[-1].replace("tests/", "", 1)[:160]
+def last_words(out: str) -> list[str]:
+    """What pytest says of each failure, in one line; without a failure its last line."""
+    lines = [line for line in out.splitlines() if line.startswith(("FAILED", "ERROR"))] or out.splitlines()[-1:] or [""]
+    return [line.replace("tests/", "", 1)[:160] for line in lines]
 
 
 def pass_without(faults: Sequence[Fault], jobs: int) -> bool:
@@ -555,7 +555,7 @@ def pass_without(faults: Sequence[Fault], jobs: int) -> bool:
     with copy() as where:
         tests = list(dict.fromkeys(fault.test for fault in faults))
         ended = run(tests, where, *(["--numprocesses", str(jobs), "--dist", "worksteal"] if jobs > 1 else []))
-    print(f"Without a fault: {last_words(ended.stdout)}", flush=True)
+    print("Without a fault:", *last_words(ended.stdout), sep="\n  ", flush=True)
     return ended.returncode == 0
 
 
