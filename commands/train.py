@@ -55,6 +55,8 @@ class TrainChanges:
     """Train longer: a larger number of steps."""
     micro_batch_size: Annotated[int | None, optional("INT", "as it was")] = None
     """Examples that one GPU takes at a time."""
+    cuda_graph: Annotated[bool | None, optional("{True,False}", "as it was")] = None
+    """Whether one GPU gets each step in one launch."""
     precision: Annotated[Literal["bf16", "tf32", "fp32"] | None, optional("{bf16,tf32,fp32}", "as it was")] = None
     """Another precision than the run has had so far: its bytes differ from here on."""
     log_every: Annotated[int | None, optional("INT", "as it was")] = None

@@ -16,8 +16,9 @@ class Captured:
     """A function of tensors on a GPU, recorded for inputs of these shapes.
 
     It is called `WARM_UP` times with these inputs, then recorded, which computes nothing. It must not wait for the GPU,
-    nor depend on anything but its inputs and what lies on the GPU, always at the same place. Raises RuntimeError if it
-    cannot be recorded; it can still be called then.
+    nor depend on anything but its inputs and what lies on the GPU, always at the same place. So autocast, which keeps
+    copies of weights until it is left, is not left between calls. Raises RuntimeError if the function cannot be
+    recorded; it can still be called then.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
@@ -29,15 +30,21 @@ class Captured:
             for _ in range(WARM_UP):
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
-        # Other threads write checkpoints, whose copies are none of the graph's business.
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._outputs = function(*self._inputs)
+        previous = torch.cuda.current_stream()
+        try:
+            # Whatever other threads do on the GPU meanwhile does not belong to the graph.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._outputs = function(*self._inputs)
+        finally:
+            torch.cuda.set_stream(previous)  # torch leaves it at the other one if recording fails
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the function returns, in memory of its own; raises ValueError for inputs of other shapes."""
+        """What the function returns, in memory of its own; raises ValueError for inputs of another kind."""
         for place, tensor in zip(self._inputs, inputs, strict=True):
-            if place.shape != tensor.shape:
-                raise ValueError(f"recorded for an input {list(place.shape)}; got {list(tensor.shape)}")
+            if (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
+                raise ValueError(
+                    f"recorded for {list(place.shape)}, {place.dtype}; got {list(tensor.shape)}, {tensor.dtype}"
+                )
             place.copy_(tensor)
         self._graph.replay()
         return tuple(tensor.clone() for tensor in self._outputs)

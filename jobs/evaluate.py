@@ -80,6 +80,7 @@ def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
         with np.load(evaluation.result_path(name, unit.of), allow_pickle=False) as arrays:
             results[name] = dict(arrays)
     metrics = evaluator.metrics(results)
+    evaluation.undrawn.touch()  # before the results: what is stopped between them and the figures is not done
     evaluation.write(
         {
             "metrics": {name: metric.as_json() for name, metric in metrics.items()},
@@ -88,6 +89,5 @@ def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
         },
         {name: m.estimate.replicates for name, m in metrics.items() if isinstance(m.estimate, Estimate)},
     )
-    evaluation.undrawn.touch()
     if decorate("its figures", lambda: evaluator.draw(results, evaluation.folder), print) is None:
         evaluation.undrawn.unlink()

@@ -228,6 +228,7 @@ MAY_CHANGE = frozenset(
         "train.checkpoint-minutes",
         "train.keep-checkpoints",
         "train.micro-batch-size",
+        "train.cuda-graph",
         "tracking.mode",
         "tracking.project",
         "tracking.samples-every",
@@ -251,10 +252,13 @@ C = TypeVar("C")
 def _from_dict(cls: type[C], values: dict[str, Any]) -> C:
     """Builds nested dataclasses from JSON; raises ValueError where names or types do not fit."""
     hints = get_type_hints(cls)
-    for name in sorted(values.keys() ^ hints.keys()):
-        raise ValueError(
-            f"experiment.json must hold exactly the settings of this version; {name} is in only one of them"
-        )
+    for name in sorted(values.keys() - hints.keys()):
+        raise ValueError(f"experiment.json holds a setting that this version does not know: {name}")
+    # A setting that came after the run is what it was before it came: its default.
+    missing = dataclasses.MISSING
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}  # type: ignore[arg-type]
+    for name in sorted(needed - values.keys()):
+        raise ValueError(f"experiment.json lacks the setting {name}")
     built: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):

@@ -16,8 +16,9 @@ Asked = Literal["auto", "bf16", "tf32", "fp32"]
 
 DEV = Path("/dev")
 """Where a Linux machine shows its NVIDIA GPUs, as nvidia0, nvidia1, ..."""
-SAME_BYTES = ("device", "gpu", "cpu", "precision", "processes", "threads", "torch", "cuda", "cudnn", "nccl")
-"""Two starts of a run whose facts agree in these compute the same bytes."""
+SAME_BYTES = ("device", "gpu", "precision", "processes", "torch", "cuda", "cudnn", "nccl")
+"""Two starts of a run whose facts agree in these compute the same bytes, on a CPU if they agree in the next, too."""
+SAME_BYTES_OF_CPUS = ("cpu", "threads")
 
 
 def resolve_device(device: Literal["auto", "cuda", "cpu"], gpus: int | None) -> Kind:
@@ -52,18 +53,23 @@ def own_device(kind: Kind) -> torch.device:
     """
     if kind == "cpu":
         return torch.device("cpu")
-    found, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
-    if found == 0:
-        raise JobError(f"{whereabouts()} finds no GPU; the driver may be too old for torch {torch.__version__}")
-    if rank >= found > 1:
-        raise JobError(f"{whereabouts()} is number {rank} of its node and sees {found} GPUs; each needs one of its own")
-    # A single one is this task's own where Slurm binds GPUs to tasks; `check_own_gpus` finds out where it is not.
-    device = torch.device("cuda", rank if rank < found else 0)
+    device = torch.device("cuda", _own_index())
     try:
         torch.zeros(1, device=device)
     except RuntimeError as error:
         raise JobError(f"{whereabouts()} cannot use its GPU {device.index}: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _own_index() -> int:
+    """The number of this process's GPU among those it is shown; computes nothing there. Raises as `own_device`."""
+    found, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if found == 0:
+        raise JobError(f"{whereabouts()} finds no GPU; the driver may be too old for torch {torch.__version__}")
+    if rank >= found > 1:
+        raise JobError(f"{whereabouts()} is number {rank} of its node and sees {found} GPUs; each needs one of its own")
+    # A single one is this task's own where Slurm binds GPUs to tasks; where it is not, jobs.world finds out.
+    return rank if rank < found else 0
 
 
 def whereabouts() -> str:
@@ -81,7 +87,7 @@ def resolve_precision(asked: Asked, kind: Kind) -> Precision:
     if asked != "auto":
         return asked
     if kind == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(own_device(kind)) >= (8, 0) else "fp32"
+        return "bf16" if torch.cuda.get_device_capability(_own_index()) >= (8, 0) else "fp32"
     return "bf16" if computes_bf16() else "fp32"
 
 
@@ -95,7 +101,7 @@ def lacking(precision: Asked, kind: Kind) -> str | None:
     if precision == "tf32" and kind == "cpu":
         return "precision tf32 is one of GPUs; a CPU computes in bf16 or fp32"
     if precision in ("bf16", "tf32") and kind == "cuda":
-        gpu = own_device(kind)
+        gpu = _own_index()
         if torch.cuda.get_device_capability(gpu) < (8, 0):
             return f"{torch.cuda.get_device_name(gpu)} does not compute in {precision}; it needs another GPU, or fp32"
     return None
@@ -116,15 +122,8 @@ def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
     if compiles:
-        # Inductor would time kernels at each start and take the fastest. The variable is for the threads and processes
-        # that compile, too: since torch 2.12 what is set below holds in this thread alone.
-        os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
-        import torch._dynamo.config as dynamo  # here, because they take seconds to import
-        import torch._inductor.config as inductor
+        import torch._dynamo.config as dynamo  # here, because it takes seconds to import
 
-        # If it was imported before, it has not read the variable; older versions have no such switch.
-        if hasattr(inductor, "deterministic"):
-            inductor.deterministic = True
         # DDP's own optimizer cuts the graph at each bucket of gradients, and at each function with a backward pass of
         # its own: 46 fragments of the U-Net instead of one.
         dynamo.optimize_ddp = False
@@ -157,7 +156,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     """
     changed = [
         f"{name} {before[name]} before, {now[name]} now"
-        for name in SAME_BYTES
+        for name in (*SAME_BYTES, *(SAME_BYTES_OF_CPUS if now.get("device") == "cpu" else ()))
         if name in before and name in now and _kind_of(before[name]) != _kind_of(now[name])
     ]
     return (

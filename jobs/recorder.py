@@ -27,8 +27,8 @@ class NullRecorder:
     def start(self) -> None:
         """The training begins or continues."""
 
-    def compiled(self, seconds: float) -> None:
-        """The network has been compiled, in so many seconds."""
+    def begin(self, compile_s: float | None) -> None:
+        """Steps begin now; the network has been compiled in so many seconds, if it has."""
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         """An update is done; `metrics` is given where it is logged."""
@@ -88,8 +88,9 @@ class RunRecorder(NullRecorder):
         self._status.write(step=step)
         self._follower = follow_training(self._run, self._owner, self._console.say)
 
-    def compiled(self, seconds: float) -> None:
-        self._console.say(f"Compiled the network in {in_words(seconds)} (--train.compile).")
+    def begin(self, compile_s: float | None) -> None:
+        if compile_s is not None:
+            self._console.say(f"Compiled the network in {in_words(compile_s)} (--train.compile).")
         # Rates are those of steps.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)

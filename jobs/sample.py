@@ -36,14 +36,15 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
     experiment, model = load_model(run, samples.settings, own_device(device))
 
     # A GPU gets each evaluation of the network in one launch.
-    evaluate = in_one_launch(model.predict, print) if device == "cuda" else model.predict
+    console = Console(run.log)
+    evaluate = in_one_launch(model.predict, console.say) if device == "cuda" else model.predict
 
     def predict(xt: Tensor, t: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
         return evaluate(xt, t)
 
-    progress = Progress(Console(run.log), "sample", len(shards), 0, "samples", samples.settings.shard_size)
+    progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         for done, shard in enumerate(shards):
             write_shard(samples, shard, experiment, predict, model.alphas_cumprod)

@@ -11,7 +11,7 @@ from jobs.captured import not_recorded
 from jobs.ema import decay_at
 from jobs.experiments import EXPERIMENTS
 from jobs.job import JobError, Requeue
-from jobs.numerics import Kind, changes, facts, lacking, resolve_precision
+from jobs.numerics import Kind, changes, facts, lacking, resolve_precision, whereabouts
 from jobs.ownership import Ownership
 from jobs.progress import Console, in_words
 from jobs.recorder import NullRecorder, RunRecorder
@@ -33,6 +33,10 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     if unfit := lacking(precision, device):
         raise JobError(unfit)
     world = start(processes, device, precision)
+    if (first := world.of_first(precision)) != precision:
+        raise JobError(
+            f"{whereabouts()} computes in {precision}, the first process in {first}: name a --train.precision"
+        )
     console = Console(run.log)
     training = Training(config.build(), settings, world)
     step, owner = take_over(training, run, console)
@@ -47,9 +51,10 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
         recorder = RunRecorder(run, training, owner, console, requeue is not None, machine)
     try:
         recorder.start()
-        if settings.compile and training.step < settings.steps:
-            recorder.compiled(training.compile())
-        record(training, console)
+        if training.step < settings.steps:
+            compile_s = training.compile() if settings.compile else None
+            record(training, console)
+            recorder.begin(compile_s)
         reason = run_steps(training, recorder, signals)
         recorder.save()
         if training.step == settings.steps:
@@ -70,7 +75,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
 def record(training: Training, console: Console) -> None:
     """Has a GPU's step recorded, if that is asked for, useful and possible."""
     settings, world = training.settings, training.world
-    if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1 or training.step == settings.steps:
+    if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1:
         return
     try:
         training.record()

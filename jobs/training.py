@@ -92,7 +92,7 @@ class Training:
         self._norm_below = torch.full((), math.inf, device=world.device)
         self._recorded: Captured | None = None
         self.step = 0
-        self.data_s = 0.0  # what drawing examples has taken so far
+        self.data_s = 0.0  # how long steps have waited for their examples so far
 
     def update(self) -> Update:
         """One optimizer update on the next global batch."""
@@ -101,14 +101,17 @@ class Training:
         self.optimizer.set_lr(lr)
         self._ema_share.fill_(1 - decay_at(self.step, self.settings.ema_decay))
         loss, losses, norm = (self._recorded or self._advance)(*examples)
-        if self.world.device.type == "cuda":  # it computes while its host draws what comes next
-            self._next = self.step + 1, self._drawn(self.step + 1)
+        if self.step == self.settings.steps:
+            self._recorded = None  # the memory that it keeps is for the figures now
+        elif self.world.device.type == "cuda":
+            # It computes while its host draws what comes next.
+            self._next = self.step + 1, self.examples(self.step + 1)
         return Update(loss, losses, examples[1], float(norm), lr)
 
     def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The step itself, of which the host decides nothing: the loss, that of each example, and the gradient's norm.
 
-        Nothing moves if the norm is not below `_norm_below`, because it is not finite or because that is 0.
+        No weight moves if the norm is not below `_norm_below`, because it is not finite or because that is 0.
         """
         parts = self._parts(x0, t, eps)
         # Gradients are summed over processes once, with the last part.
@@ -137,11 +140,13 @@ class Training:
 
     @contextmanager
     def _without_moving(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Within it steps change nothing; gives the examples of the next one, to try it with."""
+        """Within it steps change nothing, nor does one that fails halfway; gives the examples of the next one."""
         self._norm_below.zero_()
+        self._next = self.step + 1, self.examples(self.step + 1)
         try:
-            yield self.examples(self.step + 1)
+            yield self._next[1]
         finally:
+            self.optimizer.zero_grad()
             self._norm_below.fill_(math.inf)
 
     def compile(self) -> float:
@@ -149,11 +154,14 @@ class Training:
 
         Raises JobError if that fails, for want of a C++ compiler above all.
         """
-        from torch._dynamo.exc import TorchDynamoException  # here, because it takes seconds to import
+        from torch._dynamo.exc import TorchDynamoException  # here, because they take seconds to import
+        from torch._inductor import config as inductor
 
         started = time.perf_counter()
         set_numerics(self.world.precision, compiles=True)
-        self.raw.network.compile()
+        # Inductor would time kernels at each start and take the fastest; older versions have no such switch. It is an
+        # option because that holds for backward passes, too: torch resets the module's variable after each graph.
+        self.raw.network.compile(options={"deterministic": True} if hasattr(inductor, "deterministic") else None)
         try:
             with self._without_moving() as examples:
                 self._advance(*examples)
@@ -163,7 +171,7 @@ class Training:
         return time.perf_counter() - started
 
     def record(self) -> None:
-        """Records the step, so that a GPU gets it from its host in one launch. Before the first; one process alone.
+        """Records the step, so that a GPU gets it from its host in one launch; for a process that is alone.
 
         Raises RuntimeError where something in it cannot be recorded; it is launched piece by piece then.
         """
@@ -179,12 +187,10 @@ class Training:
         return (measured["avg_backward_comm_time"] - measured["avg_backward_compute_comm_overlap_time"]) / 1e9
 
     def _examples_of(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of a step, drawn while the step before it was computed if there was one."""
+        """Those of a step; what is drawn only now is drawn while nothing computes, and that time counts."""
         drawn, self._next = self._next, None
-        return drawn[1] if drawn is not None and drawn[0] == step else self._drawn(step)
-
-    def _drawn(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of a step, whose time counts."""
+        if drawn is not None and drawn[0] == step:
+            return drawn[1]
         started = time.perf_counter()
         examples = self.examples(step)
         self.data_s += time.perf_counter() - started
@@ -228,7 +234,7 @@ class Training:
         self.raw.network.load_state_dict(snapshot.model)
         self.ema.network.load_state_dict(snapshot.ema)
         self.optimizer.load_state_dict(snapshot.optimizer)
-        self.step = snapshot.step
+        self.step, self._recorded = snapshot.step, None  # the moments of the optimizer lie elsewhere now
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ def has_slurm() -> bool:
         return False
     try:
         return " is UP" in ask("scontrol", "ping", timeout_s=2).stdout
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, RuntimeError):
         return False
 
 
@@ -29,16 +29,19 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
     """Runs one of Slurm's commands; bytes that are no text, in a site's notice for example, become question marks."""
     # SQUEUE_PARTITION, SACCT_TIMEFORMAT and so on are for what people read: they hide or change what is read here.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
-    return subprocess.run(
-        command,
-        env=env,
-        input=input,
-        timeout=timeout_s,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    try:
+        return subprocess.run(
+            command,
+            env=env,
+            input=input,
+            timeout=timeout_s,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{command[0]} does not answer within {timeout_s:g} s") from error
 
 
 def last_words(text: str) -> str:
@@ -54,7 +57,7 @@ def submitted_id(shown: str) -> str | None:
 
 
 def config(timeout_s: float | None = 30) -> dict[str, str]:
-    """What `scontrol show config` says, by name; {} if it does not answer."""
+    """What `scontrol show config` says, by name; {} if there is no answer, RuntimeError if there is none in time."""
     shown = ask("scontrol", "show", "config", timeout_s=timeout_s).stdout
     return dict(re.findall(r"^(\w+) *= (.*?) *$", shown, re.MULTILINE))
 
@@ -177,8 +180,6 @@ def _rows(command: list[str], pattern: str, timeout_s: float) -> Iterator[list[s
         done = ask(*command, timeout_s=timeout_s)
     except FileNotFoundError:
         raise RuntimeError(f"there is no {command[0]} on this machine") from None
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"{command[0]} does not answer within {timeout_s:g} s") from None
     if done.returncode != 0:
         raise RuntimeError(f"{command[0]} does not answer: {last_words(done.stderr)}")
     for line in done.stdout.splitlines():

@@ -3,10 +3,16 @@
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from diffusion.settings import MlpSettings
+from jobs.experiments import EXPERIMENTS
+from jobs.training import Training
+from jobs.world import start as start_world
 from tests.launching import TINY, done, interrupt, launch, start, steps_logged, wait_until
 
 STEPS = 500
@@ -32,6 +38,27 @@ def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path
     done("resume", "1d/stopped", "--device", "cpu", "--gpus", 2, cwd=tmp_path)
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     assert (runs / "stopped" / last).read_bytes() == (runs / "compiled" / last).read_bytes()
+
+
+def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a GPU's bytes would depend on which kernel was faster at this start."""
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    chosen = []
+    lower = GraphLowering.run
+
+    def run(graph: GraphLowering, *inputs: Any) -> Any:
+        chosen.append(config.deterministic)
+        return lower(graph, *inputs)
+
+    monkeypatch.setattr(GraphLowering, "run", run)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    preset = EXPERIMENTS["1d"].preset
+    settings = replace(preset.train, batch_size=8, micro_batch_size=5)  # a last part that is shorter
+    small = replace(preset, model=MlpSettings(dim=8, layers=1), train=settings)
+    Training(small.build(), small.train, start_world(1, "cpu", "fp32")).compile()
+    assert len(chosen) >= 4 and all(chosen)
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,3 +65,40 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_along_a_cosine() -> None:
 def test_the_average_forgets_its_beginning_and_then_remembers_as_long_as_it_is_told() -> None:
     assert [decay_at(step, 0.99) for step in (1, 8, 90)] == [2 / 11, 0.5, 0.91]
     assert decay_at(10_000, 0.99) == 0.99
+
+
+def test_a_try_of_a_step_that_fails_halfway_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a warm-up for a CUDA graph, or for the compiler, whose second micro batch finds no memory."""
+    preset = EXPERIMENTS["1d"].preset
+    settings = replace(preset.train, batch_size=64, micro_batch_size=24)
+    experiment = replace(preset, model=MlpSettings(dim=16)).build()
+    world = start(1, "cpu", "fp32")
+    undisturbed, tried = Training(experiment, settings, world), Training(experiment, settings, world)
+    passes = iter([tried._pass])
+
+    def failing(*arguments: Any, **flags: Any) -> torch.Tensor:
+        for right in passes:
+            return right(*arguments, **flags)
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tried, "_pass", failing)
+        with pytest.raises(RuntimeError, match="out of memory"), tried._without_moving() as examples:
+            tried._advance(*examples)
+    for _ in range(2):
+        assert float(tried.update().loss) == float(undisturbed.update().loss)
+    torch.testing.assert_close(tried.snapshot().ema, undisturbed.snapshot().ema, rtol=0, atol=0)
+    torch.testing.assert_close(tried.snapshot().model, undisturbed.snapshot().model, rtol=0, atol=0)
+
+
+def test_a_try_of_a_step_moves_nothing() -> None:
+    preset = EXPERIMENTS["1d"].preset
+    training = Training(preset.build(), replace(preset.train, batch_size=64), start(1, "cpu", "fp32"))
+    training.update()
+    before = training.snapshot()
+    with training._without_moving() as examples:
+        training._advance(*examples)
+    after = training.snapshot()
+    for kept, found in ((before.model, after.model), (before.ema, after.ema)):
+        torch.testing.assert_close(found, kept, rtol=0, atol=0)
+    torch.testing.assert_close(after.optimizer["state"], before.optimizer["state"], rtol=0, atol=0)
