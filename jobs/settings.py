@@ -43,7 +43,7 @@ class TrainSettings:
     with products of shorter numbers, on GPUs alone."""
     compile: bool = False
     """Compile the network with torch.compile: a minute or two at each start, for steps on a GPU that take half as long;
-    needs g++. On a GPU the bytes of two such trainings may differ."""
+    needs g++. That its bytes on a GPU are the same each time is not shown yet."""
     cuda_graph: bool = True
     """On one GPU, record a step once and launch it as a whole: small batches are several times faster."""
     log_every: int = 10
