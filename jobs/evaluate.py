@@ -90,4 +90,4 @@ def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
         {name: m.estimate.replicates for name, m in metrics.items() if isinstance(m.estimate, Estimate)},
     )
     if decorate("its figures", lambda: evaluator.draw(results, evaluation.folder), print) is None:
-        evaluation.undrawn.unlink()
+        evaluation.undrawn.unlink(missing_ok=True)  # another process may have merged, too

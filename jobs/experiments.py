@@ -249,9 +249,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 C = TypeVar("C")
 
 
-def _from_dict(cls: type[C], values: dict[str, Any]) -> C:
+def _from_dict(cls: type[C], values: Any) -> C:
     """Builds nested dataclasses from JSON; raises ValueError where names or types do not fit."""
     hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ValueError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
     for name in sorted(values.keys() - hints.keys()):
         raise ValueError(f"experiment.json holds a setting that this version does not know: {name}")
     # A setting that came after the run is what it was before it came: its default.
