@@ -47,7 +47,9 @@ def forbidden(forbid: bool) -> Iterator[None]:
 
 
 def _watch(event: str, arguments: tuple[Any, ...]) -> None:
-    if _forbidden and (event == "os.fork" or (event == "subprocess.Popen" and sys.executable in map(str, arguments[1]))):
+    if _forbidden and (
+        event == "os.fork" or (event == "subprocess.Popen" and sys.executable in map(str, arguments[1]))
+    ):
         pytest.fail("a test that starts a process must say so, else `make check` runs it: @pytest.mark.processes")
 
 

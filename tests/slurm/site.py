@@ -8,12 +8,16 @@ from pathlib import Path
 from slurm.devcluster import DevCluster
 from tests.launching import Finished, launch, status, steps_logged, wait_until
 
-STEPS = 2500
+STEPS = 400
 TRAINING = (
     *("train", "1d", "--model.dim", "16", "--train.batch-size", "64", "--train.log-every", "1"),
-    *("--train.checkpoint-every", "300", "--device", "cpu", "--cluster", "slurm", "--slurm.cpus-per-gpu", "1"),
+    *("--diffusion.timesteps", "21"),  # for figures that take less time
+    *("--train.checkpoint-every", "100", "--device", "cpu", "--cluster", "slurm", "--slurm.cpus-per-gpu", "1"),
     *("--slurm.time-min", "10", "--slurm.signal-delay-s", "30", "--slurm.gpus-per-node", "2"),
 )
+
+UPDATE = '        """One optimizer update on the next global batch."""\n'
+"""Where a step of a training begins, in jobs/training.py."""
 
 
 class Site:
@@ -25,12 +29,20 @@ class Site:
     def launch(self, *arguments: object) -> Finished:
         return launch(*arguments, cwd=self.root, **self.cluster.env)
 
-    def train(self, name: str, gpus: int, *more: object, steps: int = STEPS) -> Path:
-        """Submits a training and returns its run folder."""
+    def train(self, name: str, gpus: int, *more: object, steps: int = STEPS, slow: bool = False) -> Path:
+        """Submits a training and returns its run folder.
+
+        If it is `slow`, each step takes a fiftieth of a second longer, in the run's copy of the code, which is about to
+        start: then there is time to disturb the training, and what has to wait for Slurm keeps no core from others.
+        """
         submitted = self.launch(*TRAINING, "--train.steps", steps, "--gpus", gpus, "--name", name, *more)
         assert submitted.code == 0, submitted
         assert "Submitted" in submitted.out, submitted
-        return self.root / "runs" / "1d" / name
+        run = self.root / "runs" / "1d" / name
+        if slow:
+            waits = "        import time\n        time.sleep(0.02)\n"
+            change(run / "code" / "jobs" / "training.py", UPDATE, UPDATE + waits)
+        return run
 
     def job_id(self, run: Path) -> str:
         job_ids: list[str] = json.loads((run / "launch.json").read_text())["job_ids"]
@@ -59,6 +71,13 @@ def tidied(cluster: DevCluster) -> Iterator[None]:
     cluster.run("scancel", "--user", "root", "--full")
     for name in cluster.nodes:
         cluster.wait_for_node(name, "IDLE")
+
+
+def change(path: Path, marker: str, text: str) -> None:
+    """Puts a text into the place of a marker, in a copy of the code."""
+    code = path.read_text()
+    assert code.count(marker) == 1
+    path.write_text(code.replace(marker, text))
 
 
 def state(run: Path) -> str | None:

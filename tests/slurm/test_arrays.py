@@ -15,7 +15,8 @@ from tests.slurm.site import Site, state
 
 pytestmark = pytest.mark.slurm
 
-SAMPLE = ("sample", "1d/a", "--num-samples", "900000", "--sampler", "ddim", "--steps", "40")
+# Five shards: an element for each, or with one GPU four, of which one draws two.
+SAMPLE = ("sample", "1d/a", "--num-samples", "300000", "--sampler", "ddim", "--steps", "40")
 SLURM = ("--cluster", "slurm", "--device", "cpu", "--slurm.cpus-per-gpu", "1", "--slurm.time-min", "10")
 
 
@@ -34,8 +35,8 @@ def root(trained: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def on_slurm(root: Path, cluster: DevCluster, *more: object) -> Finished:
-    ended = launch(*SAMPLE, *SLURM, "--gpus", 3, "--name", "there", *more, cwd=root, **cluster.env)
+def on_slurm(root: Path, cluster: DevCluster, *more: object, gpus: int = 2) -> Finished:
+    ended = launch(*SAMPLE, *SLURM, "--gpus", gpus, "--name", "there", *more, cwd=root, **cluster.env)
     assert ended.code in (0, 1), ended
     return ended
 
@@ -70,6 +71,14 @@ def elements(root: Path) -> list[int]:
     return found
 
 
+def test_the_drill_on_slurm(tidy: DevCluster, tmp_path: Path) -> None:
+    command = ("drill", *SLURM, "--gpus", 2, "--slurm.gpus-per-node", 2, "--steps", 400, "--kills", 2)
+    ended = launch(*command, cwd=tmp_path, **tidy.env)
+    assert ended.code == 0, ended
+    assert "Equal byte for byte" in ended.out
+    assert "scontrol requeue" in ended.out
+
+
 def test_an_array_draws_what_one_process_here_draws(tidy: DevCluster, root: Path) -> None:
     ended = on_slurm(root, tidy, "--wait")
     assert ended.code == 0, ended
@@ -84,7 +93,7 @@ def test_an_array_draws_what_one_process_here_draws(tidy: DevCluster, root: Path
 def test_sampling_through_slurm_writes_the_same_bytes_as_here(site: Site) -> None:
     run = site.train("a", 2, "--wait", steps=50)
     assert state(run) == "finished"
-    command = ("sample", run, "--num-samples", "300000", "--sampler", "dpm++", "--steps", "5", "--device", "cpu")
+    command = ("sample", run, "--num-samples", "200000", "--sampler", "dpm++", "--steps", "5", "--device", "cpu")
     here = site.launch(*command, "--name", "here", "--cluster", "local")
     assert here.code == 0, here
     slurm = ("--cluster", "slurm", "--gpus", 2, "--slurm.cpus-per-gpu", 1, "--wait")
@@ -94,7 +103,7 @@ def test_sampling_through_slurm_writes_the_same_bytes_as_here(site: Site) -> Non
 
 
 def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, root: Path) -> None:
-    on_slurm(root, tidy)
+    on_slurm(root, tidy, gpus=1)
     array, merge = job_ids(root)
     wait_until(lambda: len(shards(root)) >= 1, timeout_s=120)
     older = set(elements(root))
@@ -102,12 +111,12 @@ def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, ro
     for youngest in set(elements(root)) - older:  # it imports torch and has drawn nothing yet
         os.kill(youngest, signal.SIGKILL)
     tidy.run("scancel", merge)
-    refused = launch(*SAMPLE, *SLURM, "--gpus", 3, "--name", "there", cwd=root, **tidy.env)
+    refused = launch(*SAMPLE, *SLURM, "--gpus", 1, "--name", "there", cwd=root, **tidy.env)
     assert refused.code == 2
     assert "being drawn already" in refused.err
     wait_until(lambda: array not in tidy.run("squeue", "--noheader", "--format=%F"), timeout_s=180)
     kept = {path: path.stat().st_mtime_ns for path in shards(root)}
-    assert 1 <= len(kept) < 14
+    assert 1 <= len(kept) < 5
     ended = on_slurm(root, tidy, "--wait")
     assert ended.code == 0, ended
     assert_same_samples(root)
@@ -142,10 +151,10 @@ def test_a_dead_node_takes_only_its_own_tasks_along(tidy: DevCluster, root: Path
 
 def test_arrays_are_cut_where_slurm_allows_no_longer_ones(root: Path) -> None:
     folder = tempfile.mkdtemp(prefix="devcluster-")
-    with DevCluster.start(folder, accounting=False, max_array_size=5, node_prefix="a") as small:
+    with DevCluster.start(folder, accounting=False, max_array_size=3, node_prefix="a") as small:
         ended = on_slurm(root, small, "--wait")
         assert ended.code == 0, ended
-        assert len(job_ids(root)) == 4  # 12 elements in arrays of 5, 5 and 2, and the merge job
+        assert len(job_ids(root)) == 3  # 5 elements in arrays of 3 and 2, and the merge job
     assert_same_samples(root)
 
 
@@ -156,6 +165,8 @@ def test_a_sweep_is_an_array_of_runs(tidy: DevCluster, tmp_path: Path) -> None:
         *TINY,
         "--train.steps",
         "40",
+        "--diffusion.timesteps",
+        "21",
         "--name",
         "S",
         "--grid",
@@ -175,11 +186,3 @@ def test_a_sweep_is_an_array_of_runs(tidy: DevCluster, tmp_path: Path) -> None:
     assert "finished or on their way" in again.out
     shown = launch("status", "S", "--json", cwd=tmp_path, **tidy.env)
     assert len(json.loads(shown.out)) == 4
-
-
-def test_the_drill_on_slurm(tidy: DevCluster, tmp_path: Path) -> None:
-    command = ("drill", *SLURM, "--gpus", 2, "--slurm.gpus-per-node", 2, "--steps", 400, "--kills", 2)
-    ended = launch(*command, cwd=tmp_path, **tidy.env)
-    assert ended.code == 0, ended
-    assert "Equal byte for byte" in ended.out
-    assert "scontrol requeue" in ended.out

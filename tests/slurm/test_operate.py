@@ -109,7 +109,7 @@ def test_a_job_that_is_queued_again_is_shown_and_cancelled(site: Site) -> None:
 
 def test_an_array_and_the_job_that_merges_are_cancelled_together(site: Site) -> None:
     run = site.train("a", 1, "--wait", steps=20)
-    sampling = ("sample", run, "--num-samples", 10_000_000, "--sampler", "ddpm", "--steps", 1000, "--gpus", 2)
+    sampling = ("sample", run, "--num-samples", 40_000_000, "--sampler", "ddpm", "--gpus", 2)
     assert site.launch(*sampling, "--cluster", "slurm", *CPU).code == 0
     job_ids = json.loads((run / "launch.json").read_text())["sample_job_ids"]
     wait_until(lambda: any(job.phase == "running" for job in looked(site, job_ids).values()))
@@ -121,9 +121,9 @@ def test_an_array_and_the_job_that_merges_are_cancelled_together(site: Site) -> 
 
 
 def test_logs_follow_a_run_over_its_requeues(site: Site) -> None:
-    run = site.train("a", 2, steps=1000)
+    run = site.train("a", 2, slow=True)
     following = start("logs", run, "--follow", cwd=site.root, **site.cluster.env)
-    site.wait_for_step(run, 300)
+    site.wait_for_step(run, 120)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
     site.finish(run)
     ended = finish(following)
@@ -168,8 +168,8 @@ def test_the_accounting_remembers_what_the_controller_has_forgotten(
 
 
 def test_a_node_that_is_gone(site: Site) -> None:
-    run = site.train("a", 1, steps=ENDLESS)
-    site.wait_for_step(run, 100)
+    run = site.train("a", 1, steps=ENDLESS, slow=True)
+    site.wait_for_step(run, 50)
     node = site.cluster.job(site.job_id(run))["NodeList"]
     site.cluster.kill_node(node)
     try:

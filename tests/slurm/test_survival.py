@@ -14,7 +14,7 @@ import pytest
 from slurm.devcluster import DevCluster
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
-from tests.slurm.site import Site, state, task_pids
+from tests.slurm.site import UPDATE, Site, change, state, task_pids
 
 pytestmark = pytest.mark.slurm
 
@@ -67,13 +67,44 @@ def restarted(run: Path) -> bool:
     return restarts(run) >= 1 and state(run) in ("running", "finished")
 
 
+def test_a_run_longer_than_the_time_limit_goes_on_over_requeues(site: Site) -> None:
+    limit = ("--slurm.time-min", 1, "--slurm.signal-delay-s", 20)
+    run = site.train("a", 2, *limit, steps=ENDLESS, slow=True)
+    wait_until(lambda: restarts(run) >= 2, timeout_s=300)
+    progress = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    starts = [line["step"] for line in progress if line["event"] == "start"]
+    # Slurm may send the signal up to a minute early, so one life may end before its first step; two in a row may not.
+    assert starts == sorted(starts)
+    assert starts[-1] > 0
+    refused = site.launch("resume", run)
+    assert refused.code == 2
+    assert "on Slurm already" in refused.err
+    site.wait_for_step(run, starts[-1] + 20)
+    interrupt(site, run)
+    assert_as_if_nothing_had_happened(site, run, 2)
+
+
+def test_a_node_that_dies_while_its_processes_live_on(site: Site) -> None:
+    run = site.train("a", 2, steps=ENDLESS, slow=True)
+    site.wait_for_step(run, 50)
+    node = site.cluster.job(site.job_id(run))["NodeList"]
+    site.cluster.kill_node(node)
+    try:
+        wait_until(lambda: restarts(run) == 1 and state(run) == "running", timeout_s=120)
+        site.wait_for_step(run, steps_logged(run) + 50)
+        interrupt(site, run)
+    finally:
+        site.cluster.start_node(node)
+    assert_as_if_nothing_had_happened(site, run, 2)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_user_signal_saves_and_queues_again(
     shape: str, site: Site, undisturbed: Callable[[int], dict[str, bytes]]
 ) -> None:
     expected = undisturbed(SHAPES[shape])
-    run = site.train("a", SHAPES[shape])
-    site.wait_for_step(run, 700)
+    run = site.train("a", SHAPES[shape], slow=True)
+    site.wait_for_step(run, 120)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
     wait_until(lambda: restarted(run), timeout_s=60)
     site.finish(run)
@@ -83,8 +114,8 @@ def test_the_user_signal_saves_and_queues_again(
 
 def test_preemption_by_the_high_partition(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     expected = undisturbed(4)
-    run = site.train("a", 4)
-    site.wait_for_step(run, 500)
+    run = site.train("a", 4, slow=True)
+    site.wait_for_step(run, 120)
     urgent = site.cluster.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     site.cluster.wait_for_job(urgent, "COMPLETED", timeout_s=90)
     site.finish(run)
@@ -99,8 +130,8 @@ def test_preemption_where_the_cluster_sends_sigterm_alone(
     folder = tempfile.mkdtemp(prefix="devcluster-")
     with DevCluster.start(folder, accounting=False, user_signal=False, job_requeue=False, node_prefix="t") as quiet:
         site = Site(tmp_path, quiet)
-        run = site.train("a", 2)
-        site.wait_for_step(run, 500)
+        run = site.train("a", 2, slow=True)
+        site.wait_for_step(run, 120)
         urgent = quiet.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
         quiet.wait_for_job(urgent, "COMPLETED", timeout_s=90)
         site.finish(run)
@@ -110,65 +141,30 @@ def test_preemption_where_the_cluster_sends_sigterm_alone(
 
 def test_scontrol_requeue(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     expected = undisturbed(2)
-    run = site.train("a", 2)
-    site.wait_for_step(run, 500)
+    run = site.train("a", 2, slow=True)
+    site.wait_for_step(run, 120)
     site.cluster.run("scontrol", "requeue", site.job_id(run))
     wait_until(lambda: restarted(run), timeout_s=60)
     site.finish(run)
     assert_equal(run, expected)
 
 
-def test_a_node_that_dies_while_its_processes_live_on(site: Site) -> None:
-    run = site.train("a", 2, steps=ENDLESS)
-    site.wait_for_step(run, 500)
-    node = site.cluster.job(site.job_id(run))["NodeList"]
-    site.cluster.kill_node(node)
-    try:
-        wait_until(lambda: restarts(run) == 1 and state(run) == "running", timeout_s=120)
-        site.wait_for_step(run, steps_logged(run) + 500)
-        interrupt(site, run)
-    finally:
-        site.cluster.start_node(node)
-    assert_as_if_nothing_had_happened(site, run, 2)
-
-
 def test_a_restarted_controller_is_not_noticed(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     expected = undisturbed(2)
-    run = site.train("a", 2)
-    site.wait_for_step(run, 300)
+    run = site.train("a", 2, slow=True)
+    site.wait_for_step(run, 60)
     site.cluster.restart_controller()
     site.finish(run)
     assert status(run)["restarts"] == 0
     assert_equal(run, expected)
 
 
-def test_a_run_longer_than_the_time_limit_goes_on_over_requeues(site: Site) -> None:
-    limit = ("--slurm.time-min", 1, "--slurm.signal-delay-s", 20)
-    run = site.train("a", 2, *limit, steps=ENDLESS)
-    wait_until(lambda: restarts(run) >= 2, timeout_s=300)
-    progress = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
-    starts = [line["step"] for line in progress if line["event"] == "start"]
-    # Slurm may send the signal up to a minute early, so one life may end before its first step; two in a row may not.
-    assert starts == sorted(starts)
-    assert starts[-1] > 0
-    refused = site.launch("resume", run)
-    assert refused.code == 2
-    assert "on Slurm already" in refused.err
-    site.wait_for_step(run, starts[-1] + 100)
-    interrupt(site, run)
-    assert_as_if_nothing_had_happened(site, run, 2)
-
-
 def test_a_job_that_gets_nowhere_stops_and_says_so(site: Site) -> None:
     """The copy of the code that runs is told to make room before its first step, each time."""
     run = site.train("a", 2, steps=60_000)
-    code = run / "code" / "jobs" / "train.py"
     marker = "    experiment, config = run.read_experiment()\n"
-    text = code.read_text()
-    assert marker in text
-    code.write_text(
-        text.replace(marker, "    import os, signal\n    os.kill(os.getpid(), signal.SIGUSR2)\n" + marker, 1)
-    )
+    signalled = "    import os, signal\n    os.kill(os.getpid(), signal.SIGUSR2)\n"
+    change(run / "code" / "jobs" / "train.py", marker, signalled + marker)
     site.wait_for_state(run, "failed", timeout_s=300)
     assert "no progress between two requeues" in status(run)["traceback"]
     assert restarts(run) == 1
@@ -177,7 +173,7 @@ def test_a_job_that_gets_nowhere_stops_and_says_so(site: Site) -> None:
 
 def test_scancel_ends_a_run_for_good_with_a_last_checkpoint(site: Site) -> None:
     run = site.train("a", 2, steps=100_000)
-    site.wait_for_step(run, 400)
+    site.wait_for_step(run, 120)
     site.cluster.run("scancel", site.job_id(run))
     site.wait_for_state(run, "cancelled")
     site.cluster.wait_for_job(site.job_id(run), "CANCELLED")
@@ -200,12 +196,8 @@ def test_a_crash_of_one_rank_ends_the_job_with_its_traceback_and_does_not_loop(s
 def test_a_failing_rank_puts_its_own_traceback_into_the_status(site: Site) -> None:
     """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone."""
     run = site.train("a", 2, "--slurm.partition", "low", steps=100_000)
-    code = run / "code" / "jobs" / "training.py"
     breakage = "        import os\n        assert os.environ['RANK'] != '1' or self.step < 50, 'broken on purpose'\n"
-    marker = '        """One optimizer update on the next global batch."""\n'
-    text = code.read_text()
-    assert marker in text
-    code.write_text(text.replace(marker, marker + breakage))
+    change(run / "code" / "jobs" / "training.py", UPDATE, UPDATE + breakage)
     site.wait_for_state(run, "failed", timeout_s=120)
     assert status(run)["failed_rank"] == 1
     assert "broken on purpose" in status(run)["traceback"]
@@ -222,8 +214,8 @@ def test_a_node_without_scontrol_submits_the_job_anew(
         (tools / tool).symlink_to(shutil.which(tool) or "")
     profile = tmp_path / "site.toml"
     profile.write_text(f'[environment]\nPATH = "{tools}"\n')
-    run = site.train("a", 2, "--profile", profile)
-    site.wait_for_step(run, 500)
+    run = site.train("a", 2, "--profile", profile, slow=True)
+    site.wait_for_step(run, 120)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
     wait_until(lambda: len(json.loads((run / "launch.json").read_text())["job_ids"]) == 2)
     site.finish(run)
