@@ -53,6 +53,7 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
         return lower(graph, *inputs)
 
     monkeypatch.setattr(GraphLowering, "run", run)
+    monkeypatch.setattr(config, "force_disable_caches", True)  # else an earlier run of this test has compiled it
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     preset = EXPERIMENTS["1d"].preset
     settings = replace(preset.train, batch_size=8, micro_batch_size=5)  # a last part that is shorter
