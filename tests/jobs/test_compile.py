@@ -42,6 +42,7 @@ def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path
 
 def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a GPU's bytes would depend on which kernel was faster at this start."""
+    from torch._functorch import config as autograd_config
     from torch._inductor import config
     from torch._inductor.graph import GraphLowering
 
@@ -53,7 +54,9 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
         return lower(graph, *inputs)
 
     monkeypatch.setattr(GraphLowering, "run", run)
-    monkeypatch.setattr(config, "force_disable_caches", True)  # else an earlier run of this test has compiled it
+    # Else an earlier run of this test has compiled it already.
+    monkeypatch.setattr(config, "fx_graph_cache", False)
+    monkeypatch.setattr(autograd_config, "enable_autograd_cache", False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     preset = EXPERIMENTS["1d"].preset
     settings = replace(preset.train, batch_size=8, micro_batch_size=5)  # a last part that is shorter

@@ -114,7 +114,7 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
 def visible(run: Path) -> dict[Path, int]:
     """The files that a run has to show, with the time of their last change.
 
-    A checkpoint that was being written aside when its process was stopped, under a name with a dot, may still grow or go.
+    One that was being written aside, under a name with a dot, when its process was stopped may still grow or go.
     """
     files = (path for path in run.rglob("*") if not any(part.startswith(".") for part in path.relative_to(run).parts))
     return {path: path.stat().st_mtime_ns for path in files if path.is_file()}
