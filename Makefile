@@ -52,10 +52,8 @@ check: lint
 test: $(VENV)/ready
 	$(PYTEST) $(SIDE_BY_SIDE)
 
-# One after the other: with four clusters side by side (--numprocesses 4 --dist worksteal, 8 minutes) `logs --follow` once
-# ended before it had shown the last line.
 slurm-test: $(VENV)/ready
-	$(PYTEST) -m "slurm and not soak"
+	$(PYTEST) --numprocesses 4 --dist worksteal -m "slurm and not soak"
 
 slurm-test-newer: $(VENV)/ready
 	tests/slurm/newer.sh $(RUN)

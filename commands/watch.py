@@ -70,7 +70,9 @@ class Logs:
             return 0
 
         def is_alive() -> bool:
-            return overview.is_alive(run, _ask_slurm(overview.newest_jobs([run])))
+            # Of a finished run, too: its last words reach the file when srun ends, after status.json has changed.
+            job_id = overview.newest_job(overview.read_launch(run))
+            return overview.is_alive(run, None if job_id is None else _ask_slurm([job_id]))
 
         for text in logs.follow(run, is_alive, _say_aside):
             print(text, end="", flush=True)

@@ -74,7 +74,7 @@ def runs(runs_dir: Path) -> list[RunFolder]:
 def newest_jobs(runs: Iterable[RunFolder]) -> list[str]:
     """Ids of the jobs that Slurm must be asked about before the runs can be judged."""
     unfinished = [run for run in runs if read_status(run).get("state") != "finished"]
-    return [job_id for run in unfinished if (job_id := _newest_job(read_launch(run))) is not None]
+    return [job_id for run in unfinished if (job_id := newest_job(read_launch(run))) is not None]
 
 
 def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
@@ -83,7 +83,7 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     Slurm must have been asked before: a job that has ended since then has left its last words already.
     """
     status, launch = read_status(run), read_launch(run)
-    job_id = _newest_job(launch)
+    job_id = newest_job(launch)
     job = jobs.get(job_id) if jobs is not None and job_id is not None else None
     host = launch.get("host")
     if status.get("on_slurm") is False and status["state"] != "queued":  # whatever jobs it had before
@@ -113,7 +113,7 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
 
 def is_alive(run: RunFolder, jobs: Jobs | None) -> bool:
     """Whether the run waits, runs or is coming to an end somewhere."""
-    job = (jobs or {}).get(_newest_job(read_launch(run)) or "")
+    job = (jobs or {}).get(newest_job(read_launch(run)) or "")
     on_slurm = job is not None and job.phase != "ended"
     return on_slurm or ownership.is_locked(run.path) or summarize(run, jobs).state in UNSETTLED
 
@@ -203,7 +203,8 @@ def _age_s(status: dict[str, Any]) -> float | None:
     return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(updated)).total_seconds())
 
 
-def _newest_job(launch: dict[str, Any]) -> str | None:
+def newest_job(launch: dict[str, Any]) -> str | None:
+    """The id of the newest of a run's jobs, None if it has none."""
     newest: str | None = (launch.get("job_ids") or [None])[-1]
     return newest
 
