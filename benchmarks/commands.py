@@ -91,7 +91,7 @@ def sampling_phase(run: Path, device: "Kind") -> Measurements:
 
     from diffusion.metrics import wasserstein1
     from diffusion.mixture import Mixture
-    from jobs.experiments import Gaussian1dConfig
+    from jobs.configs import Gaussian1dConfig
     from jobs.memory import keep_freed_memory
     from jobs.run_folder import RunFolder
     from jobs.sample import sample

@@ -193,7 +193,8 @@ def png_folder(count: int = 60_000) -> Iterator[Path]:
 def experiment(dim: int) -> "Mnist":
     """MNIST with the U-Net that all of them train."""
     from diffusion.settings import UnetSettings
-    from jobs.experiments import EXPERIMENTS, MnistConfig
+    from jobs.configs import MnistConfig
+    from jobs.experiment_table import EXPERIMENTS
 
     preset = EXPERIMENTS["mnist"].preset
     assert isinstance(preset, MnistConfig)

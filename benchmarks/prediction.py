@@ -127,7 +127,7 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    from jobs.experiments import EXPERIMENTS
+    from jobs.experiment_table import EXPERIMENTS
     from jobs.memory import keep_freed_memory
     from jobs.numerics import resolve_device, resolve_precision
     from jobs.training import Training

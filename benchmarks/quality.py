@@ -121,7 +121,7 @@ def draw(model: "GaussianDiffusion") -> "NDArray[np.uint8]":
 def frechet(samples: "NDArray[np.uint8]", experiment: str = "mnist-small", *, real: bool = False) -> float:
     """The distance that `evaluate` prints for these samples, uint8 [n, 28, 28, 1], or for as many real digits."""
     from diffusion.evaluation import Drawn, unpack
-    from jobs.experiments import EXPERIMENTS
+    from jobs.experiment_table import EXPERIMENTS
 
     entry = EXPERIMENTS[experiment]
     evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler), {"seed": 0, "sha256": {}})

@@ -8,7 +8,7 @@ from tyro.conf import arg
 from commands.where import Launch, Run, optional, show
 from diffusion.settings import SAMPLER_STEPS, SamplerName, SamplerSettings
 from jobs import ownership, run_folder, samples
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 from jobs.sample_job import SampleJob, SampleMergeJob
 from jobs.samples import Weights
 from slurm import queue

@@ -8,10 +8,10 @@ from tyro.conf import arg
 
 from commands.train import check_batch, check_same_settings, choice, create, is_finished, run_training
 from commands.where import Launch, show
-from jobs import run_folder, sweep
-from jobs.experiments import EXPERIMENTS
-from jobs.job import TrainJob, submit_runs
+from jobs import grid, run_folder
+from jobs.experiment_table import EXPERIMENTS
 from jobs.run_folder import RunFolder
+from jobs.train_job import TrainJob, submit_runs
 from slurm import queue
 from slurm.place import Here, OnSlurm
 
@@ -34,10 +34,10 @@ class Sweep:
         place = self.where.place(RunFolder(folder / run_folder.check_name(self.name)))
         device = self.where.resolve_device(place)
         jobs = []
-        for i, point in enumerate(sweep.points(self.grid)):
-            config = tyro.cli(type(base), default=base, args=sweep.arguments(point), prog="--grid")
+        for i, point in enumerate(grid.points(self.grid)):
+            config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
             check_batch(config, self.where.processes)
-            run = RunFolder(folder / sweep.run_name(self.name, i))
+            run = RunFolder(folder / grid.run_name(self.name, i))
             if run.exists():
                 check_same_settings(run, experiment, config)
             if not is_finished(run, config) and not queue.active(run.read_launch().get("job_ids", [])):
@@ -47,7 +47,7 @@ class Sweep:
             return 0
         if self.where.dry_run:
             for job, _, point in jobs:
-                print(f"{job.run.name}: {' '.join(sweep.arguments(point))}")
+                print(f"{job.run.name}: {' '.join(grid.arguments(point))}")
             what = place.describe(jobs[0][0])
             if isinstance(place, OnSlurm):
                 what = place.describe_array([job for job, _, _ in jobs])

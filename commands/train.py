@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal, Union
 from tyro.conf import arg, subcommand
 
 from commands.where import Launch, Run, given, optional, show
-from jobs import experiments, ownership, provenance, run_folder
-from jobs.experiments import EXPERIMENTS, MAY_CHANGE, ExperimentConfig
-from jobs.job import TrainJob
+from jobs import ownership, provenance, record, run_folder
+from jobs.configs import ExperimentConfig
+from jobs.experiment_table import EXPERIMENTS
+from jobs.record import MAY_CHANGE
 from jobs.reporting import precision_of
 from jobs.run_folder import RunFolder
+from jobs.train_job import TrainJob
 from slurm import queue
 from slurm.place import Here
 
@@ -155,9 +157,7 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
     """Raises ValueError naming each setting that differs from the run's and may not."""
     _, old = run.read_experiment()
     changed = [
-        f"{flag} is {was}, not {now}"
-        for flag, was, now in experiments.differences(old, config)
-        if flag not in MAY_CHANGE
+        f"{flag} is {was}, not {now}" for flag, was, now in record.differences(old, config) if flag not in MAY_CHANGE
     ]
     if changed:
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 from tyro.conf import Positional, arg
 
 from commands.where import Run
-from jobs import detail, logs, overview, run_folder, sweep
+from jobs import detail, listing, logs, overview, run_folder, sweep
 from jobs.cancel import cancel
 from slurm import queue
 
@@ -42,13 +42,13 @@ class Status:
             shown = detail.describe(run, _ask_slurm(detail.all_jobs(run)))
             print(json.dumps(shown, indent=2) if self.json else detail.render(shown, width))
             return 0
-        runs = overview.runs(self.runs_dir)
+        runs = listing.runs(self.runs_dir)
         jobs = _ask_slurm(overview.newest_jobs(runs))
-        found = overview.by_last_update(overview.summarize(run, jobs) for run in runs)
+        found = listing.by_last_update(overview.summarize(run, jobs) for run in runs)
         if self.json:
             print(json.dumps([asdict(entry) for entry in found], indent=2))
         else:
-            print(overview.render(found, width) if found else f"There are no runs in {self.runs_dir}.")
+            print(listing.render(found, width) if found else f"There are no runs in {self.runs_dir}.")
         return 0
 
 

@@ -81,8 +81,7 @@ class Where:
         if not self.on_slurm():
             return Here(self.processes)
         site = load_profile(self.profile, given(self.slurm))
-        name = f"{run.path.parent.name}/{run.path.name}"
-        return OnSlurm(self.processes, site, self.device != "cpu", name, run.path / "slurm", run.code)
+        return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", run.code)
 
     def on_slurm(self) -> bool:
         """Whether the job goes to Slurm; raises ValueError if it should and cannot."""

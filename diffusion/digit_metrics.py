@@ -13,7 +13,8 @@ from scipy import stats
 
 from diffusion import bootstrap
 from diffusion.bootstrap import Estimate, Floats, Resampled
-from diffusion.digits import Images, check_images, check_labels, classify
+from diffusion.digits import check_labels, classify
+from diffusion.pixels import Images, check_images
 from diffusion.train_digits import train
 
 SURE = 0.9

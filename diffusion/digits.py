@@ -11,12 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion.pixels import Images, check_images, to_pixels
+
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 FEATURES = 64
 _BATCH_SIZE = 500
-
-Images = NDArray[np.uint8]
-"""Digits [n, 28, 28, 1], 0 is background: what `samples.npz` holds."""
 
 
 class DigitNet(nn.Module):
@@ -76,24 +75,11 @@ def classify(net: DigitNet, images: Images) -> tuple[NDArray[np.float32], NDArra
     return np.concatenate(features), np.concatenate(probabilities)
 
 
-def check_images(images: NDArray[Any], name: str = "images") -> None:
-    """Raises ValueError unless these are digits as the project stores them."""
-    if images.dtype != np.uint8 or images.shape[1:] != (28, 28, 1) or len(images) == 0:
-        raise ValueError(
-            f"{name} must be uint8 [n, 28, 28, 1] with n at least 1; got {images.dtype} {list(images.shape)}"
-        )
-
-
 def check_labels(labels: NDArray[Any], n: int, name: str = "labels") -> None:
     """Raises ValueError unless these are n digits."""
     is_list = labels.shape == (n,) and n > 0 and np.issubdtype(labels.dtype, np.integer)
     if not is_list or labels.min() < 0 or labels.max() > 9:
         raise ValueError(f"{name} must be {n} whole numbers from 0 to 9; got {labels.dtype} {list(labels.shape)}")
-
-
-def to_pixels(images: Images) -> Tensor:
-    """uint8 [n, 28, 28, 1] to float [n, 1, 28, 28] in [0, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
 def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:

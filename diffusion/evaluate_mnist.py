@@ -13,11 +13,11 @@ from scipy import stats
 from diffusion import bootstrap, bound_table, digits, likelihood
 from diffusion.bootstrap import Estimate, Resampled
 from diffusion.digit_metrics import SURE, class_shares, near_copies, nearest, sure_share, usefulness
-from diffusion.digits import Images
 from diffusion.evaluation import Evaluator, Metric, Result, Table, Unit, pack, unpack
 from diffusion.feature_metrics import frechet, frechet_distance, kernel_distance, overlap
 from diffusion.likelihood import Bound
 from diffusion.model import DiffusionModel
+from diffusion.pixels import Images
 from diffusion.randomness import Stream, permutation
 
 LARGEST = 10_000

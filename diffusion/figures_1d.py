@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion.figures import EXACT, MODEL, new_figure, save, training_curve
+from diffusion.figures import training_curve
 from diffusion.mixture import Mixture
 from diffusion.randomness import Stream, normal, uniform
 from diffusion.samplers import Predict, ddpm
+from diffusion.style import EXACT, MODEL, new_figure, save
 
 
 def forward_process(mixture: Mixture, abar: Tensor, path: Path) -> None:

@@ -7,10 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from diffusion.figures import EXACT, MODEL, new_figure, save
 from diffusion.figures_mnist import tile
-
-Images = NDArray[np.uint8]
+from diffusion.pixels import Images
+from diffusion.style import EXACT, MODEL, new_figure, save
 
 
 def real_beside_generated(real: Images, generated: Images, path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
-from diffusion.figures import new_figure, save
+from diffusion.style import new_figure, save
 
 SAMPLERS = dict(zip(("ddpm", "ddim", "dpm++"), sns.color_palette("deep"), strict=False))
 """The colour of each sampler, the same in all figures."""

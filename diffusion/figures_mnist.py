@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from diffusion.figures import save, training_curve
+from diffusion.figures import training_curve
 from diffusion.model import DiffusionModel
 from diffusion.randomness import Stream, normal
 from diffusion.samplers import ddim, ddpm
+from diffusion.style import save
 
 ToArray = Callable[[Tensor], NDArray[np.uint8]]
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffusion.digits import Images, check_images, to_pixels
+from diffusion.pixels import Images, check_images, to_pixels
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 """The weights of Heusel et al. 2017, as pytorch-fid names them: the last part is the beginning of their sha256."""

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion.digits import WEIGHTS, DigitNet, Images, check_images, check_labels, classify, to_pixels
+from diffusion.digits import WEIGHTS, DigitNet, check_labels, classify
+from diffusion.pixels import Images, check_images, to_pixels
 from diffusion.randomness import Stream, generator, permutation
 
 BATCH_SIZE = 128

@@ -4,9 +4,10 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from jobs.identity import Identity
 
 Say = Callable[[str], None]
 Mode = Literal["online", "offline", "disabled"]
@@ -20,22 +21,6 @@ FINISH_S = 12.0
 
 MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """Values of $WANDB_MODE."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What a run is called in wandb, and what it is filed under."""
-
-    folder: Path
-    """wandb's own files go to FOLDER/wandb."""
-    run_id: str
-    project: str
-    name: str
-    group: str
-    job_type: str
-    tags: Sequence[str]
-    config: Mapping[str, Any]
-    """Settings and facts; wandb shows them under the names of the command line."""
 
 
 class Dashboard:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jobs import checkpoints, experiments, overview, table
-from jobs.experiments import EXPERIMENTS
+from jobs import checkpoints, overview, record, table
+from jobs.experiment_table import EXPERIMENTS
 from jobs.overview import SlurmJob
 from jobs.run_folder import RunFolder
 
@@ -81,7 +81,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         return {}
     train = config.train
     always = {"train.batch-size": train.batch_size, "train.lr": train.lr, "train.seed": train.seed}
-    changed = experiments.differences(EXPERIMENTS[experiment].preset, config)
+    changed = record.differences(EXPERIMENTS[experiment].preset, config)
     return {**always, **{flag: value for flag, _, value in sorted(changed) if flag != "train.steps"}}
 
 

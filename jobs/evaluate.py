@@ -9,9 +9,10 @@ from torch import nn
 
 from diffusion.bootstrap import Estimate
 from diffusion.evaluation import Drawn, Evaluator
+from jobs.console import Console
 from jobs.evaluation import Evaluation, load_samples, write_arrays
 from jobs.numerics import Kind, own_device, set_numerics
-from jobs.progress import Console, Progress
+from jobs.progress import Progress
 from jobs.run_folder import RunFolder
 from jobs.sample import load_model
 from jobs.stop import SignalWatch, Stop, Stopped

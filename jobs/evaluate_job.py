@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.evaluation import Evaluation
 from jobs.job import IndependentJob, process_rank
+from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch
 from jobs.tracking import follow_evaluation
 
@@ -37,7 +38,7 @@ class EvaluateJob(IndependentJob):
         # Two processes that end together merge twice, into the same bytes.
         if self.merge and not missing(self.target, evaluator) and not self.target.is_done():
             merge(self.target, evaluator)
-            follow_evaluation(self.target, print)
+            follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
         return 0
 
 
@@ -57,5 +58,5 @@ class EvaluateMergeJob(IndependentJob):
             return 1
         if not self.target.is_done():
             merge(self.target, evaluator)
-            follow_evaluation(self.target, print)
+            follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
         return 0

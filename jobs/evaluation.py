@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import checkpoints, samples
 from jobs.checkpoints import CorruptCheckpoint
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 from jobs.files import sha256, write_atomically, write_json
 from jobs.run_folder import SAMPLES_NAME, RunFolder, check_name
 from jobs.samples import SampleSet

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs import checkpoints
-from jobs.dashboard import FLUSH_S, Dashboard, Identity, open_dashboard
-from jobs.experiments import ExperimentConfig
+from jobs.dashboard import FLUSH_S, Dashboard, open_dashboard
 from jobs.files import write_json
 from jobs.following import follow, say
+from jobs.identity import of_training
 from jobs.ownership import Ownership
 from jobs.provenance import ROOT
 from jobs.reporting import Tail, read_jsonl
 from jobs.run_folder import RunFolder
-from jobs.tracking import group
 
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""
@@ -144,8 +143,7 @@ class Follower:
         self._sketches = Sketches(run, self._config.tracking.samples_every)
         self._drawn = time.monotonic() - DRAW_S / 2
         self._kept = start["step"]
-        identity = describe(run, self._experiment, self._config, start)
-        self._dashboard = open_dashboard(identity, self._config.tracking.mode, say)
+        self._dashboard = open_dashboard(of_training(run, start), self._config.tracking.mode, say)
 
     @property
     def tracked(self) -> bool:
@@ -240,25 +238,6 @@ class Follower:
             return Place(**json.loads(self._place_file.read_text()))
         except (OSError, ValueError, TypeError):
             return Place()
-
-
-def describe(run: RunFolder, experiment: str, config: ExperimentConfig, start: dict[str, Any]) -> Identity:
-    """What the run is called in wandb."""
-    launch = run.read_launch()
-    facts: dict[str, Any] = {
-        name: start[name] for name in ("device", "gpu", "precision", "processes", "threads") if name in start
-    }
-    about = {"experiment": experiment, "git_commit": launch.get("git_commit"), "job_ids": launch.get("job_ids", [])}
-    return Identity(
-        folder=run.path,
-        run_id=launch["wandb_id"],
-        project=config.tracking.project,
-        name=f"{experiment}/{run.path.name}",
-        group=group(run, experiment),
-        job_type="train",
-        tags=[experiment, str(start.get("device", ""))],
-        config={**dataclasses.asdict(config), **about, **facts},
-    )
 
 
 def main() -> None:

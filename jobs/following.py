@@ -1,7 +1,6 @@
 """What the processes share that follow a job from outside: they end when their stdin does, and a bit later at most."""
 
 import contextlib
-import hashlib
 import os
 import signal
 import sys
@@ -11,9 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from jobs.dashboard import Dashboard, Identity, first_line, open_dashboard
+from jobs.dashboard import Dashboard, first_line, open_dashboard
+from jobs.identity import of_part
 from jobs.run_folder import RunFolder
-from jobs.tracking import group
 
 LOOK_S = 1.0
 END_S = 25.0
@@ -39,19 +38,9 @@ def say(text: str) -> None:
 
 
 def open_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any]) -> Dashboard:
-    """The dashboard of a part of a run, such as a set of samples, beside the run's own and in the same group."""
-    experiment, settings = run.read_experiment()
-    identity = Identity(
-        folder=run.path,
-        run_id=f"{run.read_launch()['wandb_id']}-{hashlib.sha256(part.encode()).hexdigest()[:6]}",
-        project=settings.tracking.project,
-        name=f"{experiment}/{run.path.name}/{part}",
-        group=group(run, experiment),
-        job_type=job_type,
-        tags=[experiment],
-        config=config,
-    )
-    return open_dashboard(identity, settings.tracking.mode, say)
+    """The dashboard of a part of a run, such as a set of samples."""
+    _, settings = run.read_experiment()
+    return open_dashboard(of_part(run, part, job_type, config), settings.tracking.mode, say)
 
 
 def follow(start: Callable[[int], Followed]) -> None:

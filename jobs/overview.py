@@ -1,10 +1,9 @@
-"""What is known of runs: their states and why, from their folders and from what Slurm says of their jobs."""
+"""Whether a run lives, and why not: from its folder and from what Slurm says of its job."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from jobs import ownership, table
@@ -21,8 +20,6 @@ ENDING_S = 10.0
 TELLING = ("OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 """States of Slurm that say more of a failure than the run's own last words."""
 UNKNOWN_DEATH = "died without a word"
-
-COLUMNS = ("RUN", "STATE", "STEP", "LOSS", "IMG/S", "LEFT", "RST", "NODES")
 
 
 class SlurmJob(Protocol):
@@ -66,11 +63,6 @@ class Overview:
     heartbeat_age_s: float | None
 
 
-def runs(runs_dir: Path) -> list[RunFolder]:
-    """All runs in the folder of all runs."""
-    return [RunFolder(path.parent) for path in runs_dir.glob("[!.]*/[!.]*/experiment.json")]
-
-
 def newest_jobs(runs: Iterable[RunFolder]) -> list[str]:
     """Ids of the jobs that Slurm must be asked about before the runs can be judged."""
     unfinished = [run for run in runs if read_status(run).get("state") != "finished"]
@@ -94,7 +86,7 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
         state, reason = _judge(status, job, host, is_known=job_id is None or jobs is not None)
     alive = state == "running"
     return Overview(
-        run=f"{run.path.parent.name}/{run.path.name}",
+        run=run.label,
         path=str(run),
         state=state,
         reason=reason,
@@ -116,29 +108,6 @@ def is_alive(run: RunFolder, jobs: Jobs | None) -> bool:
     job = (jobs or {}).get(newest_job(read_launch(run)) or "")
     on_slurm = job is not None and job.phase != "ended"
     return on_slurm or ownership.is_locked(run.path) or summarize(run, jobs).state in UNSETTLED
-
-
-def by_last_update(overviews: Iterable[Overview]) -> list[Overview]:
-    """The newest last, where a terminal's prompt is."""
-    return sorted(overviews, key=lambda overview: overview.updated)
-
-
-def render(overviews: Sequence[Overview], width: int) -> str:
-    """A table in lines of at most `width` characters."""
-    rows = [
-        (
-            o.run,
-            f"{o.state} ({o.reason})" if o.reason else o.state,
-            f"{_count(o.step)}/{_count(o.total)}" if o.total is not None else "",
-            f"{o.loss:.4f}" if o.loss is not None else "",
-            f"{o.rate_images_per_s:.0f}" if o.rate_images_per_s is not None else "",
-            table.short(o.eta_s),
-            str(o.restarts),
-            o.nodes,
-        )
-        for o in overviews
-    ]
-    return table.render(COLUMNS, rows, width=width, names={"RUN", "NODES"}, texts={"STATE"})
 
 
 def _judge_held(status: dict[str, Any]) -> tuple[str, str]:
@@ -223,10 +192,3 @@ def read_launch(run: RunFolder) -> dict[str, Any]:
         return run.read_launch()
     except (OSError, ValueError):
         return {}
-
-
-def _count(number: int | None) -> str:
-    """A number of steps; whole thousands from 10,000 on as in 40k."""
-    if number is None:
-        return "?"
-    return f"{number // 1000}k" if number >= 10_000 and number % 1000 == 0 else str(number)

@@ -1,31 +1,13 @@
-"""Progress on a terminal and in a log file."""
+"""How far a job is: a bar on a terminal, a line now and then in a file."""
 
-import contextlib
 import sys
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
+from jobs.console import Console
+
 LOG_LINE_S = 30.0
-
-
-class Console:
-    """Prints, and keeps what it printed in a file."""
-
-    def __init__(self, log: Path | None) -> None:
-        self._log = log
-
-    def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-        self.log(text)
-
-    def log(self, text: str) -> None:
-        """Into the file only; a disk that is full costs the line."""
-        if self._log is not None:
-            with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
 
 
 class Progress:
@@ -75,14 +57,6 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def in_words(seconds: float) -> str:
-    """A duration in its largest fitting unit, as in `3.4 days`."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def _duration(seconds: float | None) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 
 from jobs import checkpoints
+from jobs.console import Console
 from jobs.job import JobError
 from jobs.ownership import Ownership
-from jobs.progress import Console, Progress, in_words
+from jobs.progress import Progress
 from jobs.reporting import Metrics, Status, append_timing, read_jsonl
 from jobs.run_folder import RunFolder
 from jobs.surroundings import decorate
+from jobs.table import in_words
 from jobs.tracking import Follower, follow_training
 from jobs.training import Training
 

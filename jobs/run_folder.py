@@ -9,8 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs import experiments
-from jobs.experiments import EXPERIMENTS, ExperimentConfig
+from jobs import record
+from jobs.configs import ExperimentConfig
+from jobs.experiment_table import EXPERIMENTS
 from jobs.files import write_atomically, write_json
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -36,6 +37,11 @@ class RunFolder:
         here = Path.cwd()
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
+    @property
+    def label(self) -> str:
+        """EXPERIMENT/NAME."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
     def exists(self) -> bool:
         return (self.path / "experiment.json").is_file()
 
@@ -51,7 +57,7 @@ class RunFolder:
                 (made / folder).mkdir()
             save_code(made / "code")
             write_json(made / "launch.json", launch)
-            write_atomically(made / "experiment.json", experiments.write(experiment, config))
+            write_atomically(made / "experiment.json", record.write(experiment, config))
             if self.path.exists():
                 raise FileExistsError(self.path)
             made.rename(self.path)
@@ -62,14 +68,14 @@ class RunFolder:
         """(name, settings) from experiment.json; raises ValueError if this is no run folder."""
         path = self.path / "experiment.json"
         try:
-            return experiments.read(path.read_text())
+            return record.read(path.read_text())
         except FileNotFoundError:
             raise ValueError(f"a run folder holds experiment.json; {self} does not") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"experiment.json of {self} cannot be read: {error}") from None
 
     def write_experiment(self, experiment: str, config: ExperimentConfig) -> None:
-        write_atomically(self.path / "experiment.json", experiments.write(experiment, config))
+        write_atomically(self.path / "experiment.json", record.write(experiment, config))
 
     def read_status(self) -> dict[str, Any]:
         """status.json, {} before the run has written any."""

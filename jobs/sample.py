@@ -16,10 +16,11 @@ from diffusion.transfer import sent
 from jobs import checkpoints
 from jobs.ahead import Ahead
 from jobs.captured import in_one_launch
+from jobs.console import Console
 from jobs.files import write_atomically
 from jobs.job import JobError
 from jobs.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
-from jobs.progress import Console, Progress
+from jobs.progress import Progress
 from jobs.run_folder import RunFolder
 from jobs.samples import SampleSet, SampleSettings
 from jobs.stop import SignalWatch, Stop, Stopped

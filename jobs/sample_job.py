@@ -5,12 +5,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from jobs.job import IndependentJob, process_rank
+from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch
 from jobs.tracking import following
 
 if TYPE_CHECKING:
     from jobs.numerics import Kind
     from jobs.samples import SampleSet
+
+
+def _following(target: "SampleSet", live: bool) -> AbstractContextManager[None]:
+    return following(RunFolder(target.run), target.name, target.is_complete, live, print)
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class SampleJob(IndependentJob):
 
     def around(self) -> AbstractContextManager[None]:
         live = process_rank() == 0 and (self.merge or 0 in self.shards)  # in an array, one element
-        return following(self.target, live, print)
+        return _following(self.target, live)
 
     def work(self, signals: SignalWatch) -> int:
         from jobs.sample import merge, sample
@@ -46,7 +51,7 @@ class SampleMergeJob(IndependentJob):
     target: "SampleSet"
 
     def around(self) -> AbstractContextManager[None]:
-        return following(self.target, False, print)
+        return _following(self.target, live=False)
 
     def work(self, signals: SignalWatch) -> int:
         from jobs.sample import merge

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion.settings import SamplerSettings, require
 from jobs import checkpoints
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 from jobs.files import sha256, sync_file, sync_folder, write_json
 from jobs.reporting import precision_of
 from jobs.run_folder import SAMPLES_NAME, RunFolder, check_name

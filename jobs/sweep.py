@@ -1,6 +1,5 @@
-"""Sweeps: a grid of settings, each point a run of its own."""
+"""A sweep seen from outside: its runs, the best first."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,33 +8,6 @@ from typing import Any
 
 from jobs import overview, table
 from jobs.run_folder import NAME, RunFolder
-
-
-def points(grid: Sequence[str]) -> list[dict[str, str]]:
-    """The product of axes such as `train.lr=1e-3,2e-3`: settings by name, the last axis running fastest.
-
-    Raises ValueError for an axis that is none.
-    """
-    axes: dict[str, list[str]] = {}
-    for axis in grid:
-        name, equals, values = axis.partition("=")
-        if not (name and equals and all(values.split(","))):
-            raise ValueError(f"--grid takes SETTING=VALUE,VALUE,... such as train.lr=1e-3,2e-3; got {axis!r}")
-        if name in axes:
-            raise ValueError(f"--grid must name each setting once; got {name} twice")
-        axes[name] = values.split(",")
-    if not axes:
-        raise ValueError("--grid needs at least one SETTING=VALUE,VALUE,...; got none")
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def arguments(point: dict[str, str]) -> list[str]:
-    """The point as on the command line; the values of a list are separated by spaces."""
-    return [word for name, value in point.items() for word in (f"--{name.replace('_', '-')}", *value.split())]
-
-
-def run_name(sweep: str, index: int) -> str:
-    return f"{sweep}-{index:03d}"
 
 
 def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:

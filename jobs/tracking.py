@@ -2,22 +2,17 @@
 
 import contextlib
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from jobs.identity import ensure_id
 from jobs.ownership import Ownership
 from jobs.provenance import ROOT
 from jobs.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from jobs.evaluation import Evaluation
-    from jobs.samples import SampleSet
 
 Say = Callable[[str], None]
 
@@ -67,42 +62,29 @@ class Follower:
 
 def follow_training(run: RunFolder, owner: Ownership, say: Say) -> Follower:
     """Follows a training until it is closed."""
-    _name(run)
+    ensure_id(run)
     return Follower("jobs.follower", [str(run.path), owner.token], say)
 
 
 @contextmanager
-def following(samples: "SampleSet", live: bool, say: Say) -> Iterator[None]:
-    """Follows a set of samples while it is drawn or, if not `live`, after it has been completed here."""
-    run = RunFolder(samples.run)
-    arguments = [str(run.path), samples.name]
-    _name(run)
+def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: bool, say: Say) -> Iterator[None]:
+    """Follows the set of samples `name` while it is drawn or, if not `live`, after it has been completed here."""
+    arguments = [str(run.path), name]
+    ensure_id(run)
     follower = Follower("jobs.sample_follower", arguments, say) if live else None
     try:
         yield
-        if follower is None and samples.is_complete():
+        if follower is None and is_complete():
             follower = Follower("jobs.sample_follower", arguments, say)
     finally:
         if follower is not None:
             follower.close(wait=True)
 
 
-def follow_evaluation(evaluation: "Evaluation", say: Say) -> None:
-    """Passes on an evaluation that is complete."""
-    samples = evaluation.samples
-    _name(RunFolder(samples.run))
-    Follower("jobs.evaluation_follower", [str(samples.run), samples.name], say).close(wait=True)
-
-
-def group(run: RunFolder, experiment: str) -> str:
-    """What a training, its samples and its evaluations have in common: the sweep, or the training itself."""
-    return run.read_launch().get("sweep") or f"{experiment}/{run.path.name}"
-
-
-def _name(run: RunFolder) -> None:
-    """Gives the run an id in wandb where launch.json has got lost, or is older than tracking."""
-    if "wandb_id" not in run.read_launch():
-        run.update_launch(wandb_id=secrets.token_hex(4))
+def follow_evaluation(run: RunFolder, name: str, say: Say) -> None:
+    """Passes on the evaluation of the set of samples `name`, which is complete."""
+    ensure_id(run)
+    Follower("jobs.evaluation_follower", [str(run.path), name], say).close(wait=True)
 
 
 def _relay(process: "subprocess.Popen[str]", say: Say) -> None:

@@ -8,16 +8,17 @@ import torch
 
 from jobs import checkpoints
 from jobs.captured import not_recorded
+from jobs.console import Console
 from jobs.ema import decay_at
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 from jobs.job import JobError, Requeue
 from jobs.numerics import Kind, changes, facts, lacking, resolve_precision, whereabouts
 from jobs.ownership import Ownership
-from jobs.progress import Console, in_words
 from jobs.recorder import NullRecorder, RunRecorder
 from jobs.reporting import last_start, precision_of
 from jobs.run_folder import RunFolder
 from jobs.stop import SignalWatch, Stop, StopVote
+from jobs.table import in_words
 from jobs.training import NotFinite, Training, Update, band_sums
 from jobs.world import start
 

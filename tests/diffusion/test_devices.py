@@ -14,7 +14,8 @@ from diffusion import evaluate_mnist
 from diffusion.evaluation import Drawn
 from diffusion.model import DiffusionModel, Experiment
 from diffusion.settings import DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
-from jobs.experiments import EXPERIMENTS, ExperimentConfig
+from jobs.configs import ExperimentConfig
+from jobs.experiment_table import EXPERIMENTS
 from jobs.sample import draw
 from jobs.samples import SampleSettings
 from tests.elsewhere import DEVICE, Elsewhere, elsewhere, move

@@ -11,7 +11,7 @@ from torchvision.datasets import MNIST
 from diffusion.mnist import Mnist, MnistModel
 from diffusion.settings import DiffusionSettings, UnetSettings
 from jobs import mnist_files
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 
 CPU = torch.device("cpu")
 

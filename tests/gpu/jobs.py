@@ -11,7 +11,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from diffusion.settings import UnetSettings
-from jobs.experiments import EXPERIMENTS, MnistConfig
+from jobs.configs import MnistConfig
+from jobs.experiment_table import EXPERIMENTS
 from jobs.numerics import Kind, set_numerics
 from jobs.training import Training
 from jobs.world import World, start

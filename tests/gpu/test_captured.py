@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from jobs.checkpoints import Snapshot
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 from jobs.numerics import Kind, Precision
 from jobs.training import Training
 from jobs.world import World, start

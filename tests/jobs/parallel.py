@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian1d import Gaussian1d
-from jobs.experiments import EXPERIMENTS, Gaussian1dConfig
+from jobs.configs import Gaussian1dConfig
+from jobs.experiment_table import EXPERIMENTS
 from jobs.training import Training
 from jobs.world import start
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from diffusion.settings import MlpSettings
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 from jobs.training import Training
 from jobs.world import start as start_world
 from tests.launching import TINY, done, interrupt, launch, start, steps_logged, wait_until

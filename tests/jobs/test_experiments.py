@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from jobs.experiments import EXPERIMENTS, read, write
+from jobs.experiment_table import EXPERIMENTS
+from jobs.record import read, write
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -39,9 +39,10 @@ def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, prec
         "evaluate": "EvaluateJob(evaluation.plan(RunFolder(run), name), (0, 1), 'cuda', merge=True)",
     }
     code = (
-        "import sys; from pathlib import Path; from jobs import evaluation, samples; from jobs.job import TrainJob\n"
+        "import sys; from pathlib import Path\n"
+        "from jobs import evaluation, samples\n"
         "from jobs.evaluate_job import EvaluateJob; from jobs.sample_job import SampleJob\n"
-        "from jobs.run_folder import RunFolder\n"
+        "from jobs.train_job import TrainJob; from jobs.run_folder import RunFolder\n"
         "run = Path(sys.argv[1]); name = next((run / 'samples').iterdir()).name\n"
         f"sys.exit({calls[job]}())"
     )

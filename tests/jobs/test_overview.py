@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from jobs import overview, ownership
-from jobs.experiments import EXPERIMENTS, write
+from jobs import listing, overview, ownership
+from jobs.experiment_table import EXPERIMENTS
+from jobs.record import write
 from jobs.run_folder import RunFolder
 from slurm.queue import JobState
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
@@ -140,8 +141,8 @@ def test_the_table_fits_the_terminal_and_the_newest_is_last(width: int, make: Ca
     old = make("old", 1000, jobs=("8",), state="running")
     broken = make("broken", 20, state="failed", traceback="RuntimeError: " + "words " * 30)
     jobs = {"9": JobState("RUNNING", nodes="node[001-064,101-132]"), "8": JobState("OUT_OF_MEMORY")}
-    found = overview.by_last_update(overview.summarize(run, jobs) for run in (long, old, broken))
-    lines = overview.render(found, width).splitlines()
+    found = listing.by_last_update(overview.summarize(run, jobs) for run in (long, old, broken))
+    lines = listing.render(found, width).splitlines()
     assert max(map(len, lines)) <= width
     assert lines[0].split() == ["RUN", "STATE", "STEP", "LOSS", "IMG/S", "LEFT", "RST", "NODES"]
     assert lines[1].startswith("mnist/old")

@@ -11,9 +11,9 @@ import pytest
 
 from diffusion.settings import MlpSettings
 from jobs import checkpoints
-from jobs.experiments import EXPERIMENTS
+from jobs.console import Console
+from jobs.experiment_table import EXPERIMENTS
 from jobs.ownership import Ownership
-from jobs.progress import Console
 from jobs.recorder import RunRecorder
 from jobs.run_folder import RunFolder
 from jobs.settings import TrackingSettings

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import sweep
+from jobs import grid
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=0,1")
@@ -14,13 +14,13 @@ COMMAND = ("sweep", "1d", *TINY, "--train.steps", "30", "--name", "S", "--cluste
 
 
 def test_a_grid_is_a_product() -> None:
-    assert sweep.points(["train.lr=1,2", "train.seed=0,1"]) == [
+    assert grid.points(["train.lr=1,2", "train.seed=0,1"]) == [
         {"train.lr": "1", "train.seed": "0"},
         {"train.lr": "1", "train.seed": "1"},
         {"train.lr": "2", "train.seed": "0"},
         {"train.lr": "2", "train.seed": "1"},
     ]
-    assert sweep.arguments({"train.batch_size": "8", "data.means": "-1 1"}) == [
+    assert grid.arguments({"train.batch_size": "8", "data.means": "-1 1"}) == [
         *("--train.batch-size", "8"),
         *("--data.means", "-1", "1"),
     ]
@@ -29,7 +29,7 @@ def test_a_grid_is_a_product() -> None:
 @pytest.mark.parametrize("axis", ["train.lr", "train.lr=", "=1,2", "train.lr=1,,2"])
 def test_an_axis_that_is_none_is_refused(axis: str) -> None:
     with pytest.raises(ValueError, match="--grid takes SETTING=VALUE"):
-        sweep.points([axis])
+        grid.points([axis])
 
 
 def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) -> None:

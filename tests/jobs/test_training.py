@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusion.settings import MlpSettings
 from jobs.ema import decay_at
-from jobs.experiments import EXPERIMENTS
+from jobs.experiment_table import EXPERIMENTS
 from jobs.training import Training, lr_at
 from jobs.world import start
 

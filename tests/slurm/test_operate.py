@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobs.experiments import EXPERIMENTS, write
+from jobs.experiment_table import EXPERIMENTS
+from jobs.record import write
 from slurm import queue
 from slurm.devcluster import DevCluster
 from tests.launching import finish, start, status, wait_until

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.experiments import EXPERIMENTS, write
+from jobs.experiment_table import EXPERIMENTS
+from jobs.record import write
 from slurm import doctor, queue, task
 from slurm.place import OnSlurm
 from slurm.profile import Profile

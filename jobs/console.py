@@ -1,0 +1,25 @@
+"""What a job says: on its terminal, and in a file that stays."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class Console:
+    """Prints, and keeps what it printed in a file."""
+
+    def __init__(self, log: Path | None) -> None:
+        self._log = log
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+        self.log(text)
+
+    def log(self, text: str) -> None:
+        """Into the file only; a disk that is full costs the line."""
+        if self._log is not None:
+            with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
