@@ -18,7 +18,7 @@ from commands.train import Resume, Train
 from commands.watch import Cancel, Logs, Status
 from commands.where import Launch
 from diffusion.settings import SettingsError
-from jobs.surroundings import open_standard_streams, undisturbed
+from jobs.runtime.surroundings import open_standard_streams, undisturbed
 
 
 def main() -> int:

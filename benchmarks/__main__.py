@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="where to write the numbers")
     options = parser.parse_args()
 
-    from jobs.numerics import resolve_device
+    from jobs.runtime.numerics import resolve_device
 
     try:
         device = resolve_device(options.device, None)

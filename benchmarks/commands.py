@@ -18,7 +18,7 @@ from benchmarks.sampling import planned
 from benchmarks.tracking import timed
 
 if TYPE_CHECKING:
-    from jobs.numerics import Kind
+    from jobs.runtime.numerics import Kind
 
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch, accelerate, numpy, denoising_diffusion_pytorch"
@@ -89,13 +89,13 @@ def sampling_phase(run: Path, device: "Kind") -> Measurements:
     import numpy as np
     import torch
 
-    from diffusion.metrics import wasserstein1
-    from diffusion.mixture import Mixture
-    from jobs.configs import Gaussian1dConfig
-    from jobs.memory import keep_freed_memory
-    from jobs.run_folder import RunFolder
-    from jobs.sample import sample
-    from jobs.stop import SignalWatch
+    from diffusion.gaussian1d.distances import wasserstein1
+    from diffusion.gaussian1d.mixture import Mixture
+    from jobs.experiments.configs import Gaussian1dConfig
+    from jobs.runtime.malloc import keep_freed_memory
+    from jobs.runtime.signals import SignalWatch
+    from jobs.sample.draw import sample
+    from jobs.storage.run_folder import RunFolder
 
     keep_freed_memory()
     _, config = RunFolder(run).read_experiment()
@@ -186,10 +186,10 @@ def overhead(rounds: int) -> Iterator[Row]:
 
 def overhead_of(experiment: str, steps: int) -> Measurements:
     """One training in this process, from its first step to its last."""
-    import jobs.train
+    import jobs.train.loop
     import launch
-    from jobs.ahead import Ahead
-    from jobs.training import Training
+    from jobs.runtime.prefetch import Ahead
+    from jobs.train.state import Training
 
     seconds = {"steps": 0.0, "compute": 0.0}
 
@@ -203,7 +203,7 @@ def overhead_of(experiment: str, steps: int) -> Measurements:
     Training.__init__ = with_clocks  # type: ignore[method-assign, assignment]
     Training._pass = timed(Training._pass, seconds, "compute")  # type: ignore[method-assign]
     Ahead.begin = lambda ahead, step: None  # type: ignore[method-assign, assignment]
-    jobs.train.run_steps = timed(jobs.train.run_steps, seconds, "steps")
+    jobs.train.loop.run_steps = timed(jobs.train.loop.run_steps, seconds, "steps")
     os.environ["WANDB_MODE"] = "offline"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         sys.argv = [str(ROOT / "launch.py"), "train", experiment, "--cluster", "local", "--device", "cpu"]

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from jobs.numerics import Kind
+from jobs.runtime.numerics import Kind
 
 
 def hide_gpus(device: Kind) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import Row, machine, table
+from diffusion.data import mnist
 from diffusion.settings import MnistSettings
-from jobs import mnist_files
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.0
@@ -142,7 +142,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # Once, before several parts want it.
     digits = Path(MnistSettings().root).absolute()
-    mnist_files.fetch(digits, say=print)
+    mnist.fetch(digits, say=print)
     os.environ["MNIST_ROOT"] = str(digits)
     minutes = options.minutes * (REHEARSAL_PATIENCE if options.device == "cpu" else 1)
     check = Check(folder, options.device, time.monotonic() + 60 * minutes)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from benchmarks.comparison import Alternative, Measurements, Row, limit
 
 if TYPE_CHECKING:
-    from jobs.numerics import Kind
+    from jobs.runtime.numerics import Kind
 
 STEPS, SHOWN = 5, 20
 
@@ -41,11 +41,11 @@ def recorded(device: "Kind", small: bool) -> Measurements:
     from benchmarks.device import wait
     from benchmarks.peers import experiment
     from benchmarks.prediction import launches_of
-    from jobs.memory import keep_freed_memory
-    from jobs.numerics import resolve_precision
-    from jobs.settings import TrainSettings
-    from jobs.training import Training
-    from jobs.world import start
+    from jobs.experiments.settings import TrainSettings
+    from jobs.runtime.malloc import keep_freed_memory
+    from jobs.runtime.numerics import resolve_precision
+    from jobs.runtime.world import start
+    from jobs.train.state import Training
 
     keep_freed_memory()
     settings = TrainSettings(steps=1_000_000, batch_size=16 if small else 128, lr=1e-4)

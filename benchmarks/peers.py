@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from denoising_diffusion_pytorch import GaussianDiffusion
     from torch import Tensor
 
-    from diffusion.mnist import Mnist
-    from jobs.numerics import Kind, Precision
+    from diffusion.images.experiment import Mnist
+    from jobs.runtime.numerics import Kind, Precision
 
 LR = 1e-4
 
@@ -193,8 +193,8 @@ def png_folder(count: int = 60_000) -> Iterator[Path]:
 def experiment(dim: int) -> "Mnist":
     """MNIST with the U-Net that all of them train."""
     from diffusion.settings import UnetSettings
-    from jobs.configs import MnistConfig
-    from jobs.experiment_table import EXPERIMENTS
+    from jobs.experiments.configs import MnistConfig
+    from jobs.experiments.table import EXPERIMENTS
 
     preset = EXPERIMENTS["mnist"].preset
     assert isinstance(preset, MnistConfig)

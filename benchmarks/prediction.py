@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from jobs.training import Training
+    from jobs.train.state import Training
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,11 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    from jobs.experiment_table import EXPERIMENTS
-    from jobs.memory import keep_freed_memory
-    from jobs.numerics import resolve_device, resolve_precision
-    from jobs.training import Training
-    from jobs.world import start
+    from jobs.experiments.table import EXPERIMENTS
+    from jobs.runtime.malloc import keep_freed_memory
+    from jobs.runtime.numerics import resolve_device, resolve_precision
+    from jobs.runtime.world import start
+    from jobs.train.state import Training
 
     keep_freed_memory()
     preset = EXPERIMENTS["mnist"].preset

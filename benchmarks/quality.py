@@ -43,8 +43,8 @@ def library(seconds: float, folder: Path) -> Measurements:
     import numpy as np
     import torch
 
-    from diffusion.unet import with_fast_layers
-    from jobs.memory import keep_freed_memory
+    from diffusion.images.unet import with_fast_layers
+    from jobs.runtime.malloc import keep_freed_memory
 
     with png_folder() as digits:
         pace = _Trainer(recipe(), digits)
@@ -120,8 +120,8 @@ def draw(model: "GaussianDiffusion") -> "NDArray[np.uint8]":
 
 def frechet(samples: "NDArray[np.uint8]", experiment: str = "mnist-small", *, real: bool = False) -> float:
     """The distance that `evaluate` prints for these samples, uint8 [n, 28, 28, 1], or for as many real digits."""
-    from diffusion.evaluation import Drawn, unpack
-    from jobs.experiment_table import EXPERIMENTS
+    from diffusion.statistics.evaluator import Drawn, unpack
+    from jobs.experiments.table import EXPERIMENTS
 
     entry = EXPERIMENTS[experiment]
     evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler), {"seed": 0, "sha256": {}})

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.comparison import Alternative, Measurements, Row, in_turn, ratio
 
 if TYPE_CHECKING:
-    from diffusion.model import DiffusionModel, Experiment
-    from jobs.numerics import Kind
-    from jobs.samples import SampleSet
+    from diffusion.process.model import DiffusionModel, Experiment
+    from jobs.runtime.numerics import Kind
+    from jobs.sample.sample_set import SampleSet
 
 AS_GOOD_AS_1000 = {20: "Frechet distance", 50: "every metric"}
 """Ancestral steps of which 2,000 digits of `mnist-small` lie within the interval of those of 1,000 steps (README), and
@@ -26,10 +26,10 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     import torch
 
     from benchmarks.device import wait
-    from jobs.captured import in_one_launch
-    from jobs.memory import keep_freed_memory
-    from jobs.numerics import resolve_precision, set_numerics
-    from jobs.sample import draw
+    from jobs.runtime.capture import in_one_launch
+    from jobs.runtime.malloc import keep_freed_memory
+    from jobs.runtime.numerics import resolve_precision, set_numerics
+    from jobs.sample.draw import draw
 
     keep_freed_memory()  # as each of our jobs does
     samples = planned(run, sampler, steps)
@@ -53,7 +53,7 @@ def library(run: Path, device: "Kind", steps: int | None) -> Measurements:
     from torch import Tensor, nn
 
     from benchmarks.device import wait
-    from diffusion.mnist import Mnist, MnistModel, library_unet
+    from diffusion.images.experiment import Mnist, MnistModel, library_unet
 
     samples = planned(run, "ddim", 50)
     experiment, model = _load(samples, device)
@@ -113,10 +113,10 @@ def rows(rounds: int, run: Path, device: "Kind", small: bool) -> Iterator[Row]:
 def planned(run: Path, sampler: Any, steps: int, num_samples: int = 64) -> "SampleSet":
     """A set of samples of the run's newest weights, of which nothing is written yet."""
     from diffusion.settings import SamplerSettings
-    from jobs import samples
-    from jobs.run_folder import RunFolder
+    from jobs.sample import sample_set
+    from jobs.storage.run_folder import RunFolder
 
-    return samples.plan(
+    return sample_set.plan(
         RunFolder(run),
         num_samples=num_samples,
         seed=0,
@@ -132,7 +132,7 @@ def _load(samples: "SampleSet", device: "Kind") -> "tuple[Experiment, DiffusionM
     """What draws it."""
     import torch
 
-    from jobs.run_folder import RunFolder
-    from jobs.sample import load_model
+    from jobs.sample.draw import load_model
+    from jobs.storage.run_folder import RunFolder
 
     return load_model(RunFolder(samples.run), samples.settings, torch.device(device))

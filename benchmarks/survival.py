@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from benchmarks.commands import ROOT, command
 from benchmarks.comparison import Row, limit
 from benchmarks.quality import frechet
-from jobs.drill import last_step
-from jobs.run_folder import RunFolder
+from jobs.doctor.drill import last_step
+from jobs.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from jobs.numerics import Kind
+    from jobs.runtime.numerics import Kind
 
 NAME = "survival"
 """Of the run."""

@@ -35,17 +35,17 @@ def timed(call: Callable[..., Any], seconds: dict[str, float], name: str) -> Cal
 
 def train(mode: str, steps: int) -> dict[str, float]:
     """Trains in this process and returns the seconds spent where."""
-    import jobs.recorder
-    import jobs.train
+    import jobs.train.loop
+    import jobs.train.recorder
     import launch
-    from jobs.tracking import Follower
+    from jobs.tracking.start import Follower
 
     seconds: dict[str, float] = {}
-    jobs.recorder.follow_training = timed(jobs.recorder.follow_training, seconds, "start")  # type: ignore[attr-defined]
+    jobs.train.recorder.follow_training = timed(jobs.train.recorder.follow_training, seconds, "start")  # type: ignore[attr-defined]
     Follower.close = timed(Follower.close, seconds, "end")  # type: ignore[method-assign]
-    jobs.train.logged = timed(jobs.train.logged, seconds, "lines")
-    jobs.train.run_steps = timed(jobs.train.run_steps, seconds, "steps")
-    jobs.train.train = timed(jobs.train.train, seconds, "total")
+    jobs.train.loop.logged = timed(jobs.train.loop.logged, seconds, "lines")
+    jobs.train.loop.run_steps = timed(jobs.train.loop.run_steps, seconds, "steps")
+    jobs.train.loop.train = timed(jobs.train.loop.train, seconds, "total")
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [str(ROOT / "launch.py"), "train", "mnist-small", "--cluster", "local", "--runs-dir", folder]
         sys.argv += ["--train.steps", str(steps), "--train.log-every", "10", "--tracking.mode", mode]

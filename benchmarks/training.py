@@ -26,7 +26,7 @@ from benchmarks.peers import (
 )
 
 if TYPE_CHECKING:
-    from jobs.numerics import Kind, Precision
+    from jobs.runtime.numerics import Kind, Precision
 
 GPU_BATCHES = (128, 1024)
 GPU_BYTES_PER_IMAGE = 30e6
@@ -36,10 +36,10 @@ GPU_BYTES_PER_IMAGE = 30e6
 def ours(case: Case, steps: int, precision: "Precision", compile: bool = False) -> Measurements:
     """This project's update, with its data, noise, moving average, clipping and all."""
     from benchmarks.device import hide_gpus
-    from jobs.memory import keep_freed_memory
-    from jobs.settings import TrainSettings
-    from jobs.training import Training
-    from jobs.world import start
+    from jobs.experiments.settings import TrainSettings
+    from jobs.runtime.malloc import keep_freed_memory
+    from jobs.runtime.world import start
+    from jobs.train.state import Training
 
     hide_gpus(case.device)
     keep_freed_memory()  # as each of our jobs does
@@ -62,7 +62,7 @@ AT_LEAST = {"`Trainer`": 2.5, "Accelerate loop": 1.6, "diffusers' example": 1.6}
 
 def rows(rounds: int, steps: int | None, device: "Kind", small: bool) -> Iterator[Row]:
     """The comparisons; each round takes `steps` steps of each."""
-    from jobs.numerics import resolve_precision
+    from jobs.runtime.numerics import resolve_precision
 
     mine = resolve_precision("auto", device)
     with png_folder(1000 if small else 60_000) as pngs:
@@ -76,7 +76,7 @@ def rows(rounds: int, steps: int | None, device: "Kind", small: bool) -> Iterato
 
 def compiled(rounds: int, steps: int | None, device: "Kind", small: bool) -> Iterator[Row]:
     """What --train.compile gains, and what it costs at each start."""
-    from jobs.numerics import resolve_precision
+    from jobs.runtime.numerics import resolve_precision
 
     case, precision = next(_cases(device, small, Path())), resolve_precision("auto", device)
     asked = (case, steps or _steps(case), precision)

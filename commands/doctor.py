@@ -15,9 +15,10 @@ from tyro.conf import arg
 
 from commands.where import Where
 from diffusion.settings import MnistSettings
-from jobs import doctor, provenance, run_folder
-from jobs.doctor_job import DoctorJob
-from jobs.run_folder import RunFolder
+from jobs.doctor import machine
+from jobs.doctor.trial_job import DoctorJob
+from jobs.storage import provenance, run_folder
+from jobs.storage.run_folder import RunFolder
 from slurm import doctor as slurm_doctor
 from slurm import queue
 from slurm.place import OnSlurm
@@ -43,14 +44,14 @@ class Doctor:
             print(json.dumps([finding._asdict() for finding in findings], indent=2))
         return 1 if any(finding.level == "problem" for finding in findings) else 0
 
-    def _examine(self) -> Iterator[doctor.Finding | slurm_doctor.Finding]:
+    def _examine(self) -> Iterator[machine.Finding | slurm_doctor.Finding]:
         on_slurm = self.where.on_slurm()
         if self.submit and not on_slurm:
             raise ValueError("--submit needs a Slurm that answers; there is none here")
         run = RunFolder(self.where.runs_dir / f".doctor-{run_folder.new_name(self.where.runs_dir)}")
         place = self.where.place(run)
         job = DoctorJob(run.path, self.where.processes, "cpu" if self.where.device == "cpu" else "cuda")
-        yield from doctor.examine(self.where.runs_dir, Path(MnistSettings().root), is_shared=on_slurm)
+        yield from machine.examine(self.where.runs_dir, Path(MnistSettings().root), is_shared=on_slurm)
         if not isinstance(place, OnSlurm):
             if not queue.has_slurm():
                 yield slurm_doctor.unreachable()

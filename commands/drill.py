@@ -8,8 +8,9 @@ from typing import Annotated
 from tyro.conf import arg
 
 from commands.where import Launch, given, show
-from jobs import drill, provenance, run_folder
-from jobs.run_folder import RunFolder
+from jobs.doctor import drill
+from jobs.storage import provenance, run_folder
+from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
 

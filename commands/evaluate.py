@@ -11,11 +11,12 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from commands.where import Launch, optional, show
-from jobs import evaluation, evaluation_report, ownership, provenance, run_folder
-from jobs.evaluate_job import EvaluateJob, EvaluateMergeJob
-from jobs.evaluation import Evaluation
-from jobs.run_folder import RunFolder
-from jobs.surroundings import decorate
+from jobs.evaluate import plan, report
+from jobs.evaluate.job import EvaluateJob, EvaluateMergeJob
+from jobs.evaluate.plan import Evaluation
+from jobs.runtime.surroundings import decorate
+from jobs.storage import ownership, provenance, run_folder
+from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
 
@@ -77,14 +78,14 @@ class Evaluate:
         found = [self._find(name) for name in (self.run, self.other) if name is not None]
         if self.all:
             return self._all(found[0][0])
-        return [evaluation.plan(run, name or self.samples, self.inception_fid) for run, name in found]
+        return [plan.plan(run, name or self.samples, self.inception_fid) for run, name in found]
 
     def _all(self, run: RunFolder) -> list[Evaluation]:
         """The sets that can be compared with the newest one: of the same weights, with enough samples."""
-        found = [evaluation.plan(run, None, self.inception_fid)]
-        for name in evaluation.complete_sets(run)[1:]:
+        found = [plan.plan(run, None, self.inception_fid)]
+        for name in plan.complete_sets(run)[1:]:
             try:
-                other = evaluation.plan(run, name, self.inception_fid)
+                other = plan.plan(run, name, self.inception_fid)
             except ValueError as error:
                 print(f"Left out: {error}", file=sys.stderr)
                 continue
@@ -125,7 +126,7 @@ class Evaluate:
         place.check(job)
         _, config = run.read_experiment()
         config.prepare(print)
-        print(f"Evaluating {evaluation_report.title(asked)}", flush=True)
+        print(f"Evaluating {report.title(asked)}", flush=True)
         if isinstance(place, Here):
             with ownership.sampling(run.path) as descriptor:
                 return place.run(job, keep_open=descriptor)
@@ -146,12 +147,12 @@ class Evaluate:
         if self.all:
             figure = RunFolder(asked[0].samples.run).figures / "quality.png"
             with contextlib.redirect_stdout(sys.stderr):
-                decorate(figure.name, lambda: evaluation_report.draw_quality(asked, figure), print)
-            value, text = evaluation_report.quality_rows(asked), evaluation_report.quality(asked, width)
+                decorate(figure.name, lambda: report.draw_quality(asked, figure), print)
+            value, text = report.quality_rows(asked), report.quality(asked, width)
         elif len(asked) == 2:
             a, b = asked
-            value = {"a": results[0], "b": results[1], "differences": evaluation_report.differences(a, b)}
-            text = evaluation_report.two(a, b, width)
+            value = {"a": results[0], "b": results[1], "differences": report.differences(a, b)}
+            text = report.two(a, b, width)
         else:
-            value, text = results[0], evaluation_report.one(asked[0], width)
+            value, text = results[0], report.one(asked[0], width)
         print(json.dumps(value, indent=2) if self.json else text)

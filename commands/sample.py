@@ -7,10 +7,11 @@ from tyro.conf import arg
 
 from commands.where import Launch, Run, optional, show
 from diffusion.settings import SAMPLER_STEPS, SamplerName, SamplerSettings
-from jobs import ownership, run_folder, samples
-from jobs.experiment_table import EXPERIMENTS
-from jobs.sample_job import SampleJob, SampleMergeJob
-from jobs.samples import Weights
+from jobs.experiments.table import EXPERIMENTS
+from jobs.sample import sample_set
+from jobs.sample.job import SampleJob, SampleMergeJob
+from jobs.sample.sample_set import Weights
+from jobs.storage import ownership, run_folder
 from slurm import queue
 from slurm.place import OnSlurm
 
@@ -56,7 +57,7 @@ class Sample:
         name = self.sampler if self.sampler is not None else default.sampler
         usual = default.steps if name == default.sampler else SAMPLER_STEPS[name] or timesteps
         steps = self.steps if self.steps is not None else min(usual, timesteps)
-        asked = samples.plan(
+        asked = sample_set.plan(
             run,
             num_samples=self.num_samples,
             seed=self.seed,

@@ -8,10 +8,11 @@ from tyro.conf import arg
 
 from commands.train import check_batch, check_same_settings, choice, create, is_finished, run_training
 from commands.where import Launch, show
-from jobs import grid, run_folder
-from jobs.experiment_table import EXPERIMENTS
-from jobs.run_folder import RunFolder
-from jobs.train_job import TrainJob, submit_runs
+from jobs.experiments import grid
+from jobs.experiments.table import EXPERIMENTS
+from jobs.storage import run_folder
+from jobs.storage.run_folder import RunFolder
+from jobs.train.job import TrainJob, submit_runs
 from slurm import queue
 from slurm.place import Here, OnSlurm
 

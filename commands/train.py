@@ -6,13 +6,14 @@ from typing import Annotated, Any, Literal, Union
 from tyro.conf import arg, subcommand
 
 from commands.where import Launch, Run, given, optional, show
-from jobs import ownership, provenance, record, run_folder
-from jobs.configs import ExperimentConfig
-from jobs.experiment_table import EXPERIMENTS
-from jobs.record import MAY_CHANGE
-from jobs.reporting import precision_of
-from jobs.run_folder import RunFolder
-from jobs.train_job import TrainJob
+from jobs.experiments import record
+from jobs.experiments.configs import ExperimentConfig
+from jobs.experiments.record import MAY_CHANGE
+from jobs.experiments.table import EXPERIMENTS
+from jobs.storage import ownership, provenance, run_folder
+from jobs.storage.records import precision_of
+from jobs.storage.run_folder import RunFolder
+from jobs.train.job import TrainJob
 from slurm import queue
 from slurm.place import Here
 

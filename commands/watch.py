@@ -10,8 +10,9 @@ from typing import Annotated, Optional
 from tyro.conf import Positional, arg
 
 from commands.where import Run
-from jobs import detail, listing, logs, overview, run_folder, sweep
-from jobs.cancel import cancel
+from jobs.storage import run_folder
+from jobs.watch import detail, listing, logs, states, sweep
+from jobs.watch.cancel import cancel
 from slurm import queue
 
 
@@ -34,7 +35,7 @@ class Status:
         named = self.run is not None and not Path(self.run).is_dir()  # an existing folder is a run
         points = sweep.runs_of(str(self.run), self.runs_dir) if named else []
         if points:
-            entries = sweep.by_loss(points, _ask_slurm(overview.newest_jobs(points)))
+            entries = sweep.by_loss(points, _ask_slurm(states.newest_jobs(points)))
             print(json.dumps(entries, indent=2) if self.json else sweep.render(entries, width))
             return 0
         if self.run is not None:
@@ -43,8 +44,8 @@ class Status:
             print(json.dumps(shown, indent=2) if self.json else detail.render(shown, width))
             return 0
         runs = listing.runs(self.runs_dir)
-        jobs = _ask_slurm(overview.newest_jobs(runs))
-        found = listing.by_last_update(overview.summarize(run, jobs) for run in runs)
+        jobs = _ask_slurm(states.newest_jobs(runs))
+        found = listing.by_last_update(states.summarize(run, jobs) for run in runs)
         if self.json:
             print(json.dumps([asdict(entry) for entry in found], indent=2))
         else:
@@ -71,8 +72,8 @@ class Logs:
 
         def is_alive() -> bool:
             # Of a finished run, too: its last words reach the file when srun ends, after status.json has changed.
-            job_id = overview.newest_job(overview.read_launch(run))
-            return overview.is_alive(run, None if job_id is None else _ask_slurm([job_id]))
+            job_id = states.newest_job(states.read_launch(run))
+            return states.is_alive(run, None if job_id is None else _ask_slurm([job_id]))
 
         for text in logs.follow(run, is_alive, _say_aside):
             print(text, end="", flush=True)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from diffusion.settings import SettingsError
-from jobs.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
 from slurm.profile import load as load_profile
 
 if TYPE_CHECKING:
-    from jobs.numerics import Asked
+    from jobs.runtime.numerics import Asked
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -95,7 +95,10 @@ class Where:
         """The kind of device; raises ValueError where GPUs or a precision are asked for that are not there."""
         if isinstance(place, OnSlurm):
             return "cpu" if self.device == "cpu" else "cuda"
-        from jobs.numerics import lacking, resolve_device  # imports torch, which this machine is about to use anyway
+        from jobs.runtime.numerics import (  # imports torch, which this machine is about to use anyway
+            lacking,
+            resolve_device,
+        )
 
         kind = resolve_device(self.device, self.gpus)
         if reason := lacking(precision, kind):

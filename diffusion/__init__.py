@@ -1,1 +1,1 @@
-"""The mathematics and the models: schedules, processes, samplers, networks, metrics, figures."""
+"""What is trained and drawn: data, models, their processes and how well they do. Knows nothing of runs."""

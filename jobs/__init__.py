@@ -1,1 +1,1 @@
-"""What a job does: train and sample; checkpoints, metrics, data order, run folders."""
+"""What a job does, wherever it runs."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import mnist_files
+from diffusion.data import mnist
 from tests import launching, processes
 
 # A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
@@ -39,11 +39,11 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "MNIST_ROOT" in os.environ:
         root = Path(os.environ["MNIST_ROOT"])
         try:
-            mnist_files.require(root)
+            mnist.require(root)
             return root
         except ValueError:
             pass
     root = tmp_path_factory.mktemp("mnist")
     with processes.forbidden(False):  # not the test that happens to be the first
-        mnist_files.fetch(root)
+        mnist.fetch(root)
     return root

@@ -151,7 +151,7 @@ def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_
 
 
 def test_a_second_ctrl_c_ends_at_once_with_the_last_checkpoint_intact(tmp_path: Path) -> None:
-    from jobs import checkpoints
+    from jobs.storage import checkpoints
 
     run = tmp_path / "runs" / "1d" / "a"
     process = start(*ENDLESS, "--train.checkpoint-every", "50", cwd=tmp_path)

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from diffusion import bootstrap
-from diffusion.bootstrap import Estimate, Resampled
+from diffusion.statistics import bootstrap
+from diffusion.statistics.bootstrap import Estimate, Resampled
 
 
 def test_the_interval_of_a_mean_is_the_textbooks() -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion import evaluate_mnist
-from diffusion.evaluation import Drawn
-from diffusion.model import DiffusionModel, Experiment
+from diffusion.digits import evaluation
+from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.settings import DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
-from jobs.configs import ExperimentConfig
-from jobs.experiment_table import EXPERIMENTS
-from jobs.sample import draw
-from jobs.samples import SampleSettings
+from diffusion.statistics.evaluator import Drawn
+from jobs.experiments.configs import ExperimentConfig
+from jobs.experiments.table import EXPERIMENTS
+from jobs.sample.draw import draw
+from jobs.sample.sample_set import SampleSettings
 from tests.elsewhere import DEVICE, Elsewhere, elsewhere, move
 
 SMALL = {
@@ -99,7 +99,7 @@ def test_samples(sampler: Any, config: ExperimentConfig) -> None:
 
 def test_evaluation_of_the_weights(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The units that depend on the weights; those of the samples alone have no model."""
-    monkeypatch.setattr(evaluate_mnist, "BOUND_CHUNK", 2)  # digits in a unit, one after the other
+    monkeypatch.setattr(evaluation, "BOUND_CHUNK", 2)  # digits in a unit, one after the other
     entry = next(entry for entry in EXPERIMENTS.values() if type(entry.preset) is type(config))
     n = max(100, entry.fewest_samples)
     samples = np.zeros((n, *entry.sample_shape), dtype=entry.sample_dtype)

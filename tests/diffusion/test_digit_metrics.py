@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 
-from diffusion import digit_metrics, digits
-from diffusion.digits import DigitNet, classify
-from diffusion.feature_metrics import frechet_distance, kernel_distance, overlap
-from diffusion.randomness import Stream, permutation
-from diffusion.train_digits import train
-from jobs import mnist_files
+from diffusion.data import mnist
+from diffusion.digits import classifier, metrics
+from diffusion.digits.classifier import DigitNet, classify
+from diffusion.digits.train_classifier import train
+from diffusion.process.randomness import Stream, permutation
+from diffusion.statistics.features import frechet_distance, kernel_distance, overlap
 
 N = 600
 Images = NDArray[np.uint8]
@@ -24,12 +24,12 @@ Images = NDArray[np.uint8]
 
 @pytest.fixture(scope="module")
 def net() -> DigitNet:
-    return digits.load()
+    return classifier.load()
 
 
-def drawn(root: Path, split: mnist_files.Split, n: int) -> tuple[Images, NDArray[np.uint8]]:
+def drawn(root: Path, split: mnist.Split, n: int) -> tuple[Images, NDArray[np.uint8]]:
     """n digits and their labels, by chance: the files are ordered by writer."""
-    images, labels = mnist_files.read_images(root, split), mnist_files.read_labels(root, split)
+    images, labels = mnist.read_images(root, split), mnist.read_labels(root, split)
     chosen = permutation(0, Stream.FIGURE, 0, len(images))[:n]
     return images[chosen, ..., None], labels[chosen]
 
@@ -65,9 +65,9 @@ def test_the_shipped_classifier_is_right_about_real_digits(net: DigitNet, mnist_
     images, labels = drawn(mnist_root, "test", 10_000)
     features, probabilities = classify(net, images)
     assert (probabilities.argmax(1) == labels).mean() >= 0.993
-    assert features.shape == (10_000, digits.FEATURES)
+    assert features.shape == (10_000, classifier.FEATURES)
     assert 0.1 < features.var(0).min() < features.var(0).max() < 2
-    assert digits.WEIGHTS.stat().st_size < 600_000
+    assert classifier.WEIGHTS.stat().st_size < 600_000
 
 
 def test_an_image_has_the_same_features_in_any_company(net: DigitNet, held_out: tuple[Images, Any]) -> None:
@@ -133,7 +133,7 @@ def test_a_missing_class_shows_in_the_distances_and_the_shares(
     spoilt = distances(net, real_features, images)
     assert spoilt["frechet"] > 1.3 * floor["frechet"]
     assert spoilt["coverage"] < floor["coverage"] - 0.03
-    shares = digit_metrics.class_shares(labels, training[1])
+    shares = metrics.class_shares(labels, training[1])
     assert shares.shares[4] == 0
     assert shares.p_value < 1e-6
 
@@ -147,7 +147,7 @@ def test_more_spoilt_is_further_away(net: DigitNet, real_features: Any, held_out
 
 
 def test_the_chi_squared_test_equals_scipys_and_accepts_real_digits(training: Any, held_out: Any) -> None:
-    shares = digit_metrics.class_shares(held_out[1][:500], training[1])
+    shares = metrics.class_shares(held_out[1][:500], training[1])
     counts = np.array([(held_out[1][:500] == digit).sum() for digit in range(10)])
     known = stats.chisquare(counts, 500 * np.array([(training[1] == digit).mean() for digit in range(10)]))
     assert (shares.chi_squared, shares.p_value) == pytest.approx((known.statistic, known.pvalue))
@@ -158,7 +158,7 @@ def test_the_chi_squared_test_equals_scipys_and_accepts_real_digits(training: An
 def test_the_classifier_is_sure_of_digits_and_not_of_noise(net: DigitNet, held_out: tuple[Images, Any]) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (N, 28, 28, 1), dtype=np.uint8)
     real, spoilt, none = (
-        digit_metrics.sure_share(classify(net, images)[1], seed=0).value
+        metrics.sure_share(classify(net, images)[1], seed=0).value
         for images in (held_out[0][:N], blurred(held_out[0][:N]), noise)
     )
     assert real > 0.93
@@ -168,31 +168,31 @@ def test_the_classifier_is_sure_of_digits_and_not_of_noise(net: DigitNet, held_o
 
 def test_the_nearest_neighbours_equal_brute_force(training: tuple[Images, Any], held_out: tuple[Images, Any]) -> None:
     images, others = held_out[0][:300], training[0][:2000]
-    distance, index = digit_metrics.nearest(images, others, neighbours=3)
+    distance, index = metrics.nearest(images, others, neighbours=3)
     known = cdist(images.reshape(300, -1) / 255, others.reshape(2000, -1) / 255)
     np.testing.assert_allclose(distance, np.sort(known, axis=1)[:, :3], rtol=1e-12)
     np.testing.assert_array_equal(index, known.argsort(axis=1)[:, :3])
 
 
 def test_copies_are_found_and_held_out_digits_are_not(training: Any, held_out: Any) -> None:
-    real_distances, _ = digit_metrics.nearest(held_out[0], training[0])
+    real_distances, _ = metrics.nearest(held_out[0], training[0])
     images, labels = held_out[0][:N].copy(), held_out[1][:N].copy()
     images[:60], labels[:60] = training[0][:60], training[1][:60]
     images[60:90], labels[60:90] = (training[0][60:90].astype(int) + 2).clip(0, 255), training[1][60:90]
-    found, index = digit_metrics.nearest(images, training[0])
+    found, index = metrics.nearest(images, training[0])
     assert (found[:60] == 0).all()
     assert np.array_equal(index[:90, 0], np.arange(90))
     real_labels = held_out[1]
-    copies = digit_metrics.near_copies(found[:, 0], labels, real_distances[:, 0], real_labels, seed=0)
+    copies = metrics.near_copies(found[:, 0], labels, real_distances[:, 0], real_labels, seed=0)
     assert copies.value == pytest.approx(90 / N, abs=0.02)
-    none = digit_metrics.near_copies(real_distances[:, 0], real_labels, real_distances[:, 0], real_labels, seed=0)
+    none = metrics.near_copies(real_distances[:, 0], real_labels, real_distances[:, 0], real_labels, seed=0)
     assert none.value == pytest.approx(0.01, abs=0.003)
 
 
 def test_a_net_learns_from_good_digits_and_not_from_few_ones(training: Any, held_out: Any) -> None:
     images, labels, test = training[0][:1000], training[1][:1000], (held_out[0][:500], held_out[1][:500])
-    good = digit_metrics.usefulness(images, labels, *test, seed=0, steps=40).value
-    few = digit_metrics.usefulness(images[:10], labels[:10], *test, seed=0, steps=40).value
+    good = metrics.usefulness(images, labels, *test, seed=0, steps=40).value
+    few = metrics.usefulness(images[:10], labels[:10], *test, seed=0, steps=40).value
     assert good > 0.85
     assert few < good - 0.1
 
@@ -219,7 +219,7 @@ def test_what_is_no_digit_is_refused(images: Any, net: DigitNet) -> None:
     with pytest.raises(ValueError, match=r"must be uint8 \[n, 28, 28, 1\] with n at least 1; got"):
         classify(net, images)
     with pytest.raises(ValueError, match=r"^training images must be uint8"):
-        digit_metrics.nearest(np.zeros((1, 28, 28, 1), np.uint8), images)
+        metrics.nearest(np.zeros((1, 28, 28, 1), np.uint8), images)
 
 
 def test_constant_images_have_their_exact_distance(net: DigitNet, real_features: NDArray[np.float32]) -> None:
@@ -230,14 +230,14 @@ def test_constant_images_have_their_exact_distance(net: DigitNet, real_features:
     assert frechet_distance(real_features, fake, seed=0).value == pytest.approx(known, rel=1e-9)
     found = overlap(real_features, fake, seed=0)
     assert max(found[name].value for name in ("precision", "density", "recall", "coverage")) < 0.05
-    assert digit_metrics.sure_share(probabilities, seed=0).interval() == (0, 0)
+    assert metrics.sure_share(probabilities, seed=0).interval() == (0, 0)
 
 
 def test_too_few_images_for_a_test_and_wrong_labels_are_refused(training: Any) -> None:
     labels = training[1]
     with pytest.raises(ValueError, match=r"class shares need at least 5\d images for a chi-squared test; got 20"):
-        digit_metrics.class_shares(labels[:20], labels)
+        metrics.class_shares(labels[:20], labels)
     with pytest.raises(ValueError, match=r"each digit must occur among the real ones; got none of"):
-        digit_metrics.class_shares(labels, labels[labels != 3])
+        metrics.class_shares(labels, labels[labels != 3])
     with pytest.raises(ValueError, match=r"labels must be 100 whole numbers from 0 to 9"):
-        digit_metrics.class_shares(labels[:100] + 5, labels)
+        metrics.class_shares(labels[:100] + 5, labels)

@@ -8,15 +8,15 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from diffusion import metrics
-from diffusion.evaluate_1d import Evaluator1d
-from diffusion.gaussian1d import Gaussian1d
-from diffusion.mixture import Mixture
-from diffusion.model import DiffusionModel
-from diffusion.probability_flow import log_likelihood
-from diffusion.randomness import Stream, normal, uniform
-from diffusion.sample_metrics import BINS, sample_metrics
-from diffusion.sampler_errors import sampler_errors
+from diffusion.gaussian1d import distances
+from diffusion.gaussian1d.evaluation import Evaluator1d
+from diffusion.gaussian1d.experiment import Gaussian1d
+from diffusion.gaussian1d.likelihood import log_likelihood
+from diffusion.gaussian1d.mixture import Mixture
+from diffusion.gaussian1d.sample_distances import BINS, sample_metrics
+from diffusion.gaussian1d.sampler_errors import sampler_errors
+from diffusion.process.model import DiffusionModel
+from diffusion.process.randomness import Stream, normal, uniform
 from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings, SamplerSettings
 
 EXPERIMENT = Gaussian1d(MixtureSettings(), MlpSettings(), DiffusionSettings(timesteps=100))
@@ -40,7 +40,7 @@ def test_wasserstein_is_exact_for_few_samples_and_wild_ones(x: list[float]) -> N
         return abs(empirical - float(MIXTURE.cdf(torch.tensor(q, dtype=torch.float64))))
 
     known, _ = integrate.quad(area, min(-20, *x), max(20, *x), points=sorted({-2.0, 1.5, *x}), limit=500)
-    assert metrics.wasserstein1(torch.tensor(x), MIXTURE) == pytest.approx(known, rel=1e-5)
+    assert distances.wasserstein1(torch.tensor(x), MIXTURE) == pytest.approx(known, rel=1e-5)
 
 
 def test_the_entropy_is_that_of_quadrature_and_of_a_gaussian() -> None:
@@ -55,24 +55,24 @@ def test_the_entropy_is_that_of_quadrature_and_of_a_gaussian() -> None:
 
 def test_histogram_kl_is_zero_for_quantiles_and_known_for_a_missing_half() -> None:
     x = quantiles(MIXTURE, 64 * BINS)
-    assert metrics.histogram_kl(x, MIXTURE, BINS) == pytest.approx(0, abs=1e-12)
-    assert metrics.histogram_kl(x[: len(x) // 2], MIXTURE, BINS) == pytest.approx(math.log(2), abs=1e-12)
+    assert distances.histogram_kl(x, MIXTURE, BINS) == pytest.approx(0, abs=1e-12)
+    assert distances.histogram_kl(x[: len(x) // 2], MIXTURE, BINS) == pytest.approx(math.log(2), abs=1e-12)
     shares = np.histogram(exact_samples(500, 1), MIXTURE.quantile(torch.linspace(0, 1, 9)))[0] / 500
-    assert metrics.kl_from_uniform(shares) == pytest.approx(stats.entropy(shares, np.full(8, 1 / 8)), abs=1e-12)
+    assert distances.kl_from_uniform(shares) == pytest.approx(stats.entropy(shares, np.full(8, 1 / 8)), abs=1e-12)
 
 
 def test_floors_are_those_of_theory_and_exact_samples_lie_within_them() -> None:
     n = 5_000
     floors = {name: floor for name, (_, floor) in sample_metrics(exact_samples(n, 0), MIXTURE, 0).items()}
-    assert floors["w1"].value == pytest.approx(metrics.wasserstein1_floor(MIXTURE, n), rel=0.1)
-    assert floors["ks"].value == pytest.approx(metrics.kolmogorov_smirnov_floor(n), rel=0.06)
+    assert floors["w1"].value == pytest.approx(distances.wasserstein1_floor(MIXTURE, n), rel=0.1)
+    assert floors["ks"].value == pytest.approx(distances.kolmogorov_smirnov_floor(n), rel=0.06)
     assert floors["kl"].value == pytest.approx((BINS - 1) / (2 * n), rel=0.06)
     assert floors["share_0"].value == pytest.approx(0.35, abs=0.002)
     draws = [exact_samples(n, seed) for seed in range(40)]
     found = {
-        "w1": [metrics.wasserstein1(x, MIXTURE) for x in draws],
-        "ks": [metrics.kolmogorov_smirnov(x, MIXTURE) for x in draws],
-        "kl": [metrics.histogram_kl(x, MIXTURE, BINS) for x in draws],
+        "w1": [distances.wasserstein1(x, MIXTURE) for x in draws],
+        "ks": [distances.kolmogorov_smirnov(x, MIXTURE) for x in draws],
+        "kl": [distances.histogram_kl(x, MIXTURE, BINS) for x in draws],
     }
     for name, values in found.items():
         low, high = floors[name].interval()

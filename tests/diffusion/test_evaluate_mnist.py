@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.bootstrap import REPLICATES, Estimate
-from diffusion.evaluate_mnist import CHUNK, HELD_OUT, Digits, EvaluatorMnist
-from diffusion.evaluation import Metric, Result, pack
-from jobs import mnist_files
+from diffusion.data import mnist
+from diffusion.digits.evaluation import CHUNK, HELD_OUT, Digits, EvaluatorMnist
+from diffusion.statistics.bootstrap import REPLICATES, Estimate
+from diffusion.statistics.evaluator import Metric, Result, pack
 
 N = 300
 
 
 @pytest.fixture(scope="module")
 def load(mnist_root: Path) -> Callable[[str], Digits]:
-    def read(split: mnist_files.Split) -> Digits:
-        images = mnist_files.read_images(mnist_root, split)[..., None]
-        return Digits(images, mnist_files.read_labels(mnist_root, split))
+    def read(split: mnist.Split) -> Digits:
+        images = mnist.read_images(mnist_root, split)[..., None]
+        return Digits(images, mnist.read_labels(mnist_root, split))
 
     return read  # type: ignore[return-value]
 

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import linalg
 
-from diffusion.feature_metrics import frechet_distance, kernel_distance, overlap
+from diffusion.statistics.features import frechet_distance, kernel_distance, overlap
 
 METRICS = [frechet_distance, kernel_distance, overlap]
 

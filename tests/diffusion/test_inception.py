@@ -9,7 +9,7 @@ import torchvision
 from PIL import Image
 from pytorch_fid import fid_score, inception
 
-from diffusion.inception import WEIGHTS, inception_features
+from diffusion.images.inception import WEIGHTS, inception_features
 
 DIGITS = np.zeros((2, 28, 28, 1), np.uint8)
 
@@ -42,7 +42,7 @@ def test_the_features_are_those_that_pytorch_fid_finds_in_files(path: Path, monk
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)  # or the features vanish on their way
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr("diffusion.inception.weights_path", lambda: path)
+    monkeypatch.setattr("diffusion.images.inception.weights_path", lambda: path)
     digits = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 1), dtype=np.uint8)
     files = [path.parent / f"{i}.png" for i in range(len(digits))]
     for file, digit in zip(files, digits, strict=True):

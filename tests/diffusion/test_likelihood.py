@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
-from diffusion.likelihood import Bound, Variance, bound, log_likelihood, mean_and_error, strata
-from diffusion.randomness import Stream, normal, uniform
-from diffusion.schedules import alphas_cumprod
+from diffusion.process.randomness import Stream, normal, uniform
+from diffusion.process.schedules import alphas_cumprod
+from diffusion.statistics.bits_per_dim import Bound, Variance, bound, log_likelihood, mean_and_error, strata
 
 ABAR = alphas_cumprod("linear", 100)
 LEVEL, S2 = 95, (2 * 95 / 255 - 1) ** 2

@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from diffusion.mixture import Mixture
-from diffusion.randomness import Stream, normal, uniform
-from diffusion.schedules import alphas_cumprod
+from diffusion.gaussian1d.mixture import Mixture
+from diffusion.process.randomness import Stream, normal, uniform
+from diffusion.process.schedules import alphas_cumprod
 from diffusion.settings import MixtureSettings
 
 ABAR = [0.999, 0.7, 0.2, 0.01]

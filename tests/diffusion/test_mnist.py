@@ -8,10 +8,10 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from torchvision.datasets import MNIST
 
-from diffusion.mnist import Mnist, MnistModel
+from diffusion.data import mnist
+from diffusion.images.experiment import Mnist, MnistModel
 from diffusion.settings import DiffusionSettings, UnetSettings
-from jobs import mnist_files
-from jobs.experiment_table import EXPERIMENTS
+from jobs.experiments.table import EXPERIMENTS
 
 CPU = torch.device("cpu")
 
@@ -93,5 +93,5 @@ def test_pixels_survive_the_way_to_the_model_and_back() -> None:
 
 def test_images_are_the_ones_that_torchvision_reads(mnist_root: Path) -> None:
     theirs = MNIST(str(mnist_root), train=True, download=False)
-    assert np.array_equal(mnist_files.read_images(mnist_root, "train"), theirs.data.numpy())
-    assert np.array_equal(mnist_files.read_labels(mnist_root, "train"), theirs.targets.numpy())
+    assert np.array_equal(mnist.read_images(mnist_root, "train"), theirs.data.numpy())
+    assert np.array_equal(mnist.read_labels(mnist_root, "train"), theirs.targets.numpy())

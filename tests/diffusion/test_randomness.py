@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusion.randomness import BLOCK, Stream, generator, normal, permutation, uniform
+from diffusion.process.randomness import BLOCK, Stream, generator, normal, permutation, uniform
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 7])

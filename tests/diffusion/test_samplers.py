@@ -9,11 +9,11 @@ import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from torch import Tensor
 
-from diffusion.gaussian1d import Gaussian1d
-from diffusion.metrics import wasserstein1, wasserstein1_floor
-from diffusion.randomness import Stream, normal
-from diffusion.samplers import SAMPLERS, Sampler, ddim, ddpm, dpm_solver, posterior_variance, strided_timesteps
-from diffusion.schedules import alphas_cumprod
+from diffusion.gaussian1d.distances import wasserstein1, wasserstein1_floor
+from diffusion.gaussian1d.experiment import Gaussian1d
+from diffusion.process.randomness import Stream, normal
+from diffusion.process.samplers import SAMPLERS, Sampler, ddim, ddpm, dpm_solver, posterior_variance, strided_timesteps
+from diffusion.process.schedules import alphas_cumprod
 from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings
 
 MIXTURE = MixtureSettings(means=(-2.0, 0.0, 2.0), stds=(0.3, 0.5, 0.4), weights=(0.3, 0.4, 0.3))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from denoising_diffusion_pytorch import denoising_diffusion_pytorch as library
 
-from diffusion.schedules import alphas_cumprod, alphas_cumprod_at, cosine_betas, linear_betas, log_snr
+from diffusion.process.schedules import alphas_cumprod, alphas_cumprod_at, cosine_betas, linear_betas, log_snr
 
 
 @pytest.mark.parametrize(("schedule", "last"), [("linear", 4.04e-5), ("cosine", 2.4e-9)])

@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusion.unet import FAST_LAYERS, Block, unit_norm, with_fast_layers
+from diffusion.images.unet import FAST_LAYERS, Block, unit_norm, with_fast_layers
 
 T = torch.tensor([0, 10, 500, 999])
 

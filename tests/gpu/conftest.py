@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.numerics import Kind
+from jobs.runtime.numerics import Kind
 
 VARIABLE = "GPU_TEST_DEVICE"
 

@@ -11,11 +11,11 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from diffusion.settings import UnetSettings
-from jobs.configs import MnistConfig
-from jobs.experiment_table import EXPERIMENTS
-from jobs.numerics import Kind, set_numerics
-from jobs.training import Training
-from jobs.world import World, start
+from jobs.experiments.configs import MnistConfig
+from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.numerics import Kind, set_numerics
+from jobs.runtime.world import World, start
+from jobs.train.state import Training
 
 
 def dim(device: Kind) -> int:
@@ -46,7 +46,7 @@ class GlooJob:
     processes: int
 
     def __call__(self) -> int:
-        # NCCL, which `jobs.world.start` takes for GPUs, wants one for each process; gloo sums what lies on the same.
+        # NCCL, which jobs/runtime/world.py takes for GPUs, wants one for each process; gloo sums what lies on the same.
         rank = int(os.environ["RANK"])
         os.environ["LOCAL_RANK"], os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "0", "true"
         dist.init_process_group("gloo")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from jobs.checkpoints import Snapshot
-from jobs.experiment_table import EXPERIMENTS
-from jobs.numerics import Kind, Precision
-from jobs.training import Training
-from jobs.world import World, start
+from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.numerics import Kind, Precision
+from jobs.runtime.world import World, start
+from jobs.storage.checkpoints import Snapshot
+from jobs.train.state import Training
 from tests.gpu import jobs
 
 STEPS, POISONED, SAVED = 12, 4, 7

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.drill import differences
-from jobs.numerics import Kind
-from jobs.run_folder import RunFolder
+from jobs.doctor.drill import differences
+from jobs.runtime.numerics import Kind
+from jobs.storage.run_folder import RunFolder
 from slurm import local
 from tests.gpu.conftest import VARIABLE
 from tests.gpu.jobs import DeterministicJob

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.mnist import library_unet
+from diffusion.images.experiment import library_unet
+from diffusion.images.unet import with_fast_layers
 from diffusion.settings import UnetSettings
-from diffusion.unet import with_fast_layers
-from jobs.numerics import Kind, set_numerics
-from jobs.reporting import read_jsonl
-from jobs.run_folder import RunFolder
+from jobs.runtime.numerics import Kind, set_numerics
+from jobs.storage.records import read_jsonl
+from jobs.storage.run_folder import RunFolder
 from slurm import local
 from tests.gpu.jobs import GlooJob, dim
 from tests.launching import TINY, done

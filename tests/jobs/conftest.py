@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.mnist_files import FILES, raw_folder
+from diffusion.data.mnist import FILES, raw_folder
 from tests.jobs.mirror import Mirror
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.mnist_files import raw_folder
+from diffusion.data.mnist import raw_folder
 
 Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
 

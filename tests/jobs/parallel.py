@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion.gaussian1d import Gaussian1d
-from jobs.configs import Gaussian1dConfig
-from jobs.experiment_table import EXPERIMENTS
-from jobs.training import Training
-from jobs.world import start
+from diffusion.gaussian1d.experiment import Gaussian1d
+from jobs.experiments.configs import Gaussian1dConfig
+from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.world import start
+from jobs.train.state import Training
 
 
 class PoisonedAtStepThree(Gaussian1d):

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jobs.ahead import Ahead
+from jobs.runtime.prefetch import Ahead
 
 
 def test_the_value_is_that_of_the_step_begun_or_not() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import checkpoints, ownership
+from jobs.storage import checkpoints, ownership
 from tests.launching import TINY, done, finish, launch, relatives, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--device", "cpu")

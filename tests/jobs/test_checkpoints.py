@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import checkpoints
-from jobs.checkpoints import CorruptCheckpoint, Snapshot
+from jobs.storage import checkpoints
+from jobs.storage.checkpoints import CorruptCheckpoint, Snapshot
 
 
 def snapshot(step: int) -> Snapshot:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from diffusion.settings import MlpSettings
-from jobs.experiment_table import EXPERIMENTS
-from jobs.training import Training
-from jobs.world import start as start_world
+from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.world import start as start_world
+from jobs.train.state import Training
 from tests.launching import TINY, done, interrupt, launch, start, steps_logged, wait_until
 
 STEPS = 500

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs import doctor, mnist_files
-from jobs.doctor import Finding
-from jobs.doctor_job import DoctorJob
+from diffusion.data import mnist
+from jobs.doctor import machine
+from jobs.doctor.machine import Finding
+from jobs.doctor.trial_job import DoctorJob
 from tests.launching import ROOT, launch
 
 
@@ -21,7 +22,7 @@ def find(findings: list[Finding], words: str) -> Finding:
 
 
 def examine(runs_dir: Path, data_root: Path, is_shared: bool = False) -> list[Finding]:
-    return list(doctor.examine(runs_dir, data_root, is_shared))
+    return list(machine.examine(runs_dir, data_root, is_shared))
 
 
 def test_a_machine_in_good_order(tmp_path: Path, mnist_root: Path) -> None:
@@ -41,8 +42,8 @@ def test_each_finding_that_is_not_ok_says_why_it_matters_and_what_helps(tmp_path
 
 def test_missing_and_wrong_data(tmp_path: Path, mnist_root: Path) -> None:
     assert find(examine(tmp_path, tmp_path / "nothing"), "MNIST").level == "warning"
-    shutil.copytree(mnist_files.raw_folder(mnist_root), mnist_files.raw_folder(tmp_path))
-    wrong = mnist_files.raw_folder(tmp_path) / "t10k-labels-idx1-ubyte"
+    shutil.copytree(mnist.raw_folder(mnist_root), mnist.raw_folder(tmp_path))
+    wrong = mnist.raw_folder(tmp_path) / "t10k-labels-idx1-ubyte"
     wrong.write_bytes(bytes(wrong.stat().st_size))
     finding = find(examine(tmp_path, tmp_path), "MNIST")
     assert finding.level == "problem"
@@ -93,7 +94,7 @@ def test_the_command_for_people_and_for_scripts(tmp_path: Path, mnist_root: Path
 
 def test_the_test_job_in_two_processes(tmp_path: Path) -> None:
     job = DoctorJob(tmp_path, 2, "cpu")
-    program = "from slurm.place import Here; from jobs.doctor_job import DoctorJob; from pathlib import Path\n"
+    program = "from slurm.place import Here; from jobs.doctor.trial_job import DoctorJob; from pathlib import Path\n"
     program += f"raise SystemExit(Here(2).run(DoctorJob(Path({str(tmp_path)!r}), 2, 'cpu')))"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
     findings = list(job.findings())

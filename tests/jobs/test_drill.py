@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from jobs.drill import differences
-from jobs.run_folder import RunFolder
+from jobs.doctor.drill import differences
+from jobs.storage.run_folder import RunFolder
 from tests.launching import done
 
 

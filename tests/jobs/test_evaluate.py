@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import evaluation_report as report
-from jobs.evaluate_job import EvaluateJob
-from jobs.evaluation import Evaluation, plan
+from jobs.evaluate import report as report
+from jobs.evaluate.job import EvaluateJob
+from jobs.evaluate.plan import Evaluation, plan
 from jobs.files import sha256
-from jobs.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder
 from tests.launching import TINY, Finished, done, finish, launch, relatives, start, wait_until, workers
 
 SETS = {"few": ("dpm++", 300, 40), "more": ("ddim", 5000, 40), "early": ("ddim", 5000, 20)}

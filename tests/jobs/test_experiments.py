@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from jobs.experiment_table import EXPERIMENTS
-from jobs.record import read, write
+from jobs.experiments.record import read, write
+from jobs.experiments.table import EXPERIMENTS
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

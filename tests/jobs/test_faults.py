@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs import checkpoints
-from jobs.ownership import Ownership
+from jobs.storage import checkpoints
+from jobs.storage.ownership import Ownership
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 COMMAND = ("train", "1d", *TINY, "--name", "a")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from jobs.ema import Ema, decay_at
-from jobs.flat import ALIGNMENT, Flat, FlatAdamW
+from jobs.train.ema import Ema, decay_at
+from jobs.train.flat_weights import ALIGNMENT, Flat, FlatAdamW
 
 
 def network() -> nn.Module:

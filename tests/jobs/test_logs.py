@@ -5,8 +5,8 @@ import signal
 import threading
 from pathlib import Path
 
-from jobs import logs
-from jobs.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder
+from jobs.watch import logs
 from tests.launching import TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")

@@ -9,7 +9,7 @@ import pytest
 PAGE_FAULTS = """
 import resource, sys
 import torch
-from jobs.memory import keep_freed_memory
+from jobs.runtime.malloc import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import mnist_files
-from jobs.mnist_files import FILES, DataUnavailable, fetch, raw_folder, require
+from diffusion.data import mnist
+from diffusion.data.mnist import FILES, DataUnavailable, fetch, raw_folder, require
 from tests.jobs.mirror import (
     Answer,
     Mirror,
@@ -42,24 +42,24 @@ def test_torchvision_reads_the_same(mnist_root: Path) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     for split in ("train", "test"):
         theirs = datasets.MNIST(str(mnist_root), train=split == "train", download=False)
-        assert np.array_equal(theirs.data.numpy(), mnist_files.read_images(mnist_root, split))
-        assert np.array_equal(theirs.targets.numpy(), mnist_files.read_labels(mnist_root, split))
+        assert np.array_equal(theirs.data.numpy(), mnist.read_images(mnist_root, split))
+        assert np.array_equal(theirs.targets.numpy(), mnist.read_labels(mnist_root, split))
 
 
 def test_arrays_are_what_everyone_knows_of_mnist(mnist_root: Path) -> None:
-    images, labels = mnist_files.read_images(mnist_root, "train"), mnist_files.read_labels(mnist_root, "train")
+    images, labels = mnist.read_images(mnist_root, "train"), mnist.read_labels(mnist_root, "train")
     assert images.shape == (60_000, 28, 28)
     assert images.dtype == labels.dtype == np.dtype(np.uint8)
     assert np.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert (round(images.mean() / 255, 4), round(images.std() / 255, 4)) == (0.1307, 0.3081)
-    assert mnist_files.read_images(mnist_root, "test").shape == (10_000, 28, 28)
-    assert mnist_files.read_labels(mnist_root, "test")[:5].tolist() == [7, 2, 1, 0, 4]
+    assert mnist.read_images(mnist_root, "test").shape == (10_000, 28, 28)
+    assert mnist.read_labels(mnist_root, "test")[:5].tolist() == [7, 2, 1, 0, 4]
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'torchvision', 'numpy', 'tqdm', 'urllib.request'}"
-    code = f"import sys, jobs.mnist_files; print({heavy} & set(sys.modules))"
-    repository = Path(mnist_files.__file__).parents[1]
+    code = f"import sys, diffusion.data.mnist; print({heavy} & set(sys.modules))"
+    repository = Path(mnist.__file__).parents[1]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=repository, text=True) == "set()\n"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.mnist_files import FILES, fetch, require
+from diffusion.data.mnist import FILES, fetch, require
 from tests.jobs.mirror import Mirror, dripping, good, names_in, raises_sentence, say_nothing
 
 

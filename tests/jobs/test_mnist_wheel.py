@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs import mnist_wheel
-from jobs.mnist_files import FILES, DataUnavailable, fetch, require
+from diffusion.data import mnist_wheel
+from diffusion.data.mnist import FILES, DataUnavailable, fetch, require
 from tests.jobs.mirror import names_in, raises_sentence, say_nothing
 
 

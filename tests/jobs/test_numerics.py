@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from jobs import numerics
-from jobs.job import JobError
-from jobs.world import World
+from jobs.runtime import numerics
+from jobs.runtime.job import JobError
+from jobs.runtime.world import World
 from tests.launching import ROOT, TINY, done, launch, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "20", "--name", "a")
@@ -35,14 +35,14 @@ def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, prec
     run = tmp_path / "runs" / "1d" / "a"
     calls = {
         "train": "TrainJob(run, 1, 'cuda')",
-        "sample": "SampleJob(samples.read(RunFolder(run), name), (0,), 1, 'cuda', merge=True)",
-        "evaluate": "EvaluateJob(evaluation.plan(RunFolder(run), name), (0, 1), 'cuda', merge=True)",
+        "sample": "SampleJob(sample_set.read(RunFolder(run), name), (0,), 1, 'cuda', merge=True)",
+        "evaluate": "EvaluateJob(plan.plan(RunFolder(run), name), (0, 1), 'cuda', merge=True)",
     }
     code = (
         "import sys; from pathlib import Path\n"
-        "from jobs import evaluation, samples\n"
-        "from jobs.evaluate_job import EvaluateJob; from jobs.sample_job import SampleJob\n"
-        "from jobs.train_job import TrainJob; from jobs.run_folder import RunFolder\n"
+        "from jobs.evaluate import plan; from jobs.sample import sample_set\n"
+        "from jobs.evaluate.job import EvaluateJob; from jobs.sample.job import SampleJob\n"
+        "from jobs.train.job import TrainJob; from jobs.storage.run_folder import RunFolder\n"
         "run = Path(sys.argv[1]); name = next((run / 'samples').iterdir()).name\n"
         f"sys.exit({calls[job]}())"
     )
@@ -188,7 +188,7 @@ def test_processes_with_one_gpu_between_them_are_told(second: str, words: str, m
     """The store is torch's own; the GPUs are pretended."""
     from torch.distributed import HashStore
 
-    from jobs import world
+    from jobs.runtime import world
 
     name = "NVIDIA A100 MIG 1g.5gb" if second == "MIG" else "NVIDIA A100"
     store = HashStore()

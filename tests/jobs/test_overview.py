@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from jobs import listing, overview, ownership
-from jobs.experiment_table import EXPERIMENTS
-from jobs.record import write
-from jobs.run_folder import RunFolder
+from jobs.experiments.record import write
+from jobs.experiments.table import EXPERIMENTS
+from jobs.storage import ownership
+from jobs.storage.run_folder import RunFolder
+from jobs.watch import listing, states
 from slurm.queue import JobState
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
 
@@ -47,7 +48,7 @@ def make(tmp_path: Path) -> Callable[..., RunFolder]:
 
 
 def seen(run: RunFolder, jobs: dict[str, JobState] | None = None) -> tuple[str, str]:
-    found = overview.summarize(run, {} if jobs is None else jobs)
+    found = states.summarize(run, {} if jobs is None else jobs)
     return found.state, found.reason
 
 
@@ -88,7 +89,7 @@ def test_a_failure_names_its_last_words_unless_slurm_knows_better(make: Callable
 
 def test_without_an_answer_from_slurm_nobody_is_declared_dead(make: Callable[..., RunFolder]) -> None:
     run = make("a", jobs=("17",), state="running")
-    found = overview.summarize(run, None)
+    found = states.summarize(run, None)
     assert (found.state, found.reason) == ("running", "Slurm does not answer")
 
 
@@ -141,7 +142,7 @@ def test_the_table_fits_the_terminal_and_the_newest_is_last(width: int, make: Ca
     old = make("old", 1000, jobs=("8",), state="running")
     broken = make("broken", 20, state="failed", traceback="RuntimeError: " + "words " * 30)
     jobs = {"9": JobState("RUNNING", nodes="node[001-064,101-132]"), "8": JobState("OUT_OF_MEMORY")}
-    found = listing.by_last_update(overview.summarize(run, jobs) for run in (long, old, broken))
+    found = listing.by_last_update(states.summarize(run, jobs) for run in (long, old, broken))
     lines = listing.render(found, width).splitlines()
     assert max(map(len, lines)) <= width
     assert lines[0].split() == ["RUN", "STATE", "STEP", "LOSS", "IMG/S", "LEFT", "RST", "NODES"]

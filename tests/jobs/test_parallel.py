@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs import checkpoints, world
+from jobs.runtime import world
+from jobs.storage import checkpoints
 from slurm import local
 from tests.jobs.parallel import ExamplesJob, FailJob, SkipJob
 from tests.launching import TINY, finish, start, status, steps_logged, wait_until, workers

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs import sample
-from jobs.sample_job import SampleJob
-from jobs.stop import SignalWatch
+from jobs.runtime.signals import SignalWatch
+from jobs.sample import draw
+from jobs.sample.job import SampleJob
 from tests.launching import TINY, done, finish, launch, relatives, start, wait_until, workers
 
 
@@ -60,7 +60,7 @@ def test_any_number_of_processes_writes_the_same_bytes(experiment: str, root: Pa
 
 def test_each_shard_is_drawn_by_one_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(sample, "sample", lambda samples, shards, *rest, **options: drawn.append(shards))
+    monkeypatch.setattr(draw, "sample", lambda samples, shards, *rest, **options: drawn.append(shards))
     job = SampleJob(target=None, shards=(0, 1, 4, 5, 6, 8), processes=4, device="cpu", merge=False)  # type: ignore[arg-type]
     for rank in range(4):
         monkeypatch.setenv("RANK", str(rank))

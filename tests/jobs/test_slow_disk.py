@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from diffusion.settings import MlpSettings
-from jobs import checkpoints
-from jobs.console import Console
-from jobs.experiment_table import EXPERIMENTS
-from jobs.ownership import Ownership
-from jobs.recorder import RunRecorder
-from jobs.run_folder import RunFolder
-from jobs.settings import TrackingSettings
-from jobs.training import Training
-from jobs.world import start
+from jobs.experiments.settings import TrackingSettings
+from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.world import start
+from jobs.storage import checkpoints
+from jobs.storage.ownership import Ownership
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal.console import Console
+from jobs.train.recorder import RunRecorder
+from jobs.train.state import Training
 from tests.launching import wait_until
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import checkpoints
+from jobs.storage import checkpoints
 from tests.jobs.test_resume import CODES, disturb, result, run_folder, uninterrupted  # noqa: F401, a fixture
 from tests.launching import TINY, done, finish, start, status, wait_until
 

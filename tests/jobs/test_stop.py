@@ -4,12 +4,12 @@ import signal
 import subprocess
 import sys
 
-from jobs.stop import SignalWatch, Stop
+from jobs.runtime.signals import SignalWatch, Stop
 from tests.launching import ROOT
 
 TWO_CTRL_CS = """
 import signal, sys
-from jobs.stop import SignalWatch, Stop
+from jobs.runtime.signals import SignalWatch, Stop
 with SignalWatch() as signals:
     signal.raise_signal(signal.SIGINT)
     assert signals.requested is Stop.INTERRUPT

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs import grid
+from jobs.experiments import grid
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=0,1")

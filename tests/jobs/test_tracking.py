@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from jobs.dashboard import why_not_online
-from jobs.follower import Curves
-from jobs.reporting import Tail
-from jobs.run_folder import RunFolder
-from jobs.training import LOSS_BANDS, band_sums
+from jobs.storage.records import Tail
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.dashboard import why_not_online
+from jobs.tracking.follow_training import Curves
+from jobs.train.state import LOSS_BANDS, band_sums
 from tests.launching import TINY, Finished, done, finish, interrupt, relatives, start, status, steps_logged, wait_until
 
 WANDB = Path(sys.executable).with_name("wandb")

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from diffusion.settings import MlpSettings
-from jobs.ema import decay_at
-from jobs.experiment_table import EXPERIMENTS
-from jobs.training import Training, lr_at
-from jobs.world import start
+from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.world import start
+from jobs.train.ema import decay_at
+from jobs.train.state import Training, lr_at
 
 STEPS = 4
 

@@ -17,7 +17,7 @@ TRAINING = (
 )
 
 UPDATE = '        """One optimizer update on the next global batch."""\n'
-"""Where a step of a training begins, in jobs/training.py."""
+"""Where a step of a training begins, in jobs/train/state.py."""
 
 
 class Site:
@@ -41,7 +41,7 @@ class Site:
         run = self.root / "runs" / "1d" / name
         if slow:
             waits = "        import time\n        time.sleep(0.02)\n"
-            change(run / "code" / "jobs" / "training.py", UPDATE, UPDATE + waits)
+            change(run / "code" / "jobs" / "train" / "state.py", UPDATE, UPDATE + waits)
         return run
 
     def job_id(self, run: Path) -> str:

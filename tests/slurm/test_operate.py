@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from jobs.experiment_table import EXPERIMENTS
-from jobs.record import write
+from jobs.experiments.record import write
+from jobs.experiments.table import EXPERIMENTS
 from slurm import queue
 from slurm.devcluster import DevCluster
 from tests.launching import finish, start, status, wait_until

@@ -164,7 +164,7 @@ def test_a_job_that_gets_nowhere_stops_and_says_so(site: Site) -> None:
     run = site.train("a", 2, steps=60_000)
     marker = "    experiment, config = run.read_experiment()\n"
     signalled = "    import os, signal\n    os.kill(os.getpid(), signal.SIGUSR2)\n"
-    change(run / "code" / "jobs" / "train.py", marker, signalled + marker)
+    change(run / "code" / "jobs" / "train" / "loop.py", marker, signalled + marker)
     site.wait_for_state(run, "failed", timeout_s=300)
     assert "no progress between two requeues" in status(run)["traceback"]
     assert restarts(run) == 1
@@ -197,7 +197,7 @@ def test_a_failing_rank_puts_its_own_traceback_into_the_status(site: Site) -> No
     """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone."""
     run = site.train("a", 2, "--slurm.partition", "low", steps=100_000)
     breakage = "        import os\n        assert os.environ['RANK'] != '1' or self.step < 50, 'broken on purpose'\n"
-    change(run / "code" / "jobs" / "training.py", UPDATE, UPDATE + breakage)
+    change(run / "code" / "jobs" / "train" / "state.py", UPDATE, UPDATE + breakage)
     site.wait_for_state(run, "failed", timeout_s=120)
     assert status(run)["failed_rank"] == 1
     assert "broken on purpose" in status(run)["traceback"]

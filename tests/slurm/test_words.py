@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.experiment_table import EXPERIMENTS
-from jobs.record import write
+from jobs.experiments.record import write
+from jobs.experiments.table import EXPERIMENTS
 from slurm import doctor, queue, task
 from slurm.place import OnSlurm
 from slurm.profile import Profile

@@ -1,0 +1,1 @@
+"""What a classifier of digits says of digits."""

@@ -1,0 +1,1 @@
+"""How all figures look, and those that every training or sampler has."""

@@ -1,0 +1,90 @@
+"""Figures of evaluations: quality against the number of network evaluations."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
+
+from diffusion.figures.style import new_figure, save
+
+SAMPLERS = dict(zip(("ddpm", "ddim", "dpm++"), sns.color_palette("deep"), strict=False))
+"""The colour of each sampler, the same in all figures."""
+
+
+def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """W1 errors by the number of network evaluations: of the model, of the exact denoiser, and of exact samples.
+
+    A row holds sampler, steps, eta, and the fields of `SamplerErrors`.
+    """
+    figure, axes = new_figure()
+    handles = []
+    for name, color in SAMPLERS.items():
+        line = sorted((row for row in rows if row["sampler"] == name and not row["eta"]), key=lambda row: row["steps"])
+        steps = [row["steps"] for row in line]
+        axes.plot(steps, [row["total"] for row in line], "o-", color=color, linewidth=2)
+        axes.plot(
+            steps, [row["sampler_alone"] for row in line], "o--", color=color, linewidth=1.5, markerfacecolor="white"
+        )
+        handles.append(Line2D([], [], color=color, linewidth=2, label=name))
+    floor = [(row["steps"], row["floor"]) for row in rows if row["floor"] > 0 and not row["eta"]]
+    axes.plot(*zip(*sorted(floor), strict=True), ":", color="grey", linewidth=1.5)
+    handles += [
+        Line2D([], [], color="black", marker="o", label="trained network"),
+        Line2D([], [], color="black", linestyle="--", marker="o", markerfacecolor="white", label="exact denoiser"),
+        Line2D([], [], color="grey", linestyle=":", label="chance alone (ddpm)"),
+    ]
+    axes.set(
+        title="Error of the samplers, with the trained network and without its error", ylabel="W1 to the exact answer"
+    )
+    evaluations_axis(axes, sorted({row["steps"] for row in rows}))
+    axes.set_yscale("log")
+    axes.legend(handles=handles, frameon=False, ncols=2)
+    save(figure, path)
+
+
+def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+    """Metrics of sets of samples by their network evaluations, with intervals; grey is what a perfect model has.
+
+    A row is of `jobs.evaluation_report.quality_rows`.
+    """
+    figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
+    steps = sorted({row["steps"] for row in rows})
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        metrics = [row["metrics"][name] for row in rows]
+        axes.axhspan(
+            min(metric["floor_low"] for metric in metrics),
+            max(metric["floor_high"] for metric in metrics),
+            color="grey",
+            alpha=0.25,
+            label="a perfect model",
+        )
+        for sampler, color in SAMPLERS.items():
+            own = [row for row in rows if row["sampler"] == sampler]
+            found = [row["metrics"][name] for row in own]
+            if not own:
+                continue
+            middle = [metric["value"] for metric in found]
+            spread = [[m["value"] - m["low"] for m in found], [m["high"] - m["value"] for m in found]]
+            at = [row["steps"] for row in own]
+            axes.errorbar(at, middle, spread, color=color, marker="o", linewidth=2, capsize=4, label=sampler)
+        axes.set(title=metrics[0]["label"])
+        values = [metric["value"] for metric in metrics]
+        if min(values) > 0 and max(values) > 10 * min(values):
+            axes.set_yscale("log")
+        evaluations_axis(axes, steps)
+        axes.legend(framealpha=0.8, fontsize="small")
+    save(figure, path)
+
+
+def evaluations_axis(axes: Axes, steps: Sequence[int]) -> None:
+    """The network evaluations as the horizontal axis, each number that occurs named."""
+    axes.set(xlabel="network evaluations for each sample", xscale="log")
+    axes.set_xticks(steps)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())

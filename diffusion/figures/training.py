@@ -1,0 +1,72 @@
+"""Figures that every training has, whatever it trains."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from diffusion.figures.style import EXACT, MODEL, new_figure, save
+
+
+def training_curve(history: list[dict[str, Any]], title: str) -> tuple[Figure, Axes]:
+    """The training loss by step, with its running mean, from the lines of metrics.jsonl."""
+    points = [(line["step"], line["loss"]) for line in history if line["loss"] is not None]
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    figure, axes = new_figure()
+    axes.plot(steps, losses, color=MODEL, alpha=0.3, linewidth=1, label="each logged batch")
+    axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=MODEL, linewidth=2, label="running mean")
+    axes.set(title=title, xlabel="step (optimizer updates)", ylabel="mean squared error of the noise")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="y", which="minor", labelsize="small")
+    return figure, axes
+
+
+def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path) -> None:
+    """A training at a glance, from the lines of metrics.jsonl and timing.jsonl; dotted lines mark restarts."""
+    history = history[:: max(1, len(history) // 2000)]
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    loss, bands, gradient, speed = figure.subplots(2, 2, sharex=True).flat
+    _curve(loss, history, "loss", "running mean")
+    loss.set(title="Training loss", ylabel="mean squared error of the noise", yscale="log")
+    names = sorted({name for line in history for name in line if name.startswith("loss_t")})
+    for i, name in enumerate(names):
+        _curve(bands, history, name, f"t < {i + 1}/{len(names)} T", color=f"C{i}", raw=False)
+    bands.set(title="Loss by timestep t", yscale="log")
+    bands.set_ylim(top=5 * bands.get_ylim()[1])  # room for the legend
+    _curve(gradient, history, "grad_norm", "running mean")
+    gradient.set(title="Norm of the gradient before clipping", xlabel="step (optimizer updates)", yscale="log")
+    _curve(speed, [line for line in timing if line["event"] == "progress"], "images_per_s", "running mean")
+    speed.set(title="Images per second", xlabel="step (optimizer updates)")
+    speed.set_ylim(bottom=0)
+    restarts = [line["step"] for line in timing if line["event"] == "start" and line["restarts"] > 0]
+    for axes in (loss, bands, gradient, speed):
+        for i, step in enumerate(restarts):
+            label = f"restarts: {len(restarts)}" if i == 0 and axes is loss else None
+            axes.axvline(step, color=EXACT, linestyle=":", linewidth=1.5, label=label)
+    for axes in (loss, bands):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(framealpha=0.8, fontsize="small", loc="upper right", ncols=2)
+    save(figure, path)
+
+
+def _curve(
+    axes: Axes, lines: list[dict[str, Any]], name: str, label: str, color: Any = MODEL, raw: bool = True
+) -> None:
+    """A quantity by step with its running mean; lines without it are left out."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    if not points:
+        return
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    if raw:
+        axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
+    axes.plot(steps, _running_mean(values, max(1, len(values) // 20)), color=color, linewidth=2, label=label)
+
+
+def _running_mean(values: list[float], width: int) -> list[float]:
+    """The mean of the last `width` values at each place."""
+    windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

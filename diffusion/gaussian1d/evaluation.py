@@ -1,0 +1,145 @@
+"""The evaluation of the 1D experiment: everything against the exact answer."""
+
+import copy
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffusion.gaussian1d import distances
+from diffusion.gaussian1d.experiment import Gaussian1d
+from diffusion.gaussian1d.likelihood import log_likelihood
+from diffusion.gaussian1d.sample_distances import BINS, sample_metrics
+from diffusion.gaussian1d.sampler_errors import sampler_errors
+from diffusion.process.model import DiffusionModel
+from diffusion.process.samplers import SAMPLERS
+from diffusion.settings import SamplerSettings
+from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit, pack, unpack
+
+STEPS = (10, 20, 50, 100)
+"""Network evaluations at which the samplers are compared."""
+POINTS, PARTS = 1000, 4
+"""Quantiles of the data over which the log-likelihood is averaged, and the units of work that they make."""
+
+
+class Evaluator1d(Evaluator):
+    """Samples x [n] of a mixture, and the model that drew them; without it what the samples alone tell."""
+
+    def __init__(
+        self,
+        experiment: Gaussian1d,
+        samples: NDArray[np.float32],
+        model: DiffusionModel | None,
+        sampler: SamplerSettings,
+        seed: int,
+    ) -> None:
+        self._experiment, self._mixture, self._abar = experiment, experiment.mixture, experiment.abar
+        self._start = self._mixture.at(float(self._abar[0]))
+        self._samples, self._seed = torch.from_numpy(samples), seed
+        self._model = model.cpu() if model is not None else None  # whose answers a GPU would not give faster
+        compared = [
+            SamplerSettings(sampler=name, steps=steps)
+            for name in ("ddpm", "ddim", "dpm++")
+            for steps in STEPS
+            if steps <= len(self._abar)
+        ]
+        self._own, order = sampler, list(SAMPLERS)
+        self._samplers = sorted({sampler, *compared}, key=lambda s: (order.index(s.sampler), s.eta, s.steps))
+
+    def units(self) -> dict[str, Unit]:
+        units = {"samples": Unit("samples", self._of_samples)}
+        if self._model is None:
+            return units
+        model = self._model
+        for settings in sorted(self._samplers, key=lambda settings: -settings.steps):
+            units[f"sampler-{settings.label}"] = Unit("weights", partial(self._of_sampler, model, settings))
+        for part in range(PARTS):
+            units[f"likelihood-{part}"] = Unit("weights", partial(self._likelihood, model, part))
+        units["excess-loss"] = Unit("weights", partial(self._excess_loss, model))
+        return units
+
+    def metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
+        found = {}
+        for name, label in self._labels().items():
+            estimate, floor = unpack(results["samples"][name]), unpack(results["samples"][f"{name}_floor"])
+            is_share = name.startswith("share")
+            found[name] = Metric(
+                label, estimate, floor, "near" if is_share else "lower", (0, 1 if is_share else math.inf)
+            )
+        if self._model is None:
+            return found
+        own = results[f"sampler-{self._own.label}"]
+        excess = results["excess-loss"]["excess"]
+        gap = float(np.concatenate([results[f"likelihood-{part}"]["gap"] for part in range(PARTS)]).mean())
+        entropy = self._start.entropy()
+        return {
+            **found,
+            "network_error": Metric("W1 by the network alone", float(own["network_alone"]), 0.0),
+            "sampler_error": Metric("W1 by the sampler alone", float(own["sampler_alone"]), float(own["floor"])),
+            "excess_loss": Metric("excess loss over the optimum", float(excess.mean()), 0.0),
+            "log_likelihood": Metric("log-likelihood (nats)", -entropy - gap, -entropy, "higher"),
+            "likelihood_gap": Metric("KL(data || model) (nats)", gap, 0.0),
+        }
+
+    def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
+        if self._model is None:
+            return {}
+        title = "W1 to the exact answer, by sampler and network evaluations"
+        rows = [
+            {"sampler": s.sampler, "steps": s.steps, "eta": s.eta}
+            | {name: value.item() for name, value in results[f"sampler-{s.label}"].items()}
+            for s in self._samplers
+        ]
+        return {"samplers": Table(title, rows)}
+
+    def curves(self, results: Mapping[str, Result]) -> dict[str, Any]:
+        return {} if self._model is None else {"excess_loss_by_t": results["excess-loss"]["excess"].tolist()}
+
+    def draw(self, results: Mapping[str, Result], folder: Path) -> None:
+        if self._model is None:
+            return
+        from diffusion.figures import samplers
+        from diffusion.gaussian1d import figures  # here, because plotting libraries take a second to import
+
+        floor = self._mixture.loss_floor(self._abar)
+        figures.excess_loss(torch.from_numpy(results["excess-loss"]["excess"]), floor, folder / "excess-loss.png")
+        samplers.sampler_errors(self.tables(results)["samplers"].rows, folder / "samplers.png")
+
+    def _labels(self) -> dict[str, str]:
+        shares = {f"share_{k}": f"share of mode {mean:g}" for k, mean in enumerate(self._mixture.means.tolist())}
+        return {
+            "w1": "W1 to the exact mixture",
+            "ks": "KS to the exact mixture",
+            "kl": f"KL of the histogram, {BINS} bins",
+            **(shares if len(shares) > 1 else {}),
+        }
+
+    def _of_samples(self) -> Result:
+        found = sample_metrics(self._samples, self._mixture, self._seed)
+        return {
+            **{name: pack(estimate) for name, (estimate, _) in found.items()},
+            **{f"{name}_floor": pack(floor) for name, (_, floor) in found.items()},
+        }
+
+    def _of_sampler(self, model: DiffusionModel, settings: SamplerSettings) -> Result:
+        errors = sampler_errors(model.predict, self._experiment.exact_predict, self._mixture, self._abar, settings)
+        return {name: np.array(value) for name, value in vars(errors).items()}
+
+    def _excess_loss(self, model: DiffusionModel) -> Result:
+        return {"excess": distances.excess_loss(model.predict, self._mixture, self._abar).numpy()}
+
+    def _likelihood(self, model: DiffusionModel, part: int) -> Result:
+        """log p_data - log p_model at every PARTS-th of the data's quantiles; the mean over all is KL(data || model).
+
+        In the place of held-out data, of which any number would bring chance in. The data have the smallest noise of
+        the process on them, since at t = 0 the model begins.
+        """
+        u = (torch.arange(POINTS, dtype=torch.float64)[part::PARTS] + 0.5) / POINTS
+        x = self._start.quantile(u)
+        modelled = log_likelihood(copy.deepcopy(model).double().predict, x, self._abar)
+        return {"gap": (self._start.pdf(x).log() - modelled).numpy()}

@@ -1,0 +1,122 @@
+"""The 1D experiment from scratch: an MLP learns the diffusion of a Gaussian mixture, whose exact answer is known."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from diffusion.gaussian1d import distances
+from diffusion.gaussian1d.mixture import Mixture
+from diffusion.process.model import DiffusionModel, Experiment
+from diffusion.process.randomness import Stream, normal, uniform
+from diffusion.process.samplers import dpm_solver
+from diffusion.process.schedules import alphas_cumprod, alphas_cumprod_at
+from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings
+
+
+class Mlp(nn.Module):
+    """Predicts eps from x_t and a sinusoidal embedding of t, through hidden layers with SiLU."""
+
+    frequencies: Tensor  # [num_frequencies]
+
+    def __init__(self, dim: int, layers: int, timesteps: int, num_frequencies: int = 8) -> None:
+        super().__init__()
+        self.timesteps = timesteps
+        widths = [1 + 2 * num_frequencies, *[dim] * layers]
+        self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
+        self.out = nn.Linear(dim, 1)
+        # From half a period to five over the whole process: eps* changes slowly with t.
+        self.register_buffer("frequencies", math.pi * torch.logspace(0, 1, num_frequencies), persistent=False)
+
+    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
+        """xt [batch, 1] and t [batch] to eps [batch, 1]."""
+        angles = (t.to(xt.dtype) / self.timesteps)[:, None] * self.frequencies
+        h = torch.cat([xt, angles.sin(), angles.cos()], dim=1)  # [batch, 1 + 2 * num_frequencies]
+        for layer in self.hidden:
+            h = F.silu(layer(h))
+        # At large t eps is nearly x_t, and small errors there decide how many samples go to which component.
+        eps: Tensor = xt + self.out(h)
+        return eps
+
+
+class Gaussian1dModel(DiffusionModel):
+    """The MLP under the forward process."""
+
+    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
+        eps: Tensor = self.network(xt, t)
+        return eps
+
+
+class Gaussian1d(Experiment):
+    """Samples of a mixture, [n, 1]."""
+
+    sample_shape = (1,)
+    clip = None
+
+    def __init__(self, data: MixtureSettings, model: MlpSettings, diffusion: DiffusionSettings) -> None:
+        self.mixture = Mixture.of(data)
+        self.model_settings = model
+        self.abar = alphas_cumprod(diffusion.beta_schedule, diffusion.timesteps)
+
+    def build_model(self) -> DiffusionModel:
+        network = Mlp(self.model_settings.dim, self.model_settings.layers, len(self.abar))
+        return Gaussian1dModel(network, self.abar)
+
+    def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
+        u = torch.from_numpy(uniform(seed, Stream.COMPONENT, step, start, stop))
+        z = torch.from_numpy(normal(seed, Stream.DATA, step, start, stop))
+        return self.mixture.sample(u, z)[:, None].float().to(device)
+
+    def to_array(self, x0: Tensor) -> NDArray[np.float32]:
+        return x0[:, 0].float().cpu().numpy()
+
+    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
+        from diffusion.gaussian1d import figures  # here, because plotting libraries take a second to import
+
+        figures.samples(self.mixture, samples, path)
+
+    def exact_predict(self, xt: Tensor, t: Tensor) -> Tensor:
+        """The perfect network, eps*(x_t); same signature as `predict`."""
+        abar = alphas_cumprod_at(self.abar, t.double())[:, None]
+        return self.mixture.eps(xt.double(), abar).to(xt.dtype)
+
+    def report(self, model: DiffusionModel, history: list[dict[str, Any]], folder: Path) -> list[str]:
+        from diffusion.gaussian1d import figures
+
+        floor = self.mixture.loss_floor(self.abar)
+        excess = distances.excess_loss(model.predict_for, self.mixture, self.abar)
+        x = self._draw(model, 100_000)
+        w1, w1_floor = distances.wasserstein1(x, self.mixture), distances.wasserstein1_floor(self.mixture, len(x))
+        ks, ks_floor = distances.kolmogorov_smirnov(x, self.mixture), distances.kolmogorov_smirnov_floor(len(x))
+        figures.forward_process(self.mixture, self.abar, folder / "forward.png")
+        figures.reverse_process(model.predict_for, self.mixture, self.abar, folder / "reverse.png")
+        figures.samples(self.mixture, x.numpy(), folder / "samples.png")
+        figures.loss(history, float(floor.mean()), folder / "loss.png")
+        figures.excess_loss(excess, floor, folder / "excess-loss.png")
+        return [
+            f"excess loss over the exact optimum {excess.mean():.5f} (the optimum itself has loss {floor.mean():.5f})",
+            f"W1 of {len(x):,} samples to the exact mixture {w1:.4f} (exact samples have {w1_floor:.4f})",
+            f"KS of the same samples {ks:.4f} (exact samples have {ks_floor:.4f})",
+        ]
+
+    def sketch(self, model: DiffusionModel, folder: Path) -> None:
+        self.draw_samples(self._draw(model, 10_000).numpy(), folder / "density.png")
+
+    def loss_floor(self) -> float:
+        return float(self.mixture.loss_floor(self.abar).mean())
+
+    def _draw(self, model: DiffusionModel, n: int) -> Tensor:
+        """n samples, [n], with 50 steps of DPM-Solver++, whose own error is far below the Monte-Carlo floor."""
+        steps, parts = min(50, len(self.abar)), []
+        for start in range(0, n, 4096):
+            xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, start, min(start + 4096, n), (1,)))
+            with torch.inference_mode():
+                *_, x0 = dpm_solver(model.predict_for, xt, self.abar, steps=steps, noise=torch.randn)
+            parts.append(x0[:, 0])
+        return torch.cat(parts)

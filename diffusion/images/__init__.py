@@ -1,0 +1,1 @@
+"""Images: the U-Net, the experiment, the pictures."""

@@ -1,0 +1,114 @@
+"""The MNIST experiment: denoising-diffusion-pytorch's U-Net and Gaussian diffusion on 28x28 digits."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from diffusion.images.unet import with_fast_layers
+from diffusion.process.model import DiffusionModel, Experiment
+from diffusion.process.randomness import Stream, permutation
+from diffusion.process.schedules import alphas_cumprod_at
+from diffusion.process.transfer import sent
+from diffusion.settings import DiffusionSettings, UnetSettings
+
+
+def library_unet(settings: UnetSettings) -> Unet:
+    """The library's network as it is."""
+    heads, channels = settings.attn_heads or 4, settings.patch_size**2
+    return Unet(settings.dim, dim_mults=settings.dim_mults, channels=channels, attn_heads=heads)
+
+
+class MnistModel(DiffusionModel):
+    """The library's `Unet` under the library's process, with space-to-depth and a skip around it if asked for."""
+
+    def __init__(self, unet: Unet, diffusion: GaussianDiffusion, settings: UnetSettings) -> None:
+        super().__init__(unet, diffusion.alphas_cumprod)
+        self.patch_size, self.noise_skip = settings.patch_size, settings.noise_skip
+
+    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
+        patches = F.pixel_unshuffle(xt, self.patch_size)  # [batch, patch_size^2, 28 / patch_size, 28 / patch_size]
+        out = F.pixel_shuffle(self.network(patches, t), self.patch_size)
+        if not self.noise_skip:
+            return out
+        # eps = b x_t + a v, with v of unit size at every t (Salimans & Ho 2022, appendix D).
+        abar = alphas_cumprod_at(self.alphas_cumprod, t).float().view(-1, 1, 1, 1)
+        return (1 - abar).sqrt() * xt + abar.sqrt() * out.float()
+
+
+class Mnist(Experiment):
+    """Digits scaled to [-1, 1], [n, 1, 28, 28], from images [60000, 28, 28] in uint8."""
+
+    sample_shape = (1, 28, 28)
+    clip = (-1.0, 1.0)
+
+    def __init__(
+        self, load_images: Callable[[], NDArray[np.uint8]], model: UnetSettings, diffusion: DiffusionSettings
+    ) -> None:
+        self.load_images = load_images
+        self.model_settings = model
+        self.diffusion_settings = diffusion
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    @cached_property
+    def images(self) -> Tensor:
+        """uint8 [60000, 1, 28, 28]; loaded when training first asks for it, sampling does not."""
+        return torch.from_numpy(self.load_images())[:, None]
+
+    def build_model(self) -> DiffusionModel:
+        settings = self.model_settings
+        unet = with_fast_layers(library_unet(settings))
+        diffusion = GaussianDiffusion(
+            unet,
+            image_size=28 // settings.patch_size,
+            timesteps=self.diffusion_settings.timesteps,
+            objective="pred_noise",
+            beta_schedule=self.diffusion_settings.beta_schedule,
+        )
+        return MnistModel(unet, diffusion, settings)
+
+    def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
+        if self.images.device != device:
+            self.images = self.images.to(device)
+        first = (step - 1) * batch_size
+        indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
+        return self.images[sent(indices, device)].float().div_(127.5).sub_(1)
+
+    def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
+        """uint8 [n, 28, 28, 1]."""
+        pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
+        from diffusion.images import figures  # here, because plotting libraries take a second to import
+
+        figures.grid(samples, path)
+
+    def report(self, model: DiffusionModel, history: list[dict[str, Any]], folder: Path) -> list[str]:
+        from diffusion.images import figures
+
+        abar = model.alphas_cumprod.cpu()
+        figures.forward_process(self.images[:6].cpu(), abar, folder / "forward.png")
+        figures.loss(history, folder / "loss.png")
+        figures.reverse_process(model, 64, self.to_array, folder)
+        return []
+
+    def sketch(self, model: DiffusionModel, folder: Path) -> None:
+        from diffusion.images import figures
+
+        figures.sketch(model, 16, self.to_array, folder)
+
+    def _index(self, seed: int, position: int) -> int:
+        """The image at this position of the endless sequence of shuffled epochs."""
+        epoch, place = divmod(position, len(self.images))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(seed, Stream.EPOCH, epoch, len(self.images))
+        return int(self._order[place])

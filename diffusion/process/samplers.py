@@ -1,0 +1,151 @@
+"""Samplers: from noise to data by any network that predicts eps.
+
+All share one signature. `predict(xt, t)` takes xt [batch, ...] and t [batch], which may be fractional, and returns eps.
+`alphas_cumprod` is [T] in float64. `steps` is the number of network evaluations. `noise(k)` is the standard normal
+noise of step k, shaped like xt. `clip` bounds every prediction of x0 where the data are bounded. A sampler yields x
+after each step; the last one is the sample.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from diffusion.process.schedules import log_snr
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+Clip = tuple[float, float]
+
+
+class Sampler(Protocol):
+    """The signature that the samplers share."""
+
+    def __call__(
+        self,
+        predict: Predict,
+        xt: Tensor,
+        alphas_cumprod: Tensor,
+        *,
+        steps: int,
+        eta: float = 0.0,
+        noise: Noise,
+        clip: Clip | None = None,
+    ) -> Iterator[Tensor]: ...
+
+
+def ddpm(
+    predict: Predict,
+    xt: Tensor,
+    alphas_cumprod: Tensor,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    clip: Clip | None = None,
+) -> Iterator[Tensor]:
+    """Ancestral sampling with the posterior variance (DDPM, algorithm 2 and equation 7); eta is not used.
+
+    With fewer steps than T, alpha_t is the ratio of neighbouring alpha_bar (Improved DDPM, section 4).
+    """
+    for k, (t, abar, abar_prev) in enumerate(_strides(alphas_cumprod, steps)):
+        alpha = abar / abar_prev
+        _, eps = _predictions(predict, xt, t, abar, clip)
+        mu = (xt - (1 - alpha) / (1 - abar) ** 0.5 * eps) / alpha**0.5
+        sigma = posterior_variance(abar, abar_prev) ** 0.5
+        xt = mu + sigma * noise(k) if sigma > 0 else mu
+        yield xt
+
+
+def ddim(
+    predict: Predict,
+    xt: Tensor,
+    alphas_cumprod: Tensor,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    clip: Clip | None = None,
+) -> Iterator[Tensor]:
+    """Denoising diffusion implicit models (Song et al. 2021), equation 12."""
+    for k, (t, abar, abar_prev) in enumerate(_strides(alphas_cumprod, steps)):
+        x0, eps = _predictions(predict, xt, t, abar, clip)
+        sigma = eta * posterior_variance(abar, abar_prev) ** 0.5
+        xt = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * eps
+        if sigma > 0:
+            xt = xt + sigma * noise(k)
+        yield xt
+
+
+def dpm_solver(
+    predict: Predict,
+    xt: Tensor,
+    alphas_cumprod: Tensor,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    clip: Clip | None = None,
+) -> Iterator[Tensor]:
+    """DPM-Solver++(2M) (Lu et al. 2022), algorithm 2, evenly spaced in log-SNR; eta and noise are unused."""
+    t, lam = _log_snr_grid(alphas_cumprod, steps)
+    alpha, sigma = torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
+    previous: Tensor | None = None
+    for i in range(steps):
+        x0, _ = _predictions(predict, xt, float(t[i]), float(alpha[i] ** 2), clip)
+        if i == steps - 1:  # to lambda = infinity, where only the first order is stable
+            yield x0
+            return
+        h = float(lam[i + 1] - lam[i])
+        if previous is None:
+            d = x0
+        else:
+            r = float(lam[i] - lam[i - 1]) / h
+            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous
+        xt = float(sigma[i + 1] / sigma[i]) * xt - float(alpha[i + 1] * torch.expm1(torch.tensor(-h))) * d
+        previous = x0
+        yield xt
+
+
+SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+
+
+def posterior_variance(abar: float, abar_prev: float) -> float:
+    """Var(x_prev | x_t, x_0) (DDPM, equation 7), also between timesteps that are not neighbours (DDIM, equation 16)."""
+    return (1 - abar / abar_prev) * (1 - abar_prev) / (1 - abar)
+
+
+def strided_timesteps(timesteps: int, steps: int) -> list[int]:
+    """`steps` timesteps from T-1 downwards, evenly spaced as in denoising-diffusion-pytorch's `ddim_sample`."""
+    return torch.linspace(-1, timesteps - 1, steps + 1).int().tolist()[:0:-1]
+
+
+def _strides(alphas_cumprod: Tensor, steps: int) -> Iterator[tuple[int, float, float]]:
+    """(t, alpha_bar_t, alpha_bar of the timestep after the step), ending at alpha_bar = 1, the data."""
+    times = strided_timesteps(len(alphas_cumprod), steps)
+    abar = [float(alphas_cumprod[t]) for t in times]
+    return zip(times, abar, [*abar[1:], 1.0], strict=True)
+
+
+def _log_snr_grid(alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Fractional timesteps from the noisiest to 0 and their log-SNR, evenly spaced, both [steps] in float64.
+
+    Starts where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste its steps.
+    """
+    lam = log_snr(alphas_cumprod.double())
+    grid = torch.linspace(max(float(lam[-1]), -5.1), float(lam[0]), steps, dtype=torch.float64)
+    ascending, noisy_first = lam.flip(0), len(lam) - 1
+    upper = torch.searchsorted(ascending, grid).clamp(1, noisy_first)
+    fraction = (grid - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
+    return noisy_first - (upper - 1 + fraction), grid
+
+
+def _predictions(predict: Predict, xt: Tensor, t: float, abar: float, clip: Clip | None) -> tuple[Tensor, Tensor]:
+    """x0 and eps as the network sees them; where x0 is clipped, eps is what leads from it to xt."""
+    eps = predict(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)  # autocast may have made it shorter
+    x0 = (xt - (1 - abar) ** 0.5 * eps) / abar**0.5
+    if clip is not None:
+        x0 = x0.clamp(*clip)
+        eps = (xt - abar**0.5 * x0) / (1 - abar) ** 0.5
+    return x0, eps

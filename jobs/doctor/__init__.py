@@ -1,0 +1,1 @@
+"""Proofs that this machine and its cluster are fit."""

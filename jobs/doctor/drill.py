@@ -1,0 +1,137 @@
+"""The drill: a training undisturbed, the same killed again and again, and whether they are equal byte for byte."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.storage import checkpoints
+from jobs.storage.records import read_jsonl
+from jobs.storage.run_folder import RunFolder
+
+Process = subprocess.Popen[bytes]
+Start = Callable[[str], Process]
+Disturb = Callable[[Process, RunFolder], None]
+"""Stops a training, started as this process, in this folder; returns when it has stopped."""
+
+
+@dataclass(frozen=True)
+class Drill:
+    """What is trained, how it is started, and how it is disturbed."""
+
+    folder: Path
+    start: Start
+    """Starts or continues the run of a name in `folder`; the process ends with it."""
+    disturbances: Mapping[str, Disturb]
+    """By their names, used in turn."""
+    steps: int
+    kills: int
+    seed: int
+
+    def run(self, say: Callable[[str], None]) -> bool:
+        """Trains both, says what happens, and returns whether the results are equal; RuntimeError if one fails."""
+        started = time.monotonic()
+        _expect_success(self.start("whole"), "the undisturbed training")
+        say(f"  undisturbed             {self.steps} steps in {time.monotonic() - started:.1f} s")
+        killed = RunFolder(self.folder / "killed")
+        process = self._begin(killed)
+        moments = sorted(random.Random(self.seed).sample(range(1, self.steps), self.kills))
+        for moment, (name, disturb) in zip(moments, itertools.cycle(self.disturbances.items()), strict=False):
+            if process.poll() is not None:
+                process = self._begin(killed)
+            self._disturb_once(process, killed, moment, name, disturb, say)
+        if process.poll() is not None:
+            process = self.start("killed")
+        _expect_success(process, "the training after the last interruption")
+        different = differences(RunFolder(self.folder / "whole"), killed)
+        for name in different:
+            say(f"  DIFFERENT: {name}")
+        return not different
+
+    def _begin(self, run: RunFolder) -> Process:
+        """Starts the run and waits until its training has begun: lines of the start before say nothing of this one."""
+        before = run.read_status().get("restarts")
+        process = self.start(run.path.name)
+        while process.poll() is None and run.read_status().get("restarts") == before:
+            time.sleep(0.002)
+        return process
+
+    def _disturb_once(
+        self, process: Process, run: RunFolder, moment: int, name: str, disturb: Disturb, say: Callable[[str], None]
+    ) -> None:
+        """Waits until the run has logged step `moment`, and disturbs it."""
+        while process.poll() is None and last_step(run) < moment:
+            time.sleep(0.002)
+        at = last_step(run)
+        disturb(process, run)
+        if run.read_status().get("state") == "finished":
+            say(f"  {name:<16} came too late: the training had reached its last step")
+            return
+        kept = next(iter(checkpoints.steps(run.checkpoints)), 0)
+        again = f"{at - kept} steps to do again" if at > kept else "nothing to do again"
+        say(f"  {name:<16} at step {at:>6}   saved at step {kept}: {again}")
+
+
+def by_signal(number: signal.Signals) -> Disturb:
+    """Sends a signal and waits for the end of the process."""
+
+    def disturb(process: Process, run: RunFolder) -> None:
+        process.send_signal(number)
+        process.wait()
+
+    return disturb
+
+
+SIGNALS = {n.name: by_signal(n) for n in (signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+
+
+def on_its_job(act: Callable[[str], None]) -> Disturb:
+    """Does something to the run's Slurm job and waits until the job has begun again."""
+
+    def disturb(process: Process, run: RunFolder) -> None:
+        before = run.read_status()["restarts"]
+        act(run.read_launch()["job_ids"][-1])
+        while process.poll() is None and run.read_status().get("restarts") == before:
+            time.sleep(0.05)
+
+    return disturb
+
+
+def differences(a: RunFolder, b: RunFolder) -> list[str]:
+    """Files of the last checkpoint and metrics.jsonl that are not the same bytes in both runs."""
+    step = max(checkpoints.steps(a.checkpoints))
+    names = [f"checkpoints/{checkpoints.folder_name(step)}/{file}" for file in (*checkpoints.FILES, "manifest.json")]
+    return [name for name in (*names, "metrics.jsonl") if not _same(a.path / name, b.path / name)]
+
+
+def last_step(run: RunFolder) -> int:
+    """The last step that metrics.jsonl holds, 0 before the first."""
+    lines = read_jsonl(run.metrics)
+    return int(lines[-1]["step"]) if lines else 0
+
+
+def _same(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def _expect_success(process: Process, what: str) -> None:
+    if process.wait() != 0:
+        raise RuntimeError(f"{what} ended with exit code {process.returncode}")
+
+
+def starter(command: Sequence[str], log: Path) -> Start:
+    """Starts `command --name NAME`, what it prints going to a file."""
+
+    def start(name: str) -> Process:
+        with log.open("ab") as file:
+            # One thread, unless somebody wants more: the model is small, and the machine may have other work.
+            env = {"OMP_NUM_THREADS": "1", **os.environ}
+            command_of_run = [*command, "--name", name]
+            return subprocess.Popen(command_of_run, env=env, stdout=file, stderr=file, start_new_session=True)
+
+    return start

@@ -1,0 +1,162 @@
+"""Examines this machine for what would cost a run later."""
+
+import fcntl
+import netrc
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from diffusion.data import mnist
+from jobs.storage import provenance
+
+LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
+"""A run of mnist with its checkpoints takes about half of the first."""
+LOCAL_FILE_SYSTEMS = {"ext4", "ext3", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
+WANDB_PATIENCE_S = 3.0
+
+
+class Finding(NamedTuple):
+    """What was found, why it matters, and what helps."""
+
+    level: Literal["ok", "warning", "problem"]
+    what: str
+    why: str = ""
+    cure: str = ""
+
+
+def examine(runs_dir: Path, data_root: Path, is_shared: bool) -> Iterator[Finding]:
+    """Findings about this machine; `is_shared`: other machines must see the folder of all runs."""
+    yield from _software()
+    yield from _gpus()
+    yield _mnist(data_root)
+    yield from _folder(runs_dir, is_shared)
+    yield from _wandb()
+
+
+def _software() -> Iterator[Finding]:
+    yield Finding("ok", f"Python {platform.python_version()} in {sys.prefix}")
+    versions = provenance.versions()
+    if missing := [package for package, version in versions.items() if version is None]:
+        yield Finding("problem", f"not installed: {', '.join(missing)}", "jobs import them", "pip install --editable .")
+    yield Finding("ok", ", ".join(f"{package} {version}" for package, version in versions.items() if version))
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch  # takes seconds, but who wants to know about GPUs has to ask it
+
+    count = torch.cuda.device_count()
+    if count == 0 and shutil.which("nvidia-smi") is not None:
+        yield Finding(
+            "problem",
+            f"there is nvidia-smi, but torch {torch.__version__} finds no GPU",
+            "it would train on the CPU",
+            "install a torch for this driver: https://pytorch.org/get-started; compare `nvidia-smi` and torch's CUDA",
+        )
+    elif count == 0:
+        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        yield Finding("ok", f"no GPU here; the CPU computes in {'bf16' if bf16 else 'fp32'}")
+    for gpu in range(count):
+        has_bf16 = torch.cuda.get_device_capability(gpu) >= (8, 0)
+        yield Finding("ok", f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, {'bf16' if has_bf16 else 'fp32'}")
+
+
+def _mnist(root: Path) -> Finding:
+    try:
+        mnist.require(root)
+    except ValueError as error:
+        if "delete it" in str(error):
+            return Finding("problem", str(error), "no run of mnist starts with other data", "delete it")
+        why = "compute nodes often have no network to fetch it"
+        return Finding(
+            "warning", f"no MNIST in {root}", why, "nothing to do where `train mnist` can fetch it from here"
+        )
+    return Finding("ok", f"MNIST in {root} is complete and right")
+
+
+def _folder(runs_dir: Path, is_shared: bool) -> Iterator[Finding]:
+    """Writing, locking and room in the folder of all runs, or where it is going to be."""
+    there = next(path for path in (runs_dir.absolute(), *runs_dir.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+    except OSError as error:
+        yield Finding(
+            "problem", f"{there} cannot be written: {error.strerror}", "runs are kept in it", "--runs-dir DIR"
+        )
+        return
+    yield _locks(there)
+    free_gb = shutil.disk_usage(there).free / 1e9
+    level: Literal["ok", "warning", "problem"] = "ok"
+    if free_gb < COMFORTABLE_GB:
+        level = "warning" if free_gb >= LEAST_FREE_GB else "problem"
+    yield Finding(
+        level,
+        f"{free_gb:,.1f} GB are free in {there}",
+        "" if level == "ok" else "a run of mnist takes 0.5 GB, a million samples of it 1.6 GB",
+        "" if level == "ok" else "make room, or --runs-dir DIR",
+    )
+    kind = file_system(there)
+    if is_shared and kind in LOCAL_FILE_SYSTEMS:
+        yield Finding(
+            "warning",
+            f"{there} lies on {kind}, a file system that other machines may not see",
+            "a job on another node would not find its run",
+            "--runs-dir on a shared file system; doctor --submit tries it out",
+        )
+
+
+def _locks(folder: Path) -> Finding:
+    """Whether one process is kept out by the lock of another: two descriptors are enough to try it."""
+    why = "two trainings of one run at once would write over each other"
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as first, open(first.name) as second:
+        try:
+            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(second, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Finding("ok", f"{folder} can be written and locked")
+        except OSError as error:
+            cure = "another file system for --runs-dir; Lustre needs the mount option flock"
+            return Finding("problem", f"files in {folder} cannot be locked: {error.strerror}", why, cure)
+    return Finding("problem", f"locks in {folder} keep nobody out", why, "another file system for --runs-dir")
+
+
+def file_system(folder: Path) -> str:
+    """The type of the file system that a folder lies on, such as nfs4."""
+    kinds = {}
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, kind, *_ = line.split()
+        kinds[Path(mount)] = kind
+    folder = folder.resolve()
+    return next((kinds[path] for path in (folder, *folder.parents) if path in kinds), "unknown")
+
+
+def _wandb() -> Iterator[Finding]:
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
+    cure = "wandb sync RUN/wandb/offline-* sends the files later"
+    if not _has_wandb_key(host):
+        yield Finding("warning", f"no key for {host}", "curves are kept in the run's folder alone", "wandb login")
+        return
+    yield Finding("ok", f"there is a key for {host}")
+    try:
+        socket.create_connection((host, port), timeout=WANDB_PATIENCE_S).close()
+    except OSError as error:
+        yield Finding("warning", f"{host} does not answer: {error}", "curves are kept in the run's folder alone", cure)
+    else:
+        yield Finding("ok", f"{host} answers")
+
+
+def _has_wandb_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,150 @@
+"""A short job that tries out what a training needs of a cluster."""
+
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.doctor.machine import Finding
+from jobs.files import write_json
+from jobs.runtime.job import Requeue
+
+if TYPE_CHECKING:
+    from jobs.runtime.numerics import Kind
+
+FILES_PATIENCE_S = 30.0
+"""How long a node may take to see what another one has written: NFS remembers what was not there."""
+
+
+@dataclass(frozen=True)
+class DoctorJob:
+    """Tries out what a training needs of a cluster: GPUs, a network between the tasks, a folder that all of them see.
+
+    Each task writes into `folder` what it found.
+    """
+
+    folder: Path
+    processes: int
+    device: "Kind"
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        rank = int(os.environ.get("RANK", "0"))
+        try:
+            result = self._try(rank)
+            write_json(self.folder / f"result-{rank}.json", result)
+        except Exception:
+            self.failed(rank, traceback.format_exc())
+            return 1
+        return 1 if self._lacks_gpus(result) else 0
+
+    def _try(self, rank: int) -> dict[str, Any]:
+        import torch
+
+        result = {
+            "node": os.environ.get("SLURMD_NODENAME", platform.node()),
+            "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
+            "gpus": torch.cuda.device_count() if self.device == "cuda" else 0,
+            "tasks_here": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        }
+        if self._lacks_gpus(result):
+            return result
+        from jobs.runtime.world import start
+
+        (self.folder / f"seen-{rank}").touch()
+        world = start(self.processes, self.device, "fp32")
+        started = time.perf_counter()
+        [mean] = world.mean(torch.tensor([float(rank)], device=world.device))
+        seconds = time.perf_counter() - started
+        unseen = self._unseen()  # after the reduction all have written theirs
+        world.close()
+        return {**result, "mean": mean, "reduce_s": seconds, "unseen": unseen}
+
+    def _lacks_gpus(self, result: dict[str, Any]) -> bool:
+        # A single one may be the task's own, where Slurm binds GPUs to tasks: then the training finds out.
+        return self.device == "cuda" and bool(result["gpus"] == 0 or 1 < result["gpus"] < result["tasks_here"])
+
+    def _unseen(self) -> list[int]:
+        """The tasks whose file is not to be seen from here."""
+        deadline = time.monotonic() + FILES_PATIENCE_S
+        while missing := [rank for rank in range(self.processes) if not (self.folder / f"seen-{rank}").exists()]:
+            if time.monotonic() > deadline:
+                break
+            os.listdir(self.folder)  # makes NFS look again
+            time.sleep(0.5)
+        return missing
+
+    def failed(self, rank: int, trace: str) -> None:
+        print(trace, file=sys.stderr, flush=True)
+        write_json(self.folder / f"failed-{rank}.json", {"traceback": trace})
+
+    def submitted(self, submit: Callable[[], str]) -> str:
+        return submit()
+
+    def findings(self) -> Iterator[Finding]:
+        """What the tasks found, after the job has ended."""
+        results = {rank: result for rank in range(self.processes) if (result := self._read(f"result-{rank}"))}
+        lacking = {rank: result for rank, result in results.items() if self._lacks_gpus(result)}
+        for rank, result in lacking.items():
+            yield Finding(
+                "problem",
+                f"task {rank} on {result['node']} sees {result['gpus']} GPUs, of which {result['tasks_here']} tasks "
+                f"need one each (CUDA_VISIBLE_DEVICES={result['visible']})",
+                "a training would not start",
+                "`nvidia-smi` in a job, and the profile's gpus_per_node; the driver may be too old for this torch",
+            )
+        missing = [rank for rank in range(self.processes) if rank not in results]
+        if missing and not lacking:
+            yield self._failure(missing)
+        if missing or lacking:
+            return
+        nodes = ", ".join(dict.fromkeys(result["node"] for result in results.values()))
+        yield Finding("ok", f"a job of {self.processes} tasks ran on {nodes}")
+        if self.device == "cuda":
+            yield Finding("ok", f"GPUs that each task sees: {', '.join(str(r['gpus']) for r in results.values())}")
+        yield from self._network(results)
+        unseen = {rank: result["unseen"] for rank, result in results.items() if result["unseen"]}
+        if unseen:
+            yield Finding(
+                "problem",
+                f"in {self.folder.parent} task {next(iter(unseen))} does not see what others write",
+                "a run's folder must be one and the same on all nodes",
+                "--runs-dir on a file system that all nodes share",
+            )
+        else:
+            yield Finding("ok", "what a task writes into the folder of runs, all others see")
+
+    def _network(self, results: dict[int, dict[str, Any]]) -> Iterator[Finding]:
+        expected = (self.processes - 1) / 2
+        wrong = [rank for rank, result in results.items() if result["mean"] != expected]
+        slowest_ms = 1000 * max(result["reduce_s"] for result in results.values())
+        if wrong:
+            yield Finding("problem", f"wrong sum in tasks {wrong}", "training would be wrong", "report this, please")
+        elif self.processes > 1:
+            yield Finding("ok", f"the tasks reach each other; a first all-reduce took {slowest_ms:.0f} ms")
+
+    def _failure(self, missing: list[int]) -> Finding:
+        traces = [str(found["traceback"]) for rank in missing if (found := self._read(f"failed-{rank}"))]
+        if traces:
+            last = traces[0].strip().splitlines()[-1]
+            cure = (
+                "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME in the profile's environment, where the network is to blame"
+            )
+            return Finding("problem", f"the test job failed: {last}", "a training would, too", cure)
+        return Finding(
+            "problem",
+            f"nothing came back from tasks {', '.join(map(str, missing))}",
+            "the job died early, or the runs' folder is not the same on its nodes",
+            f"its output is in {self.folder}/slurm, if it could write there",
+        )
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / f"{name}.json").read_text()))
+        except FileNotFoundError:
+            return {}

@@ -1,0 +1,1 @@
+"""Evaluations: planned, computed in units, reported."""

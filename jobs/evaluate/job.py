@@ -1,0 +1,62 @@
+"""Evaluating samples as a job, for the place where it runs. Importable without torch, picklable."""
+
+import sys
+from contextlib import AbstractContextManager, redirect_stdout
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.evaluate.plan import Evaluation
+from jobs.runtime.job import IndependentJob, process_rank
+from jobs.runtime.signals import SignalWatch
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.start import follow_evaluation
+
+if TYPE_CHECKING:
+    from jobs.runtime.numerics import Kind
+
+
+@dataclass(frozen=True)
+class EvaluateJob(IndependentJob):
+    """Computes a share of an evaluation's units; the process that finishes last merges them, if asked to."""
+
+    target: Evaluation
+    share: tuple[int, int]
+    """(i, n): the first process takes every n-th unit from the i-th on, the others follow it."""
+    device: "Kind"
+    merge: bool
+    """Otherwise an `EvaluateMergeJob` does it."""
+
+    def around(self) -> AbstractContextManager[Any]:
+        return redirect_stdout(sys.stderr)  # what is printed for scripts is JSON alone, after the job
+
+    def work(self, signals: SignalWatch) -> int:
+        from jobs.evaluate.units import evaluate, merge, missing, open_evaluator
+
+        first, step = self.share
+        evaluator = open_evaluator(self.target, self.device)
+        evaluate(self.target, evaluator, (first + process_rank(), step), signals)
+        # Two processes that end together merge twice, into the same bytes.
+        if self.merge and not missing(self.target, evaluator) and not self.target.is_done():
+            merge(self.target, evaluator)
+            follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
+        return 0
+
+
+@dataclass(frozen=True)
+class EvaluateMergeJob(IndependentJob):
+    """Merges an evaluation after its array has ended, however it has; says what is missing if it must."""
+
+    target: Evaluation
+
+    def work(self, signals: SignalWatch) -> int:
+        from jobs.evaluate.units import merge, missing, open_evaluator
+
+        evaluator = open_evaluator(self.target, "cpu")
+        lacking = missing(self.target, evaluator)
+        if lacking:
+            print(f"{len(lacking)} units are missing ({', '.join(lacking)}): run the same `evaluate` command again.")
+            return 1
+        if not self.target.is_done():
+            merge(self.target, evaluator)
+            follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
+        return 0

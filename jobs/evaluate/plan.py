@@ -1,0 +1,214 @@
+"""The evaluation of a set of samples on disk: what it rests on, which parts are done, its results.
+
+Imports neither torch nor numpy.
+"""
+
+import contextlib
+import hashlib
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jobs.experiments.table import EXPERIMENTS
+from jobs.files import sha256, write_atomically, write_json
+from jobs.sample import sample_set
+from jobs.sample.sample_set import SampleSet
+from jobs.storage import checkpoints
+from jobs.storage.checkpoints import CorruptCheckpoint
+from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+VERSION = 1
+"""Of the metrics: results of another version are not used."""
+SEED = 0
+"""Decides the resamples of intervals, and all else that is drawn in an evaluation."""
+REPLICATES = "replicates.npz"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluation of a set of samples.
+
+    What is done is kept in hidden folders: of the samples beside them, of the weights for all sets drawn with them.
+    """
+
+    samples: SampleSet
+    protocol: Mapping[str, Any]
+    """What determines the results: numbers, seeds, and the hashes of samples, weights, data and features."""
+
+    @property
+    def folder(self) -> Path:
+        return self.samples.folder
+
+    @property
+    def kept(self) -> Path:
+        """What a job leaves for the next one, and the code that it runs."""
+        return self.folder / ".evaluation"
+
+    @property
+    def undrawn(self) -> Path:
+        """A file that is there as long as figures are missing."""
+        return self.kept / "undrawn"
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights are still there that the samples were drawn with."""
+        return bool(self.protocol["weights_are_there"])
+
+    def result_path(self, unit: str, of: Literal["samples", "weights"]) -> Path:
+        """Where the result of a unit of work lies; another protocol has other places."""
+        if of == "samples":
+            return self.kept / f"{unit}-{_key(self.protocol)}.npz"
+        hashes = {name: value for name, value in self.protocol["sha256"].items() if name != "samples"}
+        weights = {name: self.protocol[name] for name in ("version", "experiment", "model", "diffusion", "seed")}
+        return self.samples.run / ".evaluation" / f"{unit}-{_key({**weights, **hashes})}.npz"
+
+    def read(self) -> dict[str, Any]:
+        """metrics.json, {} if there is none of this protocol."""
+        try:
+            found = json.loads((self.folder / "metrics.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        is_ours = isinstance(found, dict) and found.get("protocol") == self.protocol
+        return dict(found) if is_ours else {}
+
+    def read_replicates(self) -> "dict[str, NDArray[np.float64]]":
+        """The bootstrap replicates of each metric that has them."""
+        import numpy as np  # here, because the command line starts without it
+
+        with np.load(self.kept / REPLICATES, allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def is_complete(self) -> bool:
+        """Whether the results are there, with or without figures."""
+        return bool(self.read()) and (self.kept / REPLICATES).is_file()
+
+    def is_done(self) -> bool:
+        """Whether the figures are there, too."""
+        return self.is_complete() and not self.undrawn.exists()
+
+    def write(self, results: Mapping[str, Any], replicates: "Mapping[str, NDArray[np.float64]]") -> None:
+        """Completes the evaluation."""
+        write_arrays(self.kept / REPLICATES, replicates)
+        write_json(self.folder / "metrics.json", {"protocol": self.protocol, **results})
+
+    def add_job(self, job_id: str) -> None:
+        """Remembers a Slurm job that works on the evaluation, here and with the run."""
+        RunFolder(self.samples.run).add_job("evaluate_job_ids", job_id)
+        self.kept.mkdir(exist_ok=True)
+        write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
+
+    def job_ids(self) -> list[str]:
+        """Slurm jobs that have worked on the evaluation."""
+        try:
+            return list(json.loads((self.kept / "jobs.json").read_text()))
+        except FileNotFoundError:
+            return []
+
+
+def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
+    """Writes arrays by name, whole or not at all."""
+    import numpy as np
+
+    content = BytesIO()
+    np.savez(content, **arrays)  # type: ignore[arg-type]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content.getvalue())
+
+
+def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluation:
+    """The evaluation of a complete set of the run, the newest unless it is named.
+
+    Raises ValueError where there is none, or where its files are not those that were written.
+    """
+    experiment, config = run.read_experiment()
+    chosen = sample_set.read(run, _choose(run, name))
+    load_samples(chosen, experiment)
+    manifest = chosen.read_manifest()
+    protocol = {
+        "version": VERSION,
+        "seed": SEED,
+        "experiment": experiment,
+        "model": asdict(config.model),
+        "diffusion": asdict(config.diffusion),
+        "samples": {"num_samples": chosen.num_samples, **asdict(chosen.settings)},
+        "weights_are_there": True,
+        "sha256": {
+            "samples": manifest["sha256"]["samples.npz"],
+            "weights": chosen.settings.weights_sha256,
+            **config.evaluation_sha256(inception),
+        },
+    }
+    whole = Evaluation(chosen, json.loads(json.dumps(protocol)))
+    if _has_weights(run, chosen) or whole.is_complete():  # from before the checkpoint was removed
+        return whole
+    return replace(whole, protocol={**whole.protocol, "weights_are_there": False})
+
+
+def complete_sets(run: RunFolder) -> list[str]:
+    """The names of the run's complete sets of samples, the newest first."""
+    found = []
+    for path in run.samples.glob("[!.]*/samples.npz"):
+        manifest = path.with_name("manifest.json")
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(manifest.read_text())["complete"]:
+                found.append((manifest.stat().st_mtime, path.parent.name))
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def load_samples(chosen: SampleSet, experiment: str) -> "NDArray[Any]":
+    """The samples of a complete set; raises ValueError unless they are those that were drawn, and can be evaluated."""
+    import numpy as np
+
+    path, entry = chosen.folder / "samples.npz", EXPERIMENTS[experiment]
+    if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:
+        raise ValueError(f"{path} is not the file that was drawn: its sha256 differs from its manifest.json")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            array: NDArray[Any] = arrays["arr_0"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} must hold the samples as arr_0; it cannot be read: {error}") from None
+    wanted = f"{entry.sample_dtype} {[chosen.num_samples, *entry.sample_shape]}"
+    if f"{array.dtype} {list(array.shape)}" != wanted:
+        raise ValueError(f"{path} must hold {wanted}; got {array.dtype} {list(array.shape)}")
+    if len(array) < entry.fewest_samples:
+        raise ValueError(f"an evaluation needs at least {entry.fewest_samples} samples; got {len(array)} in {path}")
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise ValueError(f"samples must be finite; {int((~finite).sum()):,} of {len(array):,} in {path} are not")
+    return array
+
+
+def _choose(run: RunFolder, name: str | None) -> str:
+    """The name of the set that a user means."""
+    complete = complete_sets(run)
+    draw = f"python launch.py sample {run} --num-samples 10000"
+    if name is None:
+        if not complete:
+            raise ValueError(f"{run} has no complete set of samples; draw one with: {draw}")
+        return complete[0]
+    if check_name(name, SAMPLES_NAME) not in complete:
+        held = f"it has {', '.join(complete)}" if complete else f"it has none; draw one with: {draw}"
+        raise ValueError(f"--samples must name a complete set of {run} ({held}); got {name}")
+    return name
+
+
+def _has_weights(run: RunFolder, chosen: SampleSet) -> bool:
+    """Whether the checkpoint is there, and holds the weights, with which the samples were drawn."""
+    try:
+        manifest = checkpoints.verify(run.checkpoints, chosen.settings.step)
+    except CorruptCheckpoint:
+        return False
+    recorded = manifest["files"][f"{chosen.settings.weights}.safetensors"]["sha256"]
+    return bool(recorded == chosen.settings.weights_sha256)
+
+
+def _key(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

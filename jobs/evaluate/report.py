@@ -1,0 +1,213 @@
+"""Evaluations for a terminal: one of them, two side by side, or all sets of a run. Imports neither torch nor numpy."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.evaluate.plan import Evaluation
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal import tables
+
+Json = Mapping[str, Any]
+
+
+def title(evaluation: Evaluation) -> str:
+    """Which samples these are, in a line."""
+    samples = evaluation.samples
+    where = f"{RunFolder(samples.run)}/samples/{samples.name}"
+    return f"{where}: {samples.num_samples:,} samples, {samples.settings.sampler.label}"
+
+
+def one(evaluation: Evaluation, width: int) -> str:
+    """Every metric with its interval beside its floor, and the tables."""
+    results = evaluation.read()
+    rows = []
+    for metric in results["metrics"].values():
+        decimals = _decimals(metric)
+        value = f"{metric['value']:.{decimals}f}{'*' if _is_at_floor(metric) else ' '}"
+        interval = _range(metric["low"], metric["high"], decimals)
+        floor = _range(metric["floor_low"], metric["floor_high"], decimals)
+        if not floor and metric["floor"] is not None:
+            floor = f"{metric['floor']:.{decimals}f}" if metric["floor"] else "0"
+        rows.append((metric["label"], value, interval, floor))
+    headers = ("METRIC", "VALUE ", "95% INTERVAL", "FLOOR")
+    parts = [title(evaluation), tables.render(headers, rows, width=width, names=(), texts=("METRIC",))]
+    parts.append(_legend(results, width))
+    parts += [_render(entry, width) for entry in results["tables"].values()]
+    return "\n\n".join(parts)
+
+
+def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
+    """B minus A of each metric that both have, its 95% interval, and who is better where 0 lies outside of it."""
+    import numpy as np  # here, because the command line starts without it
+
+    metrics_a, metrics_b = a.read()["metrics"], b.read()["metrics"]
+    replicates_a, replicates_b = a.read_replicates(), b.read_replicates()
+    found = {}
+    for name in metrics_a.keys() & metrics_b.keys():
+        value = metrics_b[name]["value"] - metrics_a[name]["value"]
+        low = high = value
+        if name in replicates_a and name in replicates_b:
+            spread = replicates_b[name] - replicates_a[name]
+            low, high = (float(x) for x in np.quantile(spread - spread.mean() + value, [0.025, 0.975]))
+        verdict = _verdict(low, high, metrics_a[name]["better"])
+        found[name] = {"value": value, "low": low, "high": high, "verdict": verdict}
+    return {name: found[name] for name in metrics_a if name in found}
+
+
+def two(a: Evaluation, b: Evaluation, width: int) -> str:
+    """Two evaluations side by side, with what is beyond chance."""
+    metrics_a, metrics_b = a.read()["metrics"], b.read()["metrics"]
+    rows = []
+    for name, difference in differences(a, b).items():
+        decimals = _decimals(metrics_a[name])
+        values = [f"{metrics[name]['value']:.{decimals}f}" for metrics in (metrics_a, metrics_b)]
+        interval = _range(difference["low"], difference["high"], decimals)
+        rows.append((metrics_a[name]["label"], *values, interval, difference["verdict"]))
+    headers = ("METRIC", "A", "B", "B - A, 95% INTERVAL", "BETTER")
+    notes = [f"A  {title(a)}", f"B  {title(b)}"]
+    sizes = a.samples.num_samples, b.samples.num_samples
+    if sizes[0] != sizes[1]:
+        note = (
+            f"A and B hold {sizes[0]:,} and {sizes[1]:,} samples, and chance makes distances larger where they are few."
+        )
+        notes.append(textwrap.fill(f"{note} Compare sets of equal size.", width))
+    legend = "BETTER names one where 0 lies outside of the interval of the difference."
+    return "\n\n".join(
+        ["\n".join(notes), tables.render(headers, rows, width=width, names=(), texts=("METRIC", "BETTER")), legend]
+    )
+
+
+def quality(evaluations: Sequence[Evaluation], width: int) -> str:
+    """All sets by their samplers and network evaluations, with the metrics that depend on samples."""
+    rows = quality_rows(evaluations)
+    names = headline(rows, 2 if width < 110 else 4)
+    cells = []
+    for row in rows:
+        numbers = []
+        for name in names:
+            metric = row["metrics"][name]
+            decimals = _decimals(metric)
+            mark = "*" if row["as_reference"][name] else " "
+            numbers.append(f"{metric['value']:.{decimals}f}{mark} {_range(metric['low'], metric['high'], decimals)}")
+        cells.append((row["sampler"], f"{row['steps']}", f"{row['num_samples']:,}", *numbers))
+    headers = ("SAMPLER", "STEPS", "N", *(name.upper() for name in names))
+    shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
+    reference = rows[-1]
+    legend = f"* within the 95% interval of the set with most network evaluations, or better: {reference['name']}"
+    return f"{shown}\n\n{textwrap.fill(legend, width, break_on_hyphens=False)}"
+
+
+def draw_quality(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """The same as a figure."""
+    from diffusion.figures import samplers  # here, because plotting libraries take a second to import
+
+    rows = quality_rows(evaluations)
+    samplers.quality(rows, headline(rows, 2), path)
+
+
+def headline(rows: Sequence[Json], number: int) -> list[str]:
+    """The metrics that stand for all others: the first ones."""
+    return list(rows[0]["metrics"])[:number]
+
+
+def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
+    """Each set with its sampler and the metrics of its samples, by network evaluations; the last is the reference."""
+    rows: list[dict[str, Any]] = []
+    for evaluation in evaluations:
+        metrics, sampler = evaluation.read()["metrics"], evaluation.samples.settings.sampler
+        rows.append(
+            {
+                "name": evaluation.samples.name,
+                "sampler": sampler.sampler,
+                "steps": sampler.steps,
+                "eta": sampler.eta,
+                "num_samples": evaluation.samples.num_samples,
+                "metrics": {name: metric for name, metric in metrics.items() if metric["floor_low"] is not None},
+            }
+        )
+    rows.sort(key=lambda row: (row["steps"], row["sampler"], row["name"]))
+    reference = rows[-1]["metrics"]
+    for row in rows:
+        row["as_reference"] = {name: _is_as_good(metric, reference[name]) for name, metric in row["metrics"].items()}
+    return rows
+
+
+def _is_as_good(metric: Json, reference: Json) -> bool | None:
+    """Whether a value lies within the reference's interval, or is better; None where there is no interval."""
+    if reference["low"] is None:
+        return None
+    if metric["better"] == "lower":
+        return bool(metric["value"] <= reference["high"])
+    if metric["better"] == "higher":
+        return bool(metric["value"] >= reference["low"])
+    return bool(reference["low"] <= metric["value"] <= reference["high"])
+
+
+def _verdict(low: float, high: float, better: str) -> str:
+    if low <= 0 <= high:
+        return ""
+    if better == "near":
+        return "differ"
+    return "B" if (high < 0) == (better == "lower") else "A"
+
+
+def _is_at_floor(metric: Json) -> bool:
+    """Whether the value is one that a perfect model may have too, by chance."""
+    if metric["floor_low"] is None:
+        return False
+    if metric["better"] == "lower":
+        return bool(metric["value"] <= metric["floor_high"])
+    if metric["better"] == "higher":
+        return bool(metric["value"] >= metric["floor_low"])
+    return bool(metric["floor_low"] <= metric["value"] <= metric["floor_high"])
+
+
+def _legend(results: Json, width: int) -> str:
+    text = (
+        "FLOOR is what a perfect model has: for distances the 95% range that chance gives as many exact samples. "
+        "* lies within it, or is better."
+    )
+    if not results["protocol"]["weights_are_there"]:
+        text += (
+            " The checkpoint that drew these samples is gone, and what would need it (the loss, the likelihood) is "
+            "left out."
+        )
+    return textwrap.fill(text, width)
+
+
+def _render(entry: Json, width: int) -> str:
+    """A table of an evaluation; columns that are zero throughout are left out."""
+    rows = entry["rows"]
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    texts = [name.upper().replace("_", " ") for name in names if isinstance(rows[0][name], str)]
+    headers = [name.upper().replace("_", " ") for name in names]
+    return f"{entry['title']}\n{tables.render(headers, cells, width=width, names=(), texts=texts)}"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _decimals(metric: Json) -> int:
+    """So many that the interval has two digits; without one, three of how far the value is from its floor."""
+    for low, high in ((metric["low"], metric["high"]), (metric["floor_low"], metric["floor_high"])):
+        if low is not None and high > low:
+            return _clamped(2 - math.ceil(math.log10((high - low) / 2)))
+    distance = abs(metric["value"] - (metric["floor"] or 0))
+    return _clamped(3 - math.ceil(math.log10(distance))) if distance else 3
+
+
+def _clamped(decimals: int) -> int:
+    return min(max(decimals, 0), 6)
+
+
+def _range(low: float | None, high: float | None, decimals: int) -> str:
+    if low is None or high is None:
+        return ""
+    return f"{low:.{decimals}f} to {high:.{decimals}f}" if low < high else f"{low:.{decimals}f}"

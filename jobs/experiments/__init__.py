@@ -1,0 +1,1 @@
+"""What can be trained: the table, its settings, their JSON."""

@@ -1,0 +1,83 @@
+"""The settings of a run in experiment.json, and which of them a continued run may change."""
+
+import dataclasses
+import json
+from typing import Any, TypeVar, get_type_hints
+
+from jobs.experiments.configs import ExperimentConfig
+from jobs.experiments.table import EXPERIMENTS
+
+
+def write(experiment: str, config: ExperimentConfig) -> str:
+    """The content of experiment.json."""
+    return json.dumps({"experiment": experiment, **dataclasses.asdict(config)}, indent=2) + "\n"
+
+
+def read(text: str) -> tuple[str, ExperimentConfig]:
+    """What `write` wrote; raises ValueError for anything else."""
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise ValueError(f"experiment.json must hold an object; got {type(values).__name__}")
+    experiment = values.pop("experiment", None)
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")
+    return experiment, _from_dict(type(EXPERIMENTS[experiment].preset), values)
+
+
+def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:
+    """(flag, old value, new value) of every setting that differs, named as on the command line."""
+    a, b = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    return [(flag, a.get(flag), b.get(flag)) for flag in a.keys() | b.keys() if a.get(flag) != b.get(flag)]
+
+
+MAY_CHANGE = frozenset(
+    {
+        "data.root",
+        "train.log-every",
+        "train.checkpoint-every",
+        "train.checkpoint-minutes",
+        "train.keep-checkpoints",
+        "train.micro-batch-size",
+        "train.cuda-graph",
+        "tracking.mode",
+        "tracking.project",
+        "tracking.samples-every",
+        "tracking.checkpoints",
+    }
+)
+"""Settings that a continued run may change: they do not touch its result."""
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = prefix + key.replace("_", "-")
+        flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
+    return flat
+
+
+C = TypeVar("C")
+
+
+def _from_dict(cls: type[C], values: Any) -> C:
+    """Builds nested dataclasses from JSON; raises ValueError where names or types do not fit."""
+    hints = get_type_hints(cls)
+    if not isinstance(values, dict):
+        raise ValueError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
+    for name in sorted(values.keys() - hints.keys()):
+        raise ValueError(f"experiment.json holds a setting that this version does not know: {name}")
+    # A setting that came after the run is what it was before it came: its default.
+    missing = dataclasses.MISSING
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}  # type: ignore[arg-type]
+    for name in sorted(needed - values.keys()):
+        raise ValueError(f"experiment.json lacks the setting {name}")
+    built: dict[str, Any] = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            built[name] = _from_dict(hints[name], value)
+        else:
+            built[name] = tuple(value) if isinstance(value, list) else value
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ValueError(f"experiment.json holds a value of the wrong type: {error}") from error

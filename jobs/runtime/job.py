@@ -1,0 +1,83 @@
+"""What all jobs are: values that the launcher hands to the place where they run. Importable without torch, picklable.
+
+All have what `slurm.place.Job` asks for: a call that does the work, `failed` and `submitted`.
+"""
+
+import os
+import sys
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from jobs.runtime.malloc import keep_freed_memory
+from jobs.runtime.signals import SignalWatch, Stop, Stopped
+from jobs.runtime.surroundings import undisturbed
+
+Requeue = Callable[[], str | None]
+"""Queues the job again unless it has been cancelled; returns the id under which it comes back, None if it does not."""
+
+
+class JobError(RuntimeError):
+    """A failure that one sentence explains; no traceback is printed."""
+
+
+class Target(Protocol):
+    """What an independent job completes."""
+
+    def add_job(self, job_id: str) -> None:
+        """Remembers a Slurm job that works on it."""
+
+
+class IndependentJob(ABC):
+    """A job whose processes do not need each other: each does a share, and what one leaves undone another may do."""
+
+    target: Target
+    """What it completes; keeps the ids of its jobs."""
+
+    @abstractmethod
+    def work(self, signals: SignalWatch) -> int:
+        """Does this process's share and returns the exit code; may raise Stopped when a signal has come."""
+
+    def around(self) -> AbstractContextManager[Any]:
+        """What is entered before the work, and left only after a stopped job has been queued again."""
+        return nullcontext()
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        keep_freed_memory()
+        with undisturbed(), SignalWatch() as signals:
+            try:
+                with self.around():
+                    try:
+                        return self.work(signals)
+                    except Stopped:
+                        return _stopped(signals.requested, requeue)
+            except JobError as error:
+                self.failed(process_rank(), str(error))
+            except Exception:
+                self.failed(process_rank(), traceback.format_exc())
+        return 1
+
+    def failed(self, rank: int, trace: str) -> None:
+        print(trace, file=sys.stderr, flush=True)
+
+    def submitted(self, submit: Callable[[], str]) -> str:
+        job_id = submit()
+        self.target.add_job(job_id)
+        return job_id
+
+
+def _stopped(reason: Stop, requeue: Requeue | None) -> int:
+    """Ends a job whose processes do not need each other, after a signal; returns the exit code."""
+    if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
+        print(f"Stopped; queued again as job {job_id}.", flush=True)
+        return 0
+    if process_rank() == 0:
+        print("Stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+    return 130
+
+
+def process_rank() -> int:
+    """Which process of the job this is."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,169 @@
+"""How a job computes: the device of a process, precision, and kernels that give the same bytes each time."""
+
+import os
+import platform
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from jobs.runtime.job import JobError
+
+Kind = Literal["cuda", "cpu"]
+Precision = Literal["bf16", "tf32", "fp32"]
+Asked = Literal["auto", "bf16", "tf32", "fp32"]
+
+DEV = Path("/dev")
+"""Where a Linux machine shows its NVIDIA GPUs, as nvidia0, nvidia1, ..."""
+SAME_BYTES = ("device", "gpu", "precision", "processes", "torch", "cuda", "cudnn", "nccl")
+"""Two starts of a run whose facts agree in these compute the same bytes, on a CPU if they agree in the next, too."""
+SAME_BYTES_OF_CPUS = ("cpu", "threads")
+
+
+def resolve_device(device: Literal["auto", "cuda", "cpu"], gpus: int | None) -> Kind:
+    """The kind of device to run on, for the launcher on the machine that computes.
+
+    Raises ValueError where GPUs were asked for that are not there, and RuntimeError where `auto` would compute on the
+    CPU of a machine whose GPUs torch cannot use.
+    """
+    found = torch.cuda.device_count()
+    if device == "cuda" and found == 0:
+        raise ValueError(f"--device cuda needs a CUDA GPU; torch finds none ({whereabouts()})")
+    if device == "cpu":
+        return "cpu"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # somebody wants it so
+    if found == 0 and not hidden and any(DEV.glob("nvidia[0-9]*")):
+        raise RuntimeError(
+            f"this machine has GPUs, but torch {torch.__version__} cannot use them ({whereabouts()}): its CUDA may be "
+            "newer than the driver, see `python launch.py doctor`; --device cpu computes on the CPU"
+        )
+    if gpus is not None and gpus > found:
+        raise ValueError(
+            f"--gpus must not exceed the GPUs of this machine, of which torch finds {found}; got {gpus} "
+            f"(--device cpu --gpus {gpus} rehearses with CPU processes)"
+        )
+    return "cuda" if found else "cpu"
+
+
+def own_device(kind: Kind) -> torch.device:
+    """The device of this process: on a GPU machine that of its LOCAL_RANK, or the only one that it is shown.
+
+    Raises JobError where there is none for it: what was sent to a GPU must not compute on the CPU in silence.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", _own_index())
+    try:
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise JobError(f"{whereabouts()} cannot use its GPU {device.index}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _own_index() -> int:
+    """The number of this process's GPU among those it is shown; computes nothing there. Raises as `own_device`."""
+    found, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if found == 0:
+        raise JobError(f"{whereabouts()} finds no GPU; the driver may be too old for torch {torch.__version__}")
+    if rank >= found > 1:
+        raise JobError(f"{whereabouts()} is number {rank} of its node and sees {found} GPUs; each needs one of its own")
+    # A single one is this task's own where Slurm binds GPUs to tasks; where it is not, jobs.world finds out.
+    return rank if rank < found else 0
+
+
+def whereabouts() -> str:
+    """Says which process this is, where, and which GPUs it is shown."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+    host = os.environ.get("SLURMD_NODENAME") or platform.node()
+    return f"process {os.environ.get('RANK', '0')} on {host}, CUDA_VISIBLE_DEVICES={visible},"
+
+
+def resolve_precision(asked: Asked, kind: Kind) -> Precision:
+    """The precision itself: for `auto` bf16 where the hardware really computes in it, else fp32.
+
+    Accelerate's own test says yes on every CPU. Raises JobError where there is no GPU to ask.
+    """
+    if asked != "auto":
+        return asked
+    if kind == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(_own_index()) >= (8, 0) else "fp32"
+    return "bf16" if computes_bf16() else "fp32"
+
+
+def computes_bf16() -> bool:
+    """Whether this machine's CPU computes in bf16; others only imitate it, slowly."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def lacking(precision: Asked, kind: Kind) -> str | None:
+    """Says why this machine cannot compute in a precision, None if it can. Any CPU can imitate bf16."""
+    if precision == "tf32" and kind == "cpu":
+        return "precision tf32 is one of GPUs; a CPU computes in bf16 or fp32"
+    if precision in ("bf16", "tf32") and kind == "cuda":
+        gpu = _own_index()
+        if torch.cuda.get_device_capability(gpu) < (8, 0):
+            return f"{torch.cuda.get_device_name(gpu)} does not compute in {precision}; it needs another GPU, or fp32"
+    return None
+
+
+def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
+    """Sets all that equal bytes depend on, for every job, before a GPU computes; `compiles` is for torch.compile.
+
+    fp32 is IEEE fp32 in matrix products and convolutions alike: TF32, which keeps 10 bits of the mantissa, has a name
+    of its own. cuDNN is kept to algorithms that add in a fixed order, and cuBLAS to a fixed workspace, on whose size
+    the choice of its algorithm depends.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False  # a race between kernels, won by another one at the next start
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.9 alone calls these two names old
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    if compiles:
+        import torch._dynamo.config as dynamo  # here, because it takes seconds to import
+
+        # DDP's own optimizer cuts the graph at each bucket of gradients, and at each function with a backward pass of
+        # its own: 46 fragments of the U-Net instead of one.
+        dynamo.optimize_ddp = False
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What the bytes of a result depend on besides its settings, for the record of a start."""
+    found: dict[str, Any] = {
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        driver = Path("/sys/module/nvidia/version")
+        found |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "driver": driver.read_text().strip() if driver.exists() else None,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
+    return found
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Says how a machine differs from the one of the start before in what bytes depend on; None if it does not.
+
+    What only one of them has recorded counts as equal: older versions recorded less.
+    """
+    changed = [
+        f"{name} {before[name]} before, {now[name]} now"
+        for name in (*SAME_BYTES, *(SAME_BYTES_OF_CPUS if now.get("device") == "cpu" else ()))
+        if name in before and name in now and _kind_of(before[name]) != _kind_of(now[name])
+    ]
+    return (
+        f"From here on bytes may differ from those of an uninterrupted run: {'; '.join(changed)}." if changed else None
+    )
+
+
+def _kind_of(fact: Any) -> Any:
+    """cuda:3 and cuda:0 are the same."""
+    return fact.partition(":")[0] if isinstance(fact, str) else fact

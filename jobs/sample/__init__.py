@@ -1,0 +1,1 @@
+"""Sets of samples: planned, drawn in shards, merged."""

@@ -1,0 +1,116 @@
+"""The sampling job: draws shards of a set of samples, and merges them when all are there."""
+
+from collections.abc import Sequence
+from functools import partial
+from io import BytesIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffusion.process.model import DiffusionModel, Experiment
+from diffusion.process.randomness import Stream, normal
+from diffusion.process.samplers import SAMPLERS, Predict
+from diffusion.process.transfer import sent
+from jobs.files import write_atomically
+from jobs.runtime.capture import in_one_launch
+from jobs.runtime.job import JobError
+from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
+from jobs.runtime.prefetch import Ahead
+from jobs.runtime.signals import SignalWatch, Stop, Stopped
+from jobs.runtime.surroundings import decorate
+from jobs.sample.sample_set import SampleSet, SampleSettings
+from jobs.storage import checkpoints
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal.console import Console
+from jobs.terminal.progress import Progress
+
+
+def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, show_progress: bool) -> None:
+    """Draws these shards; raises Stopped when a signal comes."""
+    run = RunFolder(samples.run)
+    precision = resolve_precision(samples.settings.precision, device)
+    if reason := lacking(precision, device):
+        raise JobError(reason)
+    set_numerics(precision)
+    experiment, model = load_model(run, samples.settings, own_device(device))
+
+    # A GPU gets each evaluation of the network in one launch.
+    console = Console(run.log)
+    evaluate = in_one_launch(model.predict, console.say) if device == "cuda" else model.predict
+
+    def predict(xt: Tensor, t: Tensor) -> Tensor:
+        if signals.requested is not Stop.NO:
+            raise Stopped
+        return evaluate(xt, t)
+
+    progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+        for done, shard in enumerate(shards):
+            write_shard(samples, shard, experiment, predict, model.alphas_cumprod)
+            if show_progress:
+                progress.update(done + 1, "")
+    progress.close()
+
+
+def write_shard(samples: SampleSet, shard: int, experiment: Experiment, predict: Predict, abar: Tensor) -> None:
+    """Draws one shard and puts it in place."""
+    start, stop = samples.shard_range(shard)
+    size = samples.settings.sub_batch_size
+    # Full sub-batches always, so that a sample does not depend on how many are asked for; what is too much is dropped.
+    firsts = range(start, stop, size)
+    parts = [draw(predict, abar, experiment, samples.settings, first, first + size) for first in firsts]
+    content = BytesIO()
+    np.save(content, experiment.to_array(torch.cat(parts)[: stop - start]), allow_pickle=False)
+    write_atomically(samples.shard_path(shard), content.getvalue())
+
+
+def draw(
+    predict: Predict, abar: Tensor, experiment: Experiment, settings: SampleSettings, start: int, stop: int
+) -> Tensor:
+    """Samples [start, stop), [stop - start, *sample_shape]: sample i is a function of weights, settings, seed and i."""
+
+    def numbers(stream: Stream, step: int) -> NDArray[np.float32]:
+        return normal(settings.seed, stream, step, start, stop, experiment.sample_shape)
+
+    ahead = Ahead(partial(numbers, Stream.SAMPLE_STEP))
+
+    def noise(k: int) -> Tensor:
+        drawn = sent(ahead.of(k), abar.device)
+        if abar.device.type == "cuda" and k + 2 < settings.sampler.steps:  # the last step takes none
+            ahead.begin(k + 1)
+        return drawn
+
+    *_, x0 = SAMPLERS[settings.sampler.sampler](
+        predict,
+        sent(numbers(Stream.SAMPLE_START, 0), abar.device),
+        abar.double().cpu(),
+        steps=settings.sampler.steps,
+        eta=settings.sampler.eta,
+        noise=noise,
+        clip=experiment.clip,
+    )
+    return x0
+
+
+def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -> tuple[Experiment, DiffusionModel]:
+    """The run's experiment and model with the weights that the settings name."""
+    _, config = run.read_experiment()
+    experiment = config.build()
+    model = experiment.build_model()
+    snapshot = checkpoints.load(run.checkpoints, settings.step)
+    model.network.load_state_dict(snapshot.ema if settings.weights == "ema" else snapshot.model)
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return experiment, model.eval()
+
+
+def merge(samples: SampleSet) -> None:
+    """Merges the shards, all of which are there, and draws a picture of the first of them; does what is not done."""
+    run = RunFolder(samples.run)
+    if not samples.is_complete():
+        samples.merge()
+    if not samples.picture.exists():
+        _, config = run.read_experiment()
+        first = np.load(samples.shard_path(0))
+        decorate(samples.picture.name, lambda: config.build().draw_samples(first, samples.picture), print)

@@ -1,0 +1,65 @@
+"""Drawing a set of samples as a job, for the place where it runs. Importable without torch, picklable."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from jobs.runtime.job import IndependentJob, process_rank
+from jobs.runtime.signals import SignalWatch
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.start import following
+
+if TYPE_CHECKING:
+    from jobs.runtime.numerics import Kind
+    from jobs.sample.sample_set import SampleSet
+
+
+def _following(target: "SampleSet", live: bool) -> AbstractContextManager[None]:
+    return following(RunFolder(target.run), target.name, target.is_complete, live, print)
+
+
+@dataclass(frozen=True)
+class SampleJob(IndependentJob):
+    """Draws shards of a set of samples, each process its part of them."""
+
+    target: "SampleSet"
+    shards: tuple[int, ...]
+    processes: int
+    device: "Kind"
+    merge: bool
+    """Whether the process that finishes last merges; otherwise a `SampleMergeJob` does it."""
+
+    def around(self) -> AbstractContextManager[None]:
+        live = process_rank() == 0 and (self.merge or 0 in self.shards)  # in an array, one element
+        return _following(self.target, live)
+
+    def work(self, signals: SignalWatch) -> int:
+        from jobs.sample.draw import merge, sample
+
+        mine = self.shards[process_rank() :: self.processes]
+        sample(self.target, mine, self.device, signals, show_progress=process_rank() == 0)
+        # Two processes that end together merge twice, into the same bytes.
+        if self.merge and not self.target.missing():
+            merge(self.target)
+        return 0
+
+
+@dataclass(frozen=True)
+class SampleMergeJob(IndependentJob):
+    """Merges a set of samples after its array has ended, however it has ended; says what is missing if it must."""
+
+    target: "SampleSet"
+
+    def around(self) -> AbstractContextManager[None]:
+        return _following(self.target, live=False)
+
+    def work(self, signals: SignalWatch) -> int:
+        from jobs.sample.draw import merge
+
+        missing = self.target.missing()
+        if missing:
+            shards = f"{len(missing)} of {self.target.num_shards} shards"
+            print(f"{shards} are missing: run the same `sample` command again.")
+            return 1
+        merge(self.target)
+        return 0

@@ -1,0 +1,228 @@
+"""A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from diffusion.settings import SamplerSettings, require
+from jobs.experiments.settings import check_seed
+from jobs.experiments.table import EXPERIMENTS
+from jobs.files import sha256, sync_file, sync_folder, write_json
+from jobs.storage import checkpoints
+from jobs.storage.records import precision_of
+from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Weights = Literal["ema", "model"]
+Precision = Literal["bf16", "tf32", "fp32"]
+
+_NPZ_MEMBER = zipfile.ZipInfo("arr_0.npy")  # its date is fixed, so equal samples make equal files
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What determines the samples of a set, besides the number of them: sample i is a function of these and i."""
+
+    step: int
+    """Checkpoint that the weights come from."""
+    weights: Weights
+    weights_sha256: str
+    sampler: SamplerSettings
+    seed: int
+    precision: Precision
+    sub_batch_size: int
+    shard_size: int
+
+    @property
+    def label(self) -> str:
+        """The default name of the set, as in step-00002000-dpm++-25-seed0."""
+        model = "-model" if self.weights == "model" else ""
+        return f"step-{self.step:08d}-{self.sampler.label}{model}-seed{self.seed}"
+
+
+def plan(
+    run: RunFolder,
+    *,
+    num_samples: int,
+    seed: int,
+    sampler: SamplerSettings,
+    weights: Weights,
+    checkpoint: int | None,
+    name: str | None,
+    say: Callable[[str], None],
+) -> "SampleSet":
+    """The set of samples that a user asks for; raises ValueError or SettingsError where that cannot be."""
+    experiment, config = run.read_experiment()
+    entry = EXPERIMENTS[experiment]
+    require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
+    check_seed("--seed", seed)
+    sampler.check(config.diffusion.timesteps)
+    step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
+    settings = SampleSettings(
+        step=step,
+        weights=weights,
+        weights_sha256=manifest["files"][f"{weights}.safetensors"]["sha256"],
+        sampler=sampler,
+        seed=seed,
+        precision=precision_of(run, config.train.precision, "fp32"),
+        sub_batch_size=entry.sub_batch_size,
+        shard_size=entry.shard_size,
+    )
+    found = SampleSet(
+        run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, entry.bytes_per_sample
+    )
+    found.check_existing()
+    return found
+
+
+def read(run: RunFolder, name: str) -> "SampleSet":
+    """The set that the run has under this name; raises ValueError if its manifest cannot be read."""
+    experiment, _ = run.read_experiment()
+    path = run.samples / name / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        values = {field.name: manifest[field.name] for field in fields(SampleSettings)}
+        settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
+        return SampleSet(run.path, name, settings, manifest["num_samples"], EXPERIMENTS[experiment].bytes_per_sample)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """`num_samples` samples with these settings, in the folder RUN/samples/NAME.
+
+    They are cut into shards of fixed size, so that any number of processes does the same work on the same shards.
+    """
+
+    run: Path
+    name: str
+    settings: SampleSettings
+    num_samples: int
+    bytes_per_sample: int
+
+    @property
+    def folder(self) -> Path:
+        return RunFolder(self.run).samples / self.name
+
+    @property
+    def picture(self) -> Path:
+        """Of the first samples, drawn once the set is complete."""
+        return self.folder / "grid.png"
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.num_samples // self.settings.shard_size)
+
+    def shard_path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard:05d}.npy"
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """[start, stop) of the samples in a shard; the last shard may be shorter."""
+        start = shard * self.settings.shard_size
+        return start, min(start + self.settings.shard_size, self.num_samples)
+
+    def has_shard(self, shard: int) -> bool:
+        """Whether the shard is there with all its samples."""
+        import numpy as np  # here, because the command line starts without it
+
+        start, stop = self.shard_range(shard)
+        try:
+            return len(np.load(self.shard_path(shard), mmap_mode="r")) == stop - start
+        except (FileNotFoundError, ValueError, EOFError):
+            return False
+
+    def missing(self) -> list[int]:
+        return [shard for shard in range(self.num_shards) if not self.has_shard(shard)]
+
+    def read_manifest(self) -> dict[str, Any]:
+        """manifest.json, {} if there is none."""
+        try:
+            return dict(json.loads((self.folder / "manifest.json").read_text()))
+        except FileNotFoundError:
+            return {}
+
+    def is_complete(self) -> bool:
+        manifest = self.read_manifest()
+        merged = manifest.get("complete") and manifest["num_samples"] == self.num_samples
+        return bool(merged) and (self.folder / "samples.npz").is_file() and not self.missing()
+
+    def write_manifest(self, **more: Any) -> None:
+        """Settings and number of samples; `complete` and hashes once all are there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        values = {**asdict(self.settings), "num_samples": self.num_samples, "complete": False, **more}
+        write_json(self.folder / "manifest.json", values)
+
+    def add_job(self, job_id: str) -> None:
+        """Remembers a Slurm job that works on the set, here and with the run."""
+        RunFolder(self.run).add_job("sample_job_ids", job_id)
+        write_json(self.folder / ".jobs.json", [*self.job_ids(), job_id])
+
+    def job_ids(self) -> list[str]:
+        """Slurm jobs that have worked on the set."""
+        try:
+            return list(json.loads((self.folder / ".jobs.json").read_text()))
+        except FileNotFoundError:
+            return []
+
+    def needed_bytes(self) -> int:
+        """Disk space for the shards that are missing and for the merged file."""
+        missing = sum(stop - start for start, stop in map(self.shard_range, self.missing()))
+        return (missing + self.num_samples) * self.bytes_per_sample
+
+    def check_disk(self) -> None:
+        """Raises ValueError if the disk has no room for the set."""
+        free = shutil.disk_usage(self.run).free
+        if self.needed_bytes() > free:
+            raise ValueError(
+                f"{self.num_samples:,} samples need {self.needed_bytes() / 1e9:.2f} GB of disk; "
+                f"{free / 1e9:.2f} GB are free in {self.run}"
+            )
+
+    def check_existing(self) -> None:
+        """Raises ValueError if the folder holds samples of other settings, or more of them."""
+        manifest = self.read_manifest()
+        if not manifest:
+            return
+        for key, value in asdict(self.settings).items():
+            if key == "precision" and manifest.get(key) == "auto":
+                continue  # from before it was resolved with the plan
+            if manifest.get(key) != value:
+                raise ValueError(
+                    f"samples {self.name} were drawn with {key}={manifest.get(key)}, not {value}; choose another --name"
+                )
+        if manifest["num_samples"] > self.num_samples:
+            raise ValueError(
+                f"samples {self.name} already hold {manifest['num_samples']}, more than "
+                f"--num-samples {self.num_samples}; choose another --name"
+            )
+
+    def merge(self) -> None:
+        """Writes samples.npz from the shards and completes the manifest. Idempotent; memory does not grow with n.
+
+        Two processes that merge at once write the same bytes.
+        """
+        import numpy as np
+
+        first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
+        header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
+        temporary = self.folder / f".samples.npz.{os.getpid()}.tmp"
+        try:
+            with zipfile.ZipFile(temporary, "w") as archive, archive.open(_NPZ_MEMBER, "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for shard in range(self.num_shards):
+                    file.write(np.load(self.shard_path(shard)).data)
+            sync_file(temporary)
+            temporary.replace(self.folder / "samples.npz")
+            sync_folder(self.folder)
+        finally:
+            temporary.unlink(missing_ok=True)
+        hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
+        self.write_manifest(complete=True, sha256={"samples.npz": sha256(self.folder / "samples.npz"), **hashes})

@@ -1,0 +1,1 @@
+"""A run on disk: its files, who may write them, where it comes from."""

@@ -1,0 +1,133 @@
+"""What a training leaves beside its checkpoints: metrics.jsonl, timing.jsonl and the heartbeat status.json."""
+
+import contextlib
+import json
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from jobs.files import write_atomically, write_json
+from jobs.storage.ownership import Ownership
+from jobs.storage.run_folder import RunFolder
+
+HEARTBEAT_S = 2.0
+
+
+def now() -> str:
+    """This moment in UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+class Metrics:
+    """metrics.jsonl: one object for each logged step, nothing but values that the settings determine."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Continues after `step`: later lines are cut, they will be made again."""
+        cut_after(path, step)
+        self._file = path.open("a")
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Puts the lines on the disk: they must be there before a checkpoint that covers them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of lines, [] if it is not there. Lines that a kill or a full disk has cut are left out."""
+    return _objects(path.read_text())[0] if path.exists() else []
+
+
+def last_start(run: RunFolder) -> dict[str, Any]:
+    """What timing.jsonl says of the run's last start: its step and the facts of its machine; {} before the first."""
+    return next((line for line in reversed(read_jsonl(run.timing)) if line.get("event") == "start"), {})
+
+
+def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:
+    """The precision of a run, which its first start has resolved if its settings leave it open; else `otherwise`."""
+    return asked if asked != "auto" else last_start(run).get("precision", otherwise)
+
+
+class Tail:
+    """Reads a file of lines while it grows."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+        self._rest = ""
+
+    def read(self) -> list[dict[str, Any]]:
+        """The objects of all lines that have been completed since the last time."""
+        if self._file is None:
+            if not self._path.exists():
+                return []
+            self._file = self._path.open()
+        objects, self._rest = _objects(self._rest + self._file.read())
+        return objects
+
+
+def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
+    """The objects of all whole lines, and what follows the last of them."""
+    *lines, rest = text.split("\n")
+    objects = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            objects.append(json.loads(line))
+    return objects, rest
+
+
+def cut_after(path: Path, step: int) -> None:
+    """Removes the lines of metrics.jsonl from the first one that is of a later step."""
+    if path.exists():
+        kept = [line for line in read_jsonl(path) if line["step"] <= step]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_timing(run: RunFolder, values: dict[str, Any]) -> None:
+    """One line of timing.jsonl."""
+    with run.timing.open("a") as file:
+        file.write(json.dumps({"time": now(), **values}) + "\n")
+
+
+class Status:
+    """status.json, the heartbeat."""
+
+    def __init__(self, run: RunFolder, owner: Ownership, total: int, on_slurm: bool) -> None:
+        self._run, self._owner = run, owner
+        self._beat = -HEARTBEAT_S
+        previous = run.read_status()
+        self.values: dict[str, Any] = {
+            "state": "running",
+            "step": 0,
+            "total": total,
+            "loss": previous.get("loss"),
+            "rate_images_per_s": None,
+            "eta_s": None,
+            "updated": None,
+            "restarts": previous.get("restarts", -1) + 1,
+            "requeued_at": previous.get("requeued_at"),
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "on_slurm": on_slurm,
+        }
+
+    def beat(self, **values: Any) -> None:
+        """Takes the values in; writes them if the last time is 2 s ago."""
+        self.values.update(values)
+        if time.monotonic() - self._beat >= HEARTBEAT_S:
+            self.write()
+
+    def write(self, **values: Any) -> None:
+        """Writes at once."""
+        self._owner.check()
+        self._beat = time.monotonic()
+        self.values.update(values, updated=now())
+        write_json(self._run.status, {**self.values, **self._run.read_failure()})

@@ -1,0 +1,161 @@
+"""A run's folder: where its files lie, and how it is found and made."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.experiments import record
+from jobs.experiments.configs import ExperimentConfig
+from jobs.experiments.table import EXPERIMENTS
+from jobs.files import write_atomically, write_json
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+SAMPLES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # `+` for dpm++
+
+
+class RunFolder:
+    """The files of one run; the folder itself may not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.timing = self.path / "timing.jsonl"
+        self.status = self.path / "status.json"
+        self.log = self.path / "log.txt"
+        self.figures = self.path / "figures"
+        self.samples = self.path / "samples"
+        self.code = self.path / "code"
+
+    def __str__(self) -> str:
+        """The path as a user would type it."""
+        here = Path.cwd()
+        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+
+    @property
+    def label(self) -> str:
+        """EXPERIMENT/NAME."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+    def exists(self) -> bool:
+        return (self.path / "experiment.json").is_file()
+
+    def create(
+        self, experiment: str, config: ExperimentConfig, launch: dict[str, Any], save_code: Callable[[Path], None]
+    ) -> None:
+        """Makes the folder with everything that the job needs, whole or not at all; FileExistsError if it is there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        made = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            made.mkdir()
+            for folder in ("checkpoints", "figures", "samples"):
+                (made / folder).mkdir()
+            save_code(made / "code")
+            write_json(made / "launch.json", launch)
+            write_atomically(made / "experiment.json", record.write(experiment, config))
+            if self.path.exists():
+                raise FileExistsError(self.path)
+            made.rename(self.path)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+
+    def read_experiment(self) -> tuple[str, ExperimentConfig]:
+        """(name, settings) from experiment.json; raises ValueError if this is no run folder."""
+        path = self.path / "experiment.json"
+        try:
+            return record.read(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"a run folder holds experiment.json; {self} does not") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"experiment.json of {self} cannot be read: {error}") from None
+
+    def write_experiment(self, experiment: str, config: ExperimentConfig) -> None:
+        write_atomically(self.path / "experiment.json", record.write(experiment, config))
+
+    def read_status(self) -> dict[str, Any]:
+        """status.json, {} before the run has written any."""
+        return _read_json(self.status)
+
+    def write_failure(self, rank: int, trace: str) -> bool:
+        """Records why a process failed, if it is the first one of the job; returns whether it is."""
+        path = self.path / ".failure.json"
+        mine = path.with_name(f"{path.name}.{rank}")
+        write_json(mine, {"state": "failed", "failed_rank": rank, "traceback": trace})
+        try:
+            os.link(mine, path)
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink()
+        write_json(self.status, {**self.read_status(), **self.read_failure()})
+        return True
+
+    def read_failure(self) -> dict[str, Any]:
+        """What the first failing process wrote; {} if none has failed."""
+        return _read_json(self.path / ".failure.json")
+
+    def clear_failure(self) -> None:
+        """Forgets the failure before the run is continued."""
+        (self.path / ".failure.json").unlink(missing_ok=True)
+
+    def read_launch(self) -> dict[str, Any]:
+        """launch.json, {} if a copied folder has lost it."""
+        return _read_json(self.path / "launch.json")
+
+    def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
+        """Remembers a Slurm job of the run; `cancel` and `status` need its id."""
+        self.update_launch(**{kind: [*self.read_launch().get(kind, []), job_id]})
+
+    def update_launch(self, **values: Any) -> None:
+        write_json(self.path / "launch.json", {**self.read_launch(), **values})
+
+
+def check_name(name: str, pattern: re.Pattern[str] = NAME) -> str:
+    """Returns the name; raises ValueError if it is not one."""
+    if not pattern.fullmatch(name):
+        raise ValueError(
+            f"a name is made of letters, digits, '.', '_' and '-', and does not begin with '.' or '-'; got {name!r}"
+        )
+    return name
+
+
+def new_name(experiment_folder: Path) -> str:
+    """Date and time, with a number behind it if a run of this second exists already."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = [stamp, *(f"{stamp}-{i}" for i in range(2, 1000))]
+    return next(name for name in names if not (experiment_folder / name).exists())
+
+
+def find(run: str, runs_dir: Path) -> RunFolder:
+    """The run that a user means: a folder, EXPERIMENT/NAME, or the last created run of EXPERIMENT.
+
+    Raises ValueError if there is none.
+    """
+    for folder in (Path(run), runs_dir / run):
+        if (folder / "experiment.json").is_file():
+            return RunFolder(folder)
+    if run in EXPERIMENTS:
+        runs = [RunFolder(path.parent) for path in (runs_dir / run).glob("[!.]*/experiment.json")]
+        if not runs:
+            raise ValueError(
+                f"there is no run of {run} in {runs_dir} yet; start one with: python launch.py train {run}"
+            )
+        return max(runs, key=lambda found: str(found.read_launch().get("created", "")))
+    if Path(run).is_dir():
+        raise ValueError(f"a run folder holds experiment.json; {run} does not")
+    raise ValueError(f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}; got {run!r}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,65 @@
+"""How far a job is: a bar on a terminal, a line now and then in a file."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+from jobs.terminal.console import Console
+
+LOG_LINE_S = 30.0
+
+
+class Progress:
+    """A bar on a terminal, a line every 30 s in a file, for work that is counted in steps."""
+
+    def __init__(self, console: Console, label: str, total: int, done: int, unit: str, per_step: int) -> None:
+        self._console = console
+        self._label, self._total, self._unit, self._per_step = label, total, unit, per_step
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            desc=label,
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} {elapsed}<{remaining}",
+        )
+        self._said = time.monotonic()
+        self.restart_clock(done)
+
+    def restart_clock(self, step: int) -> None:
+        """Rates are counted from here."""
+        self._window = [(time.monotonic(), step)]
+
+    def update(self, step: int, detail: str) -> None:
+        """After `step` steps; `detail` is shown beside the rate."""
+        self._window = [*self._window[-30:], (time.monotonic(), step)]
+        rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+        shown = f"{detail} {rate} {self._unit}/s".strip()
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        if time.monotonic() - self._said >= LOG_LINE_S:
+            self._said = time.monotonic()
+            line = f"{self._label} {step:,}/{self._total:,} {shown}, {_duration(self.eta_s(step))} left"
+            self._console.log(line)
+            if self._bar.disable:
+                print(line, flush=True)
+
+    @property
+    def rate(self) -> float:
+        """Units per second over the last updates."""
+        (t0, first), (t1, last) = self._window[0], self._window[-1]
+        return (last - first) * self._per_step / (t1 - t0) if t1 > t0 else 0.0
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds to the end, None before a rate is known."""
+        return (self._total - step) * self._per_step / self.rate if self.rate else None
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    return tqdm.format_interval(seconds)

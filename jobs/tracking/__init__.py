@@ -1,0 +1,1 @@
+"""Processes that read a run and feed wandb."""

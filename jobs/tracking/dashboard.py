@@ -1,0 +1,174 @@
+"""wandb as seen from the process that follows a run: online where that works, else offline."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jobs.tracking.identity import Identity
+
+Say = Callable[[str], None]
+Mode = Literal["online", "offline", "disabled"]
+
+ANSWER_S = 3.0
+"""How long a server may take to answer before a run is tracked offline."""
+FLUSH_S = 1.0
+"""Seconds until a value is on the disk; a kill loses later ones."""
+FINISH_S = 12.0
+"""How long the end of a run may take to be sent."""
+
+MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+"""Values of $WANDB_MODE."""
+
+
+class Dashboard:
+    """Shows nothing; what is shown without wandb is in the run's folder."""
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Numbers of a step."""
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Pictures of a step."""
+
+    def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
+        """An artifact of files under `root`; `in_place` for files that stay as they are until they are sent."""
+
+    def finish(self, exit_code: int, preempted: bool) -> None:
+        """The job has ended, this run may go on."""
+
+
+class Wandb(Dashboard):
+    """A run of wandb, or a further segment of it."""
+
+    def __init__(self, identity: Identity, mode: Mode, say: Say) -> None:
+        self._say = say
+        # Copies of artifacts lie in the run's folder, not in the user's home.
+        os.environ.setdefault("WANDB_DATA_DIR", str(identity.folder / "wandb"))
+        os.environ.setdefault("WANDB_CACHE_DIR", str(identity.folder / "wandb"))
+        import wandb
+
+        self._wandb = wandb
+        try:
+            self._run = self._start(identity, mode)
+        except Exception as error:
+            if mode == "offline":
+                raise
+            say(f"wandb does not start online ({first_line(error)}). {_offline(identity.folder)}")
+            wandb.teardown(1)  # in whose process the id would still be in use
+            self._run = self._start(identity, "offline")
+        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric("train/loss", step_metric="step", summary="min,last")
+        self._run.define_metric("speed/images_per_s", step_metric="step", summary="max,last")
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        self._run.log({"step": step, **{name: value for name, value in values.items() if value is not None}})
+
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None:
+        images = {name: self._wandb.Image(str(path)) for name, path in pictures.items()}
+        self._run.log({"step": step, **images})
+
+    def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
+        artifact = self._wandb.Artifact(name, kind)
+        for path in files:
+            policy: Literal["immutable", "mutable"] = "immutable" if in_place else "mutable"
+            artifact.add_file(str(path), name=str(path.relative_to(root)), skip_cache=True, policy=policy)
+        self._run.log_artifact(artifact)
+
+    def finish(self, exit_code: int, preempted: bool) -> None:
+        if preempted:
+            self._run.mark_preempting()
+        folder = Path(self._run.dir).parent
+        try:
+            self._run.finish(exit_code)
+            # Only its own end makes wandb's process write the rest into the run's file; killed before, it loses that.
+            self._wandb.teardown(exit_code)
+        except TimeoutError:
+            self._say(f"wandb's server does not take everything; later: wandb sync {folder}")
+
+    def _start(self, identity: Identity, mode: Mode) -> Any:
+        identity.folder.joinpath("wandb").mkdir(exist_ok=True)
+        return self._wandb.init(
+            dir=identity.folder,
+            id=identity.run_id,
+            project=identity.project,
+            name=identity.name,
+            group=identity.group,
+            job_type=identity.job_type,
+            tags=identity.tags,
+            config=_hyphens(identity.config),
+            mode=mode,
+            resume="allow",
+            settings=self._wandb.Settings(
+                silent=True,
+                console="off",
+                disable_code=True,
+                disable_git=True,
+                disable_job_creation=True,
+                x_disable_stats=True,
+                x_save_requirements=False,
+                x_transaction_log_flush_interval=FLUSH_S,
+                init_timeout=FINISH_S,
+                finish_timeout=FINISH_S,
+                finish_timeout_raises=True,
+            ),
+        )
+
+
+def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
+    """The dashboard that `tracking.mode` asks for; says so where it is offline without having been asked."""
+    habit = os.environ.pop("WANDB_MODE", "")  # wandb itself does not start with a value that it does not know
+    if asked == "auto":
+        asked = MODES.get(habit, asked)
+    if asked == "disabled":
+        return Dashboard()
+    if asked == "auto":
+        import wandb
+
+        problem = why_not_online(wandb.setup().settings.base_url)
+        if problem is not None:
+            say(f"wandb is offline: {problem}. {_offline(identity.folder)}")
+        asked = "online" if problem is None else "offline"
+    os.environ["WANDB_MODE"] = asked  # for a second attempt of this process
+    return Wandb(identity, MODES[asked], say)
+
+
+def why_not_online(base_url: str) -> str | None:
+    """Asks the server who we are; returns what is wrong, after `ANSWER_S` at the latest, or None."""
+    import requests
+
+    netrc = requests.utils.get_netrc_auth(base_url)
+    key = os.environ.get("WANDB_API_KEY") or (netrc and netrc[1])
+    if not key:
+        return "there is no key, which `wandb login` would store"
+    answers = []
+
+    def ask() -> None:
+        query = {"query": "query { viewer { id } }"}
+        with contextlib.suppress(requests.RequestException):
+            answers.append(requests.post(f"{base_url}/graphql", json=query, auth=("api", key), timeout=ANSWER_S))
+
+    # In a thread, because the time limit of requests is one for each packet.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(ANSWER_S)
+    if not answers:
+        return f"{base_url} does not answer within {ANSWER_S:.0f} s"
+    answer = answers[0]
+    if answer.status_code in (401, 403) or (answer.ok and '"viewer":null' in answer.text.replace(" ", "")):
+        return f"{base_url} does not accept the key"
+    return None if answer.ok else f"{base_url} answers with error {answer.status_code}"
+
+
+def _offline(folder: Path) -> str:
+    return f"Later, where there is a network: wandb sync {folder}/wandb/offline-run-*"
+
+
+def _hyphens(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("_", "-"): _hyphens(value) if isinstance(value, dict) else value for key, value in tree.items()}
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, for a sentence."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,40 @@
+"""Passes an evaluation on to wandb when it is complete: `python -m jobs.evaluation_follower RUN NAME`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.process import follow, open_part
+
+
+class EvaluationFollower:
+    """Metrics and figures of an evaluation that is complete."""
+
+    def __init__(self, run: RunFolder, name: str) -> None:
+        self._folder = run.samples / name
+        self._results: dict[str, Any] = json.loads((self._folder / "metrics.json").read_text())
+        self._dashboard = open_part(run, f"{name}/evaluate", "evaluate", self._results["protocol"])
+
+    def look(self) -> None:
+        """All there is to see comes at the end."""
+
+    def end(self) -> None:
+        """Passes on everything; the step is that of the weights, so that evaluations of a run make a curve."""
+        step = self._results["protocol"]["samples"]["step"]
+        metrics = self._results["metrics"].items()
+        floors = {f"floor/{name}": metric["floor"] for name, metric in metrics}
+        self._dashboard.log(step, {**{f"evaluate/{name}": metric["value"] for name, metric in metrics}, **floors})
+        pictures = sorted(self._folder.glob("*.png"))
+        self._dashboard.show(step, {f"evaluate/{path.stem}": path for path in pictures})
+        self._dashboard.finish(0, preempted=False)
+
+
+def main() -> None:
+    run, name = RunFolder(Path(sys.argv[1])), sys.argv[2]
+    follow(lambda attempt: EvaluationFollower(run, name))
+
+
+if __name__ == "__main__":
+    main()

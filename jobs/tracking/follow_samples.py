@@ -1,0 +1,71 @@
+"""Follows a set of samples from outside: `python -m jobs.sample_follower RUN NAME`.
+
+Progress and rate are read off the shards' times, so that whoever follows, and however often, sends the same values.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.process import follow, open_part
+
+WINDOW = 10
+"""Shards over which a rate is taken."""
+
+
+class SampleFollower:
+    """What is done with the files, a look at a time."""
+
+    def __init__(self, run: RunFolder, name: str) -> None:
+        self._run, self._folder, self._sent = run, run.samples / name, 0
+        manifest = self._manifest()
+        self._shard_size = manifest["shard_size"]
+        self._dashboard = open_part(run, name, "sample", _settings(manifest))
+
+    def look(self) -> None:
+        """Passes on the shards that are new, in the order in which they were written."""
+        times = sorted(path.stat().st_mtime for path in self._folder.glob("shard-*.npy"))
+        total = self._manifest()["num_samples"]
+        for done in range(self._sent + 1, len(times) + 1):
+            first = max(0, done - WINDOW)
+            seconds = times[done - 1] - times[first]
+            samples = min(done * self._shard_size, total)
+            rate = (samples - (first + 1) * self._shard_size) / seconds if seconds > 0 else None
+            self._dashboard.log(samples, {"sample/done": samples / total, "sample/samples_per_s": rate})
+        self._sent = len(times)
+
+    def end(self) -> None:
+        """Passes on the rest: pictures of a complete set."""
+        self.look()
+        manifest = self._manifest()
+        if manifest["complete"]:
+            pictures = {f"sample/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
+            self._dashboard.show(manifest["num_samples"], pictures)
+            self._dashboard.keep(
+                f"{self._run.path.name}-samples",
+                "samples",
+                [self._folder / "manifest.json"],
+                self._folder,
+                in_place=True,
+            )
+        self._dashboard.finish(0, preempted=False)
+
+    def _manifest(self) -> dict[str, Any]:
+        return dict(json.loads((self._folder / "manifest.json").read_text()))
+
+
+def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
+    """What determines the samples, as `sample` takes it."""
+    about = {key: value for key, value in manifest.items() if key not in ("complete", "sha256", "sampler", "step")}
+    return {**about, **manifest["sampler"], "checkpoint": manifest["step"]}
+
+
+def main() -> None:
+    run, name = RunFolder(Path(sys.argv[1])), sys.argv[2]
+    follow(lambda attempt: SampleFollower(run, name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Follows a training from outside: `python -m jobs.follower RUN TOKEN`.
+
+It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. How far wandb has got is kept
+in RUN/.tracking.json: a follower that was killed leaves lines in memory, which the next one sends again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jobs.files import write_json
+from jobs.storage import checkpoints
+from jobs.storage.ownership import Ownership
+from jobs.storage.provenance import ROOT
+from jobs.storage.records import Tail, read_jsonl
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.dashboard import FLUSH_S, Dashboard, open_dashboard
+from jobs.tracking.identity import of_training
+from jobs.tracking.process import follow, say
+
+DRAW_S = 60.0
+"""Seconds between two pictures of the curves."""
+SAFE_S = FLUSH_S + 2
+"""What wandb was given so long ago is on the disk."""
+
+
+class Curves:
+    """Lines of metrics.jsonl as they are named on the dashboard."""
+
+    def __init__(self, timesteps: int, loss_floor: float | None) -> None:
+        self._timesteps, self._floor = timesteps, loss_floor
+        self._skipped = 0
+        self._clipped: deque[int] = deque(maxlen=20)
+
+    def row(self, line: dict[str, Any]) -> dict[str, Any]:
+        """To be called with every line in turn: sums and shares run over all of them."""
+        loss, floor = line["loss"], self._floor
+        self._skipped += line["skipped"]
+        self._clipped.append(line["clipped"])
+        bands = sorted(name for name in line if name.startswith("loss_t"))
+        edges = [round(i * self._timesteps / len(bands)) for i in range(len(bands) + 1)]
+        names = [f"loss_by_timestep/{low:04d}-{high - 1:04d}" for low, high in pairwise(edges)]
+        return {
+            "train/loss": loss,
+            "train/exact_floor": floor,
+            "train/excess_loss": None if loss is None or floor is None else loss - floor,
+            "train/learning_rate": line["lr"],
+            "train/ema_decay": line["ema_decay"],
+            "train/gradient_norm": line["grad_norm"],
+            "train/clipped_share": sum(self._clipped) / len(self._clipped),
+            "train/skipped_steps": self._skipped,
+            **{name: line[band] for name, band in zip(names, bands, strict=True)},
+        }
+
+
+def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
+    """A line of timing.jsonl as it is named on the dashboard."""
+    if line["event"] == "progress":
+        seconds = ("step", "data", "compute", "communication", "checkpoint")
+        return {
+            "speed/images_per_s": line["images_per_s"],
+            **{f"speed/{part}_s": line[f"{part}_s"] for part in seconds},
+            "memory/used_mb": line["memory_mb"],
+        }
+    if line["event"] == "start":
+        return {"run/restarts": line["restarts"]}
+    return {"run/requeues": requeues} if line["event"] == "requeued" else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """How far the files have been read: a step of metrics.jsonl and a number of lines of timing.jsonl."""
+
+    step: int = 0
+    timing: int = 0
+
+
+class Sketches:
+    """Pictures of samples from checkpoints, drawn by a process of its own, one at a time, at most 5% of the time."""
+
+    def __init__(self, run: RunFolder, every: int) -> None:
+        self._run, self._every = run, every
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder, self._step = Path(), 0
+        self._started = self._next = 0.0
+
+    def finished(self) -> tuple[int, dict[str, Path]] | None:
+        """The step and the pictures of a process that has ended since the last time."""
+        if self._process is None or self._process.poll() is None:
+            return None
+        self._process = None
+        self._next = time.monotonic() + 20 * (time.monotonic() - self._started)
+        return self._step, {f"samples/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
+
+    def start(self, newest: int) -> None:
+        """Draws the newest checkpoint if it is time for one."""
+        due = self._step // self._every < newest // self._every if self._every else False
+        if not due or self._process is not None or time.monotonic() < self._next:
+            return
+        self._clear()
+        self._folder, self._step = Path(tempfile.mkdtemp(prefix="sketch-")), newest
+        self._started = time.monotonic()
+        program = [sys.executable, "-m", "jobs.tracking.sample_pictures"]
+        command = [*program, str(self._run.path), str(newest), str(self._folder)]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._folder != Path():
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Follower:
+    """What is done with the files, a look at a time."""
+
+    def __init__(self, run: RunFolder, owner: Ownership, attempt: int) -> None:
+        self._run, self._owner = run, owner
+        self._experiment, self._config = run.read_experiment()
+        self._timing = read_jsonl(run.timing)
+        start = next(line for line in reversed(self._timing) if line["event"] == "start")
+        self._place_file = run.path / ".tracking.json"
+        place = self._read_place()
+        # Lines after the checkpoint are made again, those before it may have been lost with the last follower.
+        self._place = place if attempt > 1 else dataclasses.replace(place, step=min(place.step, start["step"]))
+        self._recent = deque([(time.monotonic(), self._place)])
+        self._metrics, self._times = Tail(run.metrics), Tail(run.timing)
+        self._timing.clear()
+        self._history: list[dict[str, Any]] = []
+        self._curves = Curves(self._config.diffusion.timesteps, start.get("loss_floor"))
+        self._sketches = Sketches(run, self._config.tracking.samples_every)
+        self._drawn = time.monotonic() - DRAW_S / 2
+        self._kept = start["step"]
+        self._dashboard = open_dashboard(of_training(run, start), self._config.tracking.mode, say)
+
+    @property
+    def tracked(self) -> bool:
+        """Whether there is a dashboard, rather than the picture alone."""
+        return type(self._dashboard) is not Dashboard
+
+    def look(self) -> None:
+        """Passes on what is new; raises whatever wandb raises."""
+        for line in self._metrics.read():
+            self._history.append(line)
+            row = self._curves.row(line)
+            if line["step"] > self._place.step:
+                self._dashboard.log(line["step"], row)
+                self._place = dataclasses.replace(self._place, step=line["step"])
+        for line in self._times.read():
+            self._timing.append(line)
+            requeues = sum(past["event"] == "requeued" for past in self._timing)
+            row = timing_row(line, requeues)
+            if len(self._timing) > self._place.timing:
+                if row:
+                    self._dashboard.log(line["step"], row)
+                self._place = dataclasses.replace(self._place, timing=len(self._timing))
+        if self.tracked:
+            self._show_checkpoints()
+            self._remember()
+        self.draw(DRAW_S)
+
+    def draw(self, least_s: float) -> None:
+        """Draws the curves if the last time is so long ago."""
+        if time.monotonic() - self._drawn < least_s or not self._history:
+            return
+        with contextlib.suppress(Exception):  # a picture that cannot be drawn must not end the tracking
+            from diffusion.figures import training  # here, because plotting libraries take a second to import
+
+            self._owner.check()
+            path = self._run.figures / ".training.png"
+            training.training(self._history, self._timing, path)
+            self._owner.check()
+            path.replace(self._run.figures / "training.png")
+        self._drawn = time.monotonic()
+
+    def end(self) -> None:
+        """The training is gone: sends the rest, and its results if it has reached its last step."""
+        self.look()
+        self._sketches.close()
+        state = self._timing[-1]["event"]
+        if state == "finished":
+            step = self._timing[-1]["step"]
+            pictures = sorted(self._run.figures.glob("[!.]*.png"))
+            self._dashboard.show(step, {f"figures/{path.stem}": path for path in pictures})
+            final = self._run.checkpoints / checkpoints.folder_name(step) / "ema.safetensors"
+            samples = self._run.path.glob("samples/*/manifest.json")
+            files = [final, self._run.path / "experiment.json", *pictures, *sorted(samples)]
+            self._keep("model", files, in_place=True)
+        elif state in ("requeued", "interrupted", "cancelled"):
+            self.draw(0)
+        ended_well = state in ("finished", "interrupted", "cancelled")
+        self._dashboard.finish(0 if ended_well else 1, preempted=state == "requeued")
+        if self.tracked:
+            self._write_place(self._place)
+
+    def _show_checkpoints(self) -> None:
+        newest = next(iter(checkpoints.steps(self._run.checkpoints)), 0)
+        if (done := self._sketches.finished()) is not None and done[1]:
+            self._dashboard.show(*done)
+        self._sketches.start(newest)
+        if self._config.tracking.checkpoints and newest > self._kept:
+            self._kept = newest
+            folder = self._run.checkpoints / checkpoints.folder_name(newest)
+            self._keep("checkpoint", sorted(folder.iterdir()), in_place=False)
+
+    def _keep(self, kind: str, files: list[Path], *, in_place: bool) -> None:
+        name = f"{self._experiment}-{self._run.path.name}-{kind}"
+        self._dashboard.keep(name, kind, files, self._run.path, in_place=in_place)
+
+    def _remember(self) -> None:
+        """Writes down how far wandb has got for certain."""
+        self._recent.append((time.monotonic(), self._place))
+        safe = None
+        while time.monotonic() - self._recent[0][0] >= SAFE_S:
+            safe = self._recent.popleft()[1]
+        if safe is not None:
+            self._write_place(safe)
+
+    def _write_place(self, place: Place) -> None:
+        if place != self._read_place():
+            with contextlib.suppress(OSError):
+                write_json(self._place_file, dataclasses.asdict(place))
+
+    def _read_place(self) -> Place:
+        try:
+            return Place(**json.loads(self._place_file.read_text()))
+        except (OSError, ValueError, TypeError):
+            return Place()
+
+
+def main() -> None:
+    run, owner = RunFolder(Path(sys.argv[1])), Ownership(Path(sys.argv[1]), sys.argv[2])
+    follow(lambda attempt: Follower(run, owner, attempt))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a run, its samples and its evaluations are called in wandb."""
+
+import dataclasses
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What a run is called in wandb, and what it is filed under."""
+
+    folder: Path
+    """wandb's own files go to FOLDER/wandb."""
+    run_id: str
+    project: str
+    name: str
+    group: str
+    job_type: str
+    tags: Sequence[str]
+    config: Mapping[str, Any]
+    """Settings and facts; wandb shows them under the names of the command line."""
+
+
+def ensure_id(run: RunFolder) -> None:
+    """Gives the run an id in wandb where launch.json has got lost, or is older than tracking."""
+    if "wandb_id" not in run.read_launch():
+        run.update_launch(wandb_id=secrets.token_hex(4))
+
+
+def of_training(run: RunFolder, start: Mapping[str, Any]) -> Identity:
+    """The run itself; `start` is the line of timing.jsonl that its present start has written."""
+    experiment, settings = run.read_experiment()
+    launch = run.read_launch()
+    facts = {name: start[name] for name in ("device", "gpu", "precision", "processes", "threads") if name in start}
+    about = {"experiment": experiment, "git_commit": launch.get("git_commit"), "job_ids": launch.get("job_ids", [])}
+    return Identity(
+        folder=run.path,
+        run_id=launch["wandb_id"],
+        project=settings.tracking.project,
+        name=run.label,
+        group=_group(run),
+        job_type="train",
+        tags=[experiment, str(start.get("device", ""))],
+        config={**dataclasses.asdict(settings), **about, **facts},
+    )
+
+
+def of_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any]) -> Identity:
+    """A part of a run, such as a set of samples: beside the run's own in wandb, and in the same group."""
+    experiment, settings = run.read_experiment()
+    return Identity(
+        folder=run.path,
+        run_id=f"{run.read_launch()['wandb_id']}-{hashlib.sha256(part.encode()).hexdigest()[:6]}",
+        project=settings.tracking.project,
+        name=f"{run.label}/{part}",
+        group=_group(run),
+        job_type=job_type,
+        tags=[experiment],
+        config=config,
+    )
+
+
+def _group(run: RunFolder) -> str:
+    """What a training, its samples and its evaluations have in common: the sweep, or the training itself."""
+    return run.read_launch().get("sweep") or run.label

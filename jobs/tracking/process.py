@@ -1,0 +1,89 @@
+"""What the processes share that follow a job from outside: they end when their stdin does, and a bit later at most."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.dashboard import Dashboard, first_line, open_dashboard
+from jobs.tracking.identity import of_part
+
+LOOK_S = 1.0
+END_S = 25.0
+"""How long such a process may outlive the job."""
+ATTEMPTS = 3
+"""How often to start again when wandb breaks, as when a signal to all processes has ended its own one."""
+
+
+class Followed(Protocol):
+    """Something that is followed, a look at a time; both may raise whatever wandb raises."""
+
+    def look(self) -> None:
+        """Passes on what is new."""
+
+    def end(self) -> None:
+        """The job is gone: passes on the rest."""
+
+
+def say(text: str) -> None:
+    """To the job's terminal and log."""
+    with contextlib.suppress(OSError):  # the job may be gone
+        print(text, flush=True)
+
+
+def open_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any]) -> Dashboard:
+    """The dashboard of a part of a run, such as a set of samples."""
+    _, settings = run.read_experiment()
+    return open_dashboard(of_part(run, part, job_type, config), settings.tracking.mode, say)
+
+
+def follow(start: Callable[[int], Followed]) -> None:
+    """Looks every second until the job is gone; ends within `END_S` of that. `start` gets the number of the attempt."""
+    attempt = int(os.environ.pop("FOLLOWER_ATTEMPT", "1"))
+    if attempt == 1:
+        os.nice(10)
+    ended = threading.Event()
+    threading.Thread(target=_watch_stdin, args=(ended,), daemon=True).start()
+    try:
+        followed = start(attempt)
+        while not ended.wait(LOOK_S):
+            followed.look()
+        followed.end()
+    except Exception as error:
+        _kill_children()
+        os.environ.pop("WANDB_SERVICE", None)  # the address of what has just been killed
+        if attempt < ATTEMPTS:
+            os.environ["FOLLOWER_ATTEMPT"] = str(attempt + 1)
+            os.execv(sys.executable, sys.orig_argv)
+        say(f"Tracking has stopped, the next start sends the rest ({first_line(error)})")
+        ended.wait()
+    _leave()
+
+
+def _watch_stdin(ended: threading.Event) -> None:
+    """The job keeps our stdin open and writes nothing: its end is the job's end."""
+    while os.read(0, 1):
+        pass
+    ended.set()
+    time.sleep(END_S)
+    say("Tracking could not be completed in time; the next start sends the rest.")
+    _leave()
+
+
+def _leave() -> None:
+    """Ends at once, with all that wandb has started: its own end would wait for a server for ever."""
+    _kill_children()
+    os._exit(0)
+
+
+def _kill_children() -> None:
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                os.kill(int(pid), signal.SIGKILL)

@@ -1,0 +1,94 @@
+"""Starts processes that follow a job: wandb works there, so that it can neither slow nor stop a step of a training."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from jobs.storage.ownership import Ownership
+from jobs.storage.provenance import ROOT
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.identity import ensure_id
+
+Say = Callable[[str], None]
+
+PATIENCE_S = 30.0
+"""How long a job that is done waits; the follower ends by itself in less."""
+
+# A job's signals reach all its processes, but a follower ends when the job has.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Follower:
+    """A process that follows a job, `python -m MODULE ARGUMENTS`, seen from the job; what it prints is said there."""
+
+    def __init__(self, module: str, arguments: list[str], say: Say) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        # Libraries must not start threads on the cores that train, nor touch its GPU.
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the child inherits
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                cwd=ROOT,  # `-m` looks for modules here first
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                text=True,
+            )
+        except OSError as error:
+            say(f"The job is not tracked, no process could be started for it: {error}")
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        threading.Thread(target=_relay, args=(self._process, say), daemon=True).start()
+
+    def close(self, wait: bool) -> None:
+        """Tells it that the job has ended; waits until it has written everything if asked to."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()  # also what it sees when this process is killed
+        if wait:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE_S)
+
+
+def follow_training(run: RunFolder, owner: Ownership, say: Say) -> Follower:
+    """Follows a training until it is closed."""
+    ensure_id(run)
+    return Follower("jobs.tracking.follow_training", [str(run.path), owner.token], say)
+
+
+@contextmanager
+def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: bool, say: Say) -> Iterator[None]:
+    """Follows the set of samples `name` while it is drawn or, if not `live`, after it has been completed here."""
+    arguments = [str(run.path), name]
+    ensure_id(run)
+    follower = Follower("jobs.tracking.follow_samples", arguments, say) if live else None
+    try:
+        yield
+        if follower is None and is_complete():
+            follower = Follower("jobs.tracking.follow_samples", arguments, say)
+    finally:
+        if follower is not None:
+            follower.close(wait=True)
+
+
+def follow_evaluation(run: RunFolder, name: str, say: Say) -> None:
+    """Passes on the evaluation of the set of samples `name`, which is complete."""
+    ensure_id(run)
+    Follower("jobs.tracking.follow_evaluation", [str(run.path), name], say).close(wait=True)
+
+
+def _relay(process: "subprocess.Popen[str]", say: Say) -> None:
+    assert process.stdout is not None
+    with process.stdout, contextlib.suppress(OSError):
+        for line in process.stdout:
+            say(line.rstrip())

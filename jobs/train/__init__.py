@@ -1,0 +1,1 @@
+"""One training: its job, its loop, its state, its record."""

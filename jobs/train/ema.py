@@ -1,0 +1,29 @@
+"""The exponential moving average of the weights, which is what samples are drawn from."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from jobs.train.flat_weights import Flat
+
+
+def decay_at(step: int, decay: float) -> float:
+    """The decay of a step (from 1): small at first, so that the initial weights are soon forgotten."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Ema:
+    """A copy of a network that follows its `Flat` weights; buffers are copied."""
+
+    def __init__(self, network: nn.Module, weights: Tensor) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self._averages, self._weights = Flat(self.network).weights, weights
+        self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
+
+    @torch.no_grad()
+    def update(self, share: Tensor) -> None:
+        """Moves towards the weights, by this share of the way: a tensor [] like them, 1 minus the decay of a step."""
+        self._averages.lerp_(self._weights, share)
+        for average, buffer in self._buffers:
+            average.copy_(buffer)

@@ -1,0 +1,81 @@
+"""A training as a job, for the place where it runs. Importable without torch, picklable."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.files import write_json
+from jobs.runtime.job import JobError, Requeue, process_rank
+from jobs.runtime.malloc import keep_freed_memory
+from jobs.runtime.signals import SignalWatch
+from jobs.runtime.surroundings import undisturbed
+from jobs.storage.ownership import Superseded
+from jobs.storage.records import now
+from jobs.storage.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from jobs.runtime.numerics import Kind
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Trains a run."""
+
+    run: Path
+    processes: int
+    device: "Kind"
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        # DDP's C++ code warns about find_unused_parameters, which is set on purpose (see jobs/runtime/world.py).
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        keep_freed_memory()
+        # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
+        with undisturbed(), SignalWatch() as signals:
+            try:
+                from jobs.train.loop import train
+
+                return train(RunFolder(self.run), self.processes, self.device, signals, requeue)
+            except Superseded as error:
+                print(error, file=sys.stderr)
+            except JobError as error:
+                self.failed(process_rank(), str(error))
+            except Exception:
+                self.failed(process_rank(), traceback.format_exc())
+        return 1
+
+    def failed(self, rank: int, trace: str) -> None:
+        try:
+            first = RunFolder(self.run).write_failure(rank, trace)
+        except OSError as error:  # the disk may be full; then the terminal must do
+            first, trace = True, f"{trace}\n(not recorded: {error})"
+        # The processes that fail after the first one fail because it is gone: only its words help.
+        if first:
+            print(trace, file=sys.stderr, flush=True)
+
+    def submitted(self, submit: Callable[[], str]) -> str:
+        return submit_runs([self.run], submit)
+
+
+def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
+    """Submits with `submit`, which returns the id of one job or of an array with one element for each run.
+
+    All runs say that they are queued before a job can run and say otherwise. Returns the id.
+    """
+    runs = [RunFolder(folder) for folder in folders]
+    before = [run.read_status() for run in runs]
+    for run, status in zip(runs, before, strict=True):
+        write_json(run.status, {**status, "state": "queued", "updated": now()})
+    try:
+        job_id = submit()
+    except BaseException:
+        for run, status in zip(runs, before, strict=True):
+            write_json(run.status, {**status, "state": status.get("state", "failed"), "updated": now()})
+        raise
+    for i, run in enumerate(runs):
+        own = job_id if len(runs) == 1 else f"{job_id}_{i}"
+        run.add_job("job_ids", own)
+    return job_id

@@ -1,0 +1,181 @@
+"""The training job: from a run folder to a trained model, through as many interruptions as come."""
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.capture import not_recorded
+from jobs.runtime.job import JobError, Requeue
+from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, whereabouts
+from jobs.runtime.signals import SignalWatch, Stop, StopVote
+from jobs.runtime.world import start
+from jobs.storage import checkpoints
+from jobs.storage.ownership import Ownership
+from jobs.storage.records import last_start, precision_of
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal.console import Console
+from jobs.terminal.tables import in_words
+from jobs.train.ema import decay_at
+from jobs.train.recorder import NullRecorder, RunRecorder
+from jobs.train.state import NotFinite, Training, Update, band_sums
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, requeue: Requeue | None) -> int:
+    """Trains the run to its last step, or to the step at which all processes agree to stop; returns the exit code."""
+    experiment, config = run.read_experiment()
+    settings = config.train
+    before = last_start(run)
+    precision = resolve_precision(precision_of(run, settings.precision, "auto"), device)
+    if unfit := lacking(precision, device):
+        raise JobError(unfit)
+    world = start(processes, device, precision)
+    if (first := world.of_first(precision)) != precision:
+        raise JobError(
+            f"{whereabouts()} computes in {precision}, the first process in {first}: name a --train.precision"
+        )
+    console = Console(run.log)
+    training = Training(config.build(), settings, world)
+    step, owner = take_over(training, run, console)
+    if step:
+        training.restore(checkpoints.load(run.checkpoints, step))
+    recorder = NullRecorder()
+    if world.rank == 0:
+        advise(training, EXPERIMENTS[experiment].cpu_advice, console)
+        machine = {"processes": processes, "precision": precision, **facts(world.device)}
+        if step and (differences := changes(before, machine)):
+            console.say(differences)
+        recorder = RunRecorder(run, training, owner, console, requeue is not None, machine)
+    try:
+        recorder.start()
+        if training.step < settings.steps:
+            compile_s = training.compile() if settings.compile else None
+            record(training, console)
+            recorder.begin(compile_s)
+        reason = run_steps(training, recorder, signals)
+        recorder.save()
+        if training.step == settings.steps:
+            recorder.draw()
+        world.close()
+        return conclude(run, training, recorder, reason, requeue)
+    except NotFinite as error:
+        good = next(iter(checkpoints.steps(run.checkpoints)), "0, the beginning")
+        raise NotFinite(f"{error}; the last good checkpoint is of step {good}") from None
+    except Exception:
+        # A process that fails because its run has been taken over must not mark the new job's run as failed.
+        owner.check()
+        raise
+    finally:
+        recorder.close()
+
+
+def record(training: Training, console: Console) -> None:
+    """Has a GPU's step recorded, if that is asked for, useful and possible."""
+    settings, world = training.settings, training.world
+    if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1:
+        return
+    try:
+        training.record()
+    except RuntimeError as error:
+        console.say(not_recorded(error))
+
+
+def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) -> Stop:
+    """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
+    settings, vote = training.settings, StopVote(training.world.reduce_max)
+    skipped_in_a_row = 0
+    # What was asked for before the first step counts before the first step.
+    reason = Stop(training.world.reduce_max(signals.requested)())
+    while reason is Stop.NO and training.step < settings.steps:
+        update = training.update()
+        recorder.after_step(logged(training, update))
+        skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
+        if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise NotFinite(
+                f"the loss or its gradient was not finite in the {MAX_SKIPPED_IN_A_ROW} steps up to {training.step}; "
+                "a smaller --train.lr may help"
+            )
+        reason = vote.post_and_read(signals.requested)
+    vote.read()
+    return reason
+
+
+def logged(training: Training, update: Update) -> dict[str, Any] | None:
+    """What metrics.jsonl says of this step; None if it is not logged."""
+    settings, step = training.settings, training.step
+    if not (step % settings.log_every == 0 or step == settings.steps or update.skipped):
+        return None
+    sums, counts = band_sums(update.losses, update.t, len(training.raw.alphas_cumprod))
+    loss, *means = training.world.mean(torch.cat([update.loss[None].double(), sums, counts]))
+    bands = [s / n if n else math.nan for s, n in zip(means[: len(sums)], means[len(sums) :], strict=True)]
+    values = {
+        "loss": loss,
+        **{f"loss_t{band}": value for band, value in enumerate(bands)},
+        "lr": update.lr,
+        "grad_norm": update.grad_norm,
+        "clipped": int(update.grad_norm > settings.max_grad_norm and not update.skipped),
+        "ema_decay": decay_at(step, settings.ema_decay),
+        "skipped": int(update.skipped),
+    }
+    # JSON has no NaN.
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def take_over(training: Training, run: RunFolder, console: Console) -> tuple[int, Ownership]:
+    """Takes the run over and returns the step of its newest good checkpoint, 0 if there is none, and who owns it now.
+
+    The first process does it; all return the same, and not before it is done. It tells the others its token: on a
+    shared file system they may see the one before for a while, and then take themselves for superseded.
+    """
+    step, token = 0, ""
+    if training.world.rank == 0:
+        token = Ownership.take(run.path).token
+        run.clear_failure()
+        checkpoints.clean(run.checkpoints)
+        step = checkpoints.newest(run.checkpoints, console.say) or 0
+        checkpoints.set_aside(run.checkpoints, newer_than=step)
+        if step:
+            console.say(f"Continuing {run} after step {step:,} of {training.settings.steps:,}.")
+    step, token = training.world.of_first((step, token))
+    return step, Ownership(run.path, token)
+
+
+def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason: Stop, requeue: Requeue | None) -> int:
+    """Says how the job ended, queues it again if it was told to make room, and returns the exit code."""
+    step, steps = training.step, training.settings.steps
+    if step == steps:
+        recorder.finish("finished", f"Finished {run} at step {step:,}; pictures are in {run}/figures.")
+        return 0
+    saved = f"Saved {run} at step {step:,} of {steps:,}."
+    if requeue is not None and reason is not Stop.INTERRUPT:
+        recorder.check_progress()
+        # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
+        job_id = requeue() if training.world.rank == 0 else "told by rank 0"
+        if job_id is not None:
+            recorder.finish("requeued", f"{saved} It is queued again as job {job_id}.", requeued_at=step)
+            recorder.came_back_as(job_id)
+            return 0
+    state = "cancelled" if reason is Stop.TERMINATE else "interrupted"
+    recorder.finish(state, f"{saved} Continue with: python launch.py resume {run}")
+    return 130
+
+
+def advise(training: Training, advice: str | None, console: Console) -> None:
+    """On a CPU, says how long a model that is sized for GPUs will take, measured on a few examples."""
+    if advice is None or training.world.device.type != "cpu":
+        return
+    x0, t, eps = (part[:16] for part in training.examples(1))
+    seconds = 0.0
+    for _ in range(2):  # the first pass also allocates
+        started = time.perf_counter()
+        with torch.no_grad():
+            training.raw(x0, t, eps)
+        seconds = 3 * (time.perf_counter() - started)  # the backward pass costs about twice the forward pass
+    settings = training.settings
+    images = (settings.steps - training.step) * settings.batch_size
+    duration = in_words(images / training.world.size * seconds / len(x0))
+    console.say(advice.format(steps=settings.steps, batch_size=settings.batch_size, duration=duration))

@@ -1,0 +1,233 @@
+"""Everything that the first process of a training does for the outside; the other processes have a `NullRecorder`."""
+
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from jobs.runtime.job import JobError
+from jobs.runtime.surroundings import decorate
+from jobs.storage import checkpoints
+from jobs.storage.ownership import Ownership
+from jobs.storage.records import Metrics, Status, append_timing, read_jsonl
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal.console import Console
+from jobs.terminal.progress import Progress
+from jobs.terminal.tables import in_words
+from jobs.tracking.start import Follower, follow_training
+from jobs.train.state import Training
+
+TIMING_S = 5.0
+"""Seconds between lines of timing.jsonl."""
+
+
+class NullRecorder:
+    """Keeps nothing: every process computes the same, one of them records it."""
+
+    def start(self) -> None:
+        """The training begins or continues."""
+
+    def begin(self, compile_s: float | None) -> None:
+        """Steps begin now; the network has been compiled in so many seconds, if it has."""
+
+    def after_step(self, metrics: dict[str, Any] | None) -> None:
+        """An update is done; `metrics` is given where it is logged."""
+
+    def save(self) -> None:
+        """Makes sure that a checkpoint of this step is on the disk; raises JobError if it cannot be."""
+
+    def check_progress(self) -> None:
+        """Before the job is queued again: raises JobError if it has got nowhere, and neither did the time before."""
+
+    def finish(self, state: str, message: str, **facts: Any) -> None:
+        """The job ends in this state."""
+
+    def came_back_as(self, job_id: str) -> None:
+        """The job is queued again under this id."""
+
+    def draw(self) -> None:
+        """The last step is done and saved: figures and final numbers, whose failure is not the run's."""
+
+    def close(self) -> None:
+        """Releases files, whatever has happened."""
+
+
+class RunRecorder(NullRecorder):
+    """Checkpoints, metrics, timing, heartbeat and progress of a run."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        training: Training,
+        owner: Ownership,
+        console: Console,
+        on_slurm: bool,
+        facts: dict[str, Any],
+    ) -> None:
+        settings = training.settings
+        self._run, self._training, self._console, self._facts = run, training, console, facts
+        self._owner = owner
+        self._status = Status(run, owner, settings.steps, on_slurm)
+        keep = settings.keep_checkpoints
+        self._writer = checkpoints.Writer(run.checkpoints, keep, training.step, owner.check, console.say)
+        self._metrics = Metrics(run.metrics, training.step)
+        self._progress = Progress(console, "train", settings.steps, training.step, "images", settings.batch_size)
+        self._started = self._saved_at = time.monotonic()
+        self._snapshot_s = 0.0
+        self._first_step = training.step
+        self._clock = self._read_clock()
+        self._missing: str | None = None
+        self._due = False  # a checkpoint, as soon as the one before it is written
+        self._follower: Follower | None = None
+        self._ended = False
+
+    def start(self) -> None:
+        step, floor = self._training.step, self._training.experiment.loss_floor()
+        marks = {"event": "start", "step": step, "restarts": self._status.values["restarts"], "loss_floor": floor}
+        append_timing(self._run, {**marks, **self._facts})
+        self._status.write(step=step)
+        self._follower = follow_training(self._run, self._owner, self._console.say)
+
+    def begin(self, compile_s: float | None) -> None:
+        if compile_s is not None:
+            self._console.say(f"Compiled the network in {in_words(compile_s)} (--train.compile).")
+        # Rates are those of steps.
+        self._clock = self._read_clock()
+        self._progress.restart_clock(self._training.step)
+
+    def after_step(self, metrics: dict[str, Any] | None) -> None:
+        step, settings = self._training.step, self._training.settings
+        if metrics is not None:
+            self._owner.check()
+            self._metrics.write({"step": step, **metrics})
+            loss = metrics["loss"]
+            self._progress.update(step, "skipped" if loss is None else f"loss {loss:.4f}")
+            self._status.beat(loss=loss)
+            if time.monotonic() - self._clock.time >= TIMING_S:
+                self._write_timing()
+        rate, eta_s = self._progress.rate, self._progress.eta_s(step)
+        self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
+        self._due |= step % settings.checkpoint_every == 0
+        self._due |= time.monotonic() - self._saved_at >= 60 * settings.checkpoint_minutes
+        if self._due and not self._writer.is_busy(self._console.say):
+            self._save()
+
+    def save(self) -> None:
+        if self._writer.newest != self._training.step:
+            self._writer.wait()  # it may be on its way
+        if self._writer.newest != self._training.step:
+            self._save()
+            self._writer.wait()
+        if self._writer.newest != self._training.step:
+            step, good = self._training.step, self._writer.newest
+            raise JobError(f"step {step} could not be saved; the last good checkpoint is of step {good}")
+
+    def check_progress(self) -> None:
+        step = self._training.step
+        if step == self._first_step == self._status.values.get("requeued_at"):
+            raise JobError(
+                f"no progress between two requeues: both times the job had to stop at step {step}. "
+                "Its time limit may be too short for it to start"
+            )
+
+    def finish(self, state: str, message: str, **facts: Any) -> None:
+        self._progress.close()
+        self._ended = True
+        elapsed = time.monotonic() - self._started
+        waited = self._writer.waited_s + self._snapshot_s
+        images = (self._training.step - self._first_step) * self._training.settings.batch_size
+        timing = {
+            "event": state,
+            "step": self._training.step,
+            "seconds": round(elapsed, 3),
+            "images_per_s": round(images / elapsed, 1),
+            "checkpoint_wait_s": round(waited, 4),
+            "memory_mb": _memory_mb(self._training.world.device),
+        }
+        append_timing(self._run, timing)
+        if self._missing is not None:
+            facts["missing"] = self._missing
+        self._status.write(state=state, step=self._training.step, eta_s=None, **facts)
+        self._console.say(message)
+
+    def came_back_as(self, job_id: str) -> None:
+        known = self._run.read_launch().get("job_ids", [])
+        if job_id not in known:
+            self._run.add_job("job_ids", job_id)
+
+    def draw(self) -> None:
+        self._progress.close()
+        self._missing = decorate("figures and final numbers", self._draw, self._console.say, self._console.log)
+
+    def _draw(self) -> None:
+        from diffusion.figures import training  # here, because plotting libraries take a second to import
+
+        history = read_jsonl(self._run.metrics)
+        model = self._training.ema_model()
+        self._run.figures.mkdir(exist_ok=True)
+        with self._training.world.accelerator.autocast():
+            lines = self._training.experiment.report(model, history, self._run.figures)
+        for line in lines:
+            self._console.say(line)
+        training.training(history, read_jsonl(self._run.timing), self._run.figures / "training.png")
+
+    def close(self) -> None:
+        self._progress.close()
+        self._metrics.close()
+        if self._follower is not None:
+            self._follower.close(wait=self._ended)
+
+    def _write_timing(self) -> None:
+        """Rates and times of a step since the last time."""
+        last, self._clock = self._clock, self._read_clock()
+        steps = self._clock.step - last.step
+        if steps == 0:
+            return
+        step_s = (self._clock.time - last.time) / steps
+        data_s = (self._clock.data_s - last.data_s) / steps
+        checkpoint_s = (self._clock.checkpoint_s - last.checkpoint_s) / steps
+        communication_s = self._training.communication_s
+        compute_s = max(0.0, step_s - data_s - checkpoint_s - communication_s)
+        timing = {
+            "event": "progress",
+            "step": self._clock.step,
+            "images_per_s": round(self._training.settings.batch_size / step_s, 1),
+            "step_s": round(step_s, 6),
+            "data_s": round(data_s, 6),
+            "compute_s": round(compute_s, 6),
+            "communication_s": round(communication_s, 6),
+            "checkpoint_s": round(checkpoint_s, 6),
+            "memory_mb": _memory_mb(self._training.world.device),
+        }
+        append_timing(self._run, timing)
+
+    def _read_clock(self) -> "_Clock":
+        checkpoint_s = self._writer.waited_s + self._snapshot_s
+        return _Clock(time.monotonic(), self._training.step, self._training.data_s, checkpoint_s)
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        snapshot = self._training.snapshot()
+        self._snapshot_s += time.perf_counter() - started
+        self._metrics.sync()
+        self._writer.write(snapshot)
+        self._saved_at, self._due = time.monotonic(), False
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """A moment of a training, and how long has been spent on what until then."""
+
+    time: float
+    step: int
+    data_s: float
+    checkpoint_s: float
+
+
+def _memory_mb(device: torch.device) -> int:
+    """The most memory that this process has used, on the GPU if it computes there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # Linux counts in kB

@@ -1,0 +1,253 @@
+"""One training: model, moving average and optimizer, and the update that takes them from step k to step k + 1."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from diffusion.process.model import DiffusionModel, Experiment, timesteps
+from diffusion.process.randomness import Stream, generator, normal, stratified
+from diffusion.process.transfer import sent
+from jobs.experiments.settings import TrainSettings
+from jobs.runtime.capture import Captured
+from jobs.runtime.job import JobError
+from jobs.runtime.numerics import set_numerics
+from jobs.runtime.prefetch import Ahead
+from jobs.runtime.world import World
+from jobs.storage.checkpoints import Snapshot
+from jobs.train.ema import Ema, decay_at
+from jobs.train.flat_weights import ALIGNMENT, Flat, FlatAdamW
+
+LOSS_BANDS = 4
+"""Equal parts of the timesteps, for each of which the loss is logged."""
+
+
+class NotFinite(JobError):
+    """Weights that are NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one step did, as tensors: reading them would wait for the device."""
+
+    loss: Tensor
+    """Mean loss of this process's share of the batch."""
+    losses: Tensor
+    """Loss of each of its examples, [n]."""
+    t: Tensor
+    """Their timesteps, [n]."""
+    grad_norm: float
+    """Norm of the whole batch's gradient before clipping, the same on every process."""
+    lr: float
+
+    @property
+    def skipped(self) -> bool:
+        """The gradient was not finite, so the weights stayed as they were."""
+        return not math.isfinite(self.grad_norm)
+
+
+def band_sums(losses: Tensor, t: Tensor, num_timesteps: int) -> tuple[Tensor, Tensor]:
+    """The sum of losses [n] and the number of examples in each band of timesteps, both [LOSS_BANDS] in float64."""
+    bands = torch.arange(LOSS_BANDS, device=t.device)
+    inside = (t * LOSS_BANDS // num_timesteps)[:, None] == bands  # [n, LOSS_BANDS]
+    # Not index_add: on a GPU its order of summation, hence the last bits, would depend on chance.
+    return torch.where(inside, losses[:, None].double(), 0.0).sum(0), inside.double().sum(0)
+
+
+def lr_at(step: int, settings: TrainSettings) -> float:
+    """The learning rate of a step (from 1): a linear rise over `warmup_steps`, then a cosine towards 0."""
+    if step <= settings.warmup_steps:
+        return settings.lr * step / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps + 1)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Training:
+    """The state of a run. It is a pure function of (settings, step): data, timesteps and noise are drawn by counter."""
+
+    def __init__(self, experiment: Experiment, settings: TrainSettings, world: World) -> None:
+        self.experiment, self.settings, self.world = experiment, settings, world
+        # torch's CPU generator keeps 32 bits of its seed, so those must depend on all bits of ours.
+        torch.manual_seed(int(generator(settings.seed, Stream.WEIGHTS).integers(2**32)))
+        self.raw: DiffusionModel = experiment.build_model()
+        # Convolutions are fastest with channels last; tensors that are not images are left as they are.
+        self.raw.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        flat = Flat(self.raw.network)
+        self._gradient = flat.place_gradients()
+        self.ema = Ema(self.raw.network, flat.weights)
+        # It is in its place; to Accelerate, which would copy it out of its flat weights, a CPU is another place.
+        self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False)
+        self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
+        self._noise = Ahead(self._draw_noise)
+        self._next: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        # What a step needs to know besides its examples, where a recorded one finds it.
+        self._ema_share = torch.zeros((), device=world.device)
+        self._norm_below = torch.full((), math.inf, device=world.device)
+        self._recorded: Captured | None = None
+        self.step = 0
+        self.data_s = 0.0  # how long steps have waited for their examples so far
+
+    def update(self) -> Update:
+        """One optimizer update on the next global batch."""
+        self.step += 1
+        examples, lr = self._examples_of(self.step), lr_at(self.step, self.settings)
+        self.optimizer.set_lr(lr)
+        self._ema_share.fill_(1 - decay_at(self.step, self.settings.ema_decay))
+        loss, losses, norm = (self._recorded or self._advance)(*examples)
+        if self.step == self.settings.steps:
+            self._recorded = None  # the memory that it keeps is for the figures now
+        elif self.world.device.type == "cuda":
+            # It computes while its host draws what comes next.
+            self._next = self.step + 1, self.examples(self.step + 1)
+        return Update(loss, losses, examples[1], float(norm), lr)
+
+    def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The step itself, of which the host decides nothing: the loss, that of each example, and the gradient's norm.
+
+        No weight moves if the norm is not below `_norm_below`, because it is not finite or because that is 0.
+        """
+        parts = self._parts(x0, t, eps)
+        # Gradients are summed over processes once, with the last part.
+        losses = torch.cat([self._pass(part, len(x0), sum_up=part is parts[-1]) for part in parts])
+        # By rows, which are summed in parallel: one fp32 sum of ten million squares is off in its fourth digit.
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._gradient.view(ALIGNMENT, -1), dim=1))
+        moves = (norm < self._norm_below).to(norm.dtype)
+        self.optimizer.grad_scale = (norm / self.settings.max_grad_norm).clamp_(min=1)
+        self.optimizer.found_inf = 1 - moves
+        self.optimizer.step()
+        self.ema.update(self._ema_share * moves)
+        self.optimizer.zero_grad()
+        return losses.sum() / len(x0), losses, norm
+
+    def _pass(self, part: tuple[Tensor, ...], n: int, *, sum_up: bool) -> Tensor:
+        """The losses of some of n examples, whose gradient is added, forward and backward."""
+        with nullcontext() if sum_up else self.world.accelerator.no_sync(self.model):
+            losses: Tensor = self.model(*part)
+            self.world.accelerator.backward(losses.sum() / n)
+        return losses.detach()
+
+    def _parts(self, *examples: Tensor) -> list[tuple[Tensor, ...]]:
+        """Examples as they go through the network together; the last may be fewer."""
+        micro = self.settings.micro_batch_size or len(examples[0])
+        return list(zip(*(tensor.split(micro) for tensor in examples), strict=True))
+
+    @contextmanager
+    def _without_moving(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Within it steps change nothing, nor does one that fails halfway; gives the examples of the next one."""
+        self._norm_below.zero_()
+        self._next = self.step + 1, self.examples(self.step + 1)
+        try:
+            yield self._next[1]
+        finally:
+            self.optimizer.zero_grad()
+            self._norm_below.fill_(math.inf)
+
+    def compile(self) -> float:
+        """Compiles the network by a step that changes nothing; returns the seconds it took.
+
+        Raises JobError if that fails, for want of a C++ compiler above all.
+        """
+        from torch._dynamo.exc import TorchDynamoException  # here, because they take seconds to import
+        from torch._inductor import config as inductor
+
+        started = time.perf_counter()
+        set_numerics(self.world.precision, compiles=True)
+        # Inductor would time kernels at each start and take the fastest; older versions have no such switch. It is an
+        # option because that holds for backward passes, too: torch resets the module's variable after each graph.
+        self.raw.network.compile(options={"deterministic": True} if hasattr(inductor, "deterministic") else None)
+        try:
+            with self._without_moving() as examples:
+                self._advance(*examples)
+        except TorchDynamoException as error:
+            reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
+            raise JobError(f"--train.compile failed on this machine: {' '.join(reason.split())}") from error
+        return time.perf_counter() - started
+
+    def record(self) -> None:
+        """Records the step, so that a GPU gets it from its host in one launch; for a process that is alone.
+
+        Raises RuntimeError where something in it cannot be recorded; it is launched piece by piece then.
+        """
+        with self._without_moving() as examples:
+            self._recorded = Captured(self._advance, *examples)
+
+    @property
+    def communication_s(self) -> float:
+        """How long a step waits for the other processes' gradients after its own, as DDP measures it now and then."""
+        if not isinstance(self.model, DistributedDataParallel):
+            return 0.0
+        measured = self.model._get_ddp_logging_data()
+        return (measured["avg_backward_comm_time"] - measured["avg_backward_compute_comm_overlap_time"]) / 1e9
+
+    def _examples_of(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of a step; what is drawn only now is drawn while nothing computes, and that time counts."""
+        drawn, self._next = self._next, None
+        if drawn is not None and drawn[0] == step:
+            return drawn[1]
+        started = time.perf_counter()
+        examples = self.examples(step)
+        self.data_s += time.perf_counter() - started
+        return examples
+
+    def examples(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's share of a step's global batch: x0 and eps [n, *sample_shape], t [n]."""
+        seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
+        start, stop = self.world.share(batch_size)
+        x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
+        t, eps = (sent(drawn, device) for drawn in self._noise.of(step))
+        self._noise.begin(step + 1)
+        return x0, t, eps
+
+    def _draw_noise(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Timesteps [n] and noise [n, *sample_shape] of this process's share."""
+        seed, batch_size = self.settings.seed, self.settings.batch_size
+        start, stop = self.world.share(batch_size)
+        u = stratified(seed, Stream.TIMESTEP, step, start, stop, batch_size)
+        eps = normal(seed, Stream.NOISE, step, start, stop, self.experiment.sample_shape)
+        return timesteps(u, len(self.raw.alphas_cumprod)), eps
+
+    def ema_model(self) -> DiffusionModel:
+        """A model whose network has the averaged weights."""
+        model = self.experiment.build_model().to(self.world.device)
+        model.network = self.ema.network
+        return model
+
+    def snapshot(self) -> Snapshot:
+        """A copy for a checkpoint; raises NotFinite rather than keep weights that are lost."""
+        weights, averages = self.raw.network.state_dict(), self.ema.network.state_dict()
+        for name, value in (*weights.items(), *averages.items()):
+            if not bool(torch.isfinite(value).all()):
+                raise NotFinite(
+                    f"the weights {name} are not finite after step {self.step}; no checkpoint is written of them"
+                )
+        return Snapshot(self.step, _to_cpu(weights), _to_cpu(averages), _copy_optimizer(self.optimizer))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Continues from a checkpoint."""
+        self.raw.network.load_state_dict(snapshot.model)
+        self.ema.network.load_state_dict(snapshot.ema)
+        self.optimizer.load_state_dict(snapshot.optimizer)
+        self.step, self._recorded = snapshot.step, None  # the moments of the optimizer lie elsewhere now
+
+
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
+        for name, value in tensors.items()
+    }
+
+
+def _copy_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, object]:
+    """The optimizer's state_dict in memory of its own."""
+    state = optimizer.state_dict()
+    tensors = {
+        i: {k: torch.empty_like(v, device="cpu").copy_(v) for k, v in s.items()} for i, s in state["state"].items()
+    }
+    return {"state": tensors, "param_groups": state["param_groups"]}

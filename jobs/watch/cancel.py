@@ -1,0 +1,78 @@
+"""Ending a run for good, wherever it runs."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+
+from jobs.files import write_json
+from jobs.storage import checkpoints, ownership
+from jobs.storage.ownership import Ownership
+from jobs.storage.records import now
+from jobs.storage.run_folder import RunFolder
+from jobs.watch import detail, states
+
+PATIENCE_S = 60.0
+
+Active = Callable[[Iterable[str]], Mapping[str, str]]
+"""Those of the Slurm jobs that wait or run, with their states; tasks of arrays as ARRAY_INDEX."""
+
+
+def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
+    """Ends all that the run has going on, waits until it has ended, and says how.
+
+    Raises ValueError if there is nothing to end, RuntimeError if it does not end within a minute.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    told: set[str | int] = set()
+    # Looked up again each time: a job may just have been queued again, under another id even.
+    while (jobs := _living_jobs(run, active)) or ownership.holders(run.path) or ownership.is_locked(run.path):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
+        if again := [job_id for job_id, states in jobs.items() if job_id not in told or "PENDING" in states]:
+            scancel(again)
+        processes = ownership.holders(run.path)
+        if not jobs and not processes and ownership.is_locked(run.path):
+            raise RuntimeError(f"{run} is held by a process that is not yours, or on another machine")
+        for pid in set(processes) - told:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        if not told:
+            whom = [f"job {job_id}" for job_id in jobs] + [f"process {pid}" for pid in processes]
+            say(f"Ending {', '.join(whom)}.")
+        told |= {*jobs, *processes}
+        time.sleep(1 if jobs else 0.1)
+    if not told:
+        raise ValueError(f"{run} is not running: it is {states.summarize(run, {}).state}")
+    _settle(run)
+    say(_conclusion(run))
+
+
+def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
+    """The run's jobs and arrays that wait or run, with the states of their tasks."""
+    job_ids = detail.all_jobs(run)
+    states = active(job_ids)
+    living: dict[str, set[str]] = {}
+    for job_id in job_ids:
+        own = {state for task, state in states.items() if task == job_id or task.startswith(f"{job_id}_")}
+        if own:
+            living[job_id] = own
+    return living
+
+
+def _settle(run: RunFolder) -> None:
+    """Writes down that a run is cancelled that had no process to do so: it waited, or was killed before it could."""
+    status = run.read_status()
+    if status.get("state") in states.UNSETTLED:
+        Ownership.take(run.path)  # on a node that has only lost its network somebody may still be writing
+        write_json(run.status, {**status, "state": "cancelled", "eta_s": None, "updated": now()})
+
+
+def _conclusion(run: RunFolder) -> str:
+    status, saved = run.read_status(), checkpoints.steps(run.checkpoints)
+    of = f" of {status['total']:,}" if status.get("total") is not None else ""
+    kept = f"its last checkpoint is of step {saved[0]:,}{of}" if saved else "it has no checkpoint"
+    state = status.get("state", "cancelled")
+    go_on = "" if state == "finished" else f" Continue with: python launch.py resume {run}"
+    return f"{run} is {state}; {kept}.{go_on}"

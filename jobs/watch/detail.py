@@ -1,0 +1,119 @@
+"""All that is known of one run: what `status RUN` shows."""
+
+import json
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs.experiments import record
+from jobs.experiments.table import EXPERIMENTS
+from jobs.storage import checkpoints
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal import tables
+from jobs.watch import states
+from jobs.watch.states import SlurmJob
+
+
+def all_jobs(run: RunFolder) -> list[str]:
+    """Ids of all jobs of the run: of its training, and the arrays and merges of its samples and evaluations."""
+    launch = states.read_launch(run)
+    return [job_id for key in ("job_ids", "sample_job_ids", "evaluate_job_ids") for job_id in launch.get(key, [])]
+
+
+def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, Any]:
+    """The run as an object for scripts; `jobs` is what Slurm says of `all_jobs`, None if it does not answer."""
+    status, launch = states.read_status(run), states.read_launch(run)
+    return {
+        **asdict(states.summarize(run, jobs)),
+        "settings": _settings(run),
+        "checkpoints": checkpoints.steps(run.checkpoints),
+        "samples": [_samples(path.parent) for path in sorted(run.path.glob("samples/*/manifest.json"))],
+        "jobs": {job_id: _job(job_id, jobs) for job_id in launch.get("job_ids", [])},
+        "sample_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("sample_job_ids", [])},
+        "evaluate_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("evaluate_job_ids", [])},
+        "missing": status.get("missing"),
+        "failed_rank": status.get("failed_rank"),
+        "traceback": status.get("traceback"),
+    }
+
+
+def render(detail: dict[str, Any], width: int) -> str:
+    """The same for people, in lines of at most `width` characters but for a traceback."""
+    failed = detail["state"] == "failed" and detail["traceback"] is not None
+    is_said_below = failed and detail["reason"] in detail["traceback"]
+    reason = "" if is_said_below or not detail["reason"] else f" ({detail['reason']})"
+    lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]
+    lines += _line("missing", detail["missing"]) if detail["missing"] else []
+    lines += _line("settings", *(f"{flag} {value}" for flag, value in detail["settings"].items()))
+    lines += _line("checkpoints", *(f"{step}" for step in detail["checkpoints"]))
+    for entry in detail["samples"]:
+        state = "complete" if entry["complete"] else f"{entry['shards']} of {entry['num_shards']} shards"
+        lines += _line("samples", f"{entry['name']}: {entry['num_samples']:,}", state)
+    for label, key in (("job", "jobs"), ("sampling", "sample_jobs"), ("evaluation", "evaluate_jobs")):
+        for job_id, state in detail[key].items():
+            lines += _line(label, f"{job_id} {state}")
+    if failed:
+        lines += _line("failure", f"process {detail['failed_rank']} failed first:")
+    lines = [textwrap.fill(line, width, subsequent_indent=" " * 15, break_on_hyphens=False) for line in lines]
+    return "\n".join([*lines, *(detail["traceback"].rstrip().splitlines() if failed else [])])
+
+
+def _progress(detail: dict[str, Any]) -> str:
+    """Step, loss, rate, time left, restarts and an old heartbeat in one line."""
+    age_s = detail["heartbeat_age_s"]
+    silent = age_s is not None and age_s > states.SILENT_S
+    total, loss, rate = detail["total"], detail["loss"], detail["rate_images_per_s"]
+    parts = [
+        f"step {detail['step']:,}" + (f" of {total:,}" if total is not None else ""),
+        f"loss {loss:.4f}" if loss is not None else "",
+        f"{rate:,.0f} images/s" if rate is not None else "",
+        f"{tables.short(detail['eta_s'])} left" if detail["eta_s"] is not None else "",
+        f"{restarts} restart{'s' if restarts > 1 else ''}" if (restarts := detail["restarts"]) else "",
+        f"last heard of {tables.short(age_s)} ago" if silent else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """Flags and values: the most important ones, and all that are not the preset's."""
+    try:
+        experiment, config = run.read_experiment()
+    except ValueError:  # of another version of this program
+        return {}
+    train = config.train
+    always = {"train.batch-size": train.batch_size, "train.lr": train.lr, "train.seed": train.seed}
+    changed = record.differences(EXPERIMENTS[experiment].preset, config)
+    return {**always, **{flag: value for flag, _, value in sorted(changed) if flag != "train.steps"}}
+
+
+def _samples(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        num_shards = -(-manifest["num_samples"] // manifest["shard_size"])
+        facts = {"num_samples": manifest["num_samples"], "complete": manifest["complete"], "num_shards": num_shards}
+    except (OSError, ValueError, KeyError):
+        facts = {"num_samples": 0, "complete": False, "num_shards": 0}
+    return {"name": folder.name, **facts, "shards": len(list(folder.glob("shard-*.npy")))}
+
+
+def _job(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:
+    """State and nodes of a job."""
+    if jobs is None or job_id not in jobs:
+        return "unknown" if jobs is None else "forgotten by Slurm"
+    job = jobs[job_id]
+    more = job.reason or job.signal if job.phase != "running" else ""
+    return job.state + (f" ({more})" if more else "") + (f" on {job.nodes}" if job.nodes else "")
+
+
+def _array(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:
+    """The state of a job, or how many tasks of an array are in which state."""
+    states = [job.state for task, job in (jobs or {}).items() if task.startswith(f"{job_id}_")]
+    if not states:
+        return _job(job_id, jobs)
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
+def _line(label: str, *parts: str) -> list[str]:
+    return [f"  {label:<12} {', '.join(parts)}"] if parts else []

@@ -1,0 +1,85 @@
+"""The text that a run prints, wherever it runs, and following it as it grows."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jobs.storage import ownership
+from jobs.storage.run_folder import RunFolder
+from jobs.watch import states
+
+POLL_S = 0.2
+LOOK_S, LOOK_AT_THE_END_S = 5.0, 1.0
+"""How often to ask whether the run is alive: Slurm's controller has more to do."""
+
+
+def locate(run: RunFolder) -> Path:
+    """The file that the run's last job prints into; it may not be there yet."""
+    launch = states.read_launch(run)
+    job_ids = launch.get("job_ids", [])
+    if not job_ids or ownership.is_locked(run.path):
+        return run.log
+    # The elements of a sweep's array, ARRAY_INDEX, print into the sweep's folder.
+    submitter = run.path.with_name(launch["sweep"]) if "sweep" in launch and "_" in job_ids[-1] else run.path
+    path = submitter / "slurm" / f"{job_ids[-1]}_0_log.out"
+    # A run that has moved from Slurm to this machine writes its log alone.
+    here_last = path.exists() and run.log.exists() and run.log.stat().st_mtime > path.stat().st_mtime + 60
+    return run.log if here_last else path
+
+
+def title(run: RunFolder) -> str:
+    """Which file it is, or that it is not there yet."""
+    path = locate(run)
+    name = RunFolder(path)  # as a user would type it
+    if path.exists():
+        return f"==> {name}"
+    state = states.read_status(run).get("state", "created")
+    return f"==> {name} is not there yet; the run is {state}"
+
+
+def read(run: RunFolder) -> str:
+    """All that the run's last job has printed so far."""
+    return _read_from(locate(run), 0)[0] + _failure(run)
+
+
+def follow(run: RunFolder, is_alive: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str]:
+    """Yields what is in the log and what comes, over requeues, until the run has ended; `say` tells which file it is.
+
+    `is_alive` tells whether the run waits or runs somewhere.
+    """
+    path, position = None, 0
+    asked = -LOOK_S
+    while True:
+        # Asked first: what is read afterwards is all that a run that has ended has printed.
+        over, state = False, states.read_status(run).get("state")
+        if time.monotonic() - asked >= (LOOK_S if state in states.UNSETTLED else LOOK_AT_THE_END_S):
+            over, asked = not is_alive(), time.monotonic()
+        if (found := locate(run)) != path:
+            path, position = found, 0
+            say(title(run))
+        text, position = _read_from(path, position)
+        if text:
+            yield text
+        elif over:
+            yield _failure(run)
+            return
+        time.sleep(POLL_S)
+
+
+def _failure(run: RunFolder) -> str:
+    """What a run that has failed on this machine has printed on the terminal alone."""
+    status = states.read_status(run)
+    return f"{status['traceback']}\n" if locate(run) == run.log and status.get("state") == "failed" else ""
+
+
+def _read_from(path: Path, position: int) -> tuple[str, int]:
+    """What the file holds from a position on, and where that ends; from the start if the file has been cut."""
+    try:
+        with path.open("rb") as file:
+            if file.seek(0, 2) < position:
+                position = 0
+            file.seek(position)
+            content = file.read()
+    except FileNotFoundError:
+        return "", position
+    return content.decode(errors="replace"), position + len(content)

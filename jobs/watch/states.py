@@ -1,0 +1,195 @@
+"""Whether a run lives, and why not: from its folder and from what Slurm says of its job."""
+
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
+
+from jobs.storage import ownership
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal import tables
+
+UNSETTLED = ("queued", "running", "requeued")
+"""States that a living job is going to change."""
+SILENT_S = 120.0
+"""A heartbeat older than this is worth a word."""
+SUBMITTING_S = 10.0
+"""A run is called queued before it has a job; for so long that is no sign of death."""
+ENDING_S = 10.0
+"""A process that has written its last words lives a little longer; after that it is one that has been started again."""
+TELLING = ("OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
+"""States of Slurm that say more of a failure than the run's own last words."""
+UNKNOWN_DEATH = "died without a word"
+
+
+class SlurmJob(Protocol):
+    """What Slurm says of a job."""
+
+    @property
+    def phase(self) -> Literal["waiting", "running", "ended"]: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def nodes(self) -> str: ...
+    @property
+    def signal(self) -> str: ...
+
+
+Jobs = Mapping[str, SlurmJob]
+"""What Slurm says of jobs, by id; jobs that it has forgotten are not in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overview:
+    """One run at this moment."""
+
+    run: str
+    """EXPERIMENT/NAME."""
+    path: str
+    state: str
+    """As in status.json, but true: a run whose processes are gone is not running. `created` before its first start."""
+    reason: str
+    step: int
+    total: int | None
+    loss: float | None
+    rate_images_per_s: float | None
+    eta_s: float | None
+    restarts: int
+    nodes: str
+    job_id: str | None
+    updated: str
+    heartbeat_age_s: float | None
+
+
+def newest_jobs(runs: Iterable[RunFolder]) -> list[str]:
+    """Ids of the jobs that Slurm must be asked about before the runs can be judged."""
+    unfinished = [run for run in runs if read_status(run).get("state") != "finished"]
+    return [job_id for run in unfinished if (job_id := newest_job(read_launch(run))) is not None]
+
+
+def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
+    """The run, given what Slurm says of its newest job; None if Slurm does not answer.
+
+    Slurm must have been asked before: a job that has ended since then has left its last words already.
+    """
+    status, launch = read_status(run), read_launch(run)
+    job_id = newest_job(launch)
+    job = jobs.get(job_id) if jobs is not None and job_id is not None else None
+    host = launch.get("host")
+    if status.get("on_slurm") is False and status["state"] != "queued":  # whatever jobs it had before
+        host, job = status["host"], job if job is not None and job.phase != "ended" else None
+    if ownership.is_locked(run.path):
+        state, reason = _judge_held(status)
+    else:
+        state, reason = _judge(status, job, host, is_known=job_id is None or jobs is not None)
+    alive = state == "running"
+    return Overview(
+        run=run.label,
+        path=str(run),
+        state=state,
+        reason=reason,
+        step=status.get("step", 0),
+        total=status.get("total"),
+        loss=status.get("loss"),
+        rate_images_per_s=status.get("rate_images_per_s") if alive else None,
+        eta_s=status.get("eta_s") if alive else None,
+        restarts=max(0, status.get("restarts", 0)),
+        nodes=job.nodes if job is not None else "",
+        job_id=job_id,
+        updated=str(status.get("updated") or launch.get("created", "")),
+        heartbeat_age_s=_age_s(status),
+    )
+
+
+def is_alive(run: RunFolder, jobs: Jobs | None) -> bool:
+    """Whether the run waits, runs or is coming to an end somewhere."""
+    job = (jobs or {}).get(newest_job(read_launch(run)) or "")
+    on_slurm = job is not None and job.phase != "ended"
+    return on_slurm or ownership.is_locked(run.path) or summarize(run, jobs).state in UNSETTLED
+
+
+def _judge_held(status: dict[str, Any]) -> tuple[str, str]:
+    """(state, reason) of a run that a process of this machine holds."""
+    state, age_s = status.get("state", "created"), _age_s(status)
+    if state not in UNSETTLED and age_s is not None and age_s < ENDING_S:
+        return state, "ending"
+    return "running", _silence(status)
+
+
+def _judge(status: dict[str, Any], job: SlurmJob | None, host: str | None, is_known: bool) -> tuple[str, str]:
+    """(state, reason) of a run that nobody on this machine holds: what status.json says, corrected by who is alive."""
+    state = status.get("state", "created")
+    age_s = _age_s(status)
+    if job is not None and job.phase == "waiting":
+        return "queued" if state == "queued" else "requeued", job.reason
+    if job is not None and job.phase == "running" and state in UNSETTLED:
+        return "running", _silence(status)
+    if state == "failed":
+        return state, job.state if job is not None and job.state in TELLING else _last_line(status)
+    if state not in UNSETTLED:
+        return state, ""
+    if not is_known:
+        return state, "Slurm does not answer"
+    if state == "queued" and age_s is not None and age_s < SUBMITTING_S:
+        return state, "being submitted"
+    # The lock of another machine is not seen here everywhere.
+    if job is None and host not in (None, platform.node()) and age_s is not None and age_s < SILENT_S:
+        return state, f"on {host}"
+    return _death(job)
+
+
+def _death(job: SlurmJob | None) -> tuple[str, str]:
+    """(state, reason) of a run that says that it lives, and does not."""
+    if job is None:
+        return "failed", UNKNOWN_DEATH
+    if job.state == "CANCELLED":
+        return "cancelled", ""
+    if job.state in TELLING:
+        return "failed", job.state
+    return "failed", f"killed by {job.signal}" if job.signal else UNKNOWN_DEATH
+
+
+def _silence(status: dict[str, Any]) -> str:
+    """What is worth a word of a run that lives."""
+    if status.get("state") != "running":
+        return "starting"
+    age_s = _age_s(status)
+    return f"silent for {tables.short(age_s)}" if age_s is not None and age_s > SILENT_S else ""
+
+
+def _last_line(status: dict[str, Any]) -> str:
+    lines = str(status.get("traceback") or "").strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _age_s(status: dict[str, Any]) -> float | None:
+    """Seconds since the last heartbeat; None before the first."""
+    updated = status.get("updated")
+    if updated is None:
+        return None
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(updated)).total_seconds())
+
+
+def newest_job(launch: dict[str, Any]) -> str | None:
+    """The id of the newest of a run's jobs, None if it has none."""
+    newest: str | None = (launch.get("job_ids") or [None])[-1]
+    return newest
+
+
+def read_status(run: RunFolder) -> dict[str, Any]:
+    """status.json; a file that cannot be read is a failure of its run, not of the list of all runs."""
+    try:
+        return run.read_status()
+    except (OSError, ValueError) as error:
+        return {"state": "failed", "traceback": str(error)}
+
+
+def read_launch(run: RunFolder) -> dict[str, Any]:
+    """launch.json, {} if it cannot be read."""
+    try:
+        return run.read_launch()
+    except (OSError, ValueError):
+        return {}

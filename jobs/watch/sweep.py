@@ -1,0 +1,39 @@
+"""A sweep seen from outside: its runs, the best first."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jobs.storage.run_folder import NAME, RunFolder
+from jobs.terminal import tables
+from jobs.watch import states
+
+
+def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
+    """The runs of the sweep S or EXPERIMENT/S, in order; [] if there is no such sweep."""
+    folder, _, name = sweep.rpartition("/")
+    if not NAME.fullmatch(name) or folder.startswith("/"):
+        return []
+    found = [RunFolder(path.parent) for path in runs_dir.glob(f"{folder or '*'}/{name}-[0-9]*/launch.json")]
+    return sorted((run for run in found if run.read_launch().get("sweep") == name), key=lambda run: run.path.name)
+
+
+def by_loss(runs: Sequence[RunFolder], jobs: states.Jobs | None) -> list[dict[str, Any]]:
+    """What `status` shows of a sweep's runs, the smallest loss first; `point` holds the settings that differ."""
+    entries = [asdict(states.summarize(run, jobs)) | {"point": run.read_launch()["point"]} for run in runs]
+    return sorted(entries, key=lambda entry: math.inf if entry["loss"] is None else entry["loss"])
+
+
+def render(entries: Sequence[dict[str, Any]], width: int) -> str:
+    """A table in lines of at most `width` characters, with a column for each setting of the grid."""
+    settings = list(entries[0]["point"])
+    rows = []
+    for entry in entries:
+        state = f"{entry['state']} ({entry['reason']})" if entry["reason"] else entry["state"]
+        step = f"{entry['step']}/{entry['total']}" if entry["total"] is not None else ""
+        loss = f"{entry['loss']:.5f}" if entry["loss"] is not None else ""
+        rows.append((entry["run"], *(entry["point"].get(name, "") for name in settings), loss, state, step))
+    headers = ("RUN", *settings, "LOSS", "STATE", "STEP")
+    return tables.render(headers, rows, width=width, names={"RUN"}, texts={"STATE"})
