@@ -16,9 +16,35 @@ FORBIDDEN = {
     "diffusion": {"jobs", "slurm", "commands", "launch", "accelerate", "submitit", "wandb", "tyro"},
     "jobs": {"slurm", "commands", "launch", "tyro", "submitit"},
     "slurm": {"diffusion", "jobs", "commands", "launch", "torch", "torchvision", "accelerate", "wandb", "tyro"},
-    "commands": {"launch", "torch", "torchvision", "diffusion.model", "wandb", "accelerate"},
-    "launch.py": {"torch", "torchvision", "diffusion.model", "wandb", "accelerate"},
+    "commands": {"launch", "torch", "torchvision", "diffusion.process.model", "wandb", "accelerate"},
+    "launch.py": {"torch", "torchvision", "diffusion.process.model", "wandb", "accelerate"},
 }
+
+ARROWS = {
+    "diffusion.settings": set(),
+    "diffusion.process": set(),
+    "diffusion.data": set(),
+    "diffusion.figures": set(),
+    "diffusion.statistics": {"diffusion.settings", "diffusion.process"},
+    "diffusion.gaussian1d": {"diffusion.settings", "diffusion.process", "diffusion.statistics", "diffusion.figures"},
+    "diffusion.images": {"diffusion.settings", "diffusion.process", "diffusion.figures"},
+    "diffusion.digits": {"diffusion.process", "diffusion.statistics", "diffusion.figures", "diffusion.images"},
+    "jobs.files": set(),
+    "jobs.terminal": set(),
+    "jobs.runtime": set(),
+    "jobs.experiments": {"diffusion", "jobs.files"},
+    "jobs.storage": {"jobs.files", "jobs.experiments"},
+    "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.storage"},
+    "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage"},
+    "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage"},
+    "jobs.train": {"diffusion.process", "diffusion.figures"}
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    "jobs.sample": {"diffusion.settings", "diffusion.process"}
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    "jobs.evaluate": {"diffusion.statistics", "diffusion.figures", "jobs.sample"}
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+}
+"""What each room of diffusion/ and jobs/ may import of the other rooms; only jobs.experiments knows all models."""
 
 
 def imported(path: Path) -> set[str]:
@@ -38,6 +64,40 @@ def test_imports_flow_one_way(package: str) -> None:
     assert files
     wrong = {str(path.relative_to(ROOT)): imported(path) & FORBIDDEN[package] for path in files}
     assert {path: names for path, names in wrong.items() if names} == {}
+
+
+def modules(room: str) -> list[Path]:
+    """The files of a room, or the one that is a room of its own."""
+    path = ROOT / room.replace(".", "/")
+    return sorted(path.rglob("*.py")) or [path.with_suffix(".py")]
+
+
+def test_every_file_lies_in_a_room() -> None:
+    rooms = {path for room in ARROWS for path in modules(room)}
+    files = {path for package in ("diffusion", "jobs") for path in (ROOT / package).rglob("*.py")}
+    assert files - rooms == {ROOT / "diffusion" / "__init__.py", ROOT / "jobs" / "__init__.py"}
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_a_room_imports_what_lies_below_it(room: str) -> None:
+    for path in modules(room):
+        others = {".".join(name.split(".")[:2]) for name in imported(path) if "." in name} - {room}
+        ours = {name for name in others if name.split(".")[0] in ("diffusion", "jobs")}
+        assert {name for name in ours if not {name, name.split(".")[0]} & ARROWS[room]} == set(), path
+
+
+def test_no_two_rooms_import_each_other() -> None:
+    order = list(ARROWS)
+    for room, below in ARROWS.items():
+        assert all(order.index(name) < order.index(room) for name in below if name in ARROWS)
+
+
+@pytest.mark.parametrize("room", [room for room in ARROWS if (ROOT / room.replace(".", "/")).is_dir()])
+def test_a_room_has_a_sentence_and_a_handful_of_doors(room: str) -> None:
+    sentence, *doors = sorted(modules(room), key=lambda path: path.name != "__init__.py")
+    tree = ast.parse(sentence.read_text())
+    assert ast.get_docstring(tree) and len(tree.body) == 1
+    assert 3 <= len(doors) <= 8
 
 
 HEAVY = ("torch", "numpy", "accelerate", "matplotlib")
