@@ -133,7 +133,7 @@ def workers(process: Process) -> list[int]:
     """Those of its relatives that do the work: not the ones that only look on, for wandb."""
 
     def works(pid: int) -> bool:
-        return b"follower" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"jobs.tracking" not in Path(f"/proc/{pid}/cmdline").read_bytes()
 
     return [pid for pid in relatives(process) if works(pid)]
 

@@ -1,4 +1,4 @@
-"""Trains the digit classifier: `python -m diffusion.train_digits` reads MNIST_ROOT and writes digits.safetensors."""
+"""Trains the digit classifier: `python -m diffusion.digits.train_classifier` writes digits.safetensors."""
 
 import argparse
 import math

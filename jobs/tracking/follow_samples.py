@@ -1,4 +1,4 @@
-"""Follows a set of samples from outside: `python -m jobs.sample_follower RUN NAME`.
+"""Follows a set of samples from outside: `python -m jobs.tracking.follow_samples RUN NAME`.
 
 Progress and rate are read off the shards' times, so that whoever follows, and however often, sends the same values.
 """

@@ -1,4 +1,4 @@
-"""Follows a training from outside: `python -m jobs.follower RUN TOKEN`.
+"""Follows a training from outside: `python -m jobs.tracking.follow_training RUN TOKEN`.
 
 It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. How far wandb has got is kept
 in RUN/.tracking.json: a follower that was killed leaves lines in memory, which the next one sends again.

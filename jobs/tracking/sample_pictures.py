@@ -1,4 +1,7 @@
-"""Pictures of what a checkpoint has learnt: `python -m jobs.sketch RUN STEP FOLDER`, beside the training, on a CPU."""
+"""Pictures of what a checkpoint has learnt, drawn beside the training, on a CPU.
+
+`python -m jobs.tracking.sample_pictures RUN STEP FOLDER`
+"""
 
 import sys
 from pathlib import Path
