@@ -15,7 +15,7 @@ from jobs.evaluate import plan, report
 from jobs.evaluate.job import EvaluateJob, EvaluateMergeJob
 from jobs.evaluate.plan import Evaluation
 from jobs.runtime.surroundings import decorate
-from jobs.storage import ownership, provenance, run_folder
+from jobs.storage import ownership, run_folder
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
@@ -107,8 +107,7 @@ class Evaluate:
         place, processes = self.where.place(RunFolder(asked.samples.run)), self.where.processes
         job = EvaluateJob(asked, (0, processes), self.where.resolve_device(place), merge=True)
         if isinstance(place, OnSlurm):
-            # The code of today, whichever has trained the run: metrics must not depend on its age.
-            place = replace(place, processes=1, code=asked.kept / "code")
+            place = replace(place, processes=1)
         return place, job, [replace(job, share=(i, processes), merge=False) for i in range(processes)]
 
     def _describe(self, asked: Evaluation) -> str:
@@ -130,9 +129,7 @@ class Evaluate:
         if isinstance(place, Here):
             with ownership.sampling(run.path) as descriptor:
                 return place.run(job, keep_open=descriptor)
-        shutil.rmtree(place.code, ignore_errors=True)
-        place.code.parent.mkdir(exist_ok=True)
-        provenance.save_code(place.code)
+        self.where.copy_code(place)
         merge = EvaluateMergeJob(asked)
         job_ids = place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
         if self.where.wait:

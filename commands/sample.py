@@ -91,6 +91,7 @@ class Sample:
         print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
         if isinstance(place, OnSlurm):
+            self.where.copy_code(place)
             single, merge = replace(place, processes=1), SampleMergeJob(asked)
             job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
             if not self.where.wait:

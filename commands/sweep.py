@@ -10,7 +10,7 @@ from commands.train import check_batch, check_same_settings, choice, create, is_
 from commands.where import Launch, show
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import run_folder
+from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
 from jobs.train.job import TrainJob, submit_runs
 from slurm import queue
@@ -66,7 +66,8 @@ class Sweep:
                 if codes[-1] == 130:  # whoever interrupts one run means the sweep
                     break
             return max(codes)
-        place = replace(place, code=RunFolder(jobs[0][0].run).code)
+        place = replace(place, code=provenance.code_folder(jobs[0][0].run))
+        self.where.copy_code(place)
         job_ids = place.run_array(
             [job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit)
         )

@@ -123,6 +123,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         run.clear_failure()
         if isinstance(place, Here):
             return place.run(job, keep_open=descriptor)
+        where.copy_code(place)
     job_id = place.run(job)
     if where.wait:
         place.wait([job_id])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from diffusion.settings import SettingsError
+from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
@@ -81,7 +82,13 @@ class Where:
         if not self.on_slurm():
             return Here(self.processes)
         site = load_profile(self.profile, given(self.slurm))
-        return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", run.code)
+        return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", code_folder(run.path))
+
+    def copy_code(self, place: Here | OnSlurm) -> None:
+        """Makes sure that a job on Slurm finds its copy of the code; says so if the run began with other code."""
+        if isinstance(place, OnSlurm) and not place.code.exists():
+            print(f"The code has changed since this run began: the job runs a copy of today's, {place.code.name}/.")
+            save_code(place.code)
 
     def on_slurm(self) -> bool:
         """Whether the job goes to Slurm; raises ValueError if it should and cannot."""

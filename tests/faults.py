@@ -492,6 +492,14 @@ FAULTS = [
         "tests/slurm/test_arrays.py::test_sampling_through_slurm_writes_the_same_bytes_as_here",
         slurm=True,
     ),
+    Fault(
+        "a job gets the code that its run began with, whatever pickled the job",
+        "jobs/storage/provenance.py",
+        "    return first if not first.exists() or _digest(first) == today else run / f",
+        "    return first if first else run / f",
+        "tests/slurm/test_old_runs.py::test_a_run_of_an_earlier_version",
+        slurm=True,
+    ),
 ]
 
 

@@ -1,5 +1,7 @@
 """Where a run comes from: command line, versions, git state, and a copy of the code. Importable without torch."""
 
+import hashlib
+import os
 import platform
 import secrets
 import shutil
@@ -42,14 +44,48 @@ def versions() -> dict[str, str | None]:
     return {package: found(package) for package in PACKAGES}
 
 
+def code_folder(run: Path) -> Path:
+    """Where a run keeps its copy of today's code: code/, or code-DIGEST/ if it began with other code.
+
+    A job is a pickle of today's classes, so it needs today's code. No copy ever changes: a job that waits may need it.
+    """
+    first, today = run / "code", _digest(ROOT)
+    return first if not first.exists() or _digest(first) == today else run / f"code-{today[:8]}"
+
+
 def save_code(folder: Path) -> None:
-    """Copies the code, which a job that is queued again runs whatever is edited in the meantime."""
-    folder.mkdir()
-    for name in CODE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        else:
-            shutil.copy2(ROOT / name, folder / name)
+    """Copies the code, which a job that is queued again runs whatever is edited in the meantime.
+
+    The copy appears whole or not at all; one that is there already is left as it is.
+    """
+    if folder.exists():
+        return
+    made = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        made.mkdir()
+        for name in CODE:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, made / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            else:
+                shutil.copy2(ROOT / name, made / name)
+        made.rename(folder)
+    except OSError:
+        if not folder.exists():  # another process may have been faster
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _digest(root: Path) -> str:
+    """A hash of all files of the code below a folder, and of their names."""
+    paths = [root / name for name in CODE]
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    hashed = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(root)
+        if file.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in name.parts):
+            hashed.update(f"{name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    return hashed.hexdigest()
 
 
 def _git(*arguments: str) -> str:

@@ -1,0 +1,68 @@
+"""A run of any earlier version is sampled, evaluated and continued as if the code had never changed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.launching import done, status
+from tests.old_runs import ARCHIVES, EXPERIMENTS, unpack
+
+HERE = ("--device", "cpu", "--cluster", "local")
+SAMPLING = ("--name", "before", "--sampler", "ddim", "--steps", "5", *HERE)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name.partition(".")[0])
+def test_a_run_of_an_earlier_version(archive: Path, experiment: str, tmp_path: Path, mnist_root: Path) -> None:
+    run = unpack(archive, experiment, tmp_path / "runs", mnist_root)
+    drawn = np.load(run / "samples" / "before" / "samples.npz")["arr_0"]
+    logged = (run / "metrics.jsonl").read_bytes()
+
+    # Samples are functions of the weights, the seed and their number: more of them begin with the same.
+    done("sample", run, "--num-samples", 160, *SAMPLING, cwd=tmp_path)
+    more = np.load(run / "samples" / "before" / "samples.npz")["arr_0"]
+    assert more.shape == (160, *drawn.shape[1:])
+    assert more.dtype == drawn.dtype
+    # Another machine's kernels may round differently.
+    assert np.abs(more[:128].astype(float) - drawn).max() <= (1 if drawn.dtype == np.uint8 else 1e-4)
+
+    if experiment == "1d":  # digits take a minute: below
+        evaluated(run, tmp_path)
+
+    done("resume", run, *HERE, cwd=tmp_path)
+    assert (status(run)["state"], status(run)["restarts"]) == ("finished", 1)
+    # The same training by today's code alone.
+    alone = tmp_path / "runs" / experiment / "today"
+    arguments = json.loads((run / "launch.json").read_text())["argv"][1:]
+    arguments[arguments.index("--name") + 1] = alone.name
+    done(*arguments, cwd=tmp_path, MNIST_ROOT=str(mnist_root))
+    continued = (run / "metrics.jsonl").read_bytes()
+    assert continued.startswith(logged)
+    ours, theirs = (list(map(json.loads, text.splitlines())) for text in (continued, read(alone)))
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-3)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name.partition(".")[0])
+def test_digits_of_an_earlier_version_are_evaluated(archive: Path, tmp_path: Path, mnist_root: Path) -> None:
+    evaluated(unpack(archive, "mnist-small", tmp_path / "runs", mnist_root), tmp_path)
+
+
+def evaluated(run: Path, cwd: Path) -> None:
+    shown = json.loads(done("evaluate", run, "--samples", "before", "--json", *HERE, cwd=cwd).out)
+    assert shown["protocol"]["samples"]["step"] == status(run)["step"]
+    assert shown["metrics"]
+
+
+def read(run: Path) -> bytes:
+    return (run / "metrics.jsonl").read_bytes()
+
+
+def test_an_old_run_has_no_room_of_todays(tmp_path: Path) -> None:
+    """What the tests on Slurm rest on: the old copy of the code knows nothing of today's classes."""
+    run = unpack(ARCHIVES[0], "1d", tmp_path, tmp_path)
+    assert (run / "code" / "jobs" / "job.py").is_file()
+    assert not (run / "code" / "jobs" / "train").exists()

@@ -1,0 +1,26 @@
+"""Run folders as earlier versions made them, each in an archive that is named for its commit.
+
+A run of `1d` and one of `mnist-small`, interrupted with Ctrl-C, with a set of 128 samples of the checkpoint that was
+written then. To add those of another version: train and sample with its code, with the settings that these runs have in
+experiment.json, and pack `EXPERIMENT/old` with `tar -cJf`.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+ARCHIVES = sorted(Path(__file__).parent.glob("*.tar.xz"))
+EXPERIMENTS = ("1d", "mnist-small")
+
+
+def unpack(archive: Path, experiment: str, runs_dir: Path, data: Path) -> Path:
+    """The archive's run of an experiment below `runs_dir`; its data lie in `data` now. Returns the run's folder."""
+    with tarfile.open(archive) as files:
+        members = [member for member in files if member.name.startswith(f"{experiment}/")]
+        files.extractall(runs_dir, members, filter="data")
+    run = runs_dir / experiment / "old"
+    settings = json.loads((run / "experiment.json").read_text())
+    if "root" in settings["data"]:
+        settings["data"]["root"] = str(data)
+        (run / "experiment.json").write_text(json.dumps(settings))
+    return run
