@@ -17,8 +17,9 @@ from commands.sweep import Sweep
 from commands.train import Resume, Train
 from commands.watch import Cancel, Logs, Status
 from commands.where import Launch
-from diffusion.settings import SettingsError
+from diffusion.errors import OutsideError, UserError
 from jobs.runtime.surroundings import open_standard_streams, undisturbed
+from slurm import errors as slurm_errors
 
 
 def main() -> int:
@@ -48,10 +49,10 @@ def main() -> int:
         # Whoever reads `logs` or `status` may leave, and ends it; a job goes on.
         with undisturbed() if isinstance(getattr(command, "where", None), Launch) else nullcontext():
             return command()
-    except (SettingsError, ValueError) as error:
+    except (UserError, slurm_errors.UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:  # Slurm refuses or does not answer
+    except (OutsideError, slurm_errors.SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -59,7 +60,7 @@ def main() -> int:
     except BrokenPipeError:  # as in `logs RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still wants to flush
         return 1
-    except OSError as error:
+    except OSError as error:  # a file that cannot be read or written
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)

@@ -31,11 +31,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="where to write the numbers")
     options = parser.parse_args()
 
+    from diffusion.errors import UserError
     from jobs.runtime.numerics import resolve_device
 
     try:
         device = resolve_device(options.device, None)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     runs, rounds, steps, small = options.runs, options.rounds, options.steps, options.small
     sampled = runs / options.sampled

@@ -14,6 +14,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from commands.where import Where
+from diffusion.errors import UserError
 from diffusion.settings import MnistSettings
 from jobs.doctor import machine
 from jobs.doctor.trial_job import DoctorJob
@@ -47,7 +48,7 @@ class Doctor:
     def _examine(self) -> Iterator[machine.Finding | slurm_doctor.Finding]:
         on_slurm = self.where.on_slurm()
         if self.submit and not on_slurm:
-            raise ValueError("--submit needs a Slurm that answers; there is none here")
+            raise UserError("--submit needs a Slurm that answers; there is none here")
         run = RunFolder(self.where.runs_dir / f".doctor-{run_folder.new_name(self.where.runs_dir)}")
         place = self.where.place(run)
         job = DoctorJob(run.path, self.where.processes, "cpu" if self.where.device == "cpu" else "cuda")

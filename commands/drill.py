@@ -8,6 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from commands.where import Launch, given, show
+from diffusion.errors import UserError
 from jobs.doctor import drill
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
@@ -30,7 +31,7 @@ class Drill:
 
     def __call__(self) -> int:
         if not 0 < self.kills < self.steps:
-            raise ValueError(f"--kills must lie between 1 and --steps - 1; got {self.kills} of {self.steps} steps")
+            raise UserError(f"--kills must lie between 1 and --steps - 1; got {self.kills} of {self.steps} steps")
         folder = self.where.runs_dir.absolute() / "drill" / run_folder.new_name(self.where.runs_dir / "drill")
         place = self.where.place(RunFolder(folder))
         device = self.where.resolve_device(place)

@@ -11,6 +11,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from commands.where import Launch, optional, show
+from diffusion.errors import UserError
 from jobs.evaluate import plan, report
 from jobs.evaluate.job import EvaluateJob, EvaluateMergeJob
 from jobs.evaluate.plan import Evaluation
@@ -55,11 +56,11 @@ class Evaluate:
 
     def __call__(self) -> int:
         if self.all and (self.other is not None or self.samples is not None):
-            raise ValueError("--all takes one RUN and no --samples")
+            raise UserError("--all takes one RUN and no --samples")
         asked = self._asked()
         experiments = {found.protocol["experiment"] for found in asked}
         if len(experiments) > 1:
-            raise ValueError(f"only runs of one experiment can be compared; got {' and '.join(sorted(experiments))}")
+            raise UserError(f"only runs of one experiment can be compared; got {' and '.join(sorted(experiments))}")
         if self.where.dry_run:
             for found in asked:
                 show(dict(found.protocol), self._describe(found))
@@ -74,7 +75,7 @@ class Evaluate:
         return 1 if self.where.wait else 0
 
     def _asked(self) -> list[Evaluation]:
-        """The evaluations that the user means; raises ValueError where there are none."""
+        """The evaluations that the user means; raises UserError where there are none."""
         found = [self._find(name) for name in (self.run, self.other) if name is not None]
         if self.all:
             return self._all(found[0][0])
@@ -86,7 +87,7 @@ class Evaluate:
         for name in plan.complete_sets(run)[1:]:
             try:
                 other = plan.plan(run, name, self.inception_fid)
-            except ValueError as error:
+            except UserError as error:
                 print(f"Left out: {error}", file=sys.stderr)
                 continue
             if other.protocol["sha256"]["weights"] == found[0].protocol["sha256"]["weights"]:
@@ -121,7 +122,7 @@ class Evaluate:
         run = RunFolder(asked.samples.run)
         place, job, elements = self._jobs(asked)
         for job_id, state in queue.active(asked.job_ids()).items():
-            raise ValueError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
+            raise UserError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
         place.check(job)
         _, config = run.read_experiment()
         config.prepare(print)

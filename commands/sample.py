@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from commands.where import Launch, Run, optional, show
+from diffusion.errors import UserError
 from diffusion.settings import SAMPLER_STEPS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample import sample_set
@@ -85,7 +86,7 @@ class Sample:
                 what = replace(place, processes=1).describe_array(elements, place.processes, SampleMergeJob(asked))
             return show({**asdict(asked.settings), "num_samples": asked.num_samples}, what)
         for job_id, state in queue.active(asked.job_ids()).items():
-            raise ValueError(f"{where} is being drawn already: job {job_id} is {state}")
+            raise UserError(f"{where} is being drawn already: job {job_id} is {state}")
         asked.check_disk()
         replace(place, processes=1).check(job)  # the elements of an array are one task each
         print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")

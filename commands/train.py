@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Union
 from tyro.conf import arg, subcommand
 
 from commands.where import Launch, Run, given, optional, show
+from diffusion.errors import UserError
 from jobs.experiments import record
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.record import MAY_CHANGE
@@ -44,9 +45,9 @@ class Train:
         if run.exists():
             check_same_settings(run, experiment, config)
             if run.read_status().get("state") == "failed":
-                raise ValueError(f"{run} has failed; continue it with: python launch.py resume {run}")
+                raise UserError(f"{run} has failed; continue it with: python launch.py resume {run}")
         elif run.path.exists():
-            raise ValueError(f"{run} exists and is no run folder; choose another --name")
+            raise UserError(f"{run} exists and is no run folder; choose another --name")
         return run_training(run, experiment, config, self.where)
 
 
@@ -96,7 +97,7 @@ class Resume:
         experiment, config = run.read_experiment()
         changes = given(self.train)
         if changes.get("steps", config.train.steps) < config.train.steps:
-            raise ValueError(f"--train.steps may only be raised from {config.train.steps}; got {changes['steps']}")
+            raise UserError(f"--train.steps may only be raised from {config.train.steps}; got {changes['steps']}")
         train, tracking = replace(config.train, **changes), replace(config.tracking, **given(self.tracking))
         return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where)
 
@@ -118,7 +119,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
     create(run, experiment, config, {"resources": {"processes": job.processes, "device": job.device}})
     with ownership.locked(run.path) as descriptor:
         if descriptor is None:
-            raise ValueError(f"{run} is running already (process {run.read_status().get('pid')} on this machine)")
+            raise UserError(f"{run} is running already (process {run.read_status().get('pid')} on this machine)")
         run.write_experiment(experiment, config)
         run.clear_failure()
         if isinstance(place, Here):
@@ -131,38 +132,38 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
 
 
 def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dict[str, Any]) -> None:
-    """Makes the run's folder unless it is there; raises ValueError if it cannot be made."""
+    """Makes the run's folder unless it is there; raises UserError if it cannot be made."""
     if run.exists():
         return
     try:
         run.create(experiment, config, provenance.describe(**facts), provenance.save_code)
     except OSError as error:
-        raise ValueError(f"{run} must be a folder that can be written: {error.strerror}") from error
+        raise UserError(f"{run} must be a folder that can be written: {error.strerror}") from error
 
 
 def check_batch(config: ExperimentConfig, processes: int) -> None:
-    """Raises ValueError if the processes' shares of the batch would not be equal."""
+    """Raises UserError if the processes' shares of the batch would not be equal."""
     if config.train.batch_size % processes:
-        raise ValueError(
+        raise UserError(
             "train.batch-size must be a multiple of the number of GPUs; "
             f"got train.batch-size={config.train.batch_size} on {processes} GPUs"
         )
 
 
 def _check_idle(run: RunFolder) -> None:
-    """Raises ValueError if a Slurm job of the run waits or runs."""
+    """Raises UserError if a Slurm job of the run waits or runs."""
     for job_id, state in queue.active(run.read_launch().get("job_ids", [])).items():
-        raise ValueError(f"{run} is on Slurm already: job {job_id} is {state}")
+        raise UserError(f"{run} is on Slurm already: job {job_id} is {state}")
 
 
 def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfig) -> None:
-    """Raises ValueError naming each setting that differs from the run's and may not."""
+    """Raises UserError naming each setting that differs from the run's and may not."""
     _, old = run.read_experiment()
     changed = [
         f"{flag} is {was}, not {now}" for flag, was, now in record.differences(old, config) if flag not in MAY_CHANGE
     ]
     if changed:
-        raise ValueError(
+        raise UserError(
             f"{run} exists with other settings: {'; '.join(changed)}. Choose another --name or the same settings"
         )
 

@@ -14,6 +14,7 @@ from jobs.storage import run_folder
 from jobs.watch import detail, listing, logs, states, sweep
 from jobs.watch.cancel import cancel
 from slurm import queue
+from slurm.errors import SlurmError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def _ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
     """What Slurm says of the jobs; None, and a warning, if it does not answer."""
     try:
         return queue.look(job_ids)
-    except RuntimeError as error:
+    except SlurmError as error:
         _say_aside(f"warning: {error}")
         return None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from diffusion.settings import SettingsError
+from diffusion.errors import UserError
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
@@ -71,14 +71,14 @@ class Where:
 
     def __post_init__(self) -> None:
         if self.gpus is not None and self.gpus < 1:
-            raise SettingsError(f"--gpus must be at least 1; got {self.gpus}")
+            raise UserError(f"--gpus must be at least 1; got {self.gpus}")
 
     @property
     def processes(self) -> int:
         return self.gpus or 1
 
     def place(self, run: RunFolder) -> Here | OnSlurm:
-        """Where a job of the run is to run; raises ValueError where that cannot be."""
+        """Where a job of the run is to run; raises UserError where that cannot be."""
         if not self.on_slurm():
             return Here(self.processes)
         site = load_profile(self.profile, given(self.slurm))
@@ -91,15 +91,15 @@ class Where:
             save_code(place.code)
 
     def on_slurm(self) -> bool:
-        """Whether the job goes to Slurm; raises ValueError if it should and cannot."""
+        """Whether the job goes to Slurm; raises UserError if it should and cannot."""
         if self.cluster == "slurm" and not queue.has_slurm():
-            raise ValueError(
+            raise UserError(
                 "--cluster slurm needs sbatch and a controller that answers `scontrol ping`; there is none here"
             )
         return self.cluster == "slurm" or (self.cluster == "auto" and queue.is_available())
 
     def resolve_device(self, place: Here | OnSlurm, precision: "Asked" = "auto") -> Literal["cuda", "cpu"]:
-        """The kind of device; raises ValueError where GPUs or a precision are asked for that are not there."""
+        """The kind of device; raises UserError where GPUs or a precision are asked for that are not there."""
         if isinstance(place, OnSlurm):
             return "cpu" if self.device == "cpu" else "cuda"
         from jobs.runtime.numerics import (  # imports torch, which this machine is about to use anyway
@@ -109,7 +109,7 @@ class Where:
 
         kind = resolve_device(self.device, self.gpus)
         if reason := lacking(precision, kind):
-            raise ValueError(reason)
+            raise UserError(reason)
         return kind
 
 

@@ -5,11 +5,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffusion.errors import UserError
+
 SamplerName = Literal["ddpm", "ddim", "dpm++"]
 
 
-class SettingsError(Exception):
-    """A wrong setting, in one sentence. Not a ValueError: tyro catches those and adds words of its own."""
+class SettingsError(UserError):
+    """A wrong setting."""
 
 
 def require(holds: bool, rule: str, got: object) -> None:

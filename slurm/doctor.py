@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from slurm import queue
+from slurm.errors import UserError
 from slurm.place import Job, OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Shape
@@ -210,7 +211,7 @@ def _acceptance(place: OnSlurm, job: Job) -> Finding:
     """Slurm's own verdict, which also knows of accounts, qualities of service and constraints."""
     try:
         place.check(job)
-    except ValueError as error:
+    except UserError as error:
         cure = "`sacctmgr show assoc user=$USER` lists your accounts and qos"
         return Finding("problem", str(error), "it would refuse every job of this kind", cure)
     return Finding(

@@ -67,7 +67,7 @@ class OnSlurm:
     """The copy of the code that the job runs."""
 
     def check(self, job: Job) -> None:
-        """Raises ValueError with Slurm's own words if it would refuse the job."""
+        """Raises UserError with Slurm's own words if it would refuse the job."""
         self._submission(job).check()
 
     def describe(self, job: Job) -> str:
@@ -75,7 +75,7 @@ class OnSlurm:
         return self._submission(job).script()
 
     def run(self, job: Job) -> str:
-        """Submits the job and returns its id; RuntimeError if Slurm refuses."""
+        """Submits the job and returns its id; SlurmError if Slurm refuses."""
         submission = self._submission(job)
         job_id = job.submitted(submission.submit)
         shape = submission.shape

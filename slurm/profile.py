@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from slurm.errors import UserError
+
 FOLDER = Path(__file__).parent / "profiles"
 
 
@@ -38,31 +40,31 @@ class Profile:
     def __post_init__(self) -> None:
         for name in ("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s"):
             if getattr(self, name) < 1:
-                raise ValueError(f"slurm.{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
+                raise UserError(f"slurm.{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
         if self.mem_gb is not None and self.mem_gb < 1:
-            raise ValueError(f"slurm.mem-gb must be at least 1; got {self.mem_gb}")
+            raise UserError(f"slurm.mem-gb must be at least 1; got {self.mem_gb}")
 
 
 def load(name: str | None, overrides: dict[str, Any]) -> Profile:
     """The profile of this name (a file in slurm/profiles) or path, None being the defaults, with fields replaced.
 
-    Raises ValueError naming what is wrong.
+    Raises UserError naming what is wrong.
     """
     return replace(read(_path(name)) if name is not None else Profile(), **overrides)
 
 
 def read(path: Path) -> Profile:
-    """The profile in a TOML file; raises ValueError naming the key that is wrong."""
+    """The profile in a TOML file; raises UserError naming the key that is wrong."""
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"profile {path} cannot be read: {error}") from None
+        raise UserError(f"profile {path} cannot be read: {error}") from None
     hints = get_type_hints(Profile)
     for key, value in values.items():
         if key not in hints:
-            raise ValueError(f"profile {path}: {key} is no key of a profile; they are {', '.join(hints)}")
+            raise UserError(f"profile {path}: {key} is no key of a profile; they are {', '.join(hints)}")
         if not _fits(value, hints[key]):
-            raise ValueError(f"profile {path}: {key} must be {_describe(hints[key])}; got {value!r}")
+            raise UserError(f"profile {path}: {key} must be {_describe(hints[key])}; got {value!r}")
     if "setup" in values:
         values["setup"] = tuple(values["setup"])
     return Profile(**values)
@@ -74,7 +76,7 @@ def _path(name: str) -> Path:
         return FOLDER / f"{name}.toml"
     if Path(name).is_file():
         return Path(name)
-    raise ValueError(f"--profile must be a TOML file or one of {', '.join(known)}; got {name}")
+    raise UserError(f"--profile must be a TOML file or one of {', '.join(known)}; got {name}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
+from slurm.errors import SlurmError
+
 
 def is_available() -> bool:
     """Whether jobs are better submitted than run here: there is Slurm, and this is no job already."""
@@ -21,7 +23,7 @@ def has_slurm() -> bool:
         return False
     try:
         return " is UP" in ask("scontrol", "ping", timeout_s=2).stdout
-    except (OSError, RuntimeError):
+    except (OSError, SlurmError):
         return False
 
 
@@ -41,7 +43,7 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"{command[0]} does not answer within {timeout_s:g} s") from error
+        raise SlurmError(f"{command[0]} does not answer within {timeout_s:g} s") from error
 
 
 def last_words(text: str) -> str:
@@ -57,7 +59,7 @@ def submitted_id(shown: str) -> str | None:
 
 
 def config(timeout_s: float | None = 30) -> dict[str, str]:
-    """What `scontrol show config` says, by name; {} if there is no answer, RuntimeError if there is none in time."""
+    """What `scontrol show config` says, by name; {} if there is no answer, SlurmError if there is none in time."""
     shown = ask("scontrol", "show", "config", timeout_s=timeout_s).stdout
     return dict(re.findall(r"^(\w+) *= (.*?) *$", shown, re.MULTILINE))
 
@@ -71,7 +73,7 @@ def max_array_size() -> int:
 def active(job_ids: Iterable[str]) -> dict[str, str]:
     """Those of the jobs that wait, run or are coming to an end, with their states, such as {"17": "PENDING"}.
 
-    Raises RuntimeError if Slurm does not answer.
+    Raises SlurmError if Slurm does not answer.
     """
     wanted = set(job_ids)
     if not wanted or shutil.which("squeue") is None:
@@ -110,7 +112,7 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
     """What Slurm says of the jobs, by id; the id of an array stands for its tasks, "17" for "17_0", "17_1", ...
 
     squeue knows the jobs of the last minutes (MinJobAge), sacct all others where there is accounting; jobs that neither
-    of them knows are left out. Raises RuntimeError if squeue does not answer.
+    of them knows are left out. Raises SlurmError if squeue does not answer.
     """
     wanted = set(job_ids)
     if not wanted:
@@ -140,11 +142,11 @@ def requeue(job_id: str) -> None:
 def _control(*command: str) -> None:
     done = ask(*command)
     if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} refuses: {last_words(done.stderr)}")
+        raise SlurmError(f"{command[0]} refuses: {last_words(done.stderr)}")
 
 
 def cancel(job_ids: Iterable[str]) -> None:
-    """Cancels jobs and whole arrays, waiting and running ones alike. RuntimeError with scancel's words if it cannot."""
+    """Cancels jobs and whole arrays, waiting and running ones alike. SlurmError with scancel's words if it cannot."""
     _control("scancel", *job_ids)
 
 
@@ -155,7 +157,7 @@ def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
     # A step is called JOB.STEP, and who has cancelled a job is told: CANCELLED by 1000.
     row = rf"{_ID}(\.\S+)?{_STATE}(?: by .*)?\|{_CODE}\|(.*)"
     found: dict[str, JobState] = {}
-    with suppress(RuntimeError):
+    with suppress(SlurmError):
         for job_id, step, state, exit_code, nodes in _rows(command, row, timeout_s):
             number = _signal(exit_code)
             known = found.get(job_id)
@@ -174,14 +176,14 @@ _ID, _STATE, _CODE = r" *(\d+(?:_\d+)?)", r" *\| *([A-Z_]+) *", r" *(\d+(?::\d+)
 def _rows(command: list[str], pattern: str, timeout_s: float) -> Iterator[list[str]]:
     """The groups of the pattern in those lines that have its form; others, such as a site's notices, are passed over.
 
-    Raises RuntimeError if the command fails.
+    Raises SlurmError if the command fails.
     """
     try:
         done = ask(*command, timeout_s=timeout_s)
     except FileNotFoundError:
-        raise RuntimeError(f"there is no {command[0]} on this machine") from None
+        raise SlurmError(f"there is no {command[0]} on this machine") from None
     if done.returncode != 0:
-        raise RuntimeError(f"{command[0]} does not answer: {last_words(done.stderr)}")
+        raise SlurmError(f"{command[0]} does not answer: {last_words(done.stderr)}")
     for line in done.stdout.splitlines():
         if found := re.fullmatch(pattern, line):
             yield [(cell or "").strip() for cell in found.groups()]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from slurm import queue
 from slurm.environment import outside_any_job
+from slurm.errors import SlurmError, UserError
 from slurm.profile import Profile
 from slurm.task import SlurmTask, Work
 
@@ -27,11 +28,11 @@ class Shape:
 
     @staticmethod
     def of(gpus: int, gpus_per_node: int) -> "Shape":
-        """Raises ValueError where several nodes would not be filled."""
+        """Raises UserError where several nodes would not be filled."""
         if gpus <= gpus_per_node:
             return Shape(1, gpus)
         if gpus % gpus_per_node:
-            raise ValueError(
+            raise UserError(
                 f"--gpus must be a multiple of gpus_per_node={gpus_per_node} where it takes several nodes; got {gpus}"
             )
         return Shape(gpus // gpus_per_node, gpus_per_node)
@@ -75,14 +76,14 @@ class Submission:
         return script
 
     def check(self) -> None:
-        """Raises ValueError with Slurm's own words if it would refuse the job; nothing is submitted or written."""
+        """Raises UserError with Slurm's own words if it would refuse the job; nothing is submitted or written."""
         with outside_any_job():
             asked = queue.ask("sbatch", "--test-only", input=self.script())
         if asked.returncode != 0:
-            raise ValueError(f"Slurm refuses the job: {queue.last_words(asked.stderr)}")
+            raise UserError(f"Slurm refuses the job: {queue.last_words(asked.stderr)}")
 
     def submit(self) -> str:
-        """Submits and returns the id of the job or the array; RuntimeError with Slurm's own words if it refuses."""
+        """Submits and returns the id of the job or the array; SlurmError with Slurm's own words if it refuses."""
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         self.folder.mkdir(parents=True, exist_ok=True)  # before Slurm 23.02 logs are lost if it is not there
@@ -96,7 +97,7 @@ class Submission:
                     elements = [executor.submit(SlurmTask(work)) for work in self.works]
             return str(elements[0].job_id.split("_")[0])
         except (FailedJobError, FailedSubmissionError) as error:
-            raise RuntimeError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None
+            raise SlurmError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None
 
     def _parameters(self) -> dict[str, Any]:
         profile, shape = self.profile, self.shape

@@ -376,6 +376,13 @@ FAULTS = [
     ),
     # The command line, processes and Slurm.
     Fault(
+        "a bug of ours is told as the user's mistake",
+        "launch.py",
+        "except (UserError, slurm_errors.UserError) as error",
+        "except (UserError, slurm_errors.UserError, ValueError) as error",
+        "tests/test_launch.py::test_a_sentence_for_the_user_and_a_traceback_for_us",
+    ),
+    Fault(
         "wrong use ends with the exit code of a failed job",
         "launch.py",
         '        print(f"error: {error}", file=sys.stderr)\n        return 2',

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.launching import TINY, done, launch, start, status, steps_logged, wait_until
+from tests.launching import ROOT, TINY, done, launch, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
 
@@ -65,6 +67,33 @@ def test_a_wrong_command_gets_one_sentence_and_writes_nothing(
     for word in words:
         assert word in said, said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        ("diffusion.errors.UserError", 2),
+        ("diffusion.errors.OutsideError", 1),
+        ("slurm.errors.UserError", 2),
+        ("slurm.errors.SlurmError", 1),
+        *((f"builtins.{bug}", None) for bug in ("ValueError", "RuntimeError", "KeyError", "OSError")),
+    ],
+)
+def test_a_sentence_for_the_user_and_a_traceback_for_us(raised: str, code: int | None, tmp_path: Path) -> None:
+    module, _, name = raised.rpartition(".")
+    program = (
+        f"import sys, {module}, launch; from commands import watch\n"
+        f"def planted(*_): raise {module}.{name}('planted here')\n"
+        "watch.run_folder.find = planted; sys.argv = ['launch.py', 'logs', 'a']\n"
+        "sys.exit(launch.main())"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    if code is None:
+        assert ended.returncode == 1
+        assert "in planted\n" in ended.stderr
+        assert ended.stderr.splitlines()[-1].startswith(f"{name}: ")
+    else:
+        assert (ended.returncode, ended.stderr) == (code, "error: planted here\n")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

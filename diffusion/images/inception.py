@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from diffusion.errors import UserError
 from diffusion.images.pixels import Images, check_images, to_pixels
 
 WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
@@ -16,21 +17,21 @@ _BATCH_SIZE = 50
 
 
 def weights_path() -> Path:
-    """Where torch.hub keeps the weights; ValueError if they are not there, because nothing is fetched from here."""
+    """Where torch.hub keeps the weights; UserError if they are not there, because nothing is fetched from here."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"Inception FID needs the file {WEIGHTS} of pytorch-fid's release `fid_weights` in {path.parent}; not found"
         )
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     if not sha256.startswith("6726825d"):
-        raise ValueError(f"{path} is not the file that FID is quoted in; its sha256 is {sha256}")
+        raise UserError(f"{path} is not the file that FID is quoted in; its sha256 is {sha256}")
     return path
 
 
 @torch.inference_mode()
 def inception_features(images: Images) -> NDArray[Any]:
-    """The last pooling layer, [n, 2048], for `feature_metrics.frechet`; ValueError if the weights are missing."""
+    """The last pooling layer, [n, 2048], for `feature_metrics.frechet`; UserError if the weights are missing."""
     check_images(images)
     weights_path()
     from pytorch_fid.inception import InceptionV3  # comes with denoising-diffusion-pytorch; imports torchvision

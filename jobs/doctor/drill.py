@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion.errors import OutsideError
 from jobs.storage import checkpoints
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
@@ -34,7 +35,7 @@ class Drill:
     seed: int
 
     def run(self, say: Callable[[str], None]) -> bool:
-        """Trains both, says what happens, and returns whether the results are equal; RuntimeError if one fails."""
+        """Trains both, says what happens, and returns whether the results are equal; OutsideError if one fails."""
         started = time.monotonic()
         _expect_success(self.start("whole"), "the undisturbed training")
         say(f"  undisturbed             {self.steps} steps in {time.monotonic() - started:.1f} s")
@@ -121,7 +122,7 @@ def _same(a: Path, b: Path) -> bool:
 
 def _expect_success(process: Process, what: str) -> None:
     if process.wait() != 0:
-        raise RuntimeError(f"{what} ended with exit code {process.returncode}")
+        raise OutsideError(f"{what} ended with exit code {process.returncode}")
 
 
 def starter(command: Sequence[str], log: Path) -> Start:

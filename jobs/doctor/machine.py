@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from diffusion.data import mnist
+from diffusion.errors import UserError
 from jobs.storage import provenance
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
@@ -70,9 +71,9 @@ def _gpus() -> Iterator[Finding]:
 def _mnist(root: Path) -> Finding:
     try:
         mnist.require(root)
-    except ValueError as error:
-        if "delete it" in str(error):
-            return Finding("problem", str(error), "no run of mnist starts with other data", "delete it")
+    except mnist.WrongData as error:
+        return Finding("problem", str(error), "no run of mnist starts with other data", "delete it")
+    except UserError:
         why = "compute nodes often have no network to fetch it"
         return Finding(
             "warning", f"no MNIST in {root}", why, "nothing to do where `train mnist` can fetch it from here"

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffusion.errors import UserError
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import sha256, write_atomically, write_json
 from jobs.sample import sample_set
@@ -126,7 +127,7 @@ def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
 def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluation:
     """The evaluation of a complete set of the run, the newest unless it is named.
 
-    Raises ValueError where there is none, or where its files are not those that were written.
+    Raises UserError where there is none, or where its files are not those that were written.
     """
     experiment, config = run.read_experiment()
     chosen = sample_set.read(run, _choose(run, name))
@@ -164,25 +165,25 @@ def complete_sets(run: RunFolder) -> list[str]:
 
 
 def load_samples(chosen: SampleSet, experiment: str) -> "NDArray[Any]":
-    """The samples of a complete set; raises ValueError unless they are those that were drawn, and can be evaluated."""
+    """The samples of a complete set; raises UserError unless they are those that were drawn, and can be evaluated."""
     import numpy as np
 
     path, entry = chosen.folder / "samples.npz", EXPERIMENTS[experiment]
     if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:
-        raise ValueError(f"{path} is not the file that was drawn: its sha256 differs from its manifest.json")
+        raise UserError(f"{path} is not the file that was drawn: its sha256 differs from its manifest.json")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             array: NDArray[Any] = arrays["arr_0"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} must hold the samples as arr_0; it cannot be read: {error}") from None
+        raise UserError(f"{path} must hold the samples as arr_0; it cannot be read: {error}") from None
     wanted = f"{entry.sample_dtype} {[chosen.num_samples, *entry.sample_shape]}"
     if f"{array.dtype} {list(array.shape)}" != wanted:
-        raise ValueError(f"{path} must hold {wanted}; got {array.dtype} {list(array.shape)}")
+        raise UserError(f"{path} must hold {wanted}; got {array.dtype} {list(array.shape)}")
     if len(array) < entry.fewest_samples:
-        raise ValueError(f"an evaluation needs at least {entry.fewest_samples} samples; got {len(array)} in {path}")
+        raise UserError(f"an evaluation needs at least {entry.fewest_samples} samples; got {len(array)} in {path}")
     finite = np.isfinite(array)
     if not finite.all():
-        raise ValueError(f"samples must be finite; {int((~finite).sum()):,} of {len(array):,} in {path} are not")
+        raise UserError(f"samples must be finite; {int((~finite).sum()):,} of {len(array):,} in {path} are not")
     return array
 
 
@@ -192,11 +193,11 @@ def _choose(run: RunFolder, name: str | None) -> str:
     draw = f"python launch.py sample {run} --num-samples 10000"
     if name is None:
         if not complete:
-            raise ValueError(f"{run} has no complete set of samples; draw one with: {draw}")
+            raise UserError(f"{run} has no complete set of samples; draw one with: {draw}")
         return complete[0]
     if check_name(name, SAMPLES_NAME) not in complete:
         held = f"it has {', '.join(complete)}" if complete else f"it has none; draw one with: {draw}"
-        raise ValueError(f"--samples must name a complete set of {run} ({held}); got {name}")
+        raise UserError(f"--samples must name a complete set of {run} ({held}); got {name}")
     return name
 
 

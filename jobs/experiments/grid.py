@@ -3,22 +3,24 @@
 import itertools
 from collections.abc import Sequence
 
+from diffusion.errors import UserError
+
 
 def points(grid: Sequence[str]) -> list[dict[str, str]]:
     """The product of axes such as `train.lr=1e-3,2e-3`: settings by name, the last axis running fastest.
 
-    Raises ValueError for an axis that is none.
+    Raises UserError for an axis that is none.
     """
     axes: dict[str, list[str]] = {}
     for axis in grid:
         name, equals, values = axis.partition("=")
         if not (name and equals and all(values.split(","))):
-            raise ValueError(f"--grid takes SETTING=VALUE,VALUE,... such as train.lr=1e-3,2e-3; got {axis!r}")
+            raise UserError(f"--grid takes SETTING=VALUE,VALUE,... such as train.lr=1e-3,2e-3; got {axis!r}")
         if name in axes:
-            raise ValueError(f"--grid must name each setting once; got {name} twice")
+            raise UserError(f"--grid must name each setting once; got {name} twice")
         axes[name] = values.split(",")
     if not axes:
-        raise ValueError("--grid needs at least one SETTING=VALUE,VALUE,...; got none")
+        raise UserError("--grid needs at least one SETTING=VALUE,VALUE,...; got none")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any, TypeVar, get_type_hints
 
+from diffusion.errors import UserError
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 
@@ -14,13 +15,13 @@ def write(experiment: str, config: ExperimentConfig) -> str:
 
 
 def read(text: str) -> tuple[str, ExperimentConfig]:
-    """What `write` wrote; raises ValueError for anything else."""
+    """What `write` wrote; raises UserError for anything else."""
     values = json.loads(text)
     if not isinstance(values, dict):
-        raise ValueError(f"experiment.json must hold an object; got {type(values).__name__}")
+        raise UserError(f"experiment.json must hold an object; got {type(values).__name__}")
     experiment = values.pop("experiment", None)
     if experiment not in EXPERIMENTS:
-        raise ValueError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")
+        raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")
     return experiment, _from_dict(type(EXPERIMENTS[experiment].preset), values)
 
 
@@ -60,17 +61,17 @@ C = TypeVar("C")
 
 
 def _from_dict(cls: type[C], values: Any) -> C:
-    """Builds nested dataclasses from JSON; raises ValueError where names or types do not fit."""
+    """Builds nested dataclasses from JSON; raises UserError where names or types do not fit."""
     hints = get_type_hints(cls)
     if not isinstance(values, dict):
-        raise ValueError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
+        raise UserError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
     for name in sorted(values.keys() - hints.keys()):
-        raise ValueError(f"experiment.json holds a setting that this version does not know: {name}")
+        raise UserError(f"experiment.json holds a setting that this version does not know: {name}")
     # A setting that came after the run is what it was before it came: its default.
     missing = dataclasses.MISSING
     needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}  # type: ignore[arg-type]
     for name in sorted(needed - values.keys()):
-        raise ValueError(f"experiment.json lacks the setting {name}")
+        raise UserError(f"experiment.json lacks the setting {name}")
     built: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
@@ -80,4 +81,4 @@ def _from_dict(cls: type[C], values: Any) -> C:
     try:
         return cls(**built)
     except TypeError as error:
-        raise ValueError(f"experiment.json holds a value of the wrong type: {error}") from error
+        raise UserError(f"experiment.json holds a value of the wrong type: {error}") from error

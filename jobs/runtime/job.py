@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from diffusion.errors import OutsideError, UserError
 from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import undisturbed
@@ -19,8 +20,8 @@ Requeue = Callable[[], str | None]
 """Queues the job again unless it has been cancelled; returns the id under which it comes back, None if it does not."""
 
 
-class JobError(RuntimeError):
-    """A failure that one sentence explains; no traceback is printed."""
+class JobError(OutsideError):
+    """A job's failure that one sentence explains; no traceback is printed."""
 
 
 class Target(Protocol):
@@ -53,7 +54,7 @@ class IndependentJob(ABC):
                         return self.work(signals)
                     except Stopped:
                         return _stopped(signals.requested, requeue)
-            except JobError as error:
+            except (UserError, JobError) as error:
                 self.failed(process_rank(), str(error))
             except Exception:
                 self.failed(process_rank(), traceback.format_exc())

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from diffusion.errors import OutsideError, UserError
 from jobs.runtime.job import JobError
 
 Kind = Literal["cuda", "cpu"]
@@ -24,22 +25,22 @@ SAME_BYTES_OF_CPUS = ("cpu", "threads")
 def resolve_device(device: Literal["auto", "cuda", "cpu"], gpus: int | None) -> Kind:
     """The kind of device to run on, for the launcher on the machine that computes.
 
-    Raises ValueError where GPUs were asked for that are not there, and RuntimeError where `auto` would compute on the
+    Raises UserError where GPUs were asked for that are not there, and OutsideError where `auto` would compute on the
     CPU of a machine whose GPUs torch cannot use.
     """
     found = torch.cuda.device_count()
     if device == "cuda" and found == 0:
-        raise ValueError(f"--device cuda needs a CUDA GPU; torch finds none ({whereabouts()})")
+        raise UserError(f"--device cuda needs a CUDA GPU; torch finds none ({whereabouts()})")
     if device == "cpu":
         return "cpu"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # somebody wants it so
     if found == 0 and not hidden and any(DEV.glob("nvidia[0-9]*")):
-        raise RuntimeError(
+        raise OutsideError(
             f"this machine has GPUs, but torch {torch.__version__} cannot use them ({whereabouts()}): its CUDA may be "
             "newer than the driver, see `python launch.py doctor`; --device cpu computes on the CPU"
         )
     if gpus is not None and gpus > found:
-        raise ValueError(
+        raise UserError(
             f"--gpus must not exceed the GPUs of this machine, of which torch finds {found}; got {gpus} "
             f"(--device cpu --gpus {gpus} rehearses with CPU processes)"
         )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffusion.errors import UserError
 from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
@@ -58,7 +59,7 @@ def plan(
     name: str | None,
     say: Callable[[str], None],
 ) -> "SampleSet":
-    """The set of samples that a user asks for; raises ValueError or SettingsError where that cannot be."""
+    """The set of samples that a user asks for; raises UserError where that cannot be."""
     experiment, config = run.read_experiment()
     entry = EXPERIMENTS[experiment]
     require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
@@ -83,7 +84,7 @@ def plan(
 
 
 def read(run: RunFolder, name: str) -> "SampleSet":
-    """The set that the run has under this name; raises ValueError if its manifest cannot be read."""
+    """The set that the run has under this name; raises UserError if its manifest cannot be read."""
     experiment, _ = run.read_experiment()
     path = run.samples / name / "manifest.json"
     try:
@@ -92,7 +93,7 @@ def read(run: RunFolder, name: str) -> "SampleSet":
         settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
         return SampleSet(run.path, name, settings, manifest["num_samples"], EXPERIMENTS[experiment].bytes_per_sample)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
+        raise UserError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
 
 
 @dataclass(frozen=True)
@@ -178,16 +179,16 @@ class SampleSet:
         return (missing + self.num_samples) * self.bytes_per_sample
 
     def check_disk(self) -> None:
-        """Raises ValueError if the disk has no room for the set."""
+        """Raises UserError if the disk has no room for the set."""
         free = shutil.disk_usage(self.run).free
         if self.needed_bytes() > free:
-            raise ValueError(
+            raise UserError(
                 f"{self.num_samples:,} samples need {self.needed_bytes() / 1e9:.2f} GB of disk; "
                 f"{free / 1e9:.2f} GB are free in {self.run}"
             )
 
     def check_existing(self) -> None:
-        """Raises ValueError if the folder holds samples of other settings, or more of them."""
+        """Raises UserError if the folder holds samples of other settings, or more of them."""
         manifest = self.read_manifest()
         if not manifest:
             return
@@ -195,11 +196,11 @@ class SampleSet:
             if key == "precision" and manifest.get(key) == "auto":
                 continue  # from before it was resolved with the plan
             if manifest.get(key) != value:
-                raise ValueError(
+                raise UserError(
                     f"samples {self.name} were drawn with {key}={manifest.get(key)}, not {value}; choose another --name"
                 )
         if manifest["num_samples"] > self.num_samples:
-            raise ValueError(
+            raise UserError(
                 f"samples {self.name} already hold {manifest['num_samples']}, more than "
                 f"--num-samples {self.num_samples}; choose another --name"
             )

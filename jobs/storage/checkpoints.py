@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from diffusion.errors import UserError
 from jobs.files import sha256, sync_file, sync_folder, write_json
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ SLOW_S = 10.0
 """A checkpoint that takes longer is worth a line."""
 
 
-class CorruptCheckpoint(ValueError):
+class CorruptCheckpoint(UserError):
     """A checkpoint whose files are not those that were written."""
 
 
@@ -61,8 +62,6 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
             if sha256(path / name) != recorded["sha256"]:
                 raise CorruptCheckpoint(f"checkpoint {path}: {name} has changed since it was written")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CorruptCheckpoint):
-            raise
         raise CorruptCheckpoint(f"checkpoint {path} is damaged: {error}") from error
     return dict(manifest)
 
@@ -80,13 +79,13 @@ def newest(folder: Path, say: Callable[[str], None]) -> int | None:
 
 
 def choose(folder: Path, step: int | None, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
-    """(step, manifest) of the good checkpoint that a user means, None meaning the newest; raises ValueError."""
+    """(step, manifest) of the good checkpoint that a user means, None meaning the newest; raises UserError."""
     found = newest(folder, say) if step is None else step
     if found is None:
-        raise ValueError(f"{folder.parent} has no checkpoint yet: train it first")
+        raise UserError(f"{folder.parent} has no checkpoint yet: train it first")
     if found not in steps(folder):
         held = ", ".join(map(str, steps(folder))) or "none"
-        raise ValueError(f"--checkpoint must be a step that {folder.parent} holds ({held}); got {found}")
+        raise UserError(f"--checkpoint must be a step that {folder.parent} holds ({held}); got {found}")
     return found, verify(folder, found)
 
 

@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from diffusion.errors import OutsideError
 from jobs.files import write_json
 
 
-class Superseded(RuntimeError):
+class Superseded(OutsideError):
     """Another job has taken this run over; the one that gets this must stop without writing."""
 
 

@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusion.errors import UserError
 from jobs.experiments import record
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
@@ -65,14 +66,14 @@ class RunFolder:
             shutil.rmtree(made, ignore_errors=True)
 
     def read_experiment(self) -> tuple[str, ExperimentConfig]:
-        """(name, settings) from experiment.json; raises ValueError if this is no run folder."""
+        """(name, settings) from experiment.json; raises UserError if this is no run folder."""
         path = self.path / "experiment.json"
         try:
             return record.read(path.read_text())
         except FileNotFoundError:
-            raise ValueError(f"a run folder holds experiment.json; {self} does not") from None
+            raise UserError(f"a run folder holds experiment.json; {self} does not") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"experiment.json of {self} cannot be read: {error}") from None
+            raise UserError(f"experiment.json of {self} cannot be read: {error}") from None
 
     def write_experiment(self, experiment: str, config: ExperimentConfig) -> None:
         write_atomically(self.path / "experiment.json", record.write(experiment, config))
@@ -116,9 +117,9 @@ class RunFolder:
 
 
 def check_name(name: str, pattern: re.Pattern[str] = NAME) -> str:
-    """Returns the name; raises ValueError if it is not one."""
+    """Returns the name; raises UserError if it is not one."""
     if not pattern.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             f"a name is made of letters, digits, '.', '_' and '-', and does not begin with '.' or '-'; got {name!r}"
         )
     return name
@@ -134,7 +135,7 @@ def new_name(experiment_folder: Path) -> str:
 def find(run: str, runs_dir: Path) -> RunFolder:
     """The run that a user means: a folder, EXPERIMENT/NAME, or the last created run of EXPERIMENT.
 
-    Raises ValueError if there is none.
+    Raises UserError if there is none.
     """
     for folder in (Path(run), runs_dir / run):
         if (folder / "experiment.json").is_file():
@@ -142,13 +143,11 @@ def find(run: str, runs_dir: Path) -> RunFolder:
     if run in EXPERIMENTS:
         runs = [RunFolder(path.parent) for path in (runs_dir / run).glob("[!.]*/experiment.json")]
         if not runs:
-            raise ValueError(
-                f"there is no run of {run} in {runs_dir} yet; start one with: python launch.py train {run}"
-            )
+            raise UserError(f"there is no run of {run} in {runs_dir} yet; start one with: python launch.py train {run}")
         return max(runs, key=lambda found: str(found.read_launch().get("created", "")))
     if Path(run).is_dir():
-        raise ValueError(f"a run folder holds experiment.json; {run} does not")
-    raise ValueError(f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}; got {run!r}")
+        raise UserError(f"a run folder holds experiment.json; {run} does not")
+    raise UserError(f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}; got {run!r}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -157,5 +156,5 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     return value if isinstance(value, dict) else {}

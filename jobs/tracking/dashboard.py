@@ -3,9 +3,10 @@
 import contextlib
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jobs.tracking.identity import Identity
 
@@ -23,20 +24,38 @@ MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "o
 """Values of $WANDB_MODE."""
 
 
-class Dashboard:
-    """Shows nothing; what is shown without wandb is in the run's folder."""
+class Dashboard(ABC):
+    """Where a run, or a part of it, is shown besides its folder."""
 
+    is_shown: ClassVar[bool] = True
+    """Whether anything is shown at all."""
+
+    @abstractmethod
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Numbers of a step."""
 
+    @abstractmethod
     def show(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Pictures of a step."""
 
+    @abstractmethod
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
         """An artifact of files under `root`; `in_place` for files that stay as they are until they are sent."""
 
+    @abstractmethod
     def finish(self, exit_code: int, preempted: bool) -> None:
         """The job has ended, this run may go on."""
+
+
+class NoDashboard(Dashboard):
+    """Shows nothing; what is shown without wandb is in the run's folder."""
+
+    is_shown = False
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None: ...
+    def show(self, step: int, pictures: Mapping[str, Path]) -> None: ...
+    def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None: ...
+    def finish(self, exit_code: int, preempted: bool) -> None: ...
 
 
 class Wandb(Dashboard):
@@ -122,7 +141,7 @@ def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
     if asked == "auto":
         asked = MODES.get(habit, asked)
     if asked == "disabled":
-        return Dashboard()
+        return NoDashboard()
     if asked == "auto":
         import wandb
 

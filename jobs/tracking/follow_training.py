@@ -23,7 +23,7 @@ from jobs.storage.ownership import Ownership
 from jobs.storage.provenance import ROOT
 from jobs.storage.records import Tail, read_jsonl
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.dashboard import FLUSH_S, Dashboard, open_dashboard
+from jobs.tracking.dashboard import FLUSH_S, open_dashboard
 from jobs.tracking.identity import of_training
 from jobs.tracking.process import follow, say
 
@@ -146,11 +146,6 @@ class Follower:
         self._kept = start["step"]
         self._dashboard = open_dashboard(of_training(run, start), self._config.tracking.mode, say)
 
-    @property
-    def tracked(self) -> bool:
-        """Whether there is a dashboard, rather than the picture alone."""
-        return type(self._dashboard) is not Dashboard
-
     def look(self) -> None:
         """Passes on what is new; raises whatever wandb raises."""
         for line in self._metrics.read():
@@ -167,7 +162,7 @@ class Follower:
                 if row:
                     self._dashboard.log(line["step"], row)
                 self._place = dataclasses.replace(self._place, timing=len(self._timing))
-        if self.tracked:
+        if self._dashboard.is_shown:
             self._show_checkpoints()
             self._remember()
         self.draw(DRAW_S)
@@ -203,7 +198,7 @@ class Follower:
             self.draw(0)
         ended_well = state in ("finished", "interrupted", "cancelled")
         self._dashboard.finish(0 if ended_well else 1, preempted=state == "requeued")
-        if self.tracked:
+        if self._dashboard.is_shown:
             self._write_place(self._place)
 
     def _show_checkpoints(self) -> None:

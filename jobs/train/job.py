@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffusion.errors import UserError
 from jobs.files import write_json
 from jobs.runtime.job import JobError, Requeue, process_rank
 from jobs.runtime.malloc import keep_freed_memory
@@ -41,7 +42,7 @@ class TrainJob:
                 return train(RunFolder(self.run), self.processes, self.device, signals, requeue)
             except Superseded as error:
                 print(error, file=sys.stderr)
-            except JobError as error:
+            except (UserError, JobError) as error:
                 self.failed(process_rank(), str(error))
             except Exception:
                 self.failed(process_rank(), traceback.format_exc())

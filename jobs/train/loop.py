@@ -19,7 +19,7 @@ from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
 from jobs.terminal.tables import in_words
 from jobs.train.ema import decay_at
-from jobs.train.recorder import NullRecorder, RunRecorder
+from jobs.train.recorder import NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update, band_sums
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -43,7 +43,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     step, owner = take_over(training, run, console)
     if step:
         training.restore(checkpoints.load(run.checkpoints, step))
-    recorder = NullRecorder()
+    recorder: Recorder = NoRecorder()
     if world.rank == 0:
         advise(training, EXPERIMENTS[experiment].cpu_advice, console)
         machine = {"processes": processes, "precision": precision, **facts(world.device)}
@@ -84,7 +84,7 @@ def record(training: Training, console: Console) -> None:
         console.say(not_recorded(error))
 
 
-def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) -> Stop:
+def run_steps(training: Training, recorder: Recorder, signals: SignalWatch) -> Stop:
     """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
     settings, vote = training.settings, StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
@@ -144,21 +144,16 @@ def take_over(training: Training, run: RunFolder, console: Console) -> tuple[int
     return step, Ownership(run.path, token)
 
 
-def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason: Stop, requeue: Requeue | None) -> int:
+def conclude(run: RunFolder, training: Training, recorder: Recorder, reason: Stop, requeue: Requeue | None) -> int:
     """Says how the job ended, queues it again if it was told to make room, and returns the exit code."""
     step, steps = training.step, training.settings.steps
     if step == steps:
         recorder.finish("finished", f"Finished {run} at step {step:,}; pictures are in {run}/figures.")
         return 0
     saved = f"Saved {run} at step {step:,} of {steps:,}."
-    if requeue is not None and reason is not Stop.INTERRUPT:
-        recorder.check_progress()
-        # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
-        job_id = requeue() if training.world.rank == 0 else "told by rank 0"
-        if job_id is not None:
-            recorder.finish("requeued", f"{saved} It is queued again as job {job_id}.", requeued_at=step)
-            recorder.came_back_as(job_id)
-            return 0
+    # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
+    if requeue is not None and reason is not Stop.INTERRUPT and recorder.queue_again(requeue, saved):
+        return 0
     state = "cancelled" if reason is Stop.TERMINATE else "interrupted"
     recorder.finish(state, f"{saved} Continue with: python launch.py resume {run}")
     return 130

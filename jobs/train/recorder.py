@@ -1,13 +1,14 @@
-"""Everything that the first process of a training does for the outside; the other processes have a `NullRecorder`."""
+"""What a training leaves and tells while it runs: its first process records all of it, the others nothing."""
 
 import resource
 import time
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from jobs.runtime.job import JobError
+from jobs.runtime.job import JobError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
@@ -23,38 +24,60 @@ TIMING_S = 5.0
 """Seconds between lines of timing.jsonl."""
 
 
-class NullRecorder:
-    """Keeps nothing: every process computes the same, one of them records it."""
+class Recorder(ABC):
+    """What the loop of a training tells to whoever keeps it: each process computes the same, one records it."""
 
+    @abstractmethod
     def start(self) -> None:
         """The training begins or continues."""
 
+    @abstractmethod
     def begin(self, compile_s: float | None) -> None:
         """Steps begin now; the network has been compiled in so many seconds, if it has."""
 
+    @abstractmethod
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         """An update is done; `metrics` is given where it is logged."""
 
+    @abstractmethod
     def save(self) -> None:
         """Makes sure that a checkpoint of this step is on the disk; raises JobError if it cannot be."""
 
-    def check_progress(self) -> None:
-        """Before the job is queued again: raises JobError if it has got nowhere, and neither did the time before."""
+    @abstractmethod
+    def queue_again(self, requeue: Requeue, saved: str) -> bool:
+        """Ends a job that shall be queued again; whether it comes back, which a process that does not record assumes.
 
-    def finish(self, state: str, message: str, **facts: Any) -> None:
+        `saved` is a sentence. Raises JobError if neither this job nor the one before has completed a step.
+        """
+
+    @abstractmethod
+    def finish(self, state: str, message: str) -> None:
         """The job ends in this state."""
 
-    def came_back_as(self, job_id: str) -> None:
-        """The job is queued again under this id."""
-
+    @abstractmethod
     def draw(self) -> None:
         """The last step is done and saved: figures and final numbers, whose failure is not the run's."""
 
+    @abstractmethod
     def close(self) -> None:
         """Releases files, whatever has happened."""
 
 
-class RunRecorder(NullRecorder):
+class NoRecorder(Recorder):
+    """Records nothing: for all processes but the first."""
+
+    def start(self) -> None: ...
+    def begin(self, compile_s: float | None) -> None: ...
+    def after_step(self, metrics: dict[str, Any] | None) -> None: ...
+    def save(self) -> None: ...
+    def finish(self, state: str, message: str) -> None: ...
+    def draw(self) -> None: ...
+    def close(self) -> None: ...
+    def queue_again(self, requeue: Requeue, saved: str) -> bool:
+        return True
+
+
+class RunRecorder(Recorder):
     """Checkpoints, metrics, timing, heartbeat and progress of a run."""
 
     def __init__(
@@ -124,13 +147,20 @@ class RunRecorder(NullRecorder):
             step, good = self._training.step, self._writer.newest
             raise JobError(f"step {step} could not be saved; the last good checkpoint is of step {good}")
 
-    def check_progress(self) -> None:
+    def queue_again(self, requeue: Requeue, saved: str) -> bool:
         step = self._training.step
         if step == self._first_step == self._status.values.get("requeued_at"):
             raise JobError(
                 f"no progress between two requeues: both times the job had to stop at step {step}. "
                 "Its time limit may be too short for it to start"
             )
+        job_id = requeue()
+        if job_id is None:
+            return False
+        self.finish("requeued", f"{saved} It is queued again as job {job_id}.", requeued_at=step)
+        if job_id not in self._run.read_launch().get("job_ids", []):
+            self._run.add_job("job_ids", job_id)
+        return True
 
     def finish(self, state: str, message: str, **facts: Any) -> None:
         self._progress.close()
@@ -151,11 +181,6 @@ class RunRecorder(NullRecorder):
             facts["missing"] = self._missing
         self._status.write(state=state, step=self._training.step, eta_s=None, **facts)
         self._console.say(message)
-
-    def came_back_as(self, job_id: str) -> None:
-        known = self._run.read_launch().get("job_ids", [])
-        if job_id not in known:
-            self._run.add_job("job_ids", job_id)
 
     def draw(self) -> None:
         self._progress.close()

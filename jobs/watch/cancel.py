@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
+from diffusion.errors import OutsideError, UserError
 from jobs.files import write_json
 from jobs.storage import checkpoints, ownership
 from jobs.storage.ownership import Ownership
@@ -22,19 +23,19 @@ Active = Callable[[Iterable[str]], Mapping[str, str]]
 def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
     """Ends all that the run has going on, waits until it has ended, and says how.
 
-    Raises ValueError if there is nothing to end, RuntimeError if it does not end within a minute.
+    Raises UserError if there is nothing to end, OutsideError if it does not end within a minute.
     """
     deadline = time.monotonic() + PATIENCE_S
     told: set[str | int] = set()
     # Looked up again each time: a job may just have been queued again, under another id even.
     while (jobs := _living_jobs(run, active)) or ownership.holders(run.path) or ownership.is_locked(run.path):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
+            raise OutsideError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
         if again := [job_id for job_id, states in jobs.items() if job_id not in told or "PENDING" in states]:
             scancel(again)
         processes = ownership.holders(run.path)
         if not jobs and not processes and ownership.is_locked(run.path):
-            raise RuntimeError(f"{run} is held by a process that is not yours, or on another machine")
+            raise OutsideError(f"{run} is held by a process that is not yours, or on another machine")
         for pid in set(processes) - told:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -44,7 +45,7 @@ def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None],
         told |= {*jobs, *processes}
         time.sleep(1 if jobs else 0.1)
     if not told:
-        raise ValueError(f"{run} is not running: it is {states.summarize(run, {}).state}")
+        raise UserError(f"{run} is not running: it is {states.summarize(run, {}).state}")
     _settle(run)
     say(_conclusion(run))
 

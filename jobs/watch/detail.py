@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
 from jobs.experiments import record
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import checkpoints
@@ -80,7 +81,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     """Flags and values: the most important ones, and all that are not the preset's."""
     try:
         experiment, config = run.read_experiment()
-    except ValueError:  # of another version of this program
+    except UserError:  # of another version of this program
         return {}
     train = config.train
     always = {"train.batch-size": train.batch_size, "train.lr": train.lr, "train.seed": train.seed}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
+from diffusion.errors import UserError
 from jobs.storage import ownership
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
@@ -183,7 +184,7 @@ def read_status(run: RunFolder) -> dict[str, Any]:
     """status.json; a file that cannot be read is a failure of its run, not of the list of all runs."""
     try:
         return run.read_status()
-    except (OSError, ValueError) as error:
+    except (OSError, UserError) as error:
         return {"state": "failed", "traceback": str(error)}
 
 
@@ -191,5 +192,5 @@ def read_launch(run: RunFolder) -> dict[str, Any]:
     """launch.json, {} if it cannot be read."""
     try:
         return run.read_launch()
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return {}

@@ -9,6 +9,7 @@ import torchvision
 from PIL import Image
 from pytorch_fid import fid_score, inception
 
+from diffusion.errors import UserError
 from diffusion.images.inception import WEIGHTS, inception_features
 
 DIGITS = np.zeros((2, 28, 28, 1), np.uint8)
@@ -24,10 +25,10 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_missing_and_foreign_weights_are_named(path: Path) -> None:
-    with pytest.raises(ValueError, match=f"Inception FID needs the file {WEIGHTS} .* in {path.parent}; not found"):
+    with pytest.raises(UserError, match=f"Inception FID needs the file {WEIGHTS} .* in {path.parent}; not found"):
         inception_features(DIGITS)
     path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="is not the file that FID is quoted in; its sha256 is "):
+    with pytest.raises(UserError, match="is not the file that FID is quoted in; its sha256 is "):
         inception_features(DIGITS)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from diffusion.errors import UserError
 from jobs.evaluate import report as report
 from jobs.evaluate.job import EvaluateJob
 from jobs.evaluate.plan import Evaluation, plan
@@ -176,7 +177,7 @@ def test_samples_without_their_checkpoint_are_judged_by_themselves(root: Path, e
 
 
 def test_a_run_without_samples_names_the_command_that_draws_them(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"must name a complete set of .* \(it has .*few.*\); got x"):
+    with pytest.raises(UserError, match=r"must name a complete set of .* \(it has .*few.*\); got x"):
         planned(root, "x")
     assert "--all takes one RUN" in sentence(launch("evaluate", "1d/a", "1d/a", "--all", cwd=root))
     shutil.rmtree(root / "runs" / "1d" / "a" / "samples")
@@ -207,7 +208,7 @@ def test_samples_that_cannot_be_judged_are_refused(
     array: np.ndarray[Any, Any], changes: dict[str, Any], words: str, root: Path
 ) -> None:
     disturb(root, array, **changes)
-    with pytest.raises(ValueError, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)):
         planned(root, "more")
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from diffusion.errors import UserError
 from jobs.experiments.record import read, write
 from jobs.experiments.table import EXPERIMENTS
 
@@ -32,5 +33,5 @@ def test_a_setting_that_came_later_has_its_default() -> None:
 def test_what_does_not_fit_is_named(change: object, words: str) -> None:
     values = json.loads(write("1d", EXPERIMENTS["1d"].preset))
     change(values["train"])  # type: ignore[operator]
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         read(json.dumps(values))

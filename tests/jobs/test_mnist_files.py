@@ -13,6 +13,7 @@ import pytest
 
 from diffusion.data import mnist
 from diffusion.data.mnist import FILES, DataUnavailable, fetch, raw_folder, require
+from diffusion.errors import UserError
 from tests.jobs.mirror import (
     Answer,
     Mirror,
@@ -85,23 +86,23 @@ def test_wrong_file_is_named_and_kept(check: Callable[[Path], None], mnist_root:
 
     path.unlink()
     path.write_bytes(right[:-1])
-    with raises_sentence(ValueError, str(path), "10007 bytes instead of 10008", "delete it"):
+    with raises_sentence(UserError, str(path), "10007 bytes instead of 10008", "delete it"):
         check(tmp_path)
     assert path.read_bytes() == right[:-1]
 
     flipped = bytearray(right)
     flipped[5000] ^= 1
     path.write_bytes(flipped)
-    with raises_sentence(ValueError, str(path), "sha256", "delete it"):
+    with raises_sentence(UserError, str(path), "sha256", "delete it"):
         check(tmp_path)
     assert path.read_bytes() == flipped
 
 
 def test_require_names_what_is_missing_and_the_cure(tmp_path: Path) -> None:
-    with raises_sentence(ValueError, str(raw_folder(tmp_path)), LABELS, "launch.py"):
+    with raises_sentence(UserError, str(raw_folder(tmp_path)), LABELS, "launch.py"):
         require(tmp_path)
     (tmp_path / "file").touch()
-    with raises_sentence(ValueError, LABELS):
+    with raises_sentence(UserError, LABELS):
         require(tmp_path / "file")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.data.mnist import FILES, fetch, require
+from diffusion.errors import UserError
 from tests.jobs.mirror import Mirror, dripping, good, names_in, raises_sentence, say_nothing
 
 
@@ -73,7 +74,7 @@ def test_a_killed_fetch_does_not_stand_in_the_way(packed: dict[str, bytes], mirr
 
 def test_root_that_cannot_be_written_is_one_sentence(mirror: Mirror, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with raises_sentence(ValueError, str(tmp_path / "file" / "data"), "Not a directory"):
+    with raises_sentence(UserError, str(tmp_path / "file" / "data"), "Not a directory"):
         fetch(tmp_path / "file" / "data", mirrors=[mirror.url], say=say_nothing)
     assert mirror.requests == []
 
@@ -82,7 +83,7 @@ def test_disk_that_fills_up_leaves_no_partial_file(mirror: Mirror, tmp_path: Pat
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # as a full disk would, in the midst of a file
     try:
-        with raises_sentence(ValueError, "cannot be written", "File too large"):
+        with raises_sentence(UserError, "cannot be written", "File too large"):
             fetch(tmp_path / "data", mirrors=[mirror.url], say=say_nothing)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion.errors import OutsideError
 from jobs.runtime import numerics
 from jobs.runtime.job import JobError
 from jobs.runtime.world import World
@@ -72,7 +73,7 @@ def test_auto_is_no_cpu_on_a_machine_with_gpus_that_torch_cannot_use(
     (tmp_path / "nvidiactl").touch()
     assert numerics.resolve_device("auto", None) == "cpu"
     (tmp_path / "nvidia0").touch()
-    with pytest.raises(RuntimeError, match=r"GPUs, but torch .* CUDA_VISIBLE_DEVICES=unset.*--device cpu"):
+    with pytest.raises(OutsideError, match=r"GPUs, but torch .* CUDA_VISIBLE_DEVICES=unset.*--device cpu"):
         numerics.resolve_device("auto", None)
     assert numerics.resolve_device("cpu", None) == "cpu"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # they are hidden on purpose

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusion.errors import UserError
 from jobs.experiments import grid
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
 
@@ -28,7 +29,7 @@ def test_a_grid_is_a_product() -> None:
 
 @pytest.mark.parametrize("axis", ["train.lr", "train.lr=", "=1,2", "train.lr=1,,2"])
 def test_an_axis_that_is_none_is_refused(axis: str) -> None:
-    with pytest.raises(ValueError, match="--grid takes SETTING=VALUE"):
+    with pytest.raises(UserError, match="--grid takes SETTING=VALUE"):
         grid.points([axis])
 
 

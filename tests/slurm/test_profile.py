@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from slurm import profile
+from slurm.errors import UserError
 from slurm.profile import Profile
 from slurm.submit import Shape
 
@@ -31,17 +32,17 @@ def test_the_example_is_a_profile() -> None:
 def test_a_wrong_key_or_value_is_named(text: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=words.replace(".", r"\.").replace("'", ".")):
+    with pytest.raises(UserError, match=words.replace(".", r"\.").replace("'", ".")):
         profile.load(str(path), {})
 
 
 def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="example; got nonsense"):
+    with pytest.raises(UserError, match="example; got nonsense"):
         profile.load("nonsense", {})
 
 
 def test_overrides_are_checked_too() -> None:
-    with pytest.raises(ValueError, match="gpus-per-node must be at least 1; got 0"):
+    with pytest.raises(UserError, match="gpus-per-node must be at least 1; got 0"):
         profile.load(None, {"gpus_per_node": 0})
     assert profile.load(None, {}) == Profile()
 
@@ -53,5 +54,5 @@ def test_gpus_become_nodes_and_tasks(gpus: int, shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("gpus", [5, 6, 7, 9])
 def test_nodes_must_be_filled(gpus: int) -> None:
-    with pytest.raises(ValueError, match=f"multiple of gpus_per_node=4 where it takes several nodes; got {gpus}"):
+    with pytest.raises(UserError, match=f"multiple of gpus_per_node=4 where it takes several nodes; got {gpus}"):
         Shape.of(gpus, 4)

@@ -12,6 +12,7 @@ import pytest
 from jobs.experiments.record import write
 from jobs.experiments.table import EXPERIMENTS
 from slurm import doctor, queue, task
+from slurm.errors import UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Submission
@@ -167,10 +168,10 @@ def test_a_refusal_among_notices(tools: Tools, tmp_path: Path) -> None:
     refusal = "sbatch: error: Batch job submission failed: Invalid account"
     tools.write("sbatch", f"(cat {tools.notice()}; echo {refusal}; echo See you.) >&2; exit 1")
     submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=f"Slurm refuses the job: {refusal}$"):
+    with pytest.raises(UserError, match=f"Slurm refuses the job: {refusal}$"):
         submission.check()
     tools.write("sbatch", "exit 1")
-    with pytest.raises(ValueError, match="Slurm refuses the job: no answer"):
+    with pytest.raises(UserError, match="Slurm refuses the job: no answer"):
         submission.check()
 
 
