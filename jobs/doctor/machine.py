@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from diffusion.data import mnist
+from diffusion.data.mnist import MNIST
 from jobs.storage import provenance
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
@@ -69,7 +69,7 @@ def _gpus() -> Iterator[Finding]:
 
 def _mnist(root: Path) -> Finding:
     try:
-        mnist.require(root)
+        MNIST.require(root)
     except ValueError as error:
         if "delete it" in str(error):
             return Finding("problem", str(error), "no run of mnist starts with other data", "delete it")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.digits import evaluation
+from diffusion.images import evaluation
+from diffusion.problems.images import ImageProblem
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.settings import DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
 from diffusion.statistics.evaluator import Drawn
@@ -33,7 +34,7 @@ def config(request: pytest.FixtureRequest, mnist_root: Path) -> ExperimentConfig
     """Each experiment of the table, with a small network and few timesteps."""
     preset = EXPERIMENTS[request.param].preset
     changes: dict[str, Any] = {**SMALL[request.param], "diffusion": DiffusionSettings(timesteps=21)}
-    if hasattr(preset.data, "root"):
+    if isinstance(preset.data, ImageProblem):
         changes["data"] = dataclasses.replace(preset.data, root=str(mnist_root))
     return dataclasses.replace(preset, **changes)
 
@@ -100,13 +101,12 @@ def test_samples(sampler: Any, config: ExperimentConfig) -> None:
 def test_evaluation_of_the_weights(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The units that depend on the weights; those of the samples alone have no model."""
     monkeypatch.setattr(evaluation, "BOUND_CHUNK", 2)  # digits in a unit, one after the other
-    entry = next(entry for entry in EXPERIMENTS.values() if type(entry.preset) is type(config))
-    n = max(100, entry.fewest_samples)
-    samples = np.zeros((n, *entry.sample_shape), dtype=entry.sample_dtype)
+    sample = config.data.sample
+    samples = np.zeros((max(100, sample.fewest), *sample.shape), dtype=sample.dtype)
 
     def act(experiment: Experiment, model: DiffusionModel) -> Any:
         drawn = Drawn(samples, model, SamplerSettings(sampler="dpm++", steps=4))
-        units = config.evaluator(drawn, {"seed": 0, "sha256": {}}).units()
+        units = config.evaluator(drawn, seed=0, inception=False).units()
         names = [name for name in units if name.startswith(("sampler-dpm++-4", "likelihood-0", "excess", "bound-0"))]
         assert names
         return {name: {key: value.tolist() for key, value in units[name].compute().items()} for name in names}
