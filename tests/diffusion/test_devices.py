@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.data.mnist import MNIST
 from diffusion.images import evaluation
 from diffusion.problems.images import ImageProblem
 from diffusion.process.model import DiffusionModel, Experiment
@@ -19,6 +20,7 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.draw import draw
 from jobs.sample.sample_set import SampleSettings
+from tests import made_images
 from tests.elsewhere import DEVICE, Elsewhere, elsewhere, move
 
 SMALL = {
@@ -26,16 +28,23 @@ SMALL = {
     "mnist": {"model": UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1))},
     "mnist-small": {"model": UnetSettings(dim=8, dim_mults=(1,), attn_heads=(1,), noise_skip=True, patch_size=2)},
 }
+SMALL["fashion-mnist-small"] = SMALL["mnist-small"]
 HISTORY: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 5)]
 
 
 @pytest.fixture(params=EXPERIMENTS)
-def config(request: pytest.FixtureRequest, mnist_root: Path) -> ExperimentConfig:
+def config(
+    request: pytest.FixtureRequest, mnist_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ExperimentConfig:
     """Each experiment of the table, with a small network and few timesteps."""
     preset = EXPERIMENTS[request.param].preset
     changes: dict[str, Any] = {**SMALL[request.param], "diffusion": DiffusionSettings(timesteps=21)}
     if isinstance(preset.data, ImageProblem):
-        changes["data"] = dataclasses.replace(preset.data, root=str(mnist_root))
+        root = mnist_root
+        if preset.data.data_set is not MNIST:
+            root = tmp_path / "data"
+            monkeypatch.setattr(type(preset.data), "data_set", made_images.make(root, preset.data.data_set, 28, 28))
+        changes["data"] = dataclasses.replace(preset.data, root=str(root))
     return dataclasses.replace(preset, **changes)
 
 
