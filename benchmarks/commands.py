@@ -91,7 +91,7 @@ def sampling_phase(run: Path, device: "Kind") -> Measurements:
 
     from diffusion.gaussian1d.distances import wasserstein1
     from diffusion.gaussian1d.mixture import Mixture
-    from jobs.experiments.configs import Gaussian1dConfig
+    from diffusion.problems.gaussian1d import Gaussian1dProblem
     from jobs.runtime.malloc import keep_freed_memory
     from jobs.runtime.signals import SignalWatch
     from jobs.sample.draw import sample
@@ -99,7 +99,7 @@ def sampling_phase(run: Path, device: "Kind") -> Measurements:
 
     keep_freed_memory()
     _, config = RunFolder(run).read_experiment()
-    if not isinstance(config, Gaussian1dConfig):
+    if not isinstance(config.data, Gaussian1dProblem):
         raise ValueError(f"{run} must be a run of 1d")
     asked = planned(run, "dpm++", STEPS_1D, SAMPLES_1D)
     asked.write_manifest()

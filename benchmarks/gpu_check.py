@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import Row, machine, table
-from diffusion.data import mnist
-from diffusion.settings import MnistSettings
+from diffusion.data.mnist import MNIST
+from diffusion.problems.mnist import MnistProblem
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.0
@@ -141,8 +141,8 @@ def main() -> int:
         parser.error(f"--out must be a new folder; {folder} has something in it")
     folder.mkdir(parents=True, exist_ok=True)
     # Once, before several parts want it.
-    digits = Path(MnistSettings().root).absolute()
-    mnist.fetch(digits, say=print)
+    digits = Path(MnistProblem().root).absolute()
+    MNIST.fetch(digits, say=print)
     os.environ["MNIST_ROOT"] = str(digits)
     minutes = options.minutes * (REHEARSAL_PATIENCE if options.device == "cpu" else 1)
     check = Check(folder, options.device, time.monotonic() + 60 * minutes)

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from denoising_diffusion_pytorch import GaussianDiffusion
     from torch import Tensor
 
-    from diffusion.images.experiment import Mnist
+    from diffusion.images.experiment import ImageExperiment
     from jobs.runtime.numerics import Kind, Precision
 
 LR = 1e-4
@@ -190,16 +190,17 @@ def png_folder(count: int = 60_000) -> Iterator[Path]:
         yield Path(name)
 
 
-def experiment(dim: int) -> "Mnist":
+def experiment(dim: int) -> "ImageExperiment":
     """MNIST with the U-Net that all of them train."""
+    from diffusion.images.experiment import ImageExperiment
     from diffusion.settings import UnetSettings
-    from jobs.experiments.configs import MnistConfig
     from jobs.experiments.table import EXPERIMENTS
 
     preset = EXPERIMENTS["mnist"].preset
-    assert isinstance(preset, MnistConfig)
     preset.prepare(print)
-    return MnistConfig(data=preset.data, model=UnetSettings(dim=dim), train=preset.train).build()
+    found = replace(preset, model=UnetSettings(dim=dim)).build()
+    assert isinstance(found, ImageExperiment)
+    return found
 
 
 def library_model(dim: int) -> "GaussianDiffusion":

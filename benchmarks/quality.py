@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.commands import command
 from benchmarks.comparison import Alternative, Measurements, Row, machine
 from benchmarks.peers import png_folder
-from diffusion.settings import MnistSettings
+from diffusion.problems.mnist import MnistProblem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +124,7 @@ def frechet(samples: "NDArray[np.uint8]", experiment: str = "mnist-small", *, re
     from jobs.experiments.table import EXPERIMENTS
 
     entry = EXPERIMENTS[experiment]
-    evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler), {"seed": 0, "sha256": {}})
+    evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler), seed=0, inception=False)
     return unpack(evaluator.units()[f"features-real-{len(samples)}" if real else "features"].compute()["frechet"]).value
 
 
@@ -135,7 +135,7 @@ def ours(steps: int, folder: Path) -> tuple[float, float]:
     run = f"mnist-small/of-{steps}"
     where = ("--device", "cpu", "--cluster", "local")
     trained = ("train", "mnist-small", "--name", f"of-{steps}", "--train.steps", steps, *where)
-    digits = str(Path(MnistSettings().root).absolute())
+    digits = str(Path(MnistProblem().root).absolute())
     seconds = command(*trained, cwd=folder, MNIST_ROOT=digits)
     sampled = ("--sampler", "ddpm", "--steps", SAMPLER_STEPS, "--num-samples", SAMPLES, "--name", "a")
     command("sample", run, *sampled, *where, cwd=folder, MNIST_ROOT=digits)

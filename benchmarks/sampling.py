@@ -53,12 +53,12 @@ def library(run: Path, device: "Kind", steps: int | None) -> Measurements:
     from torch import Tensor, nn
 
     from benchmarks.device import wait
-    from diffusion.images.experiment import Mnist, MnistModel, library_unet
+    from diffusion.images.experiment import ImageExperiment, UnetModel, library_unet
 
     samples = planned(run, "ddim", 50)
     experiment, model = _load(samples, device)
-    assert isinstance(experiment, Mnist) and isinstance(model, MnistModel)
-    unet, n = library_unet(experiment.model_settings).eval(), samples.settings.sub_batch_size
+    assert isinstance(experiment, ImageExperiment) and isinstance(model, UnetModel)
+    unet, n = library_unet(experiment.model_settings, image_channels=1).eval(), samples.settings.sub_batch_size
     unet.load_state_dict(model.network.state_dict())
     model.network = unet.to(device)
 

@@ -15,7 +15,7 @@ from tyro.conf import arg
 
 from commands.where import Where
 from diffusion.errors import UserError
-from diffusion.settings import MnistSettings
+from diffusion.problems.mnist import MnistProblem
 from jobs.doctor import machine
 from jobs.doctor.trial_job import DoctorJob
 from jobs.storage import provenance, run_folder
@@ -52,7 +52,7 @@ class Doctor:
         run = RunFolder(self.where.runs_dir / f".doctor-{run_folder.new_name(self.where.runs_dir)}")
         place = self.where.place(run)
         job = DoctorJob(run.path, self.where.processes, "cpu" if self.where.device == "cpu" else "cuda")
-        yield from machine.examine(self.where.runs_dir, Path(MnistSettings().root), is_shared=on_slurm)
+        yield from machine.examine(self.where.runs_dir, Path(MnistProblem().root), is_shared=on_slurm)
         if not isinstance(place, OnSlurm):
             if not queue.has_slurm():
                 yield slurm_doctor.unreachable()

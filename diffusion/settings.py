@@ -1,8 +1,7 @@
 """Settings of data, networks and diffusion processes. Importable without torch: the command line is made of them."""
 
 import math
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from diffusion.errors import UserError
@@ -42,15 +41,12 @@ class MixtureSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MnistSettings:
-    """The MNIST digits."""
-
-    root: str = field(default_factory=lambda: os.environ.get("MNIST_ROOT", "data"))
-    """Folder of the data set, as torchvision lays it out; fetched when missing. Default: $MNIST_ROOT, or data."""
+class ModelSettings:
+    """A network."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MlpSettings:
+class MlpSettings(ModelSettings):
     """A multilayer perceptron with a time embedding."""
 
     dim: int = 128
@@ -64,19 +60,20 @@ class MlpSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnetSettings:
+class UnetSettings(ModelSettings):
     """denoising-diffusion-pytorch's U-Net."""
 
     dim: int = 64
     """Channels at full resolution; a multiple of 8."""
     dim_mults: tuple[int, ...] = (1, 2, 4)
-    """Channels at each resolution, in multiples of dim; 28x28 can be halved twice."""
+    """Channels at each resolution, in multiples of dim; after the first, each halves height and width."""
     attn_heads: tuple[int, ...] | None = None
     """Attention heads at each resolution; None is the library's 4 everywhere."""
     noise_skip: bool = False
     """Predict eps as sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) network(x_t): right at large t from the beginning."""
     patch_size: int = 1
-    """Side of the squares folded into channels before the network (space-to-depth): 2 gives it 4x14x14."""
+    """Side of the squares folded into channels before the network (space-to-depth): with 2, it sees four
+    times the channels at half the height and width."""
 
     def __post_init__(self) -> None:
         require(self.dim >= 8 and self.dim % 8 == 0, "model.dim must be a multiple of 8", self.dim)
@@ -86,9 +83,6 @@ class UnetSettings:
         fits = self.attn_heads is None or len(self.attn_heads) == len(self.dim_mults)
         require(fits, "model.attn-heads must be as long as model.dim-mults", self.attn_heads)
         require(all(h >= 1 for h in self.attn_heads or ()), "model.attn-heads must be at least 1", self.attn_heads)
-        side, halvings = 28 // self.patch_size, len(self.dim_mults) - 1
-        rule = f"model.dim-mults halves {side}x{side} once for each entry after the first, which must divide evenly"
-        require(side % 2**halvings == 0, rule, self.dim_mults)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data import mnist
+from diffusion.data.mnist import MNIST
 from tests import launching, processes
 
 # A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
@@ -39,11 +39,11 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "MNIST_ROOT" in os.environ:
         root = Path(os.environ["MNIST_ROOT"])
         try:
-            mnist.require(root)
+            MNIST.require(root)
             return root
         except ValueError:
             pass
     root = tmp_path_factory.mktemp("mnist")
     with processes.forbidden(False):  # not the test that happens to be the first
-        mnist.fetch(root)
+        MNIST.fetch(root)
     return root

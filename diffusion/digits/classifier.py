@@ -15,6 +15,8 @@ from diffusion.images.pixels import Images, check_images, to_pixels
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 FEATURES = 64
+SHAPE = (28, 28, 1)
+"""Of a digit as files hold it."""
 _BATCH_SIZE = 500
 
 
@@ -59,12 +61,12 @@ def weights_sha256() -> str:
 
 @torch.inference_mode()
 def classify(net: DigitNet, images: Images) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features [n, 64] and probabilities of the digits [n, 10]; ValueError for what `check_images` refuses.
+    """Features [n, 64] and probabilities of the digits [n, 10]; ValueError for what `check_digits` refuses.
 
     The probabilities of an image sum to 1 less that of being no digit. An image's numbers do not depend on the other
     images: the network always sees full batches, the last one filled up.
     """
-    check_images(images)
+    check_digits(images)
     features, probabilities = [], []
     for start in range(0, len(images), _BATCH_SIZE):
         batch = images[start : start + _BATCH_SIZE]
@@ -73,6 +75,11 @@ def classify(net: DigitNet, images: Images) -> tuple[NDArray[np.float32], NDArra
         features.append(h.numpy())
         probabilities.append(net.last(F.relu(h)).softmax(1)[:, :10].numpy())
     return np.concatenate(features), np.concatenate(probabilities)
+
+
+def check_digits(images: NDArray[Any]) -> None:
+    """Raises ValueError unless these are images of the shape that the classifier knows."""
+    check_images(images, shape=SHAPE)
 
 
 def check_labels(labels: NDArray[Any], n: int, name: str = "labels") -> None:

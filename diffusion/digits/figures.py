@@ -8,18 +8,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from diffusion.figures.style import EXACT, MODEL, new_figure, save
-from diffusion.images.figures import tile
 from diffusion.images.pixels import Images
-
-
-def real_beside_generated(real: Images, generated: Images, path: Path) -> None:
-    """64 real and 64 generated digits in two squares."""
-    figure = Figure(figsize=(9, 4.8), layout="constrained")
-    for axes, images, title in zip(figure.subplots(1, 2), (real, generated), ("real", "generated"), strict=True):
-        axes.imshow(tile(images[:64], columns=8), cmap="gray", vmin=0, vmax=255)
-        axes.set_axis_off()
-        axes.set_title(title)
-    save(figure, path)
 
 
 def classes(shares: NDArray[Any], real_shares: NDArray[Any], n: int, path: Path) -> None:

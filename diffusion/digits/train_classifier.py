@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion.digits.classifier import WEIGHTS, DigitNet, check_labels, classify
-from diffusion.images.pixels import Images, check_images, to_pixels
+from diffusion.digits.classifier import WEIGHTS, DigitNet, check_digits, check_labels, classify
+from diffusion.images.pixels import Images, to_pixels
 from diffusion.process.randomness import Stream, generator, permutation
 
 BATCH_SIZE = 128
@@ -37,7 +37,7 @@ def train(
     batch filled up from the first. With each batch come images that are no digits, a class of their own: without them
     the net takes noise for a digit with certainty.
     """
-    check_images(images)
+    check_digits(images)
     check_labels(labels, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The MNIST experiment: denoising-diffusion-pytorch's U-Net and Gaussian diffusion on 28x28 digits."""
+"""Experiments on images: denoising-diffusion-pytorch's U-Net and Gaussian diffusion."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion.images.pixels import Images
 from diffusion.images.unet import with_fast_layers
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, permutation
@@ -20,13 +21,13 @@ from diffusion.process.transfer import sent
 from diffusion.settings import DiffusionSettings, UnetSettings
 
 
-def library_unet(settings: UnetSettings) -> Unet:
-    """The library's network as it is."""
-    heads, channels = settings.attn_heads or 4, settings.patch_size**2
+def library_unet(settings: UnetSettings, image_channels: int) -> Unet:
+    """Builds the library's network as it is."""
+    heads, channels = settings.attn_heads or 4, image_channels * settings.patch_size**2
     return Unet(settings.dim, dim_mults=settings.dim_mults, channels=channels, attn_heads=heads)
 
 
-class MnistModel(DiffusionModel):
+class UnetModel(DiffusionModel):
     """The library's `Unet` under the library's process, with space-to-depth and a skip around it if asked for."""
 
     def __init__(self, unet: Unet, diffusion: GaussianDiffusion, settings: UnetSettings) -> None:
@@ -34,7 +35,9 @@ class MnistModel(DiffusionModel):
         self.patch_size, self.noise_skip = settings.patch_size, settings.noise_skip
 
     def predict(self, xt: Tensor, t: Tensor) -> Tensor:
-        patches = F.pixel_unshuffle(xt, self.patch_size)  # [batch, patch_size^2, 28 / patch_size, 28 / patch_size]
+        patches = F.pixel_unshuffle(
+            xt, self.patch_size
+        )  # [batch, channels * patch_size^2, height / patch_size, width / patch_size]
         out = F.pixel_shuffle(self.network(patches, t), self.patch_size)
         if not self.noise_skip:
             return out
@@ -43,16 +46,27 @@ class MnistModel(DiffusionModel):
         return (1 - abar).sqrt() * xt + abar.sqrt() * out.float()
 
 
-class Mnist(Experiment):
-    """Digits scaled to [-1, 1], [n, 1, 28, 28], from images [60000, 28, 28] in uint8."""
+class ImageExperiment(Experiment):
+    """Images scaled to [-1, 1], [n, channels, height, width]."""
 
-    sample_shape = (1, 28, 28)
     clip = (-1.0, 1.0)
 
     def __init__(
-        self, load_images: Callable[[], NDArray[np.uint8]], model: UnetSettings, diffusion: DiffusionSettings
+        self,
+        load_images: Callable[[], Images],
+        shape: tuple[int, int, int],
+        noun: str,
+        model: UnetSettings,
+        diffusion: DiffusionSettings,
     ) -> None:
+        """`load_images` returns the training images [n, height, width, channels], `shape` is that of one.
+
+        `noun` is what figures call the images.
+        """
         self.load_images = load_images
+        height, width, channels = shape
+        self.sample_shape = (channels, height, width)
+        self.noun = noun
         self.model_settings = model
         self.diffusion_settings = diffusion
         self._epoch = -1
@@ -60,20 +74,22 @@ class Mnist(Experiment):
 
     @cached_property
     def images(self) -> Tensor:
-        """uint8 [60000, 1, 28, 28]; loaded when training first asks for it, sampling does not."""
-        return torch.from_numpy(self.load_images())[:, None]
+        """uint8 [n, channels, height, width]; loaded when training first asks for it, sampling does not."""
+        images = torch.from_numpy(self.load_images()).permute(0, 3, 1, 2)
+        return images.clone(memory_format=torch.contiguous_format)
 
     def build_model(self) -> DiffusionModel:
         settings = self.model_settings
-        unet = with_fast_layers(library_unet(settings))
+        channels, height, width = self.sample_shape
+        unet = with_fast_layers(library_unet(settings, channels))
         diffusion = GaussianDiffusion(
             unet,
-            image_size=28 // settings.patch_size,
+            image_size=(height // settings.patch_size, width // settings.patch_size),
             timesteps=self.diffusion_settings.timesteps,
             objective="pred_noise",
             beta_schedule=self.diffusion_settings.beta_schedule,
         )
-        return MnistModel(unet, diffusion, settings)
+        return UnetModel(unet, diffusion, settings)
 
     def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
         if self.images.device != device:
@@ -83,7 +99,7 @@ class Mnist(Experiment):
         return self.images[sent(indices, device)].float().div_(127.5).sub_(1)
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
-        """uint8 [n, 28, 28, 1]."""
+        """Returns uint8 [n, height, width, channels]."""
         pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -96,15 +112,15 @@ class Mnist(Experiment):
         from diffusion.images import figures
 
         abar = model.alphas_cumprod.cpu()
-        figures.forward_process(self.images[:6].cpu(), abar, folder / "forward.png")
+        figures.forward_process(self.images[:6].cpu(), abar, self.noun, folder / "forward.png")
         figures.loss(history, folder / "loss.png")
-        figures.reverse_process(model, 64, self.to_array, folder)
+        figures.reverse_process(model, self, self.noun, 64, folder)
         return []
 
     def sketch(self, model: DiffusionModel, folder: Path) -> None:
         from diffusion.images import figures
 
-        figures.sketch(model, 16, self.to_array, folder)
+        figures.sketch(model, self, self.noun, 16, folder)
 
     def _index(self, seed: int, position: int) -> int:
         """The image at this position of the endless sequence of shuffled epochs."""

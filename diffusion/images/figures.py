@@ -1,6 +1,5 @@
-"""Figures of the MNIST experiments."""
+"""Figures of experiments on images."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,78 +12,92 @@ from torch import Tensor
 
 from diffusion.figures.style import save
 from diffusion.figures.training import training_curve
-from diffusion.process.model import DiffusionModel
+from diffusion.images.pixels import Images
+from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import ddim, ddpm
 
-ToArray = Callable[[Tensor], NDArray[np.uint8]]
 
-
-def tile(images: NDArray[np.uint8], columns: int, gap: int = 2) -> NDArray[np.uint8]:
-    """Images [n, 28, 28, 1] side by side in rows, white on black with grey gaps: [height, width]."""
-    rows = -(-len(images) // columns)
-    cell = 28 + gap
-    sheet = np.full((rows * cell + gap, columns * cell + gap), 64, dtype=np.uint8)
+def tile(images: Images, columns: int, gap: int = 2) -> NDArray[np.uint8]:
+    """Images side by side in rows, with grey gaps: [height, width], with colours [height, width, channels]."""
+    n, height, width, channels = images.shape
+    rows, cell_height, cell_width = -(-n // columns), height + gap, width + gap
+    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, channels), 64, dtype=np.uint8)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        top, left = row * cell + gap, column * cell + gap
-        sheet[top : top + 28, left : left + 28] = image[..., 0]
-    return sheet
+        top, left = row * cell_height + gap, column * cell_width + gap
+        sheet[top : top + height, left : left + width] = image
+    return without_single_channel(sheet)
 
 
-def grid(images: NDArray[np.uint8], path: Path) -> None:
+def without_single_channel(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[height, width, channels] as plotting libraries take it: grey images have no axis of channels."""
+    return image[..., 0] if image.shape[-1] == 1 else image
+
+
+def grid(images: Images, path: Path) -> None:
     """The first 64 images in a square, three times enlarged, nothing around them."""
     shown = images[:64]
     Image.fromarray(_enlarged(tile(shown, columns=max(1, round(len(shown) ** 0.5))))).save(path)
 
 
-def forward_process(images: Tensor, abar: Tensor, path: Path) -> None:
-    """Digits uint8 [rows, 1, 28, 28] under growing noise."""
+def forward_process(images: Tensor, abar: Tensor, noun: str, path: Path) -> None:
+    """Draws images uint8 [rows, channels, height, width] under growing noise."""
     times = [0, *np.linspace(len(abar) // 10, len(abar) - 1, 8).round().astype(int).tolist()]
     x0 = images.float() / 127.5 - 1
-    eps = torch.from_numpy(normal(0, Stream.FIGURE, 1, 0, len(x0), (1, 28, 28)))
+    eps = torch.from_numpy(normal(0, Stream.FIGURE, 1, 0, len(x0), tuple(x0.shape[1:])))
     noisy = [x0 if t == 0 else abar[t] ** 0.5 * x0 + (1 - abar[t]) ** 0.5 * eps for t in times]
     columns = [((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy() for x in noisy]
-    _labelled(columns, [f"t = {t}" if t else "$x_0$" for t in times], "Forward process: digits become noise", path)
+    _labelled(columns, [f"t = {t}" if t else "$x_0$" for t in times], f"Forward process: {noun} become noise", path)
 
 
-def reverse_process(model: DiffusionModel, n: int, to_array: ToArray, folder: Path) -> None:
-    """n digits by the ancestral sampler: samples.png, denoising.png (a strip of steps) and denoising.gif."""
+def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n: int, folder: Path) -> None:
+    """n samples by the ancestral sampler: samples.png, denoising.png (a strip of steps) and denoising.gif."""
     abar = model.alphas_cumprod.double().cpu()
     steps = min(250, len(abar))
 
     def noise(k: int) -> Tensor:
-        return torch.from_numpy(normal(0, Stream.FIGURE, k, 0, n, (1, 28, 28)))
+        return torch.from_numpy(normal(0, Stream.FIGURE, k, 0, n, experiment.sample_shape))
 
     xt = noise(steps)
     with torch.inference_mode():
         x = [xt, *ddpm(model.predict_for, xt, abar, steps=steps, noise=noise, clip=(-1, 1))]
-    arrays = [to_array(value) for value in x]
+    arrays = [experiment.to_array(value) for value in x]
     grid(arrays[-1], folder / "samples.png")
     shown = np.linspace(0, steps, 9).round().astype(int)
     labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
-    title = f"Reverse process: noise becomes digits (DDPM, {steps} steps)"
+    title = f"Reverse process: noise becomes {noun} (DDPM, {steps} steps)"
     _labelled([arrays[i][:6] for i in shown], labels, title, folder / "denoising.png")
     frames = [
         Image.fromarray(_enlarged(tile(arrays[i][:36], columns=6))) for i in np.linspace(0, steps, 40).astype(int)
     ]
-    durations = [80] * (len(frames) - 1) + [2000]  # milliseconds; the digits stay for two seconds
+    durations = [80] * (len(frames) - 1) + [2000]  # milliseconds; the samples stay for two seconds
     frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def sketch(model: DiffusionModel, n: int, to_array: ToArray, folder: Path) -> None:
-    """n digits by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
+def sketch(model: DiffusionModel, experiment: Experiment, noun: str, n: int, folder: Path) -> None:
+    """n samples by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
     abar = model.alphas_cumprod.double().cpu()
     steps = min(25, len(abar))
-    xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, (1, 28, 28)))
+    xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, experiment.sample_shape))
     with torch.inference_mode():
         x = [xt, *ddim(model.predict_for, xt, abar, steps=steps, noise=lambda _: torch.zeros_like(xt), clip=(-1, 1))]
-    arrays = [to_array(value) for value in x]
+    arrays = [experiment.to_array(value) for value in x]
     grid(arrays[-1], folder / "grid.png")
     shown = np.linspace(0, steps, 9).round().astype(int)
     labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
-    title = f"Reverse process: noise becomes digits (DDIM, {steps} steps)"
+    title = f"Reverse process: noise becomes {noun} (DDIM, {steps} steps)"
     _labelled([arrays[i][:4] for i in shown], labels, title, folder / "denoising.png")
+
+
+def real_beside_generated(real: Images, generated: Images, path: Path) -> None:
+    """Draws 64 real and 64 generated images in two squares."""
+    figure = Figure(figsize=(9, 4.8), layout="constrained")
+    for axes, images, title in zip(figure.subplots(1, 2), (real, generated), ("real", "generated"), strict=True):
+        axes.imshow(tile(images[:64], columns=8), cmap="gray", vmin=0, vmax=255)
+        axes.set_axis_off()
+        axes.set_title(title)
+    save(figure, path)
 
 
 def loss(history: list[dict[str, Any]], path: Path) -> None:
@@ -94,8 +107,8 @@ def loss(history: list[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def _labelled(columns: list[NDArray[np.uint8]], labels: list[str], title: str, path: Path) -> None:
-    """Columns of images [rows, 28, 28, 1], each with a label above."""
+def _labelled(columns: list[Images], labels: list[str], title: str, path: Path) -> None:
+    """Columns of images, each with a label above."""
     rows = len(columns[0])
     figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows + 0.8), layout="constrained")
     all_axes = figure.subplots(rows, len(columns), squeeze=False)
@@ -103,7 +116,7 @@ def _labelled(columns: list[NDArray[np.uint8]], labels: list[str], title: str, p
         all_axes[0, column].set_title(label, fontsize="medium")
         for row, image in enumerate(images):
             axes = all_axes[row, column]
-            axes.imshow(image[..., 0], cmap="gray", vmin=0, vmax=255)
+            axes.imshow(without_single_channel(image), cmap="gray", vmin=0, vmax=255)
             axes.set_axis_off()
     figure.suptitle(title)
     save(figure, path)

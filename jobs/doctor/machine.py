@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from diffusion.data import mnist
+from diffusion.data.idx import WrongData
+from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from jobs.storage import provenance
 
@@ -70,8 +71,8 @@ def _gpus() -> Iterator[Finding]:
 
 def _mnist(root: Path) -> Finding:
     try:
-        mnist.require(root)
-    except mnist.WrongData as error:
+        MNIST.require(root)
+    except WrongData as error:
         return Finding("problem", str(error), "no run of mnist starts with other data", "delete it")
     except UserError:
         why = "compute nodes often have no network to fetch it"

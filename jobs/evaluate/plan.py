@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion.errors import UserError
-from jobs.experiments.table import EXPERIMENTS
+from diffusion.problems.problem import SampleFormat
 from jobs.files import sha256, write_atomically, write_json
 from jobs.sample import sample_set
 from jobs.sample.sample_set import SampleSet
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-VERSION = 1
-"""Of the metrics: results of another version are not used."""
 SEED = 0
 """Decides the resamples of intervals, and all else that is drawn in an evaluation."""
 REPLICATES = "replicates.npz"
@@ -131,10 +129,10 @@ def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluatio
     """
     experiment, config = run.read_experiment()
     chosen = sample_set.read(run, _choose(run, name))
-    load_samples(chosen, experiment)
+    load_samples(chosen, config.data.sample)
     manifest = chosen.read_manifest()
     protocol = {
-        "version": VERSION,
+        "version": config.data.metrics_version,
         "seed": SEED,
         "experiment": experiment,
         "model": asdict(config.model),
@@ -144,7 +142,7 @@ def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluatio
         "sha256": {
             "samples": manifest["sha256"]["samples.npz"],
             "weights": chosen.settings.weights_sha256,
-            **config.evaluation_sha256(inception),
+            **config.data.digest(inception=inception),
         },
     }
     whole = Evaluation(chosen, json.loads(json.dumps(protocol)))
@@ -164,11 +162,11 @@ def complete_sets(run: RunFolder) -> list[str]:
     return [name for _, name in sorted(found, reverse=True)]
 
 
-def load_samples(chosen: SampleSet, experiment: str) -> "NDArray[Any]":
+def load_samples(chosen: SampleSet, sample: SampleFormat) -> "NDArray[Any]":
     """The samples of a complete set; raises UserError unless they are those that were drawn, and can be evaluated."""
     import numpy as np
 
-    path, entry = chosen.folder / "samples.npz", EXPERIMENTS[experiment]
+    path = chosen.folder / "samples.npz"
     if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:
         raise UserError(f"{path} is not the file that was drawn: its sha256 differs from its manifest.json")
     try:
@@ -176,11 +174,11 @@ def load_samples(chosen: SampleSet, experiment: str) -> "NDArray[Any]":
             array: NDArray[Any] = arrays["arr_0"]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} must hold the samples as arr_0; it cannot be read: {error}") from None
-    wanted = f"{entry.sample_dtype} {[chosen.num_samples, *entry.sample_shape]}"
+    wanted = f"{sample.dtype} {[chosen.num_samples, *sample.shape]}"
     if f"{array.dtype} {list(array.shape)}" != wanted:
         raise UserError(f"{path} must hold {wanted}; got {array.dtype} {list(array.shape)}")
-    if len(array) < entry.fewest_samples:
-        raise UserError(f"an evaluation needs at least {entry.fewest_samples} samples; got {len(array)} in {path}")
+    if len(array) < sample.fewest:
+        raise UserError(f"an evaluation needs at least {sample.fewest} samples; got {len(array)} in {path}")
     finite = np.isfinite(array)
     if not finite.all():
         raise UserError(f"samples must be finite; {int((~finite).sum()):,} of {len(array):,} in {path} are not")

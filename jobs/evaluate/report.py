@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluate.plan import Evaluation
+from jobs.experiments.table import EXPERIMENTS
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
 
@@ -175,6 +176,8 @@ def _legend(results: Json, width: int) -> str:
             " The checkpoint that drew these samples is gone, and what would need it (the loss, the likelihood) is "
             "left out."
         )
+    if remark := EXPERIMENTS[results["protocol"]["experiment"]].preset.data.remark:
+        text += f" {remark}"
     return textwrap.fill(text, width)
 
 

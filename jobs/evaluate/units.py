@@ -23,14 +23,15 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     """The experiment's evaluator."""
     samples = evaluation.samples
     run = RunFolder(samples.run)
-    name, config = run.read_experiment()
+    _, config = run.read_experiment()
     model = None
     set_numerics("fp32")
     if evaluation.has_weights:
         _, model = load_model(run, samples.settings, own_device(device))
         model.requires_grad_(False)
-    drawn = Drawn(load_samples(samples, name), model, samples.settings.sampler)
-    return config.evaluator(drawn, evaluation.protocol)
+    drawn = Drawn(load_samples(samples, config.data.sample), model, samples.settings.sampler)
+    protocol = evaluation.protocol
+    return config.evaluator(drawn, seed=protocol["seed"], inception="inception" in protocol["sha256"])
 
 
 @contextmanager

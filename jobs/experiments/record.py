@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
 from diffusion.errors import UserError
@@ -22,7 +24,8 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
     experiment = values.pop("experiment", None)
     if experiment not in EXPERIMENTS:
         raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")
-    return experiment, _from_dict(type(EXPERIMENTS[experiment].preset), values)
+    preset = EXPERIMENTS[experiment].preset
+    return experiment, _from_dict(ExperimentConfig, values, {"data": type(preset.data), "model": type(preset.model)})
 
 
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:
@@ -60,9 +63,13 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 C = TypeVar("C")
 
 
-def _from_dict(cls: type[C], values: Any) -> C:
-    """Builds nested dataclasses from JSON; raises UserError where names or types do not fit."""
-    hints = get_type_hints(cls)
+def _from_dict(cls: type[C], values: Any, narrower: Mapping[str, type] = MappingProxyType({})) -> C:
+    """Builds nested dataclasses from JSON; raises UserError where names or types do not fit.
+
+    `narrower` holds the types of fields that are annotated with a base class.
+    """
+    types = {**get_type_hints(cls), **narrower}
+    hints = {f.name: types[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise UserError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
     for name in sorted(values.keys() - hints.keys()):

@@ -1,10 +1,12 @@
 """The table of experiments: what can be trained, and how each is sampled. Importable without torch."""
 
-import math
 from dataclasses import dataclass
 
-from diffusion.settings import SamplerSettings, UnetSettings
-from jobs.experiments.configs import ExperimentConfig, Gaussian1dConfig, MnistConfig
+from diffusion.problems.fashion_mnist import FashionMnistProblem
+from diffusion.problems.gaussian1d import Gaussian1dProblem
+from diffusion.problems.mnist import MnistProblem
+from diffusion.settings import MlpSettings, SamplerSettings, UnetSettings
+from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrainSettings
 
 
@@ -18,60 +20,57 @@ class Entry:
     """Samples that go through the network together. A constant: they depend on it in the last bits."""
     shard_size: int
     """Samples in one file, a multiple of sub_batch_size."""
-    sample_dtype: str
-    """Of samples in files."""
-    sample_shape: tuple[int, ...]
-    """Of one sample in files."""
-    fewest_samples: int
-    """That an evaluation makes sense of."""
     sampler: SamplerSettings
     """How to sample unless told otherwise: the fewest evaluations found as good as 1,000 ancestral steps (README)."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
 
-    @property
-    def bytes_per_sample(self) -> int:
-        """In a file."""
-        size = {"float32": 4, "uint8": 1}[self.sample_dtype]
-        return size * math.prod(self.sample_shape)
-
 
 EXPERIMENTS: dict[str, Entry] = {
     "1d": Entry(
-        preset=Gaussian1dConfig(train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32")),
+        preset=ExperimentConfig(
+            data=Gaussian1dProblem(),
+            model=MlpSettings(),
+            train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32"),
+        ),
         help="an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop",
         sub_batch_size=4096,
         shard_size=65536,
-        sample_dtype="float32",
-        sample_shape=(),
-        fewest_samples=2,
         sampler=SamplerSettings(sampler="dpm++", steps=30),
     ),
     "mnist": Entry(
-        preset=MnistConfig(
-            train=TrainSettings(steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995)
+        preset=ExperimentConfig(
+            data=MnistProblem(),
+            model=UnetSettings(),
+            train=TrainSettings(steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995),
         ),
         help="a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs",
         sub_batch_size=256,
         shard_size=1024,
-        sample_dtype="uint8",
-        sample_shape=(28, 28, 1),
-        fewest_samples=100,
         sampler=SamplerSettings(sampler="ddpm", steps=50),
         cpu_advice="mnist is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on this "
         "CPU. `python launch.py train mnist-small` draws recognisable digits after a few minutes.",
     ),
     "mnist-small": Entry(
-        preset=MnistConfig(
+        preset=ExperimentConfig(
+            data=MnistProblem(),
             model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
             train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
         ),
         help="a DDPM on MNIST that trains in minutes on a CPU",
         sub_batch_size=64,
         shard_size=256,
-        sample_dtype="uint8",
-        sample_shape=(28, 28, 1),
-        fewest_samples=100,
+        sampler=SamplerSettings(sampler="ddpm", steps=50),
+    ),
+    "fashion-mnist-small": Entry(
+        preset=ExperimentConfig(
+            data=FashionMnistProblem(),
+            model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
+            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
+        ),
+        help="a DDPM on Fashion-MNIST that trains in minutes on a CPU",
+        sub_batch_size=64,
+        shard_size=256,
         sampler=SamplerSettings(sampler="ddpm", steps=50),
     ),
 }

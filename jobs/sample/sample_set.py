@@ -77,7 +77,7 @@ def plan(
         shard_size=entry.shard_size,
     )
     found = SampleSet(
-        run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, entry.bytes_per_sample
+        run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, config.data.sample.num_bytes
     )
     found.check_existing()
     return found
@@ -85,13 +85,13 @@ def plan(
 
 def read(run: RunFolder, name: str) -> "SampleSet":
     """The set that the run has under this name; raises UserError if its manifest cannot be read."""
-    experiment, _ = run.read_experiment()
+    _, config = run.read_experiment()
     path = run.samples / name / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
         values = {field.name: manifest[field.name] for field in fields(SampleSettings)}
         settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
-        return SampleSet(run.path, name, settings, manifest["num_samples"], EXPERIMENTS[experiment].bytes_per_sample)
+        return SampleSet(run.path, name, settings, manifest["num_samples"], config.data.sample.num_bytes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
 

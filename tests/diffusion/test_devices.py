@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.digits import evaluation
+from diffusion.data.mnist import MNIST
+from diffusion.images import evaluation
+from diffusion.problems.images import ImageProblem
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.settings import DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
 from diffusion.statistics.evaluator import Drawn
@@ -18,6 +20,7 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.draw import draw
 from jobs.sample.sample_set import SampleSettings
+from tests import made_images
 from tests.elsewhere import DEVICE, Elsewhere, elsewhere, move
 
 SMALL = {
@@ -25,16 +28,23 @@ SMALL = {
     "mnist": {"model": UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1))},
     "mnist-small": {"model": UnetSettings(dim=8, dim_mults=(1,), attn_heads=(1,), noise_skip=True, patch_size=2)},
 }
+SMALL["fashion-mnist-small"] = SMALL["mnist-small"]
 HISTORY: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 5)]
 
 
 @pytest.fixture(params=EXPERIMENTS)
-def config(request: pytest.FixtureRequest, mnist_root: Path) -> ExperimentConfig:
+def config(
+    request: pytest.FixtureRequest, mnist_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ExperimentConfig:
     """Each experiment of the table, with a small network and few timesteps."""
     preset = EXPERIMENTS[request.param].preset
     changes: dict[str, Any] = {**SMALL[request.param], "diffusion": DiffusionSettings(timesteps=21)}
-    if hasattr(preset.data, "root"):
-        changes["data"] = dataclasses.replace(preset.data, root=str(mnist_root))
+    if isinstance(preset.data, ImageProblem):
+        root = mnist_root
+        if preset.data.data_set is not MNIST:
+            root = tmp_path / "data"
+            monkeypatch.setattr(type(preset.data), "data_set", made_images.make(root, preset.data.data_set, 28, 28))
+        changes["data"] = dataclasses.replace(preset.data, root=str(root))
     return dataclasses.replace(preset, **changes)
 
 
@@ -100,13 +110,12 @@ def test_samples(sampler: Any, config: ExperimentConfig) -> None:
 def test_evaluation_of_the_weights(config: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The units that depend on the weights; those of the samples alone have no model."""
     monkeypatch.setattr(evaluation, "BOUND_CHUNK", 2)  # digits in a unit, one after the other
-    entry = next(entry for entry in EXPERIMENTS.values() if type(entry.preset) is type(config))
-    n = max(100, entry.fewest_samples)
-    samples = np.zeros((n, *entry.sample_shape), dtype=entry.sample_dtype)
+    sample = config.data.sample
+    samples = np.zeros((max(100, sample.fewest), *sample.shape), dtype=sample.dtype)
 
     def act(experiment: Experiment, model: DiffusionModel) -> Any:
         drawn = Drawn(samples, model, SamplerSettings(sampler="dpm++", steps=4))
-        units = config.evaluator(drawn, {"seed": 0, "sha256": {}}).units()
+        units = config.evaluator(drawn, seed=0, inception=False).units()
         names = [name for name in units if name.startswith(("sampler-dpm++-4", "likelihood-0", "excess", "bound-0"))]
         assert names
         return {name: {key: value.tolist() for key, value in units[name].compute().items()} for name in names}

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 
-from diffusion.data import mnist
+from diffusion.data.idx import Split
+from diffusion.data.mnist import MNIST
 from diffusion.digits import classifier, metrics
 from diffusion.digits.classifier import DigitNet, classify
 from diffusion.digits.train_classifier import train
+from diffusion.images.nearest import nearest
 from diffusion.process.randomness import Stream, permutation
 from diffusion.statistics.features import frechet_distance, kernel_distance, overlap
 
@@ -27,11 +29,11 @@ def net() -> DigitNet:
     return classifier.load()
 
 
-def drawn(root: Path, split: mnist.Split, n: int) -> tuple[Images, NDArray[np.uint8]]:
+def drawn(root: Path, split: Split, n: int) -> tuple[Images, NDArray[np.uint8]]:
     """n digits and their labels, by chance: the files are ordered by writer."""
-    images, labels = mnist.read_images(root, split), mnist.read_labels(root, split)
+    images, labels = MNIST.read_images(root, split), MNIST.read_labels(root, split)
     chosen = permutation(0, Stream.FIGURE, 0, len(images))[:n]
-    return images[chosen, ..., None], labels[chosen]
+    return images[chosen], labels[chosen]
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +170,18 @@ def test_the_classifier_is_sure_of_digits_and_not_of_noise(net: DigitNet, held_o
 
 def test_the_nearest_neighbours_equal_brute_force(training: tuple[Images, Any], held_out: tuple[Images, Any]) -> None:
     images, others = held_out[0][:300], training[0][:2000]
-    distance, index = metrics.nearest(images, others, neighbours=3)
+    distance, index = nearest(images, others, neighbours=3)
     known = cdist(images.reshape(300, -1) / 255, others.reshape(2000, -1) / 255)
     np.testing.assert_allclose(distance, np.sort(known, axis=1)[:, :3], rtol=1e-12)
     np.testing.assert_array_equal(index, known.argsort(axis=1)[:, :3])
 
 
 def test_copies_are_found_and_held_out_digits_are_not(training: Any, held_out: Any) -> None:
-    real_distances, _ = metrics.nearest(held_out[0], training[0])
+    real_distances, _ = nearest(held_out[0], training[0])
     images, labels = held_out[0][:N].copy(), held_out[1][:N].copy()
     images[:60], labels[:60] = training[0][:60], training[1][:60]
     images[60:90], labels[60:90] = (training[0][60:90].astype(int) + 2).clip(0, 255), training[1][60:90]
-    found, index = metrics.nearest(images, training[0])
+    found, index = nearest(images, training[0])
     assert (found[:60] == 0).all()
     assert np.array_equal(index[:90, 0], np.arange(90))
     real_labels = held_out[1]
@@ -219,7 +221,7 @@ def test_what_is_no_digit_is_refused(images: Any, net: DigitNet) -> None:
     with pytest.raises(ValueError, match=r"must be uint8 \[n, 28, 28, 1\] with n at least 1; got"):
         classify(net, images)
     with pytest.raises(ValueError, match=r"^training images must be uint8"):
-        metrics.nearest(np.zeros((1, 28, 28, 1), np.uint8), images)
+        nearest(np.zeros((1, 28, 28, 1), np.uint8), images)
 
 
 def test_constant_images_have_their_exact_distance(net: DigitNet, real_features: NDArray[np.float32]) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusion.data import mnist
-from diffusion.digits.evaluation import CHUNK, HELD_OUT, Digits, EvaluatorMnist
+from diffusion.data.idx import Split
+from diffusion.data.mnist import MNIST
+from diffusion.digits.evaluation import DigitEvaluator
+from diffusion.images.evaluation import CHUNK, HELD_OUT, RealImages
 from diffusion.statistics.bootstrap import REPLICATES, Estimate
 from diffusion.statistics.evaluator import Metric, Result, pack
 
@@ -15,15 +17,15 @@ N = 300
 
 
 @pytest.fixture(scope="module")
-def load(mnist_root: Path) -> Callable[[str], Digits]:
-    def read(split: mnist.Split) -> Digits:
-        images = mnist.read_images(mnist_root, split)[..., None]
-        return Digits(images, mnist.read_labels(mnist_root, split))
+def load(mnist_root: Path) -> Callable[[str], RealImages]:
+    def read(split: Split) -> RealImages:
+        images = MNIST.read_images(mnist_root, split)
+        return RealImages(images, MNIST.read_labels(mnist_root, split))
 
     return read  # type: ignore[return-value]
 
 
-def judge(evaluator: EvaluatorMnist) -> dict[str, Metric]:
+def judge(evaluator: DigitEvaluator) -> dict[str, Metric]:
     """The metrics; what takes long or does not matter here is made up: real distances of 1 to 2, accuracies of 0.9."""
     slow = pack(Estimate(0.9, np.full(REPLICATES, 0.9)))
     results: dict[str, Result] = {}
@@ -37,11 +39,11 @@ def judge(evaluator: EvaluatorMnist) -> dict[str, Metric]:
     return evaluator.metrics(results)
 
 
-def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(load: Callable[[str], Digits]) -> None:
+def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(load: Callable[[str], RealImages]) -> None:
     real = load("test").part(7, 0, N).images  # another draw than the evaluation makes
     noise = np.random.default_rng(0).normal(0, 60, real.shape)
-    found = judge(EvaluatorMnist(load, real, None, 0, False))
-    noisy = judge(EvaluatorMnist(load, (real + noise).clip(0, 255).astype(np.uint8), None, 0, False))
+    found = judge(DigitEvaluator(load, real, None, 0, False, "digits"))
+    noisy = judge(DigitEvaluator(load, (real + noise).clip(0, 255).astype(np.uint8), None, 0, False, "digits"))
     for name, metric in found.items():
         assert isinstance(metric.floor, Estimate), name
         low, high = metric.floor.interval()
@@ -54,10 +56,10 @@ def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(load: Callable[
         assert noisy[name].value < found[name].value, name
 
 
-def test_copies_and_a_missing_class_are_found(load: Callable[[str], Digits]) -> None:
+def test_copies_and_a_missing_class_are_found(load: Callable[[str], RealImages]) -> None:
     train = load("train")
     copies = train.images[train.labels != 3][:N]
-    found = judge(EvaluatorMnist(load, copies, None, 0, False))
+    found = judge(DigitEvaluator(load, copies, None, 0, False, "digits"))
     assert found["copies"].value == 1
     assert isinstance(found["classes"].floor, Estimate)
     assert found["classes"].value > found["classes"].floor.interval()[1]
@@ -65,15 +67,15 @@ def test_copies_and_a_missing_class_are_found(load: Callable[[str], Digits]) -> 
     assert found["classes"].value > 0.9 * N * (train.labels == 3).mean()
 
 
-def test_the_units_are_the_same_for_all_sets_of_a_size(load: Callable[[str], Digits]) -> None:
+def test_the_units_are_the_same_for_all_sets_of_a_size(load: Callable[[str], RealImages]) -> None:
     images = load("test").images
-    units = [EvaluatorMnist(load, images[i : i + N], None, 0, False).units() for i in (0, 1000)]
+    units = [DigitEvaluator(load, images[i : i + N], None, 0, False, "digits").units() for i in (0, 1000)]
     assert list(units[0]) == list(units[1])
     assert len(units[0]) == 5 + -(-N // CHUNK) + HELD_OUT // CHUNK
 
 
-def test_constant_images_get_finite_numbers_and_no_praise(load: Callable[[str], Digits]) -> None:
-    found = judge(EvaluatorMnist(load, np.zeros((N, 28, 28, 1), np.uint8), None, 0, False))
+def test_constant_images_get_finite_numbers_and_no_praise(load: Callable[[str], RealImages]) -> None:
+    found = judge(DigitEvaluator(load, np.zeros((N, 28, 28, 1), np.uint8), None, 0, False, "digits"))
     assert all(
         np.isfinite([metric.value, *metric.estimate.replicates]).all()
         for metric in found.values()

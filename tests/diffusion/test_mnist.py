@@ -1,4 +1,4 @@
-"""The MNIST experiment against denoising-diffusion-pytorch and the data set."""
+"""Experiments on images, with MNIST, against denoising-diffusion-pytorch and the data set."""
 
 from pathlib import Path
 
@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-from torchvision.datasets import MNIST
+from torchvision import datasets
 
-from diffusion.data import mnist
-from diffusion.images.experiment import Mnist, MnistModel
+from diffusion.data.mnist import MNIST
+from diffusion.images.experiment import ImageExperiment, UnetModel
 from diffusion.settings import DiffusionSettings, UnetSettings
 from jobs.experiments.table import EXPERIMENTS
 
 CPU = torch.device("cpu")
 
 
-def experiment(images: int = 100, **settings: object) -> Mnist:
-    pixels = np.random.default_rng(0).integers(0, 256, (images, 28, 28), dtype=np.uint8)
-    return Mnist(lambda: pixels, UnetSettings(**settings), DiffusionSettings())  # type: ignore[arg-type]
+def experiment(images: int = 100, **settings: object) -> ImageExperiment:
+    pixels = np.random.default_rng(0).integers(0, 256, (images, 28, 28, 1), dtype=np.uint8)
+    return ImageExperiment(lambda: pixels, (28, 28, 1), "digits", UnetSettings(**settings), DiffusionSettings())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_loss_equals_the_librarys_forward() -> None:
 def test_space_to_depth_keeps_the_noise_in_place() -> None:
     """With a network that returns its input, predict must be the identity."""
     model = experiment(dim=8, dim_mults=(1, 2), patch_size=2).build_model()
-    assert isinstance(model, MnistModel)
+    assert isinstance(model, UnetModel)
     model.network = _Identity()
     x = torch.randn(3, 1, 28, 28)
     assert torch.equal(model.predict(x, torch.zeros(3)), x)
@@ -61,8 +61,7 @@ class _Identity(torch.nn.Module):
 
 
 def test_the_weights_of_mnist_load_strictly_into_the_librarys_unet() -> None:
-    preset = EXPERIMENTS["mnist"].preset
-    model = Mnist(lambda: np.zeros((1, 28, 28), np.uint8), preset.model, preset.diffusion).build_model()  # type: ignore[arg-type]
+    model = EXPERIMENTS["mnist"].preset.build().build_model()
     Unet(dim=64, dim_mults=(1, 2, 4), channels=1).load_state_dict(model.network.state_dict(), strict=True)
 
 
@@ -92,6 +91,6 @@ def test_pixels_survive_the_way_to_the_model_and_back() -> None:
 
 
 def test_images_are_the_ones_that_torchvision_reads(mnist_root: Path) -> None:
-    theirs = MNIST(str(mnist_root), train=True, download=False)
-    assert np.array_equal(mnist.read_images(mnist_root, "train"), theirs.data.numpy())
-    assert np.array_equal(mnist.read_labels(mnist_root, "train"), theirs.targets.numpy())
+    theirs = datasets.MNIST(str(mnist_root), train=True, download=False)
+    assert np.array_equal(MNIST.read_images(mnist_root, "train")[..., 0], theirs.data.numpy())
+    assert np.array_equal(MNIST.read_labels(mnist_root, "train"), theirs.targets.numpy())

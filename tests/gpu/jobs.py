@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 
+from diffusion.problems.mnist import MnistProblem
 from diffusion.settings import UnetSettings
-from jobs.experiments.configs import MnistConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.numerics import Kind, set_numerics
 from jobs.runtime.world import World, start
@@ -26,7 +26,7 @@ def dim(device: Kind) -> int:
 def training(device: Kind, mnist_root: Path, world: World) -> Training:
     """Of `mnist`, in batches that two processes can divide."""
     preset = EXPERIMENTS["mnist"].preset
-    assert isinstance(preset, MnistConfig)
+    assert isinstance(preset.data, MnistProblem)
     asked = replace(
         preset,
         data=replace(preset.data, root=str(mnist_root)),

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.mnist import FILES, raw_folder
+from diffusion.data.mnist import MNIST
 from tests.jobs.mirror import Mirror
 
 
 @pytest.fixture(scope="session")
 def packed(mnist_root: Path) -> dict[str, bytes]:
-    return {name: gzip.compress((raw_folder(mnist_root) / name).read_bytes(), 1) for name in FILES}
+    return {name: gzip.compress((MNIST.raw_folder(mnist_root) / name).read_bytes(), 1) for name in MNIST.sha256}
 
 
 @pytest.fixture

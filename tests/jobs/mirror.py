@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.mnist import raw_folder
+from diffusion.data.mnist import MNIST
 
 Answer = Callable[[BaseHTTPRequestHandler, bytes], None]
 
@@ -20,7 +20,7 @@ def say_nothing(message: str) -> None: ...
 
 
 def names_in(root: Path) -> list[str]:
-    return sorted(path.name for path in raw_folder(root).iterdir())
+    return sorted(path.name for path in MNIST.raw_folder(root).iterdir())
 
 
 def raises_sentence(kind: type[Exception], *parts: str) -> contextlib.AbstractContextManager[object]:

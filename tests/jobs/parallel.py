@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian1d.experiment import Gaussian1d
-from jobs.experiments.configs import Gaussian1dConfig
+from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start
 from jobs.train.state import Training
@@ -26,9 +26,8 @@ class PoisonedAtStepThree(Gaussian1d):
         return x0
 
 
-def config(batch_size: int) -> Gaussian1dConfig:
+def config(batch_size: int) -> ExperimentConfig:
     preset = EXPERIMENTS["1d"].preset
-    assert isinstance(preset, Gaussian1dConfig)
     return replace(preset, train=replace(preset.train, batch_size=batch_size, steps=10))
 
 

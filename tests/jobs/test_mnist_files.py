@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion.data import mnist
-from diffusion.data.mnist import FILES, DataUnavailable, fetch, raw_folder, require
+from diffusion.data import idx
+from diffusion.data.idx import DataUnavailable
+from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from tests.jobs.mirror import (
     Answer,
@@ -43,24 +44,24 @@ def test_torchvision_reads_the_same(mnist_root: Path) -> None:
     datasets = pytest.importorskip("torchvision.datasets")
     for split in ("train", "test"):
         theirs = datasets.MNIST(str(mnist_root), train=split == "train", download=False)
-        assert np.array_equal(theirs.data.numpy(), mnist.read_images(mnist_root, split))
-        assert np.array_equal(theirs.targets.numpy(), mnist.read_labels(mnist_root, split))
+        assert np.array_equal(theirs.data.numpy(), MNIST.read_images(mnist_root, split)[..., 0])
+        assert np.array_equal(theirs.targets.numpy(), MNIST.read_labels(mnist_root, split))
 
 
 def test_arrays_are_what_everyone_knows_of_mnist(mnist_root: Path) -> None:
-    images, labels = mnist.read_images(mnist_root, "train"), mnist.read_labels(mnist_root, "train")
-    assert images.shape == (60_000, 28, 28)
+    images, labels = MNIST.read_images(mnist_root, "train"), MNIST.read_labels(mnist_root, "train")
+    assert images.shape == (60_000, 28, 28, 1)
     assert images.dtype == labels.dtype == np.dtype(np.uint8)
     assert np.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert (round(images.mean() / 255, 4), round(images.std() / 255, 4)) == (0.1307, 0.3081)
-    assert mnist.read_images(mnist_root, "test").shape == (10_000, 28, 28)
-    assert mnist.read_labels(mnist_root, "test")[:5].tolist() == [7, 2, 1, 0, 4]
+    assert MNIST.read_images(mnist_root, "test").shape == (10_000, 28, 28, 1)
+    assert MNIST.read_labels(mnist_root, "test")[:5].tolist() == [7, 2, 1, 0, 4]
 
 
 def test_importing_it_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'torchvision', 'numpy', 'tqdm', 'urllib.request'}"
     code = f"import sys, diffusion.data.mnist; print({heavy} & set(sys.modules))"
-    repository = Path(mnist.__file__).parents[1]
+    repository = Path(idx.__file__).parents[1]
     assert subprocess.check_output([sys.executable, "-c", code], cwd=repository, text=True) == "set()\n"
 
 
@@ -69,18 +70,18 @@ def test_importing_it_loads_nothing_heavy() -> None:
 
 def test_complete_folder_is_left_alone_without_a_word(mnist_root: Path, mirror: Mirror) -> None:
     said: list[str] = []
-    before = raw_folder(mnist_root).stat().st_mtime_ns
-    fetch(mnist_root, mirrors=[mirror.url], say=said.append)
+    before = MNIST.raw_folder(mnist_root).stat().st_mtime_ns
+    MNIST.fetch(mnist_root, mirrors=[mirror.url], say=said.append)
     assert (said, mirror.requests) == ([], [])
-    assert raw_folder(mnist_root).stat().st_mtime_ns == before  # not even a lock was made
+    assert MNIST.raw_folder(mnist_root).stat().st_mtime_ns == before  # not even a lock was made
 
 
-@pytest.mark.parametrize("check", [require, fetch])
+@pytest.mark.parametrize("check", [MNIST.require, MNIST.fetch])
 def test_wrong_file_is_named_and_kept(check: Callable[[Path], None], mnist_root: Path, tmp_path: Path) -> None:
-    raw_folder(tmp_path).mkdir(parents=True)
-    for name in FILES:
-        (raw_folder(tmp_path) / name).symlink_to(raw_folder(mnist_root).absolute() / name)
-    path = raw_folder(tmp_path) / LABELS
+    MNIST.raw_folder(tmp_path).mkdir(parents=True)
+    for name in MNIST.sha256:
+        (MNIST.raw_folder(tmp_path) / name).symlink_to(MNIST.raw_folder(mnist_root).absolute() / name)
+    path = MNIST.raw_folder(tmp_path) / LABELS
     right = path.read_bytes()
     check(tmp_path)
 
@@ -99,11 +100,11 @@ def test_wrong_file_is_named_and_kept(check: Callable[[Path], None], mnist_root:
 
 
 def test_require_names_what_is_missing_and_the_cure(tmp_path: Path) -> None:
-    with raises_sentence(UserError, str(raw_folder(tmp_path)), LABELS, "launch.py"):
-        require(tmp_path)
+    with raises_sentence(UserError, str(MNIST.raw_folder(tmp_path)), LABELS, "launch.py"):
+        MNIST.require(tmp_path)
     (tmp_path / "file").touch()
     with raises_sentence(UserError, LABELS):
-        require(tmp_path / "file")
+        MNIST.require(tmp_path / "file")
 
 
 # --- Mirrors ---
@@ -112,9 +113,9 @@ def test_require_names_what_is_missing_and_the_cure(tmp_path: Path) -> None:
 @pytest.mark.parametrize("answer", [good, without_length])
 def test_fetch_from_a_good_mirror(answer: Answer, packed: dict[str, bytes], tmp_path: Path) -> None:
     with Mirror(packed, answer) as mirror:
-        fetch(tmp_path / "new" / "data", mirrors=[mirror.url], pip_wheel=False, say=say_nothing)
-    require(tmp_path / "new" / "data")
-    assert names_in(tmp_path / "new" / "data") == sorted(FILES)
+        MNIST.fetch(tmp_path / "new" / "data", mirrors=[mirror.url], last_resort=False, say=say_nothing)
+    MNIST.require(tmp_path / "new" / "data")
+    assert names_in(tmp_path / "new" / "data") == sorted(MNIST.sha256)
 
 
 @pytest.mark.parametrize(
@@ -136,12 +137,12 @@ def test_mirror_that_fails_is_left_for_the_next(
 ) -> None:
     said: list[str] = []
     with Mirror(packed, train_labels_idx1_ubyte=answer) as bad:
-        fetch(tmp_path, mirrors=[bad.url, mirror.url], pip_wheel=False, patience_s=2, say=said.append)
-    require(tmp_path)
-    assert names_in(tmp_path) == sorted(FILES)
+        MNIST.fetch(tmp_path, mirrors=[bad.url, mirror.url], last_resort=False, patience_s=2, say=said.append)
+    MNIST.require(tmp_path)
+    assert names_in(tmp_path) == sorted(MNIST.sha256)
     assert reason in said[1] and "\n" not in said[1]
-    assert bad.requests == list(FILES)[:2]  # not asked again after its failure
-    assert mirror.requests == list(FILES)[1:]
+    assert bad.requests == list(MNIST.sha256)[:2]  # not asked again after its failure
+    assert mirror.requests == list(MNIST.sha256)[1:]
 
 
 def test_mirrors_that_cannot_be_reached_cost_little_time_and_leave_nothing(
@@ -165,10 +166,10 @@ def test_mirrors_that_cannot_be_reached_cost_little_time_and_leave_nothing(
             silent_url,
             refusing_url,
             "refused",
-            *FILES,
-            str(raw_folder(tmp_path / "data")),
+            *MNIST.sha256,
+            str(MNIST.raw_folder(tmp_path / "data")),
             "by hand",
         ):
-            fetch(tmp_path / "data", mirrors=mirrors, pip_wheel=False, patience_s=0.5, say=say_nothing)
+            MNIST.fetch(tmp_path / "data", mirrors=mirrors, last_resort=False, patience_s=0.5, say=say_nothing)
     is_over.set()
     assert list(tmp_path.iterdir()) == []

