@@ -108,7 +108,8 @@ def dpm_solver(
         yield xt
 
 
-SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+FUNCTIONS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+"""The function of each row of diffusion.settings.SAMPLERS."""
 
 
 def posterior_variance(abar: float, abar_prev: float) -> float:
