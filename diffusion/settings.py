@@ -21,6 +21,7 @@ SAMPLERS = {
     "ddpm": SamplerKind(help="ancestral", default_steps=None, is_deterministic=False),
     "ddim": SamplerKind(help="", default_steps=50, is_deterministic=True, takes_eta=True),
     "dpm++": SamplerKind(help="DPM-Solver++ 2M", default_steps=30, is_deterministic=True),
+    "heun": SamplerKind(help="second order, of Karras et al. 2022", default_steps=50, is_deterministic=True),
 }
 """Each has a function of its name in diffusion/process/samplers.py. Figures take their colours in this order."""
 

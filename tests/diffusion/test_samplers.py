@@ -12,7 +12,16 @@ from torch import Tensor
 from diffusion.gaussian1d.distances import wasserstein1, wasserstein1_floor
 from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import FUNCTIONS, Sampler, ddim, ddpm, dpm_solver, posterior_variance, strided_timesteps
+from diffusion.process.samplers import (
+    FUNCTIONS,
+    Sampler,
+    ddim,
+    ddpm,
+    dpm_solver,
+    heun,
+    posterior_variance,
+    strided_timesteps,
+)
 from diffusion.process.schedules import alphas_cumprod
 from diffusion.settings import SAMPLERS, DiffusionSettings, MixtureSettings, MlpSettings, SamplerSettings
 
@@ -38,10 +47,14 @@ def ode_error(sampler: Sampler, steps: int, schedule: str = "linear") -> float:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver, 2), (heun, 2)])
 def test_the_error_to_the_exact_ode_has_the_samplers_order(sampler: Sampler, order: int, schedule: str) -> None:
     coarse, fine = ode_error(sampler, 40, schedule), ode_error(sampler, 160, schedule)
     assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.2)
+
+
+def test_heun_is_as_exact_with_an_even_number_of_evaluations_as_with_an_odd_one() -> None:
+    assert ode_error(heun, 60) == pytest.approx(ode_error(heun, 61), rel=0.05)
 
 
 @pytest.mark.parametrize(("steps", "largest"), [(10, 0.2), (50, 0.05), (100, 0.025)])
@@ -49,7 +62,7 @@ def test_ddim_is_as_close_to_the_mixture_as_it_is_known_to_be(steps: int, larges
     assert largest / 4 < ode_error(ddim, steps) < largest
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50)])
+@pytest.mark.parametrize(("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50), ("heun", 100)])
 def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int) -> None:
     exact, n = experiment(), 20_000
     x_t = torch.from_numpy(normal(0, Stream.SAMPLE_START, 0, 0, n, (1,)))
