@@ -7,7 +7,7 @@ from tyro.conf import arg
 
 from commands.where import Launch, Run, optional, show
 from diffusion.errors import UserError
-from diffusion.settings import SAMPLER_STEPS, SamplerName, SamplerSettings
+from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample import sample_set
 from jobs.sample.job import SampleJob, SampleMergeJob
@@ -24,8 +24,14 @@ def _by_experiment(setting: str) -> str:
 
 def _of_other_samplers() -> str:
     """The steps of a sampler that is not the experiment's own, for the help."""
-    steps = (f"{steps or 'all timesteps'} for {sampler}" for sampler, steps in SAMPLER_STEPS.items())
+    steps = (f"{kind.default_steps or 'all timesteps'} for {name}" for name, kind in SAMPLERS.items())
     return f"with another sampler {', '.join(steps)}"
+
+
+def _samplers() -> str:
+    """The samplers, for the help."""
+    *names, last = (f"{name} ({kind.help})" if kind.help else name for name, kind in SAMPLERS.items())
+    return f"{', '.join(names)}, or {last}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,11 @@ class Sample:
     """Samples in the set. A larger number extends a set that exists."""
     seed: int = 0
     """Sample i depends on the seed and i, not on the number of samples or processes."""
-    sampler: Annotated[SamplerName | None, optional("{ddpm,ddim,dpm++}", _by_experiment("sampler"))] = None
-    """ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M)."""
+    sampler: Annotated[
+        SamplerName | None,
+        optional(f"{{{','.join(SAMPLERS)}}}", _by_experiment("sampler")),
+        arg(help=_samplers()),
+    ] = None
     steps: Annotated[int | None, optional("INT", f"{_by_experiment('steps')}; {_of_other_samplers()}")] = None
     """Network evaluations for each sample."""
     eta: float = 0.0
@@ -56,7 +65,7 @@ class Sample:
         experiment, config = run.read_experiment()
         default, timesteps = EXPERIMENTS[experiment].sampler, config.diffusion.timesteps
         name = self.sampler if self.sampler is not None else default.sampler
-        usual = default.steps if name == default.sampler else SAMPLER_STEPS[name] or timesteps
+        usual = default.steps if name == default.sampler else SAMPLERS[name].default_steps or timesteps
         steps = self.steps if self.steps is not None else min(usual, timesteps)
         asked = sample_set.plan(
             run,

@@ -2,11 +2,35 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffusion.errors import UserError
 
-SamplerName = Literal["ddpm", "ddim", "dpm++"]
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerKind:
+    """A row of the table of samplers."""
+
+    help: str
+    default_steps: int | None
+    """Network evaluations of a sampler that is not the experiment's own; None is one for each timestep."""
+    is_deterministic: bool
+    """Whether it draws no noise on its way, unless eta asks for some."""
+    takes_eta: bool = False
+
+
+SAMPLERS = {
+    "ddpm": SamplerKind(help="ancestral", default_steps=None, is_deterministic=False),
+    "ddim": SamplerKind(help="", default_steps=50, is_deterministic=True, takes_eta=True),
+    "dpm++": SamplerKind(help="DPM-Solver++ 2M", default_steps=30, is_deterministic=True),
+    "heun": SamplerKind(help="second order, of Karras et al. 2022", default_steps=50, is_deterministic=True),
+}
+"""Each has a function of its name in diffusion/process/samplers.py. Figures take their colours in this order."""
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 class SettingsError(UserError):
@@ -104,11 +128,15 @@ class SamplerSettings:
     """How samples are drawn."""
 
     sampler: SamplerName
-    """ddpm (ancestral), ddim, or dpm++ (DPM-Solver++ 2M)."""
     steps: int
     """Network evaluations for each sample."""
     eta: float = 0.0
     """DDIM's noise: 0 is deterministic, 1 is as random as ddpm."""
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether a sample depends on its initial noise alone."""
+        return SAMPLERS[self.sampler].is_deterministic and self.eta == 0
 
     def check(self, timesteps: int) -> None:
         """Raises SettingsError if these settings do not fit a process of `timesteps` noise levels."""
@@ -116,13 +144,11 @@ class SamplerSettings:
             1 <= self.steps <= timesteps, f"steps must lie between 1 and diffusion.timesteps={timesteps}", self.steps
         )
         require(0 <= self.eta <= 1, "eta must lie between 0 and 1", self.eta)
-        require(self.eta == 0 or self.sampler == "ddim", f"only ddim takes eta, not {self.sampler}", self.eta)
+        takers = " and ".join(name for name, kind in SAMPLERS.items() if kind.takes_eta)
+        fits = self.eta == 0 or SAMPLERS[self.sampler].takes_eta
+        require(fits, f"only {takers} takes eta, not {self.sampler}", self.eta)
 
     @property
     def label(self) -> str:
         """Names the settings in file names, as in `dpm++-25` and `ddim-50-eta0.5`."""
         return f"{self.sampler}-{self.steps}" + (f"-eta{self.eta:g}" if self.eta else "")
-
-
-SAMPLER_STEPS: dict[SamplerName, int | None] = {"ddpm": None, "ddim": 50, "dpm++": 30}
-"""Network evaluations of a sampler that is not the experiment's own; None is one for each timestep."""

@@ -59,6 +59,13 @@ FAULTS = [
         "tests/diffusion/test_samplers.py::test_the_error_to_the_exact_ode_has_the_samplers_order",
     ),
     Fault(
+        "heun is of first order",
+        "diffusion/process/samplers.py",
+        "h * (slope + slope_after) / 2",
+        "h * slope",
+        "tests/diffusion/test_samplers.py::test_the_error_to_the_exact_ode_has_the_samplers_order",
+    ),
+    Fault(
         "the cosine schedule has lost its offset",
         "diffusion/process/schedules.py",
         "s: float = 0.008",

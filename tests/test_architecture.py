@@ -25,7 +25,7 @@ ARROWS = {
     "diffusion.settings": set(),
     "diffusion.process": set(),
     "diffusion.data": set(),
-    "diffusion.figures": set(),
+    "diffusion.figures": {"diffusion.settings"},
     "diffusion.statistics": {"diffusion.settings", "diffusion.process"},
     "diffusion.gaussian1d": {"diffusion.settings", "diffusion.process", "diffusion.statistics", "diffusion.figures"},
     "diffusion.images": {"diffusion.settings", "diffusion.process", "diffusion.statistics", "diffusion.figures"},

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from diffusion.data.download import DownloadError, from_web
 from diffusion.errors import UserError
@@ -62,7 +62,9 @@ class IdxDataset:
     """Addresses below which the files lie, each with .gz at its end."""
     last_resort: Source | None = None
     """Asked when all mirrors have failed."""
-    channels: int = 1
+
+    channels: ClassVar[int] = 1
+    """Files with three dimensions have no colours."""
 
     def raw_folder(self, root: Path) -> Path:
         return root / self.name / "raw"

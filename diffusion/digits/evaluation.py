@@ -1,11 +1,13 @@
 """The evaluation of digits, in the features of the shipped digit classifier too."""
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from diffusion.digits import classifier
@@ -13,8 +15,49 @@ from diffusion.digits.metrics import SURE, class_shares, near_copies, sure_share
 from diffusion.images.evaluation import ImageEvaluator, RealImages
 from diffusion.images.pixels import Images
 from diffusion.statistics.bootstrap import Estimate
-from diffusion.statistics.evaluator import Metric, Result, Table, Unit, pack, unpack
+from diffusion.statistics.evaluator import Better, Metric, Result, Table, Unit, pack, unpack
 from diffusion.statistics.features import frechet_distance, kernel_distance, overlap
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Samples, and as many real digits, as the classifier sees them: features [n, 64] and probabilities [n, 10]."""
+
+    real: NDArray[np.float32]
+    features: NDArray[np.float32]
+    probabilities: NDArray[np.float32]
+    seed: int
+
+    @cached_property
+    def overlap(self) -> dict[str, Estimate]:
+        """Four metrics that share one search for neighbours."""
+        return overlap(self.real, self.features, seed=self.seed)
+
+
+class FeatureMetric(NamedTuple):
+    """A metric of what the classifier sees; its floor is the same for test digits instead of samples."""
+
+    label: str
+    better: Better
+    compute: Callable[[Seen], Estimate]
+
+
+FEATURE_METRICS = {
+    "frechet": FeatureMetric(
+        "Frechet distance", "lower", lambda seen: frechet_distance(seen.real, seen.features, seed=seen.seed)
+    ),
+    "kernel": FeatureMetric(
+        "kernel distance", "lower", lambda seen: kernel_distance(seen.real, seen.features, seed=seen.seed)
+    ),
+    "precision": FeatureMetric("precision", "higher", lambda seen: seen.overlap["precision"]),
+    "recall": FeatureMetric("recall", "higher", lambda seen: seen.overlap["recall"]),
+    "density": FeatureMetric("density", "higher", lambda seen: seen.overlap["density"]),
+    "coverage": FeatureMetric("coverage", "higher", lambda seen: seen.overlap["coverage"]),
+    "sure": FeatureMetric(
+        f"share of sure digits (p > {SURE:g})", "higher", lambda seen: sure_share(seen.probabilities, seed=seen.seed)
+    ),
+}
+"""With a new row comes a new `metrics_version` in diffusion/problems/mnist.py."""
 
 
 class DigitEvaluator(ImageEvaluator):
@@ -34,15 +77,11 @@ class DigitEvaluator(ImageEvaluator):
     def metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
         general = super().metrics(results)
         own, real = results["features"], results[f"features-real-{self._n}"]
-
-        def beside(name: str, label: str, better: Any = "higher") -> Metric:
-            return Metric(label, unpack(own[name]), unpack(real[name]), better)
-
         return {
-            "frechet": beside("frechet", "Frechet distance", "lower"),
-            "kernel": beside("kernel", "kernel distance", "lower"),
-            **{name: beside(name, name) for name in ("precision", "recall", "density", "coverage")},
-            "sure": beside("sure", f"share of sure digits (p > {SURE:g})"),
+            **{
+                name: Metric(metric.label, unpack(own[name]), unpack(real[name]), metric.better)
+                for name, metric in FEATURE_METRICS.items()
+            },
             "classes": self._class_metric(results),
             "copies": general["copies"],
             "usefulness": Metric(
@@ -77,14 +116,8 @@ class DigitEvaluator(ImageEvaluator):
         """Metrics of images as samples against training digits, in the classifier's features."""
         net = classifier.load()
         real, _ = classifier.classify(net, self._real.images)
-        features, probabilities = classifier.classify(net, images)
-        found = {
-            "frechet": frechet_distance(real, features, seed=self._seed),
-            "kernel": kernel_distance(real, features, seed=self._seed),
-            **overlap(real, features, seed=self._seed),
-            "sure": sure_share(probabilities, seed=self._seed),
-        }
-        return {name: pack(estimate) for name, estimate in found.items()}
+        seen = Seen(real, *classifier.classify(net, images), self._seed)
+        return {name: pack(metric.compute(seen)) for name, metric in FEATURE_METRICS.items()}
 
     def _classes(self) -> Result:
         """The digit that the classifier takes each sample for."""

@@ -11,8 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
 from diffusion.figures.style import new_figure, save
+from diffusion.settings import SAMPLERS
 
-SAMPLERS = dict(zip(("ddpm", "ddim", "dpm++"), sns.color_palette("deep"), strict=False))
+COLORS = dict(zip(SAMPLERS, sns.color_palette("deep"), strict=False))
 """The colour of each sampler, the same in all figures."""
 
 
@@ -23,7 +24,7 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     figure, axes = new_figure()
     handles = []
-    for name, color in SAMPLERS.items():
+    for name, color in COLORS.items():
         line = sorted((row for row in rows if row["sampler"] == name and not row["eta"]), key=lambda row: row["steps"])
         steps = [row["steps"] for row in line]
         axes.plot(steps, [row["total"] for row in line], "o-", color=color, linewidth=2)
@@ -33,10 +34,11 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         handles.append(Line2D([], [], color=color, linewidth=2, label=name))
     floor = [(row["steps"], row["floor"]) for row in rows if row["floor"] > 0 and not row["eta"]]
     axes.plot(*zip(*sorted(floor), strict=True), ":", color="grey", linewidth=1.5)
+    chance = ", ".join(name for name, kind in SAMPLERS.items() if not kind.is_deterministic)
     handles += [
         Line2D([], [], color="black", marker="o", label="trained network"),
         Line2D([], [], color="black", linestyle="--", marker="o", markerfacecolor="white", label="exact denoiser"),
-        Line2D([], [], color="grey", linestyle=":", label="chance alone (ddpm)"),
+        Line2D([], [], color="grey", linestyle=":", label=f"chance alone ({chance})"),
     ]
     axes.set(
         title="Error of the samplers, with the trained network and without its error", ylabel="W1 to the exact answer"
@@ -63,7 +65,7 @@ def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path)
             alpha=0.25,
             label="a perfect model",
         )
-        for sampler, color in SAMPLERS.items():
+        for sampler, color in COLORS.items():
             own = [row for row in rows if row["sampler"] == sampler]
             found = [row["metrics"][name] for row in own]
             if not own:

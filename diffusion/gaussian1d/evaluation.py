@@ -17,8 +17,7 @@ from diffusion.gaussian1d.likelihood import log_likelihood
 from diffusion.gaussian1d.sample_distances import BINS, sample_metrics
 from diffusion.gaussian1d.sampler_errors import sampler_errors
 from diffusion.process.model import DiffusionModel
-from diffusion.process.samplers import SAMPLERS
-from diffusion.settings import SamplerSettings
+from diffusion.settings import SAMPLERS, SamplerSettings
 from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit, pack, unpack
 
 STEPS = (10, 20, 50, 100)
@@ -44,7 +43,7 @@ class Evaluator1d(Evaluator):
         self._model = model.cpu() if model is not None else None  # whose answers a GPU would not give faster
         compared = [
             SamplerSettings(sampler=name, steps=steps)
-            for name in ("ddpm", "ddim", "dpm++")
+            for name in SAMPLERS
             for steps in STEPS
             if steps <= len(self._abar)
         ]
@@ -90,9 +89,13 @@ class Evaluator1d(Evaluator):
         if self._model is None:
             return {}
         title = "W1 to the exact answer, by sampler and network evaluations"
-        rows = [
-            {"sampler": s.sampler, "steps": s.steps, "eta": s.eta}
-            | {name: value.item() for name, value in results[f"sampler-{s.label}"].items()}
+        rows: list[dict[str, str | float]] = [
+            {
+                "sampler": s.sampler,
+                "steps": s.steps,
+                "eta": s.eta,
+                **{name: value.item() for name, value in results[f"sampler-{s.label}"].items()},
+            }
             for s in self._samplers
         ]
         return {"samplers": Table(title, rows)}

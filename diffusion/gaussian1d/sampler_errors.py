@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.gaussian1d.distances import wasserstein1, wasserstein1_floor
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import SAMPLERS, Predict
+from diffusion.process.samplers import FUNCTIONS, Predict
 from diffusion.settings import SamplerSettings
 
 SUB_BATCH = 4096
@@ -34,10 +34,6 @@ class SamplerErrors:
     n: int
 
 
-def is_deterministic(settings: SamplerSettings) -> bool:
-    return settings.sampler == "dpm++" or (settings.sampler == "ddim" and settings.eta == 0)
-
-
 @torch.inference_mode()
 def sampler_errors(
     predict: Predict, exact_predict: Predict, mixture: Mixture, alphas_cumprod: Tensor, settings: SamplerSettings
@@ -47,7 +43,7 @@ def sampler_errors(
     A deterministic sampler starts from the grid x_T = Phi^-1((i - 0.5) / N). The probability-flow ODE keeps F_t(x_t),
     so its exact end is F_0^-1(F_T(x_T)), and no chance is in the answer. Others are compared with the mixture.
     """
-    if is_deterministic(settings):
+    if settings.is_deterministic:
         n = SUB_BATCH
         start = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
         exact = mixture.quantile(mixture.at(float(alphas_cumprod[-1])).cdf(start))
@@ -69,7 +65,7 @@ def _draw(predict: Predict, start: Tensor, alphas_cumprod: Tensor, settings: Sam
     def noise(step: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.EVALUATION, step + 1, *_rows(batch), (1,)))
 
-    *_, x0 = SAMPLERS[settings.sampler](
+    *_, x0 = FUNCTIONS[settings.sampler](
         predict, start.float()[:, None], alphas_cumprod, steps=settings.steps, eta=settings.eta, noise=noise
     )
     return x0[:, 0].double()

@@ -3,9 +3,10 @@
 All share one signature. `predict(xt, t)` takes xt [batch, ...] and t [batch], which may be fractional, and returns eps.
 `alphas_cumprod` is [T] in float64. `steps` is the number of network evaluations. `noise(k)` is the standard normal
 noise of step k, shaped like xt. `clip` bounds every prediction of x0 where the data are bounded. A sampler yields x
-after each step; the last one is the sample.
+after each evaluation; the last one is the sample.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -17,6 +18,9 @@ from diffusion.process.schedules import log_snr
 Predict = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
 Clip = tuple[float, float]
+
+RHO = 7.0
+"""Spaces the steps of `heun`, as Karras et al. 2022 found best."""
 
 
 class Sampler(Protocol):
@@ -108,7 +112,41 @@ def dpm_solver(
         yield xt
 
 
-SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+def heun(
+    predict: Predict,
+    xt: Tensor,
+    alphas_cumprod: Tensor,
+    *,
+    steps: int,
+    eta: float = 0.0,
+    noise: Noise,
+    clip: Clip | None = None,
+) -> Iterator[Tensor]:
+    """Heun's method for the probability-flow ODE (Karras et al. 2022, algorithm 1); eta and noise are unused.
+
+    In y = x / alpha and s = sigma / alpha the ODE is dy / ds = eps. Each step takes two evaluations, the last one, to
+    s = 0, a single one (Euler's). If `steps` is even, so does the first, where the ODE is nearly straight.
+    """
+    t, lam = _log_snr_grid(alphas_cumprod, steps // 2 + 1, RHO)
+    alpha, s = torch.sigmoid(2 * lam).sqrt(), torch.exp(-lam)
+    for i in range(steps // 2 + 1):
+        x0, slope = _predictions(predict, xt, float(t[i]), float(alpha[i] ** 2), clip)
+        if i == steps // 2:
+            yield x0
+            return
+        h = float(s[i + 1] - s[i])
+        euler = float(alpha[i + 1]) * (xt / float(alpha[i]) + h * slope)
+        yield euler
+        if i == 0 and steps % 2 == 0:
+            xt = euler
+            continue
+        _, slope_after = _predictions(predict, euler, float(t[i + 1]), float(alpha[i + 1] ** 2), clip)
+        xt = float(alpha[i + 1]) * (xt / float(alpha[i]) + h * (slope + slope_after) / 2)
+        yield xt
+
+
+FUNCTIONS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver, "heun": heun}
+"""The function of each row of diffusion.settings.SAMPLERS."""
 
 
 def posterior_variance(abar: float, abar_prev: float) -> float:
@@ -128,13 +166,18 @@ def _strides(alphas_cumprod: Tensor, steps: int) -> Iterator[tuple[int, float, f
     return zip(times, abar, [*abar[1:], 1.0], strict=True)
 
 
-def _log_snr_grid(alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Fractional timesteps from the noisiest to 0 and their log-SNR, evenly spaced, both [steps] in float64.
+def _log_snr_grid(alphas_cumprod: Tensor, steps: int, rho: float = math.inf) -> tuple[Tensor, Tensor]:
+    """Fractional timesteps from the noisiest to 0 and their log-SNR, both [steps] in float64.
 
-    Starts where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste its steps.
+    Evenly spaced in log-SNR; with a finite rho in (sigma / alpha)^(1 / rho) (Karras et al. 2022, equation 5). Starts
+    where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste its steps.
     """
     lam = log_snr(alphas_cumprod.double())
-    grid = torch.linspace(max(float(lam[-1]), -5.1), float(lam[0]), steps, dtype=torch.float64)
+    first, last = max(float(lam[-1]), -5.1), float(lam[0])
+    grid = torch.linspace(first, last, steps, dtype=torch.float64)
+    if rho < math.inf:
+        roots = torch.linspace(math.exp(-first / rho), math.exp(-last / rho), steps, dtype=torch.float64)
+        grid = (-rho * roots.log()).clamp(first, last)
     ascending, noisy_first = lam.flip(0), len(lam) - 1
     upper = torch.searchsorted(ascending, grid).clamp(1, noisy_first)
     fraction = (grid - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])

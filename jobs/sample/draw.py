@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import SAMPLERS, Predict
+from diffusion.process.samplers import FUNCTIONS, Predict
 from diffusion.process.transfer import sent
 from jobs.files import write_atomically
 from jobs.runtime.capture import in_one_launch
@@ -82,7 +82,7 @@ def draw(
             ahead.begin(k + 1)
         return drawn
 
-    *_, x0 = SAMPLERS[settings.sampler.sampler](
+    *_, x0 = FUNCTIONS[settings.sampler.sampler](
         predict,
         sent(numbers(Stream.SAMPLE_START, 0), abar.device),
         abar.double().cpu(),

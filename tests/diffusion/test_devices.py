@@ -14,7 +14,7 @@ from diffusion.data.mnist import MNIST
 from diffusion.images import evaluation
 from diffusion.problems.images import ImageProblem
 from diffusion.process.model import DiffusionModel, Experiment
-from diffusion.settings import DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
+from diffusion.settings import SAMPLERS, DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
 from diffusion.statistics.evaluator import Drawn
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
@@ -93,7 +93,7 @@ def test_figures_and_final_numbers(name: str, config: ExperimentConfig, tmp_path
     assert here[1]
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples(sampler: Any, config: ExperimentConfig) -> None:
     settings = SampleSettings(1, "ema", "", SamplerSettings(sampler=sampler, steps=4, eta=0.5), 0, "fp32", 4, 8)
 

@@ -10,6 +10,7 @@ from diffusion.data.idx import Split
 from diffusion.data.mnist import MNIST
 from diffusion.digits.evaluation import DigitEvaluator
 from diffusion.images.evaluation import CHUNK, HELD_OUT, RealImages
+from diffusion.problems.mnist import MnistProblem
 from diffusion.statistics.bootstrap import REPLICATES, Estimate
 from diffusion.statistics.evaluator import Metric, Result, pack
 
@@ -84,3 +85,11 @@ def test_constant_images_get_finite_numbers_and_no_praise(load: Callable[[str], 
     for name in ("precision", "recall", "density", "coverage", "sure"):
         assert found[name].value == 0, name
     assert found["classes"].value > 1000
+
+
+def test_a_new_metric_comes_with_a_new_version(load: Callable[[str], RealImages]) -> None:
+    """Without one, what an older version has evaluated would count as complete, and never get the new metric."""
+    found = judge(DigitEvaluator(load, load("test").images[:N], None, 0, False, "digits"))
+    in_features = ["frechet", "kernel", "precision", "recall", "density", "coverage", "sure"]
+    known = {1: [*in_features, "classes", "copies", "usefulness"]}
+    assert list(found) == known[MnistProblem.metrics_version]

@@ -1,16 +1,18 @@
 """A data set of images brings its own size; without a classifier it is judged by what needs none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from diffusion.images import evaluation
+from diffusion.images.experiment import ImageExperiment
 from diffusion.problems.images import ImageProblem
 from diffusion.settings import DiffusionSettings, SamplerSettings, SettingsError, UnetSettings
 from diffusion.statistics.bootstrap import Estimate
@@ -68,6 +70,18 @@ def test_images_of_any_size_are_trained_drawn_and_judged(
     assert list(found) == ["copies", "held_out_loss", "bits_per_dim"]
     assert "test blobs" in found["bits_per_dim"].label
     assert set(more) == {"bound", "bound_by_t"}
+
+
+def test_images_may_have_colours(tmp_path: Path) -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (8, 16, 12, 3), dtype=np.uint8)
+    experiment = ImageExperiment(lambda: colours, (16, 12, 3), "colours", replace(MODEL, patch_size=2), DIFFUSION)
+    x0 = experiment.batch(0, 1, 0, 8, 8, CPU)
+    assert experiment.build_model()(x0, torch.arange(8), torch.randn(x0.shape)).shape == (8,)
+    order = [experiment._index(0, i) for i in range(8)]
+    assert np.array_equal(experiment.to_array(x0), colours[order])
+    experiment.draw_samples(colours, tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "RGB"
 
 
 def test_copies_are_found_without_a_classifier(problem: ImageProblem) -> None:

@@ -12,9 +12,18 @@ from torch import Tensor
 from diffusion.gaussian1d.distances import wasserstein1, wasserstein1_floor
 from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import SAMPLERS, Sampler, ddim, ddpm, dpm_solver, posterior_variance, strided_timesteps
+from diffusion.process.samplers import (
+    FUNCTIONS,
+    Sampler,
+    ddim,
+    ddpm,
+    dpm_solver,
+    heun,
+    posterior_variance,
+    strided_timesteps,
+)
 from diffusion.process.schedules import alphas_cumprod
-from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings
+from diffusion.settings import SAMPLERS, DiffusionSettings, MixtureSettings, MlpSettings, SamplerSettings
 
 MIXTURE = MixtureSettings(means=(-2.0, 0.0, 2.0), stds=(0.3, 0.5, 0.4), weights=(0.3, 0.4, 0.3))
 
@@ -38,10 +47,14 @@ def ode_error(sampler: Sampler, steps: int, schedule: str = "linear") -> float:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(ddim, 1), (dpm_solver, 2), (heun, 2)])
 def test_the_error_to_the_exact_ode_has_the_samplers_order(sampler: Sampler, order: int, schedule: str) -> None:
     coarse, fine = ode_error(sampler, 40, schedule), ode_error(sampler, 160, schedule)
     assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.2)
+
+
+def test_heun_is_as_exact_with_an_even_number_of_evaluations_as_with_an_odd_one() -> None:
+    assert ode_error(heun, 60) == pytest.approx(ode_error(heun, 61), rel=0.05)
 
 
 @pytest.mark.parametrize(("steps", "largest"), [(10, 0.2), (50, 0.05), (100, 0.025)])
@@ -49,7 +62,7 @@ def test_ddim_is_as_close_to_the_mixture_as_it_is_known_to_be(steps: int, larges
     assert largest / 4 < ode_error(ddim, steps) < largest
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50)])
+@pytest.mark.parametrize(("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50), ("heun", 100)])
 def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int) -> None:
     exact, n = experiment(), 20_000
     x_t = torch.from_numpy(normal(0, Stream.SAMPLE_START, 0, 0, n, (1,)))
@@ -57,8 +70,27 @@ def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int
     def noise(k: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.SAMPLE_STEP, k, 0, n, (1,)))
 
-    *_, x0 = SAMPLERS[name](exact.exact_predict, x_t, exact.abar, steps=steps, noise=noise)
+    *_, x0 = FUNCTIONS[name](exact.exact_predict, x_t, exact.abar, steps=steps, noise=noise)
     assert wasserstein1(x0[:, 0], exact.mixture) < 2.5 * wasserstein1_floor(exact.mixture, n)
+
+
+def test_the_table_and_the_functions_have_the_same_names() -> None:
+    assert list(FUNCTIONS) == list(SAMPLERS)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_draw_noise_where_the_table_says_so(name: str) -> None:
+    exact, asked = experiment(), []
+
+    def noise(k: int) -> Tensor:
+        asked.append(k)
+        return torch.zeros(3, 1)
+
+    for eta in (0.0, 0.5) if SAMPLERS[name].takes_eta else (0.0,):
+        asked.clear()
+        settings = SamplerSettings(sampler=name, steps=4, eta=eta)
+        list(FUNCTIONS[name](exact.exact_predict, torch.zeros(3, 1), exact.abar, steps=4, eta=eta, noise=noise))
+        assert bool(asked) != settings.is_deterministic
 
 
 def test_ddim_with_eta_one_equals_ddpm() -> None:
@@ -94,7 +126,7 @@ def test_timesteps_start_at_the_noisiest_and_are_as_many_as_asked_for(steps: int
     assert times == sorted(times, reverse=True)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values())
+@pytest.mark.parametrize("sampler", FUNCTIONS.values())
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_steps_counts_network_evaluations(sampler: Sampler, steps: int) -> None:
     exact, calls = experiment(), []

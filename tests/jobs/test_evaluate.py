@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from diffusion.errors import UserError
+from diffusion.settings import SAMPLERS
 from jobs.evaluate import report as report
 from jobs.evaluate.job import EvaluateJob
 from jobs.evaluate.plan import Evaluation, plan
@@ -123,7 +124,7 @@ def test_results_name_what_they_rest_on_and_are_not_computed_twice(evaluated: Pa
         assert metric["floor"] is not None
         assert metric["low"] is None or metric["low"] <= metric["value"] <= metric["high"]
     rows = metrics["tables"]["samplers"]["rows"]
-    samplers = [(name, steps) for name in ("ddpm", "ddim", "dpm++") for steps in (10, 20)]
+    samplers = [(name, steps) for name in SAMPLERS for steps in (10, 20)]
     assert sorted((row["sampler"], row["steps"]) for row in rows) == sorted(samplers)
 
 
