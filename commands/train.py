@@ -13,7 +13,7 @@ from jobs.experiments.record import MAY_CHANGE
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import ownership, provenance, run_folder
 from jobs.storage.records import precision_of
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
 from slurm import queue
 from slurm.place import Here
@@ -44,7 +44,7 @@ class Train:
         run = RunFolder(folder / name)
         if run.exists():
             check_same_settings(run, experiment, config)
-            if run.read_status().get("state") == "failed":
+            if run.state() is State.FAILED:
                 raise UserError(f"{run} has failed; continue it with: python launch.py resume {run}")
         elif run.path.exists():
             raise UserError(f"{run} exists and is no run folder; choose another --name")
@@ -127,7 +127,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
     job_id = place.run(job)
     if where.wait:
         place.wait([job_id])
-    return 0 if not where.wait or run.read_status().get("state") == "finished" else 1
+    return 0 if not where.wait or run.state() is State.FINISHED else 1
 
 
 def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dict[str, Any]) -> None:
@@ -170,5 +170,5 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
 def is_finished(run: RunFolder, config: ExperimentConfig) -> bool:
     """Whether nothing is left to do: all steps are made, and their figures are drawn."""
     status = run.read_status() if run.exists() else {}
-    is_trained = status.get("state") == "finished" and status["step"] >= config.train.steps
+    is_trained = status.get("state") == State.FINISHED and status["step"] >= config.train.steps
     return is_trained and status.get("missing") is None

@@ -399,8 +399,8 @@ FAULTS = [
     Fault(
         "a run may be continued with other settings",
         "commands/train.py",
-        "            check_same_settings(run, experiment, config)\n            if run.read_status()",
-        "            if run.read_status()",
+        "            check_same_settings(run, experiment, config)\n            if run.state()",
+        "            if run.state()",
         "tests/test_launch.py::test_the_same_command_continues_and_other_settings_are_refused",
     ),
     Fault(

@@ -11,7 +11,7 @@ from diffusion.errors import UserError
 from jobs.experiments import record
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import checkpoints
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 from jobs.watch import states
 from jobs.watch.states import SlurmJob
@@ -42,7 +42,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
 
 def render(detail: dict[str, Any], width: int) -> str:
     """The same for people, in lines of at most `width` characters but for a traceback."""
-    failed = detail["state"] == "failed" and detail["traceback"] is not None
+    failed = detail["state"] == State.FAILED and detail["traceback"] is not None
     is_said_below = failed and detail["reason"] in detail["traceback"]
     reason = "" if is_said_below or not detail["reason"] else f" ({detail['reason']})"
     lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]

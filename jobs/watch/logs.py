@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs.storage import ownership
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.watch import states
 
 POLL_S = 0.2
@@ -33,7 +33,7 @@ def title(run: RunFolder) -> str:
     name = RunFolder(path)  # as a user would type it
     if path.exists():
         return f"==> {name}"
-    state = states.read_status(run).get("state", "created")
+    state = states.read_status(run).get("state", State.CREATED)
     return f"==> {name} is not there yet; the run is {state}"
 
 
@@ -69,7 +69,7 @@ def follow(run: RunFolder, is_alive: Callable[[], bool], say: Callable[[str], No
 def _failure(run: RunFolder) -> str:
     """What a run that has failed on this machine has printed on the terminal alone."""
     status = states.read_status(run)
-    return f"{status['traceback']}\n" if locate(run) == run.log and status.get("state") == "failed" else ""
+    return f"{status['traceback']}\n" if locate(run) == run.log and status.get("state") == State.FAILED else ""
 
 
 def _read_from(path: Path, position: int) -> tuple[str, int]:
