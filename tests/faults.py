@@ -426,9 +426,9 @@ FAULTS = [
     ),
     Fault(
         "SIGTERM is not passed on to the processes of a job",
-        "slurm/local.py",
-        "FORWARDED = (signal.SIGINT, signal.SIGTERM,",
-        "FORWARDED = (signal.SIGINT,",
+        "slurm/signals.py",
+        "SAVE = (signal.SIGINT, signal.SIGTERM,",
+        "SAVE = (signal.SIGINT,",
         "tests/jobs/test_cancel.py::test_a_running_run_is_cancelled_with_a_last_checkpoint[2]",
     ),
     Fault(

@@ -129,6 +129,10 @@ class RunFolder:
         """launch.json, {} if a copied folder has lost it."""
         return _read_json(self.path / "launch.json")
 
+    def read_samples(self, name: str) -> dict[str, Any]:
+        """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
+        return _read_json(self.samples / name / "manifest.json")
+
     def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
         """Remembers a Slurm job of the run; `cancel` and `status` need its id."""
         self.update_launch(**{kind: [*self.read_launch().get(kind, []), job_id]})

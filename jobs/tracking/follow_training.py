@@ -190,7 +190,7 @@ class Follower:
             step = self._timing[-1]["step"]
             pictures = sorted(self._run.figures.glob("[!.]*.png"))
             self._dashboard.show(step, {f"figures/{path.stem}": path for path in pictures})
-            final = self._run.checkpoints / checkpoints.folder_name(step) / "ema.safetensors"
+            final = self._run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
             samples = self._run.path.glob("samples/*/manifest.json")
             files = [final, self._run.path / "experiment.json", *pictures, *sorted(samples)]
             self._keep("model", files, in_place=True)

@@ -14,6 +14,7 @@ from jobs.runtime.job import JobError, Requeue, process_rank
 from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch
 from jobs.runtime.surroundings import undisturbed
+from jobs.storage import job_ids
 from jobs.storage.ownership import Superseded
 from jobs.storage.records import now
 from jobs.storage.run_folder import RunFolder, State
@@ -77,6 +78,6 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
             write_json(run.status, {**status, "state": status.get("state", State.FAILED), "updated": now()})
         raise
     for i, run in enumerate(runs):
-        own = job_id if len(runs) == 1 else f"{job_id}_{i}"
+        own = job_id if len(runs) == 1 else job_ids.element(job_id, i)
         run.add_job("job_ids", own)
     return job_id

@@ -9,6 +9,7 @@ from contextlib import suppress
 from diffusion.errors import OutsideError, UserError
 from jobs.files import write_json
 from jobs.storage import checkpoints, ownership
+from jobs.storage.job_ids import elements
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import now
 from jobs.storage.run_folder import RunFolder, State
@@ -17,7 +18,7 @@ from jobs.watch import detail, states
 PATIENCE_S = 60.0
 
 Active = Callable[[Iterable[str]], Mapping[str, str]]
-"""Those of the Slurm jobs that wait or run, with their states; tasks of arrays as ARRAY_INDEX."""
+"""Those of the Slurm jobs that wait or run, with their states; elements of arrays by themselves."""
 
 
 def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
@@ -56,7 +57,7 @@ def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
     states = active(job_ids)
     living: dict[str, set[str]] = {}
     for job_id in job_ids:
-        own = {state for task, state in states.items() if task == job_id or task.startswith(f"{job_id}_")}
+        own = {states[task] for task in (job_id, *elements(job_id, states)) if task in states}
         if own:
             living[job_id] = own
     return living
