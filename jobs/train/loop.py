@@ -17,7 +17,7 @@ from jobs.storage.ownership import Ownership
 from jobs.storage.records import last_start, precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
-from jobs.terminal.tables import in_words
+from jobs.terminal.tables import short
 from jobs.train.ema import decay_at
 from jobs.train.recorder import NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update, band_sums
@@ -172,5 +172,5 @@ def advise(training: Training, advice: str | None, console: Console) -> None:
         seconds = 3 * (time.perf_counter() - started)  # the backward pass costs about twice the forward pass
     settings = training.settings
     images = (settings.steps - training.step) * settings.batch_size
-    duration = in_words(images / training.world.size * seconds / len(x0))
+    duration = short(images / training.world.size * seconds / len(x0))
     console.say(advice.format(steps=settings.steps, batch_size=settings.batch_size, duration=duration))

@@ -16,7 +16,7 @@ from jobs.storage.records import Metrics, Status, append_timing, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
-from jobs.terminal.tables import in_words
+from jobs.terminal.tables import short
 from jobs.tracking.start import Follower, follow_training
 from jobs.train.state import Training
 
@@ -115,7 +115,7 @@ class RunRecorder(Recorder):
 
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
-            self._console.say(f"Compiled the network in {in_words(compile_s)} (--train.compile).")
+            self._console.say(f"Compiled the network in {short(compile_s)} (--train.compile).")
         # Rates are those of steps.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)
