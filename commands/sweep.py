@@ -11,7 +11,7 @@ from commands.where import Launch, show
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import provenance, run_folder
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob, submit_runs
 from slurm import queue
 from slurm.place import Here, OnSlurm
@@ -73,5 +73,5 @@ class Sweep:
         )
         if self.where.wait:
             place.wait(job_ids)
-        finished = all(RunFolder(job.run).read_status().get("state") == "finished" for job, _, _ in jobs)
+        finished = all(RunFolder(job.run).state() is State.FINISHED for job, _, _ in jobs)
         return 0 if not self.where.wait or finished else 1

@@ -1,19 +1,20 @@
 """`train` and `resume`."""
 
-from dataclasses import asdict, dataclass, field, make_dataclass, replace
-from typing import Annotated, Any, Literal, Union
+from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
+from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.where import Launch, Run, given, optional, show
+from commands.where import Launch, Run, changes, given, optional, show
 from diffusion.errors import UserError
 from jobs.experiments import record
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.record import MAY_CHANGE
+from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import ownership, provenance, run_folder
 from jobs.storage.records import precision_of
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
 from slurm import queue
 from slurm.place import Here
@@ -44,43 +45,18 @@ class Train:
         run = RunFolder(folder / name)
         if run.exists():
             check_same_settings(run, experiment, config)
-            if run.read_status().get("state") == "failed":
+            if run.state() is State.FAILED:
                 raise UserError(f"{run} has failed; continue it with: python launch.py resume {run}")
         elif run.path.exists():
             raise UserError(f"{run} exists and is no run folder; choose another --name")
         return run_training(run, experiment, config, self.where)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainChanges:
-    """Settings of a run that may change when it is continued."""
-
-    steps: Annotated[int | None, optional("INT", "as it was")] = None
-    """Train longer: a larger number of steps."""
-    micro_batch_size: Annotated[int | None, optional("INT", "as it was")] = None
-    """Examples that one GPU takes at a time."""
-    cuda_graph: Annotated[bool | None, optional("{True,False}", "as it was")] = None
-    """Whether one GPU gets each step in one launch."""
-    precision: Annotated[Literal["bf16", "tf32", "fp32"] | None, optional("{bf16,tf32,fp32}", "as it was")] = None
-    """Another precision than the run has had so far: its bytes differ from here on."""
-    log_every: Annotated[int | None, optional("INT", "as it was")] = None
-    """Steps between lines of metrics.jsonl."""
-    checkpoint_every: Annotated[int | None, optional("INT", "as it was")] = None
-    """Steps between checkpoints."""
-    checkpoint_minutes: Annotated[float | None, optional("FLOAT", "as it was")] = None
-    """Minutes after which a checkpoint is written in any case."""
-    keep_checkpoints: Annotated[int | None, optional("INT", "as it was")] = None
-    """Number of newest checkpoints to keep."""
+def _as_it_was(setting: Field[Any]) -> str | None:
+    return "as it was" if may_change(setting, on_purpose=True) else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrackingChanges:
-    """Tracking, which may change when a run is continued."""
-
-    mode: Annotated[Literal["auto", "online", "offline", "disabled"] | None, optional("MODE", "as it was")] = None
-    """auto, online, offline or disabled, as for train."""
-    samples_every: Annotated[int | None, optional("INT", "as it was")] = None
-    """Steps between pictures of samples."""
+TrainChanges, TrackingChanges = changes(TrainSettings, _as_it_was), changes(TrackingSettings, _as_it_was)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,17 +64,19 @@ class Resume:
     """Continues a run, also a failed one, on other GPUs if asked."""
 
     run: Run
-    train: TrainChanges = field(default_factory=TrainChanges)
-    tracking: TrackingChanges = field(default_factory=TrackingChanges)
+    train: Annotated[Any, arg(constructor=TrainChanges)] = field(default_factory=TrainChanges)
+    """Settings of a run that may change when it is continued."""
+    tracking: Annotated[Any, arg(constructor=TrackingChanges)] = field(default_factory=TrackingChanges)
+    """Where curves and pictures go besides the run's folder."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
         experiment, config = run.read_experiment()
-        changes = given(self.train)
-        if changes.get("steps", config.train.steps) < config.train.steps:
-            raise UserError(f"--train.steps may only be raised from {config.train.steps}; got {changes['steps']}")
-        train, tracking = replace(config.train, **changes), replace(config.tracking, **given(self.tracking))
+        changed = given(self.train)
+        if changed.get("steps", config.train.steps) < config.train.steps:
+            raise UserError(f"--train.steps may only be raised from {config.train.steps}; got {changed['steps']}")
+        train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
         return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where)
 
 
@@ -128,7 +106,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
     job_id = place.run(job)
     if where.wait:
         place.wait([job_id])
-    return 0 if not where.wait or run.read_status().get("state") == "finished" else 1
+    return 0 if not where.wait or run.state() is State.FINISHED else 1
 
 
 def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dict[str, Any]) -> None:
@@ -171,5 +149,5 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
 def is_finished(run: RunFolder, config: ExperimentConfig) -> bool:
     """Whether nothing is left to do: all steps are made, and their figures are drawn."""
     status = run.read_status() if run.exists() else {}
-    is_trained = status.get("state") == "finished" and status["step"] >= config.train.steps
+    is_trained = status.get("state") == State.FINISHED and status["step"] >= config.train.steps
     return is_trained and status.get("missing") is None

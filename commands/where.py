@@ -1,9 +1,10 @@
 """Where a job runs: the flags that all commands share which start one."""
 
 import json
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from tyro.conf import Positional, arg
 
@@ -12,6 +13,7 @@ from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
+from slurm.profile import Profile
 from slurm.profile import load as load_profile
 
 if TYPE_CHECKING:
@@ -29,28 +31,45 @@ Run = Annotated[
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlurmChanges:
-    """What to ask Slurm for; replaces what the profile says."""
+def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
+    """A class of options, one for each field of the dataclass `settings` that has a hint: what its None stands for.
 
-    partition: Annotated[str | None, optional("NAME", "the profile's")] = None
-    """Partition."""
-    account: Annotated[str | None, optional("NAME", "the profile's")] = None
-    """Account to charge."""
-    qos: Annotated[str | None, optional("NAME", "the profile's")] = None
-    """Quality of service."""
-    constraint: Annotated[str | None, optional("FEATURES", "the profile's")] = None
-    """Node features, such as a100|h100."""
-    gpus_per_node: Annotated[int | None, optional("INT", "the profile's, or 8")] = None
-    """GPUs of one node; a job with more takes several whole nodes."""
-    cpus_per_gpu: Annotated[int | None, optional("INT", "the profile's, or 4")] = None
-    """CPU cores for each GPU."""
-    mem_gb: Annotated[int | None, optional("INT", "the profile's")] = None
-    """Memory on each node."""
-    time_min: Annotated[int | None, optional("INT", "the profile's, or 60")] = None
-    """Time limit. A run that needs longer is queued again as often as it takes."""
-    signal_delay_s: Annotated[int | None, optional("INT", "the profile's, or 120")] = None
-    """How long before the limit the job is told to save."""
+    It inherits from `settings`, where tyro finds what a field means: names, types and help have their home there.
+    """
+    options: list[tuple[str, Any, Any]] = []
+    for known in fields(settings):
+        if (default := hint(known)) is None:
+            options.append((known.name, ClassVar[Any], None))  # no field of this class
+        else:
+            kind: Any = known.type
+            options.append((known.name, Annotated[kind | None, optional(_metavar(kind), default)], field(default=None)))
+    return make_dataclass(
+        f"{settings.__name__}Changes",
+        options,
+        bases=(settings,),
+        namespace={"__post_init__": lambda self: None, "__doc__": settings.__doc__},
+        frozen=True,
+        kw_only=True,
+    )
+
+
+def _metavar(kind: Any) -> str:
+    """How the help shows a value of this type."""
+    names = {int: "INT", float: "FLOAT", str: "NAME", bool: "{True,False}"}
+    if get_origin(kind) is Literal:
+        return f"{{{','.join(get_args(kind))}}}"
+    return names.get(kind) or next(names[member] for member in get_args(kind) if member in names)
+
+
+def _of_the_profile(known: Field[Any]) -> str | None:
+    """What a setting of Slurm is unless it is given; None for what only a profile can say."""
+    if known.name in ("setup", "environment"):
+        return None
+    return "the profile's" if known.default is None else f"the profile's, or {known.default}"
+
+
+SlurmChanges = changes(Profile, _of_the_profile)
+"""What to ask Slurm for; replaces what the profile says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +86,8 @@ class Where:
     """Folder of all runs."""
     profile: Annotated[str | None, optional("NAME", "none")] = None
     """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
-    slurm: SlurmChanges = field(default_factory=SlurmChanges)
+    slurm: Annotated[Any, arg(constructor=SlurmChanges)] = field(default_factory=SlurmChanges)
+    """What to ask Slurm for; replaces what the profile says."""
 
     def __post_init__(self) -> None:
         if self.gpus is not None and self.gpus < 1:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from slurm import signals
+
 ROOT = Path(__file__).resolve().parent.parent
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 GRACE_S = 5.0
 """How long the other processes may take to end after one has failed: they may hang in a collective without it."""
 
@@ -41,7 +42,7 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
         for child in children:
             child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in signals.SAVE}
     try:
         return _wait(children)
     finally:

@@ -58,6 +58,11 @@ def submitted_id(shown: str) -> str | None:
     return found[-1] if found else None
 
 
+def array_of(job_id: str) -> str:
+    """The array that a job is an element of, whose id is then ARRAY_INDEX; the job itself if it is none."""
+    return job_id.partition("_")[0]
+
+
 def config(timeout_s: float | None = 30) -> dict[str, str]:
     """What `scontrol show config` says, by name; {} if there is no answer, SlurmError if there is none in time."""
     shown = ask("scontrol", "show", "config", timeout_s=timeout_s).stdout
@@ -80,7 +85,6 @@ def active(job_ids: Iterable[str]) -> dict[str, str]:
         return {}
     # All of the user's jobs: asked for single ones, squeue fails if it has forgotten one of them.
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T"]
-    # An element of an array is called ARRAY_INDEX.
     return {job_id: state for job_id, state in _rows(command, rf"{_ID}{_STATE}", 30) if _stands_for(job_id, wanted)}
 
 
@@ -125,7 +129,7 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
         why = reason if state in _WAITING and reason != "None" else ""
         found[job_id] = JobState(state, why, nodes, _signal(exit_code))
     found = {job_id: job for job_id, job in found.items() if _stands_for(job_id, wanted)}
-    forgotten = wanted - found.keys() - {job_id.partition("_")[0] for job_id in found}
+    forgotten = wanted - found.keys() - set(map(array_of, found))
     return {**found, **_recall(forgotten, timeout_s)} if forgotten else found
 
 
@@ -190,7 +194,7 @@ def _rows(command: list[str], pattern: str, timeout_s: float) -> Iterator[list[s
 
 
 def _stands_for(job_id: str, wanted: set[str]) -> bool:
-    return job_id in wanted or job_id.partition("_")[0] in wanted
+    return job_id in wanted or array_of(job_id) in wanted
 
 
 def _signal(exit_code: str) -> str:

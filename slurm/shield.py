@@ -1,12 +1,14 @@
 """`python -S -m slurm.shield COMMAND...` runs the command with the signals that mean "save" held back, not lost.
 
 Slurm may send USR2 in the first second of a job, which is still importing and would be killed. Blocked signals wait
-through exec until the job has its handlers and unblocks them (`jobs.stop.SignalWatch`).
+through exec until the job has its handlers and unblocks them (`jobs.runtime.signals.SignalWatch`).
 """
 
 import os
 import signal
 import sys
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT})
+from slurm.signals import SAVE
+
+signal.pthread_sigmask(signal.SIG_BLOCK, SAVE)
 os.execv(sys.argv[1], sys.argv[1:])

@@ -95,7 +95,7 @@ class Submission:
                     return str(executor.submit(SlurmTask(self.works[0])).job_id)
                 with executor.batch():
                     elements = [executor.submit(SlurmTask(work)) for work in self.works]
-            return str(elements[0].job_id.split("_")[0])
+            return queue.array_of(elements[0].job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             raise SlurmError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None
 

@@ -406,8 +406,8 @@ FAULTS = [
     Fault(
         "a run may be continued with other settings",
         "commands/train.py",
-        "            check_same_settings(run, experiment, config)\n            if run.read_status()",
-        "            if run.read_status()",
+        "            check_same_settings(run, experiment, config)\n            if run.state()",
+        "            if run.state()",
         "tests/test_launch.py::test_the_same_command_continues_and_other_settings_are_refused",
     ),
     Fault(
@@ -433,9 +433,9 @@ FAULTS = [
     ),
     Fault(
         "SIGTERM is not passed on to the processes of a job",
-        "slurm/local.py",
-        "FORWARDED = (signal.SIGINT, signal.SIGTERM,",
-        "FORWARDED = (signal.SIGINT,",
+        "slurm/signals.py",
+        "SAVE = (signal.SIGINT, signal.SIGTERM,",
+        "SAVE = (signal.SIGINT,",
         "tests/jobs/test_cancel.py::test_a_running_run_is_cancelled_with_a_last_checkpoint[2]",
     ),
     Fault(

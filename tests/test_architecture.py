@@ -36,9 +36,9 @@ ARROWS = {
     "jobs.runtime": set(),
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
-    "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.storage"},
+    "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
     "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage"},
-    "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage"},
+    "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
     "jobs.train": {"diffusion.process", "diffusion.figures"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.sample": {"diffusion.settings", "diffusion.process"}

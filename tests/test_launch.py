@@ -2,14 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from jobs.experiments.record import MAY_CHANGE
+from slurm.profile import Profile
 from tests.launching import ROOT, TINY, done, launch, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
@@ -94,6 +98,17 @@ def test_a_sentence_for_the_user_and_a_traceback_for_us(raised: str, code: int |
         assert ended.stderr.splitlines()[-1].startswith(f"{name}: ")
     else:
         assert (ended.returncode, ended.stderr) == (code, "error: planted here\n")
+
+
+def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -> None:
+    shown = " ".join(sentence(done("resume", "--help", cwd=tmp_path).out).split())
+    slurm = {f"slurm.{f.name.replace('_', '-')}": f.default for f in fields(Profile)}
+    del slurm["slurm.setup"], slurm["slurm.environment"]
+    offered = set(re.findall(r"(?<= --)(?:train|tracking|slurm)\.[a-z-]+", shown))
+    assert offered == MAY_CHANGE - {"data.root"} | {"train.steps", "train.precision"} | slurm.keys()
+    defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or (\d+))?\)", shown)
+    assert dict(defaults) == {flag: str(default or "") for flag, default in slurm.items()}
+    assert "Memory of a job on each of its nodes, in GB." in shown
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from diffusion.errors import OutsideError
 from jobs.storage import checkpoints
 from jobs.storage.records import read_jsonl
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 
 Process = subprocess.Popen[bytes]
 Start = Callable[[str], Process]
@@ -70,7 +70,7 @@ class Drill:
             time.sleep(0.002)
         at = last_step(run)
         disturb(process, run)
-        if run.read_status().get("state") == "finished":
+        if run.state() is State.FINISHED:
             say(f"  {name:<16} came too late: the training had reached its last step")
             return
         kept = next(iter(checkpoints.steps(run.checkpoints)), 0)

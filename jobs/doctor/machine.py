@@ -1,27 +1,24 @@
 """Examines this machine for what would cost a run later."""
 
 import fcntl
-import netrc
 import os
 import platform
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
-from urllib.parse import urlsplit
 
 from diffusion.data.idx import WrongData
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from jobs.storage import provenance
+from jobs.tracking.dashboard import why_not_online
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
 """A run of mnist with its checkpoints takes about half of the first."""
 LOCAL_FILE_SYSTEMS = {"ext4", "ext3", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
-WANDB_PATIENCE_S = 3.0
 
 
 class Finding(NamedTuple):
@@ -39,7 +36,7 @@ def examine(runs_dir: Path, data_root: Path, is_shared: bool) -> Iterator[Findin
     yield from _gpus()
     yield _mnist(data_root)
     yield from _folder(runs_dir, is_shared)
-    yield from _wandb()
+    yield _wandb()
 
 
 def _software() -> Iterator[Finding]:
@@ -139,26 +136,13 @@ def file_system(folder: Path) -> str:
     return next((kinds[path] for path in (folder, *folder.parents) if path in kinds), "unknown")
 
 
-def _wandb() -> Iterator[Finding]:
-    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    host, port = url.hostname or "api.wandb.ai", url.port or (80 if url.scheme == "http" else 443)
-    cure = "wandb sync RUN/wandb/offline-* sends the files later"
-    if not _has_wandb_key(host):
-        yield Finding("warning", f"no key for {host}", "curves are kept in the run's folder alone", "wandb login")
-        return
-    yield Finding("ok", f"there is a key for {host}")
-    try:
-        socket.create_connection((host, port), timeout=WANDB_PATIENCE_S).close()
-    except OSError as error:
-        yield Finding("warning", f"{host} does not answer: {error}", "curves are kept in the run's folder alone", cure)
-    else:
-        yield Finding("ok", f"{host} answers")
-
-
-def _has_wandb_key(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+def _wandb() -> Finding:
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if (problem := why_not_online(server)) is None:
+        return Finding("ok", f"{server} answers and accepts the key")
+    return Finding(
+        "warning",
+        f"wandb is offline: {problem}",
+        "curves are kept in the run's folder alone",
+        "`wandb login` if there is no key; `wandb sync RUN/wandb/offline-run-*` sends the files later",
+    )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.doctor.machine import Finding
 from jobs.files import write_json
-from jobs.runtime.job import Requeue
+from jobs.runtime.job import Requeue, process_rank
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
@@ -34,7 +34,7 @@ class DoctorJob:
     device: "Kind"
 
     def __call__(self, requeue: Requeue | None = None) -> int:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = process_rank()
         try:
             result = self._try(rank)
             write_json(self.folder / f"result-{rank}.json", result)

@@ -155,10 +155,9 @@ def complete_sets(run: RunFolder) -> list[str]:
     """The names of the run's complete sets of samples, the newest first."""
     found = []
     for path in run.samples.glob("[!.]*/samples.npz"):
-        manifest = path.with_name("manifest.json")
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads(manifest.read_text())["complete"]:
-                found.append((manifest.stat().st_mtime, path.parent.name))
+        with contextlib.suppress(OSError, UserError):
+            if run.read_samples(path.parent.name).get("complete"):
+                found.append((path.with_name("manifest.json").stat().st_mtime, path.parent.name))
     return [name for _, name in sorted(found, reverse=True)]
 
 
@@ -205,7 +204,7 @@ def _has_weights(run: RunFolder, chosen: SampleSet) -> bool:
         manifest = checkpoints.verify(run.checkpoints, chosen.settings.step)
     except CorruptCheckpoint:
         return False
-    recorded = manifest["files"][f"{chosen.settings.weights}.safetensors"]["sha256"]
+    recorded = manifest["files"][checkpoints.weights_file(chosen.settings.weights)]["sha256"]
     return bool(recorded == chosen.settings.weights_sha256)
 
 

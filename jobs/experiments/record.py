@@ -8,6 +8,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from diffusion.errors import UserError
 from jobs.experiments.configs import ExperimentConfig
+from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 
 
@@ -34,22 +35,16 @@ def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str,
     return [(flag, a.get(flag), b.get(flag)) for flag in a.keys() | b.keys() if a.get(flag) != b.get(flag)]
 
 
-MAY_CHANGE = frozenset(
-    {
-        "data.root",
-        "train.log-every",
-        "train.checkpoint-every",
-        "train.checkpoint-minutes",
-        "train.keep-checkpoints",
-        "train.micro-batch-size",
-        "train.cuda-graph",
-        "tracking.mode",
-        "tracking.project",
-        "tracking.samples-every",
-        "tracking.checkpoints",
-    }
-)
-"""Settings that a continued run may change: they do not touch its result."""
+MAY_CHANGE = {"data.root"} | {
+    f"{section}.{setting.name.replace('_', '-')}"
+    for section, settings in (("train", TrainSettings), ("tracking", TrackingSettings))
+    for setting in dataclasses.fields(settings)
+    if may_change(setting, on_purpose=False)
+}
+"""Settings that a continued run may change: they do not touch its result.
+
+Where its data lie is one of them, because what they are is checked by their hashes.
+"""
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,12 +1,23 @@
 """Settings of training and tracking. Importable without torch: the command line is made of them."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import Field, dataclass, field
+from typing import Any, Literal
 
 from diffusion.settings import require
 
 MAX_SEED = 2**63 - 1
+
+FREE = {"may_change": "free"}
+"""Marks a setting that a continued run may change at any time, because it does not touch the result."""
+ON_PURPOSE = {"may_change": "on purpose"}
+"""Marks a setting that `resume` may change, although it touches the result."""
+
+
+def may_change(setting: Field[Any], *, on_purpose: bool) -> bool:
+    """Whether a continued run may change the setting, by `resume` (on purpose) or by the same `train` once more."""
+    mark = setting.metadata.get("may_change")
+    return mark == "free" or (on_purpose and mark is not None)
 
 
 def check_seed(name: str, seed: int) -> None:
@@ -18,11 +29,11 @@ def check_seed(name: str, seed: int) -> None:
 class TrainSettings:
     """How long and how fast to train."""
 
-    steps: int
-    """Optimizer updates."""
+    steps: int = field(metadata=ON_PURPOSE)
+    """Optimizer updates; `resume` with more of them trains longer."""
     batch_size: int
     """Examples in each update, over all GPUs."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = field(default=None, metadata=FREE)
     """Examples that one GPU takes at a time, when its share of the batch does not fit; None is all of them."""
     lr: float
     """AdamW's learning rate between warm-up and decay."""
@@ -38,21 +49,21 @@ class TrainSettings:
     """Decay of the moving average of the weights, reached after a warm-up: min(ema_decay, (1 + step) / (10 + step))."""
     seed: int = 0
     """Decides initial weights, data order, timesteps and noise."""
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = field(default="auto", metadata=ON_PURPOSE)
     """auto is bf16 where the hardware computes in it, else fp32, and stays what it was at the first start. tf32 is fp32
-    with products of shorter numbers, on GPUs alone."""
+    with products of shorter numbers, on GPUs alone. Bytes differ from where `resume` changes it."""
     compile: bool = False
     """Compile the network with torch.compile: a minute or two at each start, for steps on a GPU that take half as long;
     needs g++. That its bytes on a GPU are the same each time is not shown yet."""
-    cuda_graph: bool = True
+    cuda_graph: bool = field(default=True, metadata=FREE)
     """On one GPU, record a step once and launch it as a whole: small batches are several times faster."""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = 1000
+    checkpoint_every: int = field(default=1000, metadata=FREE)
     """Steps between checkpoints."""
-    checkpoint_minutes: float = 10.0
+    checkpoint_minutes: float = field(default=10.0, metadata=FREE)
     """Minutes after which a checkpoint is written in any case."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=FREE)
     """Number of newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
@@ -76,13 +87,13 @@ class TrainSettings:
 class TrackingSettings:
     """Where curves and pictures go besides the run's folder."""
 
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    mode: Literal["auto", "online", "offline", "disabled"] = field(default="auto", metadata=FREE)
     """auto is $WANDB_MODE if that is set, else online with a key and a server that answers, else offline."""
-    project: str = "diffusion-launcher"
+    project: str = field(default="diffusion-launcher", metadata=FREE)
     """Project in wandb."""
-    samples_every: int = 1000
+    samples_every: int = field(default=1000, metadata=FREE)
     """Steps between pictures of samples, drawn beside the training from its checkpoints; 0 is none."""
-    checkpoints: bool = False
+    checkpoints: bool = field(default=False, metadata=FREE)
     """Upload every checkpoint; the final weights are uploaded in any case."""
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from jobs.runtime.job import JobError
+from jobs.runtime.job import JobError, process_rank
 from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, whereabouts
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     )
     if accelerator.num_processes != processes:
         raise RuntimeError(
-            f"this job has {processes} processes, but process {os.environ.get('RANK', '0')} finds "
+            f"this job has {processes} processes, but process {process_rank()} finds "
             f"{accelerator.num_processes}; are RANK, WORLD_SIZE and MASTER_ADDR set for each?"
         )
     if accelerator.device.type != device:

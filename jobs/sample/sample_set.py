@@ -69,7 +69,7 @@ def plan(
     settings = SampleSettings(
         step=step,
         weights=weights,
-        weights_sha256=manifest["files"][f"{weights}.safetensors"]["sha256"],
+        weights_sha256=manifest["files"][checkpoints.weights_file(weights)]["sha256"],
         sampler=sampler,
         seed=seed,
         precision=precision_of(run, config.train.precision, "fp32"),
@@ -88,7 +88,7 @@ def read(run: RunFolder, name: str) -> "SampleSet":
     _, config = run.read_experiment()
     path = run.samples / name / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = run.read_samples(name)
         values = {field.name: manifest[field.name] for field in fields(SampleSettings)}
         settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
         return SampleSet(run.path, name, settings, manifest["num_samples"], config.data.sample.num_bytes)
@@ -145,10 +145,7 @@ class SampleSet:
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json, {} if there is none."""
-        try:
-            return dict(json.loads((self.folder / "manifest.json").read_text()))
-        except FileNotFoundError:
-            return {}
+        return RunFolder(self.run).read_samples(self.name)
 
     def is_complete(self) -> bool:
         manifest = self.read_manifest()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 
@@ -36,6 +36,11 @@ class Snapshot:
     model: "dict[str, Tensor]"
     ema: "dict[str, Tensor]"
     optimizer: dict[str, Any]
+
+
+def weights_file(weights: Literal["ema", "model"]) -> str:
+    """The file of a checkpoint that holds these weights."""
+    return {"ema": EMA, "model": MODEL}[weights]
 
 
 def folder_name(step: int) -> str:

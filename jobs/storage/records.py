@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from jobs.files import write_atomically, write_json
 from jobs.storage.ownership import Ownership
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 
 HEARTBEAT_S = 2.0
 
@@ -105,7 +105,7 @@ class Status:
         self._beat = -HEARTBEAT_S
         previous = run.read_status()
         self.values: dict[str, Any] = {
-            "state": "running",
+            "state": State.RUNNING,
             "step": 0,
             "total": total,
             "loss": previous.get("loss"),

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,22 @@ from jobs.files import write_atomically, write_json
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SAMPLES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # `+` for dpm++
+
+
+class State(StrEnum):
+    """What a run is doing, as status.json says it; a StrEnum, so that JSON holds these words."""
+
+    CREATED = "created"
+    """It has a folder and no status yet."""
+    QUEUED = "queued"
+    RUNNING = "running"
+    REQUEUED = "requeued"
+    """A job of it has ended, and the next one waits."""
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+    """Ctrl-C, or a signal that does not queue it again."""
+    CANCELLED = "cancelled"
+    FAILED = "failed"
 
 
 class RunFolder:
@@ -82,11 +99,15 @@ class RunFolder:
         """status.json, {} before the run has written any."""
         return _read_json(self.status)
 
+    def state(self) -> State:
+        """The state that status.json says, whether it is still true or not."""
+        return State(self.read_status().get("state", State.CREATED))
+
     def write_failure(self, rank: int, trace: str) -> bool:
         """Records why a process failed, if it is the first one of the job; returns whether it is."""
         path = self.path / ".failure.json"
         mine = path.with_name(f"{path.name}.{rank}")
-        write_json(mine, {"state": "failed", "failed_rank": rank, "traceback": trace})
+        write_json(mine, {"state": State.FAILED, "failed_rank": rank, "traceback": trace})
         try:
             os.link(mine, path)
         except FileExistsError:
@@ -107,6 +128,10 @@ class RunFolder:
     def read_launch(self) -> dict[str, Any]:
         """launch.json, {} if a copied folder has lost it."""
         return _read_json(self.path / "launch.json")
+
+    def read_samples(self, name: str) -> dict[str, Any]:
+        """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
+        return _read_json(self.samples / name / "manifest.json")
 
     def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
         """Remembers a Slurm job of the run; `cancel` and `status` need its id."""

@@ -5,6 +5,7 @@ import time
 
 from tqdm import tqdm
 
+from jobs.terminal import tables
 from jobs.terminal.console import Console
 
 LOG_LINE_S = 30.0
@@ -40,7 +41,7 @@ class Progress:
         self._bar.update(step - self._bar.n)
         if time.monotonic() - self._said >= LOG_LINE_S:
             self._said = time.monotonic()
-            line = f"{self._label} {step:,}/{self._total:,} {shown}, {_duration(self.eta_s(step))} left"
+            line = f"{self._label} {step:,}/{self._total:,} {shown}, {tables.short(self.eta_s(step)) or '?'} left"
             self._console.log(line)
             if self._bar.disable:
                 print(line, flush=True)
@@ -57,9 +58,3 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    return tqdm.format_interval(seconds)

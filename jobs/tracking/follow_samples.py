@@ -3,7 +3,6 @@
 Progress and rate are read off the shards' times, so that whoever follows, and however often, sends the same values.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ class SampleFollower:
         self._dashboard.finish(0, preempted=False)
 
     def _manifest(self) -> dict[str, Any]:
-        return dict(json.loads((self._folder / "manifest.json").read_text()))
+        return self._run.read_samples(self._folder.name)
 
 
 def _settings(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
 from jobs.storage.provenance import ROOT
 from jobs.storage.records import Tail, read_jsonl
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.dashboard import FLUSH_S, open_dashboard
 from jobs.tracking.identity import of_training
 from jobs.tracking.process import follow, say
@@ -73,7 +73,7 @@ def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
         }
     if line["event"] == "start":
         return {"run/restarts": line["restarts"]}
-    return {"run/requeues": requeues} if line["event"] == "requeued" else {}
+    return {"run/requeues": requeues} if line["event"] == State.REQUEUED else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Follower:
                 self._place = dataclasses.replace(self._place, step=line["step"])
         for line in self._times.read():
             self._timing.append(line)
-            requeues = sum(past["event"] == "requeued" for past in self._timing)
+            requeues = sum(past["event"] == State.REQUEUED for past in self._timing)
             row = timing_row(line, requeues)
             if len(self._timing) > self._place.timing:
                 if row:
@@ -186,18 +186,18 @@ class Follower:
         self.look()
         self._sketches.close()
         state = self._timing[-1]["event"]
-        if state == "finished":
+        if state == State.FINISHED:
             step = self._timing[-1]["step"]
             pictures = sorted(self._run.figures.glob("[!.]*.png"))
             self._dashboard.show(step, {f"figures/{path.stem}": path for path in pictures})
-            final = self._run.checkpoints / checkpoints.folder_name(step) / "ema.safetensors"
+            final = self._run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
             samples = self._run.path.glob("samples/*/manifest.json")
             files = [final, self._run.path / "experiment.json", *pictures, *sorted(samples)]
             self._keep("model", files, in_place=True)
-        elif state in ("requeued", "interrupted", "cancelled"):
+        elif state in (State.REQUEUED, State.INTERRUPTED, State.CANCELLED):
             self.draw(0)
-        ended_well = state in ("finished", "interrupted", "cancelled")
-        self._dashboard.finish(0 if ended_well else 1, preempted=state == "requeued")
+        ended_well = state in (State.FINISHED, State.INTERRUPTED, State.CANCELLED)
+        self._dashboard.finish(0 if ended_well else 1, preempted=state == State.REQUEUED)
         if self._dashboard.is_shown:
             self._write_place(self._place)
 

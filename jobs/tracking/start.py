@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from jobs.runtime.signals import SIGNALS
 from jobs.storage.ownership import Ownership
 from jobs.storage.provenance import ROOT
 from jobs.storage.run_folder import RunFolder
@@ -19,9 +20,6 @@ Say = Callable[[str], None]
 PATIENCE_S = 30.0
 """How long a job that is done waits; the follower ends by itself in less."""
 
-# A job's signals reach all its processes, but a follower ends when the job has.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
 
 class Follower:
     """A process that follows a job, `python -m MODULE ARGUMENTS`, seen from the job; what it prints is said there."""
@@ -30,7 +28,8 @@ class Follower:
         self._process: subprocess.Popen[str] | None = None
         # Libraries must not start threads on the cores that train, nor touch its GPU.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which the child inherits
+        # A job's signals reach all its processes, but a follower ends when the job has: it inherits this mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],

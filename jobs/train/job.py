@@ -14,9 +14,10 @@ from jobs.runtime.job import JobError, Requeue, process_rank
 from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch
 from jobs.runtime.surroundings import undisturbed
+from jobs.storage import job_ids
 from jobs.storage.ownership import Superseded
 from jobs.storage.records import now
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
@@ -69,14 +70,14 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
     runs = [RunFolder(folder) for folder in folders]
     before = [run.read_status() for run in runs]
     for run, status in zip(runs, before, strict=True):
-        write_json(run.status, {**status, "state": "queued", "updated": now()})
+        write_json(run.status, {**status, "state": State.QUEUED, "updated": now()})
     try:
         job_id = submit()
     except BaseException:
         for run, status in zip(runs, before, strict=True):
-            write_json(run.status, {**status, "state": status.get("state", "failed"), "updated": now()})
+            write_json(run.status, {**status, "state": status.get("state", State.FAILED), "updated": now()})
         raise
     for i, run in enumerate(runs):
-        own = job_id if len(runs) == 1 else f"{job_id}_{i}"
+        own = job_id if len(runs) == 1 else job_ids.element(job_id, i)
         run.add_job("job_ids", own)
     return job_id

@@ -15,9 +15,9 @@ from jobs.runtime.world import start
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import last_start, precision_of
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
-from jobs.terminal.tables import in_words
+from jobs.terminal.tables import short
 from jobs.train.ema import decay_at
 from jobs.train.recorder import NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update, band_sums
@@ -148,13 +148,13 @@ def conclude(run: RunFolder, training: Training, recorder: Recorder, reason: Sto
     """Says how the job ended, queues it again if it was told to make room, and returns the exit code."""
     step, steps = training.step, training.settings.steps
     if step == steps:
-        recorder.finish("finished", f"Finished {run} at step {step:,}; pictures are in {run}/figures.")
+        recorder.finish(State.FINISHED, f"Finished {run} at step {step:,}; pictures are in {run}/figures.")
         return 0
     saved = f"Saved {run} at step {step:,} of {steps:,}."
     # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
     if requeue is not None and reason is not Stop.INTERRUPT and recorder.queue_again(requeue, saved):
         return 0
-    state = "cancelled" if reason is Stop.TERMINATE else "interrupted"
+    state = State.CANCELLED if reason is Stop.TERMINATE else State.INTERRUPTED
     recorder.finish(state, f"{saved} Continue with: python launch.py resume {run}")
     return 130
 
@@ -172,5 +172,5 @@ def advise(training: Training, advice: str | None, console: Console) -> None:
         seconds = 3 * (time.perf_counter() - started)  # the backward pass costs about twice the forward pass
     settings = training.settings
     images = (settings.steps - training.step) * settings.batch_size
-    duration = in_words(images / training.world.size * seconds / len(x0))
+    duration = short(images / training.world.size * seconds / len(x0))
     console.say(advice.format(steps=settings.steps, batch_size=settings.batch_size, duration=duration))

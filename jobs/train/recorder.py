@@ -13,10 +13,10 @@ from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import Metrics, Status, append_timing, read_jsonl
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
-from jobs.terminal.tables import in_words
+from jobs.terminal.tables import short
 from jobs.tracking.start import Follower, follow_training
 from jobs.train.state import Training
 
@@ -51,7 +51,7 @@ class Recorder(ABC):
         """
 
     @abstractmethod
-    def finish(self, state: str, message: str) -> None:
+    def finish(self, state: State, message: str) -> None:
         """The job ends in this state."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class NoRecorder(Recorder):
     def begin(self, compile_s: float | None) -> None: ...
     def after_step(self, metrics: dict[str, Any] | None) -> None: ...
     def save(self) -> None: ...
-    def finish(self, state: str, message: str) -> None: ...
+    def finish(self, state: State, message: str) -> None: ...
     def draw(self) -> None: ...
     def close(self) -> None: ...
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
@@ -115,7 +115,7 @@ class RunRecorder(Recorder):
 
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
-            self._console.say(f"Compiled the network in {in_words(compile_s)} (--train.compile).")
+            self._console.say(f"Compiled the network in {short(compile_s)} (--train.compile).")
         # Rates are those of steps.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)
@@ -157,12 +157,12 @@ class RunRecorder(Recorder):
         job_id = requeue()
         if job_id is None:
             return False
-        self.finish("requeued", f"{saved} It is queued again as job {job_id}.", requeued_at=step)
+        self.finish(State.REQUEUED, f"{saved} It is queued again as job {job_id}.", requeued_at=step)
         if job_id not in self._run.read_launch().get("job_ids", []):
             self._run.add_job("job_ids", job_id)
         return True
 
-    def finish(self, state: str, message: str, **facts: Any) -> None:
+    def finish(self, state: State, message: str, **facts: Any) -> None:
         self._progress.close()
         self._ended = True
         elapsed = time.monotonic() - self._started

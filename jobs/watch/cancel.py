@@ -9,15 +9,16 @@ from contextlib import suppress
 from diffusion.errors import OutsideError, UserError
 from jobs.files import write_json
 from jobs.storage import checkpoints, ownership
+from jobs.storage.job_ids import elements
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import now
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.watch import detail, states
 
 PATIENCE_S = 60.0
 
 Active = Callable[[Iterable[str]], Mapping[str, str]]
-"""Those of the Slurm jobs that wait or run, with their states; tasks of arrays as ARRAY_INDEX."""
+"""Those of the Slurm jobs that wait or run, with their states; elements of arrays by themselves."""
 
 
 def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
@@ -56,7 +57,7 @@ def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
     states = active(job_ids)
     living: dict[str, set[str]] = {}
     for job_id in job_ids:
-        own = {state for task, state in states.items() if task == job_id or task.startswith(f"{job_id}_")}
+        own = {states[task] for task in (job_id, *elements(job_id, states)) if task in states}
         if own:
             living[job_id] = own
     return living
@@ -67,13 +68,13 @@ def _settle(run: RunFolder) -> None:
     status = run.read_status()
     if status.get("state") in states.UNSETTLED:
         Ownership.take(run.path)  # on a node that has only lost its network somebody may still be writing
-        write_json(run.status, {**status, "state": "cancelled", "eta_s": None, "updated": now()})
+        write_json(run.status, {**status, "state": State.CANCELLED, "eta_s": None, "updated": now()})
 
 
 def _conclusion(run: RunFolder) -> str:
     status, saved = run.read_status(), checkpoints.steps(run.checkpoints)
     of = f" of {status['total']:,}" if status.get("total") is not None else ""
     kept = f"its last checkpoint is of step {saved[0]:,}{of}" if saved else "it has no checkpoint"
-    state = status.get("state", "cancelled")
-    go_on = "" if state == "finished" else f" Continue with: python launch.py resume {run}"
+    state = status.get("state", State.CANCELLED)
+    go_on = "" if state == State.FINISHED else f" Continue with: python launch.py resume {run}"
     return f"{run} is {state}; {kept}.{go_on}"

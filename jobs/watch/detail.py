@@ -1,6 +1,5 @@
 """All that is known of one run: what `status RUN` shows."""
 
-import json
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,8 +9,8 @@ from typing import Any
 from diffusion.errors import UserError
 from jobs.experiments import record
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import checkpoints
-from jobs.storage.run_folder import RunFolder
+from jobs.storage import checkpoints, job_ids
+from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 from jobs.watch import states
 from jobs.watch.states import SlurmJob
@@ -30,7 +29,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
         **asdict(states.summarize(run, jobs)),
         "settings": _settings(run),
         "checkpoints": checkpoints.steps(run.checkpoints),
-        "samples": [_samples(path.parent) for path in sorted(run.path.glob("samples/*/manifest.json"))],
+        "samples": [_samples(run, path.parent) for path in sorted(run.path.glob("samples/*/manifest.json"))],
         "jobs": {job_id: _job(job_id, jobs) for job_id in launch.get("job_ids", [])},
         "sample_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("sample_job_ids", [])},
         "evaluate_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("evaluate_job_ids", [])},
@@ -42,7 +41,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
 
 def render(detail: dict[str, Any], width: int) -> str:
     """The same for people, in lines of at most `width` characters but for a traceback."""
-    failed = detail["state"] == "failed" and detail["traceback"] is not None
+    failed = detail["state"] == State.FAILED and detail["traceback"] is not None
     is_said_below = failed and detail["reason"] in detail["traceback"]
     reason = "" if is_said_below or not detail["reason"] else f" ({detail['reason']})"
     lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]
@@ -89,12 +88,12 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     return {**always, **{flag: value for flag, _, value in sorted(changed) if flag != "train.steps"}}
 
 
-def _samples(folder: Path) -> dict[str, Any]:
+def _samples(run: RunFolder, folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = run.read_samples(folder.name)
         num_shards = -(-manifest["num_samples"] // manifest["shard_size"])
         facts = {"num_samples": manifest["num_samples"], "complete": manifest["complete"], "num_shards": num_shards}
-    except (OSError, ValueError, KeyError):
+    except (OSError, UserError, KeyError):
         facts = {"num_samples": 0, "complete": False, "num_shards": 0}
     return {"name": folder.name, **facts, "shards": len(list(folder.glob("shard-*.npy")))}
 
@@ -110,7 +109,8 @@ def _job(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:
 
 def _array(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:
     """The state of a job, or how many tasks of an array are in which state."""
-    states = [job.state for task, job in (jobs or {}).items() if task.startswith(f"{job_id}_")]
+    known = jobs or {}
+    states = [known[task].state for task in job_ids.elements(job_id, known)]
     if not states:
         return _job(job_id, jobs)
     return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))

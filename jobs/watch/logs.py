@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs.storage import ownership
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.job_ids import is_element
+from jobs.storage.run_folder import RunFolder, State
 from jobs.watch import states
 
 POLL_S = 0.2
@@ -19,8 +20,8 @@ def locate(run: RunFolder) -> Path:
     job_ids = launch.get("job_ids", [])
     if not job_ids or ownership.is_locked(run.path):
         return run.log
-    # The elements of a sweep's array, ARRAY_INDEX, print into the sweep's folder.
-    submitter = run.path.with_name(launch["sweep"]) if "sweep" in launch and "_" in job_ids[-1] else run.path
+    # The elements of a sweep's array print into the sweep's folder.
+    submitter = run.path.with_name(launch["sweep"]) if "sweep" in launch and is_element(job_ids[-1]) else run.path
     path = submitter / "slurm" / f"{job_ids[-1]}_0_log.out"
     # A run that has moved from Slurm to this machine writes its log alone.
     here_last = path.exists() and run.log.exists() and run.log.stat().st_mtime > path.stat().st_mtime + 60
@@ -33,7 +34,7 @@ def title(run: RunFolder) -> str:
     name = RunFolder(path)  # as a user would type it
     if path.exists():
         return f"==> {name}"
-    state = states.read_status(run).get("state", "created")
+    state = states.read_status(run).get("state", State.CREATED)
     return f"==> {name} is not there yet; the run is {state}"
 
 
@@ -69,7 +70,7 @@ def follow(run: RunFolder, is_alive: Callable[[], bool], say: Callable[[str], No
 def _failure(run: RunFolder) -> str:
     """What a run that has failed on this machine has printed on the terminal alone."""
     status = states.read_status(run)
-    return f"{status['traceback']}\n" if locate(run) == run.log and status.get("state") == "failed" else ""
+    return f"{status['traceback']}\n" if locate(run) == run.log and status.get("state") == State.FAILED else ""
 
 
 def _read_from(path: Path, position: int) -> tuple[str, int]:

@@ -8,10 +8,10 @@ from typing import Any, Literal, Protocol
 
 from diffusion.errors import UserError
 from jobs.storage import ownership
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 
-UNSETTLED = ("queued", "running", "requeued")
+UNSETTLED = (State.QUEUED, State.RUNNING, State.REQUEUED)
 """States that a living job is going to change."""
 SILENT_S = 120.0
 """A heartbeat older than this is worth a word."""
@@ -67,7 +67,7 @@ class Overview:
 
 def newest_jobs(runs: Iterable[RunFolder]) -> list[str]:
     """Ids of the jobs that Slurm must be asked about before the runs can be judged."""
-    unfinished = [run for run in runs if read_status(run).get("state") != "finished"]
+    unfinished = [run for run in runs if read_status(run).get("state") != State.FINISHED]
     return [job_id for run in unfinished if (job_id := newest_job(read_launch(run))) is not None]
 
 
@@ -80,13 +80,13 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     job_id = newest_job(launch)
     job = jobs.get(job_id) if jobs is not None and job_id is not None else None
     host = launch.get("host")
-    if status.get("on_slurm") is False and status["state"] != "queued":  # whatever jobs it had before
+    if status.get("on_slurm") is False and status["state"] != State.QUEUED:  # whatever jobs it had before
         host, job = status["host"], job if job is not None and job.phase != "ended" else None
     if ownership.is_locked(run.path):
         state, reason = _judge_held(status)
     else:
         state, reason = _judge(status, job, host, is_known=job_id is None or jobs is not None)
-    alive = state == "running"
+    alive = state == State.RUNNING
     return Overview(
         run=run.label,
         path=str(run),
@@ -114,27 +114,27 @@ def is_alive(run: RunFolder, jobs: Jobs | None) -> bool:
 
 def _judge_held(status: dict[str, Any]) -> tuple[str, str]:
     """(state, reason) of a run that a process of this machine holds."""
-    state, age_s = status.get("state", "created"), _age_s(status)
+    state, age_s = status.get("state", State.CREATED), _age_s(status)
     if state not in UNSETTLED and age_s is not None and age_s < ENDING_S:
         return state, "ending"
-    return "running", _silence(status)
+    return State.RUNNING, _silence(status)
 
 
 def _judge(status: dict[str, Any], job: SlurmJob | None, host: str | None, is_known: bool) -> tuple[str, str]:
     """(state, reason) of a run that nobody on this machine holds: what status.json says, corrected by who is alive."""
-    state = status.get("state", "created")
+    state = status.get("state", State.CREATED)
     age_s = _age_s(status)
     if job is not None and job.phase == "waiting":
-        return "queued" if state == "queued" else "requeued", job.reason
+        return State.QUEUED if state == State.QUEUED else State.REQUEUED, job.reason
     if job is not None and job.phase == "running" and state in UNSETTLED:
-        return "running", _silence(status)
-    if state == "failed":
+        return State.RUNNING, _silence(status)
+    if state == State.FAILED:
         return state, job.state if job is not None and job.state in TELLING else _last_line(status)
     if state not in UNSETTLED:
         return state, ""
     if not is_known:
         return state, "Slurm does not answer"
-    if state == "queued" and age_s is not None and age_s < SUBMITTING_S:
+    if state == State.QUEUED and age_s is not None and age_s < SUBMITTING_S:
         return state, "being submitted"
     # The lock of another machine is not seen here everywhere.
     if job is None and host not in (None, platform.node()) and age_s is not None and age_s < SILENT_S:
@@ -145,17 +145,17 @@ def _judge(status: dict[str, Any], job: SlurmJob | None, host: str | None, is_kn
 def _death(job: SlurmJob | None) -> tuple[str, str]:
     """(state, reason) of a run that says that it lives, and does not."""
     if job is None:
-        return "failed", UNKNOWN_DEATH
+        return State.FAILED, UNKNOWN_DEATH
     if job.state == "CANCELLED":
-        return "cancelled", ""
+        return State.CANCELLED, ""
     if job.state in TELLING:
-        return "failed", job.state
-    return "failed", f"killed by {job.signal}" if job.signal else UNKNOWN_DEATH
+        return State.FAILED, job.state
+    return State.FAILED, f"killed by {job.signal}" if job.signal else UNKNOWN_DEATH
 
 
 def _silence(status: dict[str, Any]) -> str:
     """What is worth a word of a run that lives."""
-    if status.get("state") != "running":
+    if status.get("state") != State.RUNNING:
         return "starting"
     age_s = _age_s(status)
     return f"silent for {tables.short(age_s)}" if age_s is not None and age_s > SILENT_S else ""
@@ -185,7 +185,7 @@ def read_status(run: RunFolder) -> dict[str, Any]:
     try:
         return run.read_status()
     except (OSError, UserError) as error:
-        return {"state": "failed", "traceback": str(error)}
+        return {"state": State.FAILED, "traceback": str(error)}
 
 
 def read_launch(run: RunFolder) -> dict[str, Any]:
