@@ -1,0 +1,1 @@
+"""Data sets: fetched before a job, checked by hash, read as arrays; without torch."""
