@@ -74,7 +74,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
 
 
 def record(training: Training, console: Console) -> None:
-    """Has a GPU's step recorded, if that is asked for, useful and possible."""
+    """Records the step as a CUDA graph where the settings ask for it and one GPU trains alone."""
     settings, world = training.settings, training.world
     if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1:
         return
@@ -85,10 +85,10 @@ def record(training: Training, console: Console) -> None:
 
 
 def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) -> Stop:
-    """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
+    """Runs steps until the last one, or until all processes agree to stop; returns the reason, Stop.NO for the last."""
     settings, vote = training.settings, StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
-    # What was asked for before the first step counts before the first step.
+    # A signal may have come before the first step. The vote in the loop answers one step late, so it is asked here.
     reason = Stop(training.world.reduce_max(signals.requested)())
     while reason is Stop.NO and training.step < settings.steps:
         update = training.update()
@@ -100,12 +100,12 @@ def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) 
                 "a smaller --train.lr may help"
             )
         reason = vote.post_and_read(signals.requested)
-    vote.read()
+    vote.read()  # waits for the last vote, which may still be on its way to the other processes
     return reason
 
 
 def logged(training: Training, update: Update) -> dict[str, Any] | None:
-    """What metrics.jsonl says of this step; None if it is not logged."""
+    """Returns the line of metrics.jsonl for this step, None for a step that is not logged."""
     settings, step = training.settings, training.step
     if not (step % settings.log_every == 0 or step == settings.steps or update.skipped):
         return None
@@ -126,10 +126,10 @@ def logged(training: Training, update: Update) -> dict[str, Any] | None:
 
 
 def take_over(training: Training, run: RunFolder, console: Console) -> tuple[int, Ownership]:
-    """Takes the run over and returns the step of its newest good checkpoint, 0 if there is none, and who owns it now.
+    """Takes the run over; returns the step of its newest good checkpoint, 0 if there is none, and the new ownership.
 
-    The first process does it; all return the same, and not before it is done. It tells the others its token: on a
-    shared file system they may see the one before for a while, and then take themselves for superseded.
+    Only the first process does it; the others wait for the same answer. They get the token from it, not from the file:
+    on a shared file system they may read the old token for a while, and would believe that they have been superseded.
     """
     step, token = 0, ""
     if training.world.rank == 0:
@@ -153,7 +153,7 @@ def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason:
     saved = f"Saved {run} at step {step:,} of {steps:,}."
     if requeue is not None and reason is not Stop.INTERRUPT:
         recorder.check_progress()
-        # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
+        # Also after SIGTERM: if a job ends by itself within its grace time, Slurm does not queue it again.
         job_id = requeue() if training.world.rank == 0 else "told by rank 0"
         if job_id is not None:
             recorder.finish("requeued", f"{saved} It is queued again as job {job_id}.", requeued_at=step)
@@ -165,7 +165,7 @@ def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason:
 
 
 def advise(training: Training, advice: str | None, console: Console) -> None:
-    """On a CPU, says how long a model that is sized for GPUs will take, measured on a few examples."""
+    """Says how long a model that is sized for GPUs will take on this CPU, measured on a few examples."""
     if advice is None or training.world.device.type != "cpu":
         return
     x0, t, eps = (part[:16] for part in training.examples(1))

@@ -1,4 +1,7 @@
-"""Everything that the first process of a training does for the outside; the other processes have a `NullRecorder`."""
+"""Checkpoints, metrics, status and messages, which only the first process of a training writes.
+
+The other processes have a `NullRecorder`.
+"""
 
 import resource
 import time
@@ -24,38 +27,38 @@ TIMING_S = 5.0
 
 
 class NullRecorder:
-    """Keeps nothing: every process computes the same, one of them records it."""
+    """Records nothing. All processes compute the same, so it is enough that the first one records."""
 
     def start(self) -> None:
-        """The training begins or continues."""
+        """Is called when the training begins or continues."""
 
     def begin(self, compile_s: float | None) -> None:
-        """Steps begin now; the network has been compiled in so many seconds, if it has."""
+        """Is called before the first step; `compile_s` is how long compiling took, None if nothing was compiled."""
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
-        """An update is done; `metrics` is given where it is logged."""
+        """Is called after each update; `metrics` is its line of metrics.jsonl, None if the step is not logged."""
 
     def save(self) -> None:
         """Makes sure that a checkpoint of this step is on the disk; raises JobError if it cannot be."""
 
     def check_progress(self) -> None:
-        """Before the job is queued again: raises JobError if it has got nowhere, and neither did the time before."""
+        """Raises JobError if this job has completed no step and was itself queued again at this very step."""
 
     def finish(self, state: str, message: str, **facts: Any) -> None:
-        """The job ends in this state."""
+        """Writes down that the job ends in this state, and says `message`."""
 
     def came_back_as(self, job_id: str) -> None:
-        """The job is queued again under this id."""
+        """Remembers the id under which the job is queued again."""
 
     def draw(self) -> None:
-        """The last step is done and saved: figures and final numbers, whose failure is not the run's."""
+        """Draws figures and final numbers after the last step is saved. If that fails, the run has not failed."""
 
     def close(self) -> None:
-        """Releases files, whatever has happened."""
+        """Releases files, also after an error."""
 
 
 class RunRecorder(NullRecorder):
-    """Checkpoints, metrics, timing, heartbeat and progress of a run."""
+    """Writes a run's checkpoints, metrics, timing and heartbeat, and shows its progress."""
 
     def __init__(
         self,
@@ -93,7 +96,7 @@ class RunRecorder(NullRecorder):
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
             self._console.say(f"Compiled the network in {in_words(compile_s)} (--train.compile).")
-        # Rates are those of steps.
+        # Rates count steps alone, so the clock starts after compiling.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)
 
@@ -180,7 +183,7 @@ class RunRecorder(NullRecorder):
             self._follower.close(wait=self._ended)
 
     def _write_timing(self) -> None:
-        """Rates and times of a step since the last time."""
+        """Writes a line of timing.jsonl: rates, and times of a step, since the line before."""
         last, self._clock = self._clock, self._read_clock()
         steps = self._clock.step - last.step
         if steps == 0:
@@ -218,7 +221,7 @@ class RunRecorder(NullRecorder):
 
 @dataclass(frozen=True)
 class _Clock:
-    """A moment of a training, and how long has been spent on what until then."""
+    """A moment of a training, with the seconds spent on data and on checkpoints so far."""
 
     time: float
     step: int
@@ -227,7 +230,7 @@ class _Clock:
 
 
 def _memory_mb(device: torch.device) -> int:
-    """The most memory that this process has used, on the GPU if it computes there."""
+    """Returns the most memory that this process has used; of the GPU, if it computes on one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # Linux counts in kB
