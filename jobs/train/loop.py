@@ -85,7 +85,7 @@ def record(training: Training, console: Console) -> None:
 
 
 def run_steps(training: Training, recorder: NullRecorder, signals: SignalWatch) -> Stop:
-    """Runs steps until the last one, or until all processes agree to stop; returns the reason, Stop.NO for the last."""
+    """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
     settings, vote = training.settings, StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
     # A signal may have come before the first step. The vote in the loop answers one step late, so it is asked here.
@@ -153,7 +153,7 @@ def conclude(run: RunFolder, training: Training, recorder: NullRecorder, reason:
     saved = f"Saved {run} at step {step:,} of {steps:,}."
     if requeue is not None and reason is not Stop.INTERRUPT:
         recorder.check_progress()
-        # Also after SIGTERM: if a job ends by itself within its grace time, Slurm does not queue it again.
+        # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
         job_id = requeue() if training.world.rank == 0 else "told by rank 0"
         if job_id is not None:
             recorder.finish("requeued", f"{saved} It is queued again as job {job_id}.", requeued_at=step)

@@ -1,7 +1,4 @@
-"""Checkpoints, metrics, status and messages, which only the first process of a training writes.
-
-The other processes have a `NullRecorder`.
-"""
+"""Everything that the first process of a training does for the outside; the other processes have a `NullRecorder`."""
 
 import resource
 import time
@@ -27,7 +24,7 @@ TIMING_S = 5.0
 
 
 class NullRecorder:
-    """Records nothing. All processes compute the same, so it is enough that the first one records."""
+    """Keeps nothing: every process computes the same, one of them records it."""
 
     def start(self) -> None:
         """Is called when the training begins or continues."""
@@ -42,13 +39,13 @@ class NullRecorder:
         """Makes sure that a checkpoint of this step is on the disk; raises JobError if it cannot be."""
 
     def check_progress(self) -> None:
-        """Raises JobError if this job has completed no step and was itself queued again at this very step."""
+        """Before the job is queued again: raises JobError if it has got nowhere, and neither did the time before."""
 
     def finish(self, state: str, message: str, **facts: Any) -> None:
-        """Writes down that the job ends in this state, and says `message`."""
+        """The job ends in this state."""
 
     def came_back_as(self, job_id: str) -> None:
-        """Remembers the id under which the job is queued again."""
+        """The job is queued again under this id."""
 
     def draw(self) -> None:
         """Draws figures and final numbers after the last step is saved. If that fails, the run has not failed."""
@@ -58,7 +55,7 @@ class NullRecorder:
 
 
 class RunRecorder(NullRecorder):
-    """Writes a run's checkpoints, metrics, timing and heartbeat, and shows its progress."""
+    """Checkpoints, metrics, timing, heartbeat and progress of a run."""
 
     def __init__(
         self,
