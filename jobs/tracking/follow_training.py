@@ -1,7 +1,7 @@
 """Follows a training from outside: `python -m jobs.tracking.follow_training RUN TOKEN`.
 
-It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. How far wandb has got is kept
-in RUN/.tracking.json: a follower that was killed leaves lines in memory, which the next one sends again.
+It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. RUN/.tracking.json says which
+lines wandb has on its disk for certain. A killed follower loses the later ones, and the next one sends them again.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from jobs.tracking.process import follow, say
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""
 SAFE_S = FLUSH_S + 2
-"""What wandb was given so long ago is on the disk."""
+"""After so many seconds, what wandb was given is certainly on the disk."""
 
 
 class Curves:
-    """Lines of metrics.jsonl as they are named on the dashboard."""
+    """Turns lines of metrics.jsonl into what the dashboard shows."""
 
     def __init__(self, timesteps: int, loss_floor: float | None) -> None:
         self._timesteps, self._floor = timesteps, loss_floor
@@ -42,7 +42,7 @@ class Curves:
         self._clipped: deque[int] = deque(maxlen=20)
 
     def row(self, line: dict[str, Any]) -> dict[str, Any]:
-        """To be called with every line in turn: sums and shares run over all of them."""
+        """Returns what the dashboard shows of a line; call it with every line in turn, because it keeps sums."""
         loss, floor = line["loss"], self._floor
         self._skipped += line["skipped"]
         self._clipped.append(line["clipped"])
@@ -63,7 +63,7 @@ class Curves:
 
 
 def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
-    """A line of timing.jsonl as it is named on the dashboard."""
+    """Returns what the dashboard shows of a line of timing.jsonl."""
     if line["event"] == "progress":
         seconds = ("step", "data", "compute", "communication", "checkpoint")
         return {
@@ -85,7 +85,7 @@ class Place:
 
 
 class Sketches:
-    """Pictures of samples from checkpoints, drawn by a process of its own, one at a time, at most 5% of the time."""
+    """Draws pictures of samples from checkpoints in a process of its own, which works at most 5% of the time."""
 
     def __init__(self, run: RunFolder, every: int) -> None:
         self._run, self._every = run, every
@@ -94,10 +94,11 @@ class Sketches:
         self._started = self._next = 0.0
 
     def finished(self) -> tuple[int, dict[str, Path]] | None:
-        """The step and the pictures of a process that has ended since the last time."""
+        """Returns the step and the pictures of a process that has ended since the last call, None if none has."""
         if self._process is None or self._process.poll() is None:
             return None
         self._process = None
+        # After t seconds of drawing it rests for 20 t: at most 5% of the time goes to pictures.
         self._next = time.monotonic() + 20 * (time.monotonic() - self._started)
         return self._step, {f"samples/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
 
@@ -125,7 +126,11 @@ class Sketches:
 
 
 class Follower:
-    """What is done with the files, a look at a time."""
+    """Passes on what a training writes.
+
+    Three numbers say how far it is: `_place` is what wandb was given, `_recent` remembers when, so that what was given
+    `SAFE_S` ago can be written down as certain, and `_kept` is the newest checkpoint that was uploaded.
+    """
 
     def __init__(self, run: RunFolder, owner: Ownership, attempt: int) -> None:
         self._run, self._owner = run, owner
@@ -134,7 +139,8 @@ class Follower:
         start = next(line for line in reversed(self._timing) if line["event"] == "start")
         self._place_file = run.path / ".tracking.json"
         place = self._read_place()
-        # Lines after the checkpoint are made again, those before it may have been lost with the last follower.
+        # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within one
+        # start goes on where the first one was.
         self._place = place if attempt > 1 else dataclasses.replace(place, step=min(place.step, start["step"]))
         self._recent = deque([(time.monotonic(), self._place)])
         self._metrics, self._times = Tail(run.metrics), Tail(run.timing)
@@ -173,7 +179,7 @@ class Follower:
         self.draw(DRAW_S)
 
     def draw(self, least_s: float) -> None:
-        """Draws the curves if the last time is so long ago."""
+        """Draws the curves if they were last drawn at least `least_s` ago."""
         if time.monotonic() - self._drawn < least_s or not self._history:
             return
         with contextlib.suppress(Exception):  # a picture that cannot be drawn must not end the tracking
@@ -187,7 +193,7 @@ class Follower:
         self._drawn = time.monotonic()
 
     def end(self) -> None:
-        """The training is gone: sends the rest, and its results if it has reached its last step."""
+        """Sends the rest after the training has ended, and its results if it has reached its last step."""
         self.look()
         self._sketches.close()
         state = self._timing[-1]["event"]
@@ -221,7 +227,7 @@ class Follower:
         self._dashboard.keep(name, kind, files, self._run.path, in_place=in_place)
 
     def _remember(self) -> None:
-        """Writes down how far wandb has got for certain."""
+        """Writes down which lines are on wandb's disk for certain."""
         self._recent.append((time.monotonic(), self._place))
         safe = None
         while time.monotonic() - self._recent[0][0] >= SAFE_S:
