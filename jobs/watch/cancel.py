@@ -1,4 +1,4 @@
-"""Ending a run for good, wherever it runs."""
+"""Ends a run for good, wherever it runs."""
 
 import os
 import signal
@@ -16,17 +16,17 @@ from jobs.watch import detail, states
 PATIENCE_S = 60.0
 
 Active = Callable[[Iterable[str]], Mapping[str, str]]
-"""Those of the Slurm jobs that wait or run, with their states; tasks of arrays as ARRAY_INDEX."""
+"""Tells which of these Slurm jobs wait or run, and their states; a task of an array is called ARRAY_INDEX."""
 
 
 def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
-    """Ends all that the run has going on, waits until it has ended, and says how.
+    """Ends all jobs and processes of the run, waits until they have ended, and says how the run stands.
 
     Raises ValueError if there is nothing to end, RuntimeError if it does not end within a minute.
     """
     deadline = time.monotonic() + PATIENCE_S
     told: set[str | int] = set()
-    # Looked up again each time: a job may just have been queued again, under another id even.
+    # Looked up again each time, because a job may just have been queued again, even under another id.
     while (jobs := _living_jobs(run, active)) or ownership.holders(run.path) or ownership.is_locked(run.path):
         if time.monotonic() > deadline:
             raise RuntimeError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
@@ -50,7 +50,7 @@ def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None],
 
 
 def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
-    """The run's jobs and arrays that wait or run, with the states of their tasks."""
+    """Returns the run's jobs and arrays that wait or run, with the states of their tasks."""
     job_ids = detail.all_jobs(run)
     states = active(job_ids)
     living: dict[str, set[str]] = {}
@@ -62,10 +62,10 @@ def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
 
 
 def _settle(run: RunFolder) -> None:
-    """Writes down that a run is cancelled that had no process to do so: it waited, or was killed before it could."""
+    """Writes that the run is cancelled, if it had no process that could: it waited, or was killed too early."""
     status = run.read_status()
     if status.get("state") in states.UNSETTLED:
-        Ownership.take(run.path)  # on a node that has only lost its network somebody may still be writing
+        Ownership.take(run.path)  # an old job may still write, on a node that has only lost its network
         write_json(run.status, {**status, "state": "cancelled", "eta_s": None, "updated": now()})
 
 
