@@ -1,4 +1,4 @@
-"""The probability-flow ODE in one dimension, along which the density of a model is known exactly."""
+"""The log-likelihood of a 1D model, which can be computed exactly along the probability-flow ODE."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from diffusion.process.samplers import Predict
 from diffusion.process.schedules import log_snr
 
 TOLERANCE = 1e-5
-"""Relative error of a step; the log density is then right to about 1e-4."""
+"""The relative error that a step may have; the log density is then right to about 1e-4."""
 
 
 def log_likelihood(predict: Predict, x: Tensor, alphas_cumprod: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samplers: from noise to data by any network that predicts eps.
+"""Samplers lead from noise to data, with any network that predicts eps.
 
 All share one signature. `predict(xt, t)` takes xt [batch, ...] and t [batch], which may be fractional, and returns eps.
 `alphas_cumprod` is [T] in float64. `steps` is the number of network evaluations. `noise(k)` is the standard normal
@@ -94,13 +94,14 @@ def dpm_solver(
     previous: Tensor | None = None
     for i in range(steps):
         x0, _ = _predictions(predict, xt, float(t[i]), float(alpha[i] ** 2), clip)
-        if i == steps - 1:  # to lambda = infinity, where only the first order is stable
+        if i == steps - 1:  # the last step goes to lambda = infinity, where only the first order is stable: x = x0
             yield x0
             return
         h = float(lam[i + 1] - lam[i])
         if previous is None:
             d = x0
         else:
+            # Second order: x0 is continued along the line through its last two predictions, to half a step ahead.
             r = float(lam[i] - lam[i - 1]) / h
             d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous
         xt = float(sigma[i + 1] / sigma[i]) * xt - float(alpha[i + 1] * torch.expm1(torch.tensor(-h))) * d
@@ -117,24 +118,27 @@ def posterior_variance(abar: float, abar_prev: float) -> float:
 
 
 def strided_timesteps(timesteps: int, steps: int) -> list[int]:
-    """`steps` timesteps from T-1 downwards, evenly spaced as in denoising-diffusion-pytorch's `ddim_sample`."""
+    """Returns `steps` timesteps from T-1 downwards, evenly spaced as in denoising-diffusion-pytorch's `ddim_sample`."""
+    # From -1, which stands for the data, up to T-1; reversed, without the -1.
     return torch.linspace(-1, timesteps - 1, steps + 1).int().tolist()[:0:-1]
 
 
 def _strides(alphas_cumprod: Tensor, steps: int) -> Iterator[tuple[int, float, float]]:
-    """(t, alpha_bar_t, alpha_bar of the timestep after the step), ending at alpha_bar = 1, the data."""
+    """Yields (t, alpha_bar before the step, alpha_bar after it) for each step; the last one ends at 1, the data."""
     times = strided_timesteps(len(alphas_cumprod), steps)
     abar = [float(alphas_cumprod[t]) for t in times]
     return zip(times, abar, [*abar[1:], 1.0], strict=True)
 
 
 def _log_snr_grid(alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Fractional timesteps from the noisiest to 0 and their log-SNR, evenly spaced, both [steps] in float64.
+    """Returns (t, lambda), each [steps] in float64: log-SNRs at even distances and their fractional t, noisiest first.
 
-    Starts where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste its steps.
+    They start where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste steps.
     """
     lam = log_snr(alphas_cumprod.double())
     grid = torch.linspace(max(float(lam[-1]), -5.1), float(lam[0]), steps, dtype=torch.float64)
+    # lambda falls with t, but searchsorted needs it to rise: place p of `ascending` is timestep T - 1 - p. Each value
+    # of the grid lies between two places, `upper` - 1 and `upper`; linear interpolation gives its fractional place.
     ascending, noisy_first = lam.flip(0), len(lam) - 1
     upper = torch.searchsorted(ascending, grid).clamp(1, noisy_first)
     fraction = (grid - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
@@ -142,7 +146,7 @@ def _log_snr_grid(alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def _predictions(predict: Predict, xt: Tensor, t: float, abar: float, clip: Clip | None) -> tuple[Tensor, Tensor]:
-    """x0 and eps as the network sees them; where x0 is clipped, eps is what leads from it to xt."""
+    """Returns the network's x0 and eps; where x0 is clipped, eps is changed so that both still make up xt."""
     eps = predict(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)  # autocast may have made it shorter
     x0 = (xt - (1 - abar) ** 0.5 * eps) / abar**0.5
     if clip is not None:

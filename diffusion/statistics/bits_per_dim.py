@@ -104,7 +104,7 @@ def bound(
 def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
     """log p(x0 | mean) for each pixel: the Gaussian's mass on x0's 256th, the outer ones reaching to infinity (eq. 13).
 
-    By log Phi of the side where Phi is small, so that no mass underflows to 0.
+    It takes log Phi on the side where Phi is small, so that no mass underflows to 0.
     """
     centre, half = (x0 - mean) / std, 1 / 255 / std
     near, far = (torch.special.log_ndtr(-centre.abs() + sign * half) for sign in (1, -1))
@@ -115,11 +115,11 @@ def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Process:
-    """What the terms need to know of each timestep, each [T] in float64."""
+    """The constants of each timestep that the terms need, each [T] in float64."""
 
     abar: Tensor
     weight: Tensor
-    """Of x0 in the mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, equation 7)."""
+    """The coefficient of x0 in the mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, equation 7)."""
     posterior_variance: Tensor
     variance: Tensor
 
@@ -166,7 +166,7 @@ def _terms(
 
 
 def _predicted(predict: Predict, xt: Tensor, t: Tensor) -> Tensor:
-    """eps in float64 for xt [n, ...], in full batches, the last one filled up with its own last example."""
+    """Predicts eps in float64 for xt [n, ...], in full batches; the last one is filled up with its last example."""
     filled = torch.arange(-(-len(t) // _BATCH_SIZE) * _BATCH_SIZE).clamp(max=len(t) - 1)
     parts = [predict(xt[i].float(), t[i]).double() for i in filled.split(_BATCH_SIZE)]
     return torch.cat(parts)[: len(t)]
