@@ -1,4 +1,4 @@
-"""`sample`."""
+"""`sample` draws a set of samples, on this machine or as an array on Slurm."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
@@ -17,12 +17,12 @@ from slurm.place import OnSlurm
 
 
 def _by_experiment(setting: str) -> str:
-    """The experiments' defaults, for the help."""
+    """Writes the experiments' defaults, for the help."""
     return ", ".join(f"{getattr(entry.sampler, setting)} for {name}" for name, entry in EXPERIMENTS.items())
 
 
 def _of_other_samplers() -> str:
-    """The steps of a sampler that is not the experiment's own, for the help."""
+    """Writes the steps of a sampler that is not the experiment's own, for the help."""
     steps = (f"{steps or 'all timesteps'} for {sampler}" for sampler, steps in SAMPLER_STEPS.items())
     return f"with another sampler {', '.join(steps)}"
 
