@@ -22,7 +22,7 @@ def _by_experiment(setting: str) -> str:
 
 
 def _of_other_samplers() -> str:
-    """Writes the steps of a sampler that is not the experiment's own, for the help."""
+    """The steps of a sampler that is not the experiment's own, for the help."""
     steps = (f"{steps or 'all timesteps'} for {sampler}" for sampler, steps in SAMPLER_STEPS.items())
     return f"with another sampler {', '.join(steps)}"
 

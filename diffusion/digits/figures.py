@@ -58,5 +58,5 @@ def neighbours(
             if row > 0:
                 axes.set_xlabel(f"{distances[chosen[column], row - 1]:.1f}", fontsize="small", labelpad=1)
         grid[row, 0].set_ylabel("sample" if row == 0 else f"nearest {row}", fontsize="small")
-    figure.suptitle("Of each digit the sample nearest to a training image, and its nearest ones with their distances")
+    figure.suptitle("Of each digit, the sample nearest to the training set; below it the nearest training images")
     save(figure, path)

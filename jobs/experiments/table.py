@@ -25,7 +25,7 @@ class Entry:
     fewest_samples: int
     """That an evaluation makes sense of."""
     sampler: SamplerSettings
-    """How to sample unless told otherwise: the fewest evaluations found as good as 1,000 ancestral steps (README)."""
+    """How to sample by default: the fewest evaluations as good as 1,000 ancestral steps (docs/evaluation.md)."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
 

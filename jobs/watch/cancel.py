@@ -65,7 +65,7 @@ def _settle(run: RunFolder) -> None:
     """Writes that the run is cancelled, if it had no process that could: it waited, or was killed too early."""
     status = run.read_status()
     if status.get("state") in states.UNSETTLED:
-        Ownership.take(run.path)  # an old job may still write, on a node that has only lost its network
+        Ownership.take(run.path)  # on a node that has only lost its network somebody may still be writing
         write_json(run.status, {**status, "state": "cancelled", "eta_s": None, "updated": now()})
 
 

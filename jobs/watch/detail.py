@@ -40,7 +40,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
 
 
 def render(detail: dict[str, Any], width: int) -> str:
-    """Shows the same to people, in lines of at most `width` characters; a traceback keeps its lines."""
+    """The same for people, in lines of at most `width` characters but for a traceback."""
     failed = detail["state"] == "failed" and detail["traceback"] is not None
     is_said_below = failed and detail["reason"] in detail["traceback"]
     reason = "" if is_said_below or not detail["reason"] else f" ({detail['reason']})"

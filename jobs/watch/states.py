@@ -65,7 +65,7 @@ class Overview:
 
 
 def newest_jobs(runs: Iterable[RunFolder]) -> list[str]:
-    """Returns the ids of the jobs that Slurm must be asked about before the runs can be judged."""
+    """Ids of the jobs that Slurm must be asked about before the runs can be judged."""
     unfinished = [run for run in runs if read_status(run).get("state") != "finished"]
     return [job_id for run in unfinished if (job_id := newest_job(read_launch(run))) is not None]
 
@@ -153,7 +153,7 @@ def _death(job: SlurmJob | None) -> tuple[str, str]:
 
 
 def _silence(status: dict[str, Any]) -> str:
-    """Returns what the user should know about a living run: it is starting, or has been silent for long."""
+    """What is worth a word of a run that lives."""
     if status.get("state") != "running":
         return "starting"
     age_s = _age_s(status)
