@@ -106,7 +106,8 @@ def usefulness(
 ) -> Estimate:
     """The accuracy on real test digits of the shipped architecture trained on `images` alone (Ravuri & Vinyals 2019).
 
-    Says something beside the same for as many real images. The interval resamples the test digits, not the training.
+    Compare it only with the accuracy after training on equally many real images. The interval resamples the test
+    digits, not the training.
     """
     check_labels(test_labels, len(test_images), "test labels")
     net = train(images, labels, steps=steps, seed=seed)

@@ -60,6 +60,7 @@ class _Grid:
 
     def distances(self, shares: Floats) -> dict[str, Floats]:
         """Computes each metric, [R], for shares [R, CELLS]."""
+        # |F_n - F| at the inner edges: its integral over x is W1, its maximum KS.
         gap = np.abs(shares.cumsum(1)[:, :-1] - np.arange(1, CELLS) / CELLS)
         bins = shares.reshape(len(shares), BINS, -1).sum(2)
         modes = shares @ self._responsibilities
@@ -73,17 +74,21 @@ class _Grid:
 
 def _resampled_counts(cells: NDArray[np.int64], seed: int) -> Floats:
     """Draws how many of n samples fall into each cell in each replicate, [REPLICATES, CELLS]; a row sums to about n."""
+    # Each block of neighbouring samples is counted once, [blocks, CELLS]. A replicate draws blocks and adds their rows,
+    # so its cost does not depend on n.
     n = len(cells)
     blocks = min(n, BLOCKS)
     block = np.arange(n) * blocks // n
     counts = np.bincount(block * CELLS + cells, minlength=blocks * CELLS).reshape(blocks, CELLS).astype(np.float64)
     drawn = [resample(seed, i, Resampled.FAKE, blocks) for i in range(REPLICATES)]
     replicates = np.stack([np.bincount(chosen, minlength=blocks) for chosen in drawn]) @ counts
+    # Blocks differ by one sample, so replicates may hold a few too many or too few.
     return replicates * (n / replicates.sum(1, keepdims=True))
 
 
 def _exact_counts(n: int, seed: int) -> Floats:
     """Draws the same for n exact samples."""
+    # All cells have the same probability, so the counts are multinomial; no sample has to be drawn.
     uniform = np.full(CELLS, 1 / CELLS)
     draws = [generator(seed, Stream.EVALUATION, i).multinomial(n, uniform) for i in range(REPLICATES)]
     return np.stack(draws).astype(np.float64)

@@ -71,7 +71,7 @@ def strata(timesteps: int, number: int | None = None) -> NDArray[np.int64]:
     if not 1 <= number < timesteps:
         raise ValueError(f"strata must lie between 1 and {timesteps - 1}, one less than timesteps; got {number}")
     edges = np.geomspace(1, timesteps, number + 1).round().astype(np.int64)
-    # Neighbours at least one apart, from below.
+    # Rounding may have made neighbours equal: each edge becomes at least one more than the edge before it.
     return np.maximum.accumulate(edges - np.arange(number + 1)) + np.arange(number + 1)
 
 
@@ -108,6 +108,7 @@ def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
     """
     centre, half = (x0 - mean) / std, 1 / 255 / std
     near, far = (torch.special.log_ndtr(-centre.abs() + sign * half) for sign in (1, -1))
+    # log(Phi(near) - Phi(far)) = log Phi(near) + log(1 - Phi(far) / Phi(near)).
     inside = near + torch.log1p(-torch.exp(far - near))
     lowest, highest = torch.special.log_ndtr(centre + half), torch.special.log_ndtr(-centre + half)
     return torch.where(x0 < -0.999, lowest, torch.where(x0 > 0.999, highest, inside))
@@ -162,6 +163,7 @@ def _terms(
     kl = 0.5 * (p.log() - q.log() + q / p - 1 + weight**2 * error / p)
     reconstruction = -log_likelihood(x0, x0_predicted[0], float(process.variance[0].sqrt())).mean()
     squared_error = (eps - noise).square().flatten(1).mean(1)
+    # One timestep stands for all of its stratum, so its term counts as often as the stratum has timesteps.
     return sizes * (kl / math.log(2)).numpy(), float(reconstruction) / math.log(2), squared_error.numpy()
 
 

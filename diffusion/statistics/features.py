@@ -72,7 +72,7 @@ def _mean_kernel(x: Floats, y: Floats, w: Floats, v: Floats, *, same: bool) -> F
         chunk = slice(start, start + _CHUNK)
         kernel = (x[chunk] @ y.T / x.shape[1] + 1) ** 3
         if same:
-            np.fill_diagonal(kernel[:, start:], 0)
+            np.fill_diagonal(kernel[:, start:], 0)  # the pairs of an image with itself
         total += (w[chunk] * (kernel @ v)).sum(0)
     return total / (pairs - (w * v).sum(0) if same else pairs)
 

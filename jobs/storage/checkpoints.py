@@ -118,6 +118,7 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
         for file in FILES:
             sync_file(temporary / file)
             recorded[file] = {"size": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
+        # Last: a manifest means that all files are complete.
         write_json(temporary / "manifest.json", {"step": snapshot.step, "files": recorded})
         may_write()
         if (folder / name).exists():  # a run that went back to an older checkpoint comes by again

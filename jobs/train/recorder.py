@@ -211,6 +211,7 @@ class RunRecorder(NullRecorder):
         started = time.perf_counter()
         snapshot = self._training.snapshot()
         self._snapshot_s += time.perf_counter() - started
+        # Lines first: a resume can make the lines after a checkpoint again, but not those before it.
         self._metrics.sync()
         self._writer.write(snapshot)
         self._saved_at, self._due = time.monotonic(), False
