@@ -44,7 +44,7 @@ def neighbours(
     indices: NDArray[Any],
     path: Path,
 ) -> None:
-    """Of each digit the sample nearest to a training image, above its nearest training images, [n, neighbours]."""
+    """Draws, of each digit, the sample nearest to a training image above its nearest training images."""
     by_distance = distances[:, 0].argsort(kind="stable")
     chosen = np.array([by_distance[labels[by_distance] == digit][0] for digit in np.unique(labels)])
     rows = [samples[chosen], *(training[indices[chosen, k]] for k in range(indices.shape[1]))]

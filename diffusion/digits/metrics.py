@@ -1,4 +1,4 @@
-"""What the shipped classifier and the training digits say about samples: classes, certainty, copies, usefulness.
+"""Metrics of digits by the shipped classifier and the training digits: classes, certainty, copies, usefulness.
 
 Images are uint8 [n, 28, 28, 1], labels [n] are digits 0 to 9, probabilities [n, 10]; ValueError where they are not.
 """

@@ -27,7 +27,7 @@ def with_fast_layers(unet: library.Unet) -> library.Unet:
 
 
 class UnitNorm(torch.autograd.Function):
-    """x / |x| over the channels of [b, c, h, w], where autograd takes three times as many passes backward."""
+    """x / |x| over the channels of [b, c, h, w]; backward, autograd would take three times as many passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Downsample(nn.Sequential):
 
 
 class Doubled(torch.autograd.Function):
-    """Each pixel of [b, c, h, w] as four; compiled for a GPU, the gradient of torch's own adds in a random order."""
+    """Makes four of each pixel of [b, c, h, w]; compiled for a GPU, torch's own gradient adds in a random order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ FAST_LAYERS = {
 
 
 def _queries_keys_values(norm: library.RMSNorm, convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
-    """Of the pixels of x [b, c, h, w], each [b, h * w, heads * d]."""
+    """Computes q, k and v of the pixels of x [b, c, h, w], each [b, h * w, heads * d]."""
     pixels = unit_norm(x).flatten(2).transpose(1, 2)  # [b, h * w, c]: no copy with channels last
     weights = convolution.weight.flatten(1) * (norm.g * norm.scale).flatten()  # there are fewer weights than pixels
     q, k, v = (F.linear(pixels, weight) for weight in weights.chunk(3))
@@ -145,5 +145,5 @@ def _queries_keys_values(norm: library.RMSNorm, convolution: nn.Conv2d, x: Tenso
 
 
 def _image(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[b, h * w, c] as [b, c, h, w] with channels last."""
+    """Views [b, h * w, c] as [b, c, h, w] with channels last."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))

@@ -131,15 +131,15 @@ def _strides(alphas_cumprod: Tensor, steps: int) -> Iterator[tuple[int, float, f
 
 
 def _log_snr_grid(alphas_cumprod: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Returns (t, lambda), each [steps] in float64: log-SNRs at even distances and their fractional t, noisiest first.
+    """Fractional timesteps from the noisiest to 0 and their log-SNR, evenly spaced, both [steps] in float64.
 
-    They start where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste steps.
+    Starts where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste its steps.
     """
     lam = log_snr(alphas_cumprod.double())
     grid = torch.linspace(max(float(lam[-1]), -5.1), float(lam[0]), steps, dtype=torch.float64)
+    ascending, noisy_first = lam.flip(0), len(lam) - 1
     # lambda falls with t, but searchsorted needs it to rise: place p of `ascending` is timestep T - 1 - p. Each value
     # of the grid lies between two places, `upper` - 1 and `upper`; linear interpolation gives its fractional place.
-    ascending, noisy_first = lam.flip(0), len(lam) - 1
     upper = torch.searchsorted(ascending, grid).clamp(1, noisy_first)
     fraction = (grid - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
     return noisy_first - (upper - 1 + fraction), grid

@@ -114,7 +114,7 @@ class SampleSet:
 
     @property
     def picture(self) -> Path:
-        """Of the first samples, drawn once the set is complete."""
+        """The picture of the first samples; it is drawn once the set is complete."""
         return self.folder / "grid.png"
 
     @property

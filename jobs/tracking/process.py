@@ -16,7 +16,7 @@ from jobs.tracking.identity import of_part
 
 LOOK_S = 1.0
 END_S = 25.0
-"""How long such a process may outlive the job."""
+"""A follower may outlive its job by so many seconds."""
 ATTEMPTS = 3
 """A follower starts so often in all if wandb breaks, for example when a signal has ended wandb's own process."""
 
