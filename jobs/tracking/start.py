@@ -43,7 +43,7 @@ class Follower:
                 text=True,
             )
         except OSError as error:
-            say(f"The job is not tracked, no process could be started for it: {error}")
+            say(f"The job is not tracked, because no process could be started for it: {error}")
             return
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
