@@ -92,7 +92,7 @@ class Evaluate:
             if other.protocol["sha256"]["weights"] == found[0].protocol["sha256"]["weights"]:
                 found.append(other)
             else:
-                print(f"Left out: {other.folder.name}, drawn with other weights", file=sys.stderr)
+                print(f"Left out: {other.folder.name}, which is of other weights", file=sys.stderr)
         return found
 
     def _find(self, name: str) -> tuple[RunFolder, str | None]:
