@@ -123,6 +123,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         run.clear_failure()
         if isinstance(place, Here):
             return place.run(job, keep_open=descriptor)
+    # The lock has guarded what the launcher writes. The job on Slurm takes the run over with a token, on any machine.
     job_id = place.run(job)
     if where.wait:
         place.wait([job_id])

@@ -41,6 +41,7 @@ def stopping(signals: SignalWatch) -> Iterator[None]:
         if signals.requested is not Stop.NO:
             raise Stopped
 
+    # A unit takes minutes, but calls some network again and again: a hook on all of them stops it soon.
     hook = nn.modules.module.register_module_forward_pre_hook(check)
     try:
         yield

@@ -211,6 +211,7 @@ class SampleSet:
         """
         import numpy as np
 
+        # The header with the shape of the whole set is written first, then shard after shard: one at a time in memory.
         first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
         temporary = self.folder / f".samples.npz.{os.getpid()}.tmp"

@@ -29,6 +29,7 @@ def locked(run: Path) -> Iterator[int | None]:
     process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
     """
     descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well.
     try:
         yield descriptor if _try_lock(descriptor) else None
     finally:

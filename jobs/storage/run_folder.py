@@ -87,7 +87,7 @@ class RunFolder:
         mine = path.with_name(f"{path.name}.{rank}")
         write_json(mine, {"state": "failed", "failed_rank": rank, "traceback": trace})
         try:
-            os.link(mine, path)
+            os.link(mine, path)  # only one of several processes can make it, and its file is complete already
         except FileExistsError:
             return False
         finally:

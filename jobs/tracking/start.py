@@ -19,7 +19,7 @@ Say = Callable[[str], None]
 PATIENCE_S = 30.0
 """Seconds that a finished job waits for its follower, which gives up earlier by itself."""
 
-# A job's signals reach all its processes; a follower ignores them, because it must outlive the job.
+# A job's signals reach all its processes, but a follower ends when the job has.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 

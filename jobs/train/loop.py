@@ -34,6 +34,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     if unfit := lacking(precision, device):
         raise JobError(unfit)
     world = start(processes, device, precision)
+    # Each process has asked its own hardware, and the nodes of a job may differ.
     if (first := world.of_first(precision)) != precision:
         raise JobError(
             f"{whereabouts()} computes in {precision}, the first process in {first}: name a --train.precision"
@@ -133,6 +134,7 @@ def take_over(training: Training, run: RunFolder, console: Console) -> tuple[int
     """
     step, token = 0, ""
     if training.world.rank == 0:
+        # The token comes first: from now on an older job cannot write, so what is cleaned and read below stays so.
         token = Ownership.take(run.path).token
         run.clear_failure()
         checkpoints.clean(run.checkpoints)

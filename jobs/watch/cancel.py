@@ -16,7 +16,7 @@ from jobs.watch import detail, states
 PATIENCE_S = 60.0
 
 Active = Callable[[Iterable[str]], Mapping[str, str]]
-"""Tells which of these Slurm jobs wait or run, and their states; a task of an array is called ARRAY_INDEX."""
+"""Those of the Slurm jobs that wait or run, with their states; tasks of arrays as ARRAY_INDEX."""
 
 
 def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:

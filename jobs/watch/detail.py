@@ -108,7 +108,7 @@ def _job(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:
 
 
 def _array(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:
-    """Writes the state of a job, or how many tasks of an array are in which state."""
+    """The state of a job, or how many tasks of an array are in which state."""
     states = [job.state for task, job in (jobs or {}).items() if task.startswith(f"{job_id}_")]
     if not states:
         return _job(job_id, jobs)
