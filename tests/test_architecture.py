@@ -148,13 +148,13 @@ def test_links_in_a_page_lead_somewhere(page: Path) -> None:
 
 
 def headings(page: Path) -> set[str]:
-    """The headings of a page as links name them."""
+    """Returns the headings of a page as links name them."""
     titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def listed_in(page: Path) -> set[str]:
-    """The paths in a page's file tree, folders without their last slash."""
+    """Returns the paths in a page's file tree, folders without their last slash."""
     block = page.read_text().partition("<!-- file tree -->")[2].partition("```text\n")[2].partition("```")[0]
     listed, above = set(), [Path()]
     for line in block.splitlines():
@@ -166,7 +166,7 @@ def listed_in(page: Path) -> set[str]:
 
 
 def sources() -> set[str]:
-    """Every file of ours that a job or a command may need, but for the sentences of rooms."""
+    """Returns every file that a job or a command may need, except the `__init__.py` of rooms."""
     command = ["git", "ls-files", "-co", "--exclude-standard", "launch.py", "commands", "diffusion", "jobs", "slurm"]
     tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     return {path for path in tracked if not path.endswith("__init__.py") and (ROOT / path).exists()}
@@ -205,5 +205,5 @@ def test_commands_in_the_pages_exist() -> None:
     ).stdout
     for page in PAGES:
         used = set(re.findall(r"python launch\.py ([a-z]+)", page.read_text()))
-        assert {command for command in used if f"• {command} " not in helped} == set(), page
+        assert {name for name in used if not re.search(rf"^\W*{name} ", helped, re.MULTILINE)} == set(), page
         assert used or page != README
