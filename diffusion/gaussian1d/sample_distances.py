@@ -59,8 +59,7 @@ class _Grid:
         return np.searchsorted(self._edges, x.double().numpy())
 
     def distances(self, shares: Floats) -> dict[str, Floats]:
-        """Computes each metric, [R], for shares [R, CELLS]."""
-        # |F_n - F| at the inner edges: its integral over x is W1, its maximum KS.
+        """Each metric, [R], for shares [R, CELLS]."""
         gap = np.abs(shares.cumsum(1)[:, :-1] - np.arange(1, CELLS) / CELLS)
         bins = shares.reshape(len(shares), BINS, -1).sum(2)
         modes = shares @ self._responsibilities

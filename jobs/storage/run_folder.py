@@ -33,7 +33,7 @@ class RunFolder:
         self.code = self.path / "code"
 
     def __str__(self) -> str:
-        """Returns the path as a user would type it."""
+        """The path as a user would type it."""
         here = Path.cwd()
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 

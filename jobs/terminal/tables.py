@@ -58,7 +58,7 @@ def short(seconds: float | None) -> str:
 
 
 def in_words(seconds: float) -> str:
-    """Writes a duration in its largest fitting unit, as in `3.4 days`."""
+    """A duration in its largest fitting unit, as in `3.4 days`."""
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"

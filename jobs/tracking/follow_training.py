@@ -126,11 +126,7 @@ class Sketches:
 
 
 class Follower:
-    """Passes on what a training writes.
-
-    Three numbers say how far it is: `_place` is what wandb was given, `_recent` remembers when, so that what was given
-    `SAFE_S` ago can be written down as certain, and `_kept` is the newest checkpoint that was uploaded.
-    """
+    """What is done with the files, a look at a time."""
 
     def __init__(self, run: RunFolder, owner: Ownership, attempt: int) -> None:
         self._run, self._owner = run, owner
@@ -139,8 +135,7 @@ class Follower:
         start = next(line for line in reversed(self._timing) if line["event"] == "start")
         self._place_file = run.path / ".tracking.json"
         place = self._read_place()
-        # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within one
-        # start goes on where the first one was.
+        # Lines after the checkpoint are made again, those before it may have been lost with the last follower.
         self._place = place if attempt > 1 else dataclasses.replace(place, step=min(place.step, start["step"]))
         self._recent = deque([(time.monotonic(), self._place)])
         self._metrics, self._times = Tail(run.metrics), Tail(run.timing)
@@ -227,7 +222,7 @@ class Follower:
         self._dashboard.keep(name, kind, files, self._run.path, in_place=in_place)
 
     def _remember(self) -> None:
-        """Writes down which lines are on wandb's disk for certain."""
+        """Writes down how far wandb has got for certain."""
         self._recent.append((time.monotonic(), self._place))
         safe = None
         while time.monotonic() - self._recent[0][0] >= SAFE_S:

@@ -24,7 +24,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Follower:
-    """The job's handle of a process that follows it, `python -m MODULE ARGUMENTS`; `say` gets what it prints."""
+    """A process that follows a job, `python -m MODULE ARGUMENTS`, seen from the job; what it prints is said there."""
 
     def __init__(self, module: str, arguments: list[str], say: Say) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -75,7 +75,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
 
 
 def record(training: Training, console: Console) -> None:
-    """Records the step as a CUDA graph where the settings ask for it and one GPU trains alone."""
+    """Has a GPU's step recorded, if that is asked for, useful and possible."""
     settings, world = training.settings, training.world
     if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1:
         return

@@ -93,7 +93,7 @@ class RunRecorder(NullRecorder):
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
             self._console.say(f"Compiled the network in {in_words(compile_s)} (--train.compile).")
-        # Rates count steps alone, so the clock starts after compiling.
+        # Rates are those of steps.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)
 
