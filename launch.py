@@ -46,7 +46,7 @@ def main() -> int:
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
             config=(CascadeSubcommandArgs,),
         )
-        # Whoever reads `logs` or `status` may leave, and ends it; a job goes on.
+        # A closed pipe ends `logs` and `status`, but must not end a job.
         with undisturbed() if isinstance(getattr(command, "where", None), Launch) else nullcontext():
             return command()
     except (UserError, slurm_errors.UserError) as error:

@@ -1,7 +1,7 @@
 """Sampling speed of a trained run of digits: our samplers against the library's, on the same network and sub-batches.
 
 `sample()` of the library with its defaults takes 1,000 ancestral steps; which of our settings are as good is in the
-table of README, from `evaluate --all`.
+table of docs/evaluation.md, from `evaluate --all`.
 """
 
 import time
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from jobs.sample.sample_set import SampleSet
 
 AS_GOOD_AS_1000 = {20: "Frechet distance", 50: "every metric"}
-"""Ancestral steps of which 2,000 digits of `mnist-small` lie within the interval of those of 1,000 steps (README), and
-by which measure."""
+"""These numbers of ancestral steps are as good as 1,000, by which measure: 2,000 digits of `mnist-small` lie within the
+interval of the 1,000 steps' (docs/evaluation.md)."""
 
 
 def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:

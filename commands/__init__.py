@@ -1,1 +1,1 @@
-"""The commands of launch.py, which put jobs and the places where they run together. No torch on the way."""
+"""The commands of launch.py, which put jobs and the places where they run together. They import no torch."""

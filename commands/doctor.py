@@ -1,4 +1,4 @@
-"""`doctor`."""
+"""`doctor` examines this machine or cluster."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""`drill`."""
+"""`drill` proves on this machine that an interrupted training ends with the same bytes."""
 
 import sys
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class Drill:
     steps: int = 400
     """Steps of the training, a small 1D model."""
     seed: int = 0
-    """Decides the moments."""
+    """Decides at which steps the training is stopped."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
@@ -48,7 +48,7 @@ class Drill:
         return 0 if equal else 1
 
     def _command(self, folder: Path, place: Here | OnSlurm, device: str) -> list[object]:
-        """The training, without its name."""
+        """Returns the command of the training, without the name of the run."""
         cluster = ["--cluster", "slurm", "--wait"] if isinstance(place, OnSlurm) else ["--cluster", "local"]
         profile = ["--profile", self.where.profile] if self.where.profile is not None else []
         changes = [(f"--slurm.{name.replace('_', '-')}", value) for name, value in given(self.where.slurm).items()]

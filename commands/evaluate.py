@@ -1,4 +1,4 @@
-"""`evaluate`."""
+"""`evaluate` measures samples, on this machine or on Slurm, and shows the result."""
 
 import contextlib
 import json
@@ -45,11 +45,11 @@ class Evaluate:
         arg(metavar="[RUN2]", help="Another one, to be compared with the first.", help_behavior_hint="(default: none)"),
     ] = None
     samples: Annotated[str | None, optional("NAME", "the newest complete set")] = None
-    """Which set of samples, of both runs."""
+    """Name of the set of samples, in both runs."""
     all: bool = False
     """All sets drawn with the newest one's weights: quality against network evaluations, as a table and a figure."""
     inception_fid: bool = False
-    """For digits, FID in Inception's features too, for those who must quote it: its weights must be on this machine."""
+    """Also compute Inception FID (digits only; its weights file must be on this machine)."""
     json: bool = False
     """Print it for scripts."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
@@ -82,7 +82,7 @@ class Evaluate:
         return [plan.plan(run, name or self.samples, self.inception_fid) for run, name in found]
 
     def _all(self, run: RunFolder) -> list[Evaluation]:
-        """The sets that can be compared with the newest one: of the same weights, with enough samples."""
+        """Finds the sets that can be compared with the newest one: of the same weights, with enough samples."""
         found = [plan.plan(run, None, self.inception_fid)]
         for name in plan.complete_sets(run)[1:]:
             try:
@@ -97,14 +97,14 @@ class Evaluate:
         return found
 
     def _find(self, name: str) -> tuple[RunFolder, str | None]:
-        """A run, and the name of the set if the user has given the set's folder."""
+        """Finds a run, and the name of the set if the user has given the set's folder."""
         for folder in (Path(name), self.where.runs_dir / name):
             if folder.parent.name == "samples" and (folder.parent.parent / "experiment.json").is_file():
                 return RunFolder(folder.parent.parent), folder.name
         return run_folder.find(name, self.where.runs_dir), None
 
     def _jobs(self, asked: Evaluation) -> tuple[Here | OnSlurm, EvaluateJob, list[EvaluateJob]]:
-        """Where to evaluate, the job for this machine, and the elements of an array for Slurm."""
+        """Returns where to evaluate, the job for this machine, and the elements of an array for Slurm."""
         place, processes = self.where.place(RunFolder(asked.samples.run)), self.where.processes
         job = EvaluateJob(asked, (0, processes), self.where.resolve_device(place), merge=True)
         if isinstance(place, OnSlurm):

@@ -1,4 +1,4 @@
-"""`sample`."""
+"""`sample` draws a set of samples, on this machine or as an array on Slurm."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
@@ -18,7 +18,7 @@ from slurm.place import OnSlurm
 
 
 def _by_experiment(setting: str) -> str:
-    """The experiments' defaults, for the help."""
+    """Writes the experiments' defaults, for the help."""
     return ", ".join(f"{getattr(entry.sampler, setting)} for {name}" for name, entry in EXPERIMENTS.items())
 
 

@@ -1,4 +1,4 @@
-"""`train` and `resume`."""
+"""`train` and `resume` create or continue a run, on this machine or on Slurm."""
 
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Union
@@ -103,6 +103,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         if isinstance(place, Here):
             return place.run(job, keep_open=descriptor)
         where.copy_code(place)
+    # The lock has guarded what the launcher writes. The job on Slurm takes the run over with a token, on any machine.
     job_id = place.run(job)
     if where.wait:
         place.wait([job_id])

@@ -1,4 +1,4 @@
-"""`status`, `logs` and `cancel`."""
+"""`status`, `logs` and `cancel` look at runs, or end them, from outside."""
 
 import json
 import shutil
@@ -95,7 +95,7 @@ class Cancel:
 
 
 def _ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
-    """What Slurm says of the jobs; None, and a warning, if it does not answer."""
+    """Asks Slurm about the jobs; warns and returns None if it does not answer."""
     try:
         return queue.look(job_ids)
     except SlurmError as error:
@@ -104,5 +104,5 @@ def _ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
 
 
 def _say_aside(text: str) -> None:
-    """To people, not into the pipe."""
+    """Prints to stderr, so that people see it and a pipe does not."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Where a job runs: the flags that all commands share which start one."""
+"""Where a job runs: the flags that are shared by all commands that start one."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def optional(metavar: str, default: str) -> Any:
-    """How the help shows an option that is None unless given: the default is what None stands for."""
+    """Lets the help show an option whose default is None with what None stands for."""
     return arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 

@@ -36,11 +36,11 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the folder's entries, hence renames in it, are on the disk."""
+    """Waits until the folder's entries are on the disk, and so the renames in it."""
     sync_file(folder)
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """Returns the file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Examines a Slurm cluster, from its login node, for what would cost a job later."""
+"""Examines a Slurm cluster, from its login node, for faults that would cost a job later."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from slurm.submit import Shape
 OLDEST = (20, 11)
 """Older versions of Slurm have no `squeue --me`."""
 SAVE_S = 30
-"""A checkpoint of a large model on a busy file system takes so long."""
+"""Seconds that a checkpoint of a large model takes on a busy file system."""
 
 
 class Finding(NamedTuple):
@@ -27,7 +27,7 @@ class Finding(NamedTuple):
 
 
 def unreachable() -> Finding:
-    """What there is to say where no job can be submitted."""
+    """Says why no job can be submitted."""
     if shutil.which("sbatch") is None:
         return Finding("ok", "no Slurm here: jobs run on this machine")
     return Finding(
@@ -39,7 +39,7 @@ def unreachable() -> Finding:
 
 
 def examine(place: OnSlurm, job: Job) -> Iterator[Finding]:
-    """Findings about the cluster, and about the resources that the job asks of it."""
+    """Yields findings about the cluster, and about the resources that the job asks for."""
     config = queue.config()
     yield _version(config)
     yield _accounting(config)
@@ -69,7 +69,7 @@ def _accounting(config: dict[str, str]) -> Finding:
     why = f"how a job ended can be asked for {minutes} minutes only; later `status` has only the run's own last words"
     if not kind.endswith("slurmdbd"):
         return Finding("warning", "no accounting: sacct knows nothing", why, "look soon, or ask for slurmdbd")
-    # Any question will do.
+    # Any question shows whether it answers.
     answer = queue.ask("sacct", "--noheader", "--allocations", "--starttime=now")
     if answer.returncode != 0:
         return Finding(
@@ -109,7 +109,7 @@ def _array_size(config: dict[str, str]) -> Finding:
 
 
 def _stopping(config: dict[str, str], partition: dict[str, str], profile: Profile) -> Iterator[Finding]:
-    """How jobs are told to stop, and how long they have."""
+    """Says how jobs are told to stop, and how long they then have."""
     kill_wait = _number(config.get("KillWait", "30"))
     grace = _number(partition.get("GraceTime", "0"))
     preempts = partition.get("PreemptMode", config.get("PreemptMode", "OFF")) != "OFF"
@@ -164,7 +164,7 @@ def _no_partition(profile: Profile) -> Finding:
 
 
 def _limits(place: OnSlurm, partition: dict[str, str]) -> Iterator[Finding]:
-    """Whether jobs of this shape fit into the partition."""
+    """Says whether jobs of this shape fit into the partition."""
     profile, name = place.profile, partition["PartitionName"]
     if partition.get("State") != "UP":
         yield Finding(
@@ -208,7 +208,7 @@ def _fits(what: str, there: int, asked: int, flag: str | None) -> Finding:
 
 
 def _acceptance(place: OnSlurm, job: Job) -> Finding:
-    """Slurm's own verdict, which also knows of accounts, qualities of service and constraints."""
+    """Asks Slurm itself, which also knows accounts, qualities of service and constraints."""
     try:
         place.check(job)
     except UserError as error:
@@ -221,7 +221,7 @@ def _acceptance(place: OnSlurm, job: Job) -> Finding:
 
 
 def _partition(name: str | None) -> dict[str, str] | None:
-    """The partition of this name, or the default one; None if there is none."""
+    """Returns the partition of this name, or the default one; None if there is none."""
     partitions = _partitions()
     if name is not None:
         return partitions.get(name)
@@ -235,19 +235,19 @@ def _partitions() -> dict[str, dict[str, str]]:
 
 
 def _gpus(gres: str) -> int:
-    """The number of GPUs in a node's resources, such as gpu:a100:4(S:0-1),gpu:2."""
+    """Reads the number of GPUs from a node's resources, such as gpu:a100:4(S:0-1),gpu:2."""
     bare = re.sub(r"\([^)]*\)", "", gres)
     return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)", bare))
 
 
 def _number(text: str) -> int:
-    """The number at the start of a value such as `30 sec`."""
+    """Reads the number at the start of a value such as `30 sec`."""
     found = re.match(r"\d+", text)
     return int(found[0]) if found else 0
 
 
 def _minutes(limit: str) -> int | None:
-    """A time limit such as 7-00:00:00 in minutes; None if there is no limit."""
+    """Reads a time limit such as 7-00:00:00 in minutes; None if there is no limit."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", limit)
     if found is None:
         return None

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _ABOUT_THIS_JOB = ("SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
-"""Set by Slurm; all other SBATCH_ variables are the user's own, such as SBATCH_ACCOUNT."""
+"""Slurm sets these; all other SBATCH_ variables are the user's own, such as SBATCH_ACCOUNT."""
 
 
 @contextmanager
 def outside_any_job() -> Iterator[None]:
-    """Hides what Slurm, submitit and torch have told the job that this is, salloc's included, if it is one.
+    """Hides the variables by which Slurm, submitit and torch describe the job that this process is in, if it is in one.
 
-    sbatch hands it on to the new job, whose srun would read it as options, contradictory ones perhaps.
+    sbatch would hand them on to the new job, whose srun would read them as options, perhaps contradictory ones. A shell
+    of salloc is in a job, too.
     """
     from submitit.helpers import clean_env
 

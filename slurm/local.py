@@ -1,4 +1,4 @@
-"""Several processes of one job on this machine, under one parent that outlives none of them."""
+"""Runs one job in several processes on this machine; if the parent dies, they stop."""
 
 import os
 import pickle
@@ -16,7 +16,7 @@ from slurm import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_S = 5.0
-"""How long the other processes may take to end after one has failed: they may hang in a collective without it."""
+"""Seconds that the others may take to end after one process has failed; they may hang in a collective without it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Outcome:
 def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()) -> Outcome:
     """Calls the picklable `job` in `processes` processes, with torchrun's environment variables, and waits for them.
 
-    Signals are passed on to all of them. When one fails, the others are ended. When this process dies, they are told to
-    terminate. `keep_open` are file descriptors that they inherit.
+    Signals are passed on to all of them. If one fails, the others are ended. If this process dies, they get SIGTERM.
+    They inherit the file descriptors `keep_open`.
     """
     children = _start(pickle.dumps(job), processes, keep_open)
 
@@ -51,10 +51,10 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
 
 
 def environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    """What torch.distributed and Accelerate read, beside the environment that this process has."""
+    """Returns this process's environment, with the variables that torch.distributed and Accelerate read."""
     cores = len(os.sched_getaffinity(0))
     return {
-        # The same threads for each process of a run, or sums are rounded differently.
+        # Each process of a run needs the same number of threads, or sums are rounded differently.
         "OMP_NUM_THREADS": str(max(1, cores // processes)),
         **os.environ,
         "RANK": str(rank),
@@ -76,7 +76,7 @@ def _start(job: bytes, processes: int, keep_open: Sequence[int]) -> list[subproc
             env=environment(rank, processes, port),
             stdin=subprocess.PIPE,
             stdout=None if rank == 0 else subprocess.DEVNULL,
-            # Ctrl-C on the terminal reaches this process alone, which passes it on.
+            # In a session of its own, so that Ctrl-C on the terminal reaches the parent alone, which passes it on.
             start_new_session=True,
             pass_fds=keep_open,
         )
@@ -89,7 +89,7 @@ def _start(job: bytes, processes: int, keep_open: Sequence[int]) -> list[subproc
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
-    """Waits for all; after the first failure ends the others."""
+    """Waits for all processes; ends the others after the first failure."""
     ranks = {child.pid: rank for rank, child in enumerate(children)}
     codes: dict[int, int] = {}
     failure: Outcome | None = None

@@ -13,13 +13,13 @@ from slurm.task import Requeue
 
 
 class Job(Protocol):
-    """What a place needs of a job: a picklable callable, the same in each of its processes."""
+    """What a place needs of a job: a picklable callable, which is the same in each of its processes."""
 
     def __call__(self, requeue: Requeue | None = None) -> int:
         """Does the work and returns an exit code; `requeue` is given where the job can be queued again."""
 
     def failed(self, rank: int, trace: str) -> None:
-        """Tells and records why process `rank` failed, unless another one has failed before it."""
+        """Prints and records why process `rank` failed, unless another one has failed before it."""
 
     def submitted(self, submit: Callable[[], str]) -> str:
         """Submits with `submit`, which returns the id of the Slurm job, and records it; returns the id."""
@@ -31,15 +31,15 @@ Submitted = Callable[[Sequence[J], Callable[[], str]], str]
 
 @dataclass(frozen=True)
 class Here:
-    """This machine: one process in this one, so that debuggers work, several below it."""
+    """This machine. A single process is this one, so that debuggers work; several are its children."""
 
     processes: int
 
     def check(self, job: Job) -> None:
-        """This machine takes any job."""
+        """Accepts any job."""
 
     def describe(self, job: Job) -> str:
-        """What `run` would do."""
+        """Says what `run` would do."""
         return f"Would run on this machine in {self.processes} process{'es' if self.processes > 1 else ''}."
 
     def run(self, job: Job, keep_open: int | None = None) -> int:
@@ -54,15 +54,15 @@ class Here:
 
 @dataclass(frozen=True)
 class OnSlurm:
-    """A Slurm cluster: `processes` tasks, one for each GPU."""
+    """A Slurm cluster; a job has `processes` tasks, one for each GPU."""
 
     processes: int
     profile: Profile
     on_gpus: bool
     name: str
-    """Of the job."""
+    """The name of the job."""
     folder: Path
-    """For scripts, logs and pickles."""
+    """The folder for scripts, logs and pickles."""
     code: Path
     """The copy of the code that the job runs."""
 
@@ -71,7 +71,7 @@ class OnSlurm:
         self._submission(job).check()
 
     def describe(self, job: Job) -> str:
-        """The script that `run` would submit."""
+        """Returns the script that `run` would submit."""
         return self._submission(job).script()
 
     def run(self, job: Job) -> str:
@@ -80,11 +80,11 @@ class OnSlurm:
         job_id = job.submitted(submission.submit)
         shape = submission.shape
         print(f"Submitted {self.name} as job {job_id}: {shape.tasks} tasks on {shape.nodes} nodes.")
-        print(f"It prints into {self.folder}/{job_id}_0_log.out", flush=True)
+        print(f"Log: {self.folder}/{job_id}_0_log.out", flush=True)
         return job_id
 
     def describe_array(self, jobs: Sequence[Job], at_once: int | None = None, then: Job | None = None) -> str:
-        """The scripts that `run_array` would submit."""
+        """Returns the scripts that `run_array` would submit."""
         arrays = [self._array(chunk, at_once).script() for chunk in self._chunks(jobs)]
         last = [] if then is None else [self._last(then, ["ARRAY"] * len(arrays)).script()]
         return "\n".join([*arrays, *last])
@@ -94,15 +94,15 @@ class OnSlurm:
     ) -> list[str]:
         """Submits the jobs as an array, at most `at_once` of them running at a time, and `then` to follow.
 
-        Several arrays where Slurm's MaxArraySize asks for it. `submitted(jobs, submit)` calls `submit`, which gives the
-        array's id, and records and returns it. Returns the ids of all that was submitted.
+        There are several arrays if Slurm's MaxArraySize makes it necessary. `submitted(jobs, submit)` must call
+        `submit`, which returns the array's id, and record and return it. Returns the ids of all arrays and of `then`.
         """
         job_ids = [submitted(chunk, self._array(chunk, at_once).submit) for chunk in self._chunks(jobs)]
         if jobs:
             print(f"Submitted {self.name} as an array of {len(jobs)} jobs: {', '.join(job_ids)}.", flush=True)
         if then is not None:
             job_ids.append(then.submitted(self._last(then, job_ids).submit))
-            print(f"Job {job_ids[-1]} puts the results together after them.", flush=True)
+            print(f"Job {job_ids[-1]} then merges the results.", flush=True)
         return job_ids
 
     def wait(self, job_ids: Sequence[str]) -> None:

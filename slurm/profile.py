@@ -1,4 +1,4 @@
-"""What a site wants to hear about a job: partition, account, resources. From a TOML file and from the command line."""
+"""Settings of a site: partition, account, resources. They come from a TOML file and from the command line."""
 
 import tomllib
 from dataclasses import dataclass, field, fields, replace
@@ -15,7 +15,7 @@ class Profile:
     """Resources and settings of jobs on one cluster."""
 
     partition: str | None = None
-    """Partition."""
+    """The partition that jobs go to."""
     account: str | None = None
     """Account to charge."""
     qos: str | None = None
@@ -31,7 +31,7 @@ class Profile:
     time_min: int = 60
     """Time limit in minutes. A job that needs longer saves itself before the limit and is queued again."""
     signal_delay_s: int = 120
-    """How long before the time limit a job is told to save, in seconds."""
+    """Seconds before the time limit at which a job is told to save."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run before the job, such as `module load cuda`."""
     environment: dict[str, str] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from slurm.errors import SlurmError
 
 
 def is_available() -> bool:
-    """Whether jobs are better submitted than run here: there is Slurm, and this is no job already."""
+    """Whether to submit jobs rather than run them here: Slurm answers, and this process is not in a job already."""
     return "SLURM_JOB_ID" not in os.environ and has_slurm()
 
 
@@ -28,8 +28,8 @@ def has_slurm() -> bool:
 
 
 def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -> "subprocess.CompletedProcess[str]":
-    """Runs one of Slurm's commands; bytes that are no text, in a site's notice for example, become question marks."""
-    # SQUEUE_PARTITION, SACCT_TIMEFORMAT and so on are for what people read: they hide or change what is read here.
+    """Runs one of Slurm's commands; bytes that are not text, for example in a site's notice, become question marks."""
+    # SQUEUE_PARTITION, SACCT_TIMEFORMAT and so on are meant for people; they would hide or change what is read here.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("SQUEUE_", "SACCT_"))}
     try:
         return subprocess.run(
@@ -47,13 +47,13 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
 
 
 def last_words(text: str) -> str:
-    """Why a command of Slurm's has failed: the last line that calls itself an error, among notices and banners."""
+    """Finds why a command of Slurm has failed: the last line that mentions an error, among notices and banners."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no answer"]
     return ([line for line in lines if re.search("error|fail", line, re.IGNORECASE)] or lines)[-1]
 
 
 def submitted_id(shown: str) -> str | None:
-    """The job's id in what sbatch prints, with --parsable or without; None if there is none."""
+    """Finds the job's id in what sbatch prints, with --parsable or without; None if there is none."""
     found = re.findall(r"^(?:Submitted batch job )?(\d+)(?:;\S+| on cluster \S+)?\s*$", shown, re.MULTILINE)
     return found[-1] if found else None
 
@@ -70,13 +70,13 @@ def config(timeout_s: float | None = 30) -> dict[str, str]:
 
 
 def max_array_size() -> int:
-    """How many elements an array may have (MaxArraySize, whose usual value is 1001)."""
+    """Returns how many elements an array may have (MaxArraySize, usually 1001)."""
     size = config().get("MaxArraySize", "")
     return int(size) if size.isdecimal() else 1001
 
 
 def active(job_ids: Iterable[str]) -> dict[str, str]:
-    """Those of the jobs that wait, run or are coming to an end, with their states, such as {"17": "PENDING"}.
+    """Returns the jobs that wait, run or are ending, with their states, such as {"17": "PENDING"}.
 
     Raises SlurmError if Slurm does not answer.
     """
@@ -92,7 +92,7 @@ class JobState(NamedTuple):
     """What Slurm says of a job."""
 
     state: str
-    """In Slurm's words: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, ..."""
+    """The state in Slurm's words: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, OUT_OF_MEMORY, NODE_FAIL, ..."""
     reason: str = ""
     """Why it waits."""
     nodes: str = ""
@@ -113,7 +113,7 @@ _ENDED = {
 
 
 def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
-    """What Slurm says of the jobs, by id; the id of an array stands for its tasks, "17" for "17_0", "17_1", ...
+    """Asks Slurm about jobs, by id; the id of an array stands for its tasks, "17" for "17_0", "17_1", ...
 
     squeue knows the jobs of the last minutes (MinJobAge), sacct all others where there is accounting; jobs that neither
     of them knows are left out. Raises SlurmError if squeue does not answer.
@@ -121,7 +121,7 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
     wanted = set(job_ids)
     if not wanted:
         return {}
-    # With sizes, without which squeue cuts at 20 characters. Not --format, which has no exit code.
+    # Without sizes squeue cuts columns at 20 characters; --format would have no exit code.
     columns = "JobArrayID:40|,State:20|,Reason:80|,exit_code:12|,NodeList:400"
     command = ["squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}"]
     found = {}
@@ -155,10 +155,10 @@ def cancel(job_ids: Iterable[str]) -> None:
 
 
 def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
-    """What the accounting remembers of jobs that have ended; {} where there is none or it does not answer."""
+    """Returns what the accounting remembers of ended jobs; {} where there is none or it does not answer."""
     command = ["sacct", "--noheader", "--parsable2", "--format=JobID,State,ExitCode,NodeList"]
     command.append(f"--jobs={','.join(sorted(job_ids))}")
-    # A step is called JOB.STEP, and who has cancelled a job is told: CANCELLED by 1000.
+    # A step is called JOB.STEP; a cancelled job also says by whom: CANCELLED by 1000.
     row = rf"{_ID}(\.\S+)?{_STATE}(?: by .*)?\|{_CODE}\|(.*)"
     found: dict[str, JobState] = {}
     with suppress(SlurmError):
@@ -170,7 +170,7 @@ def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
             elif step and (state == "OUT_OF_MEMORY" or number):  # which the job itself may only call FAILED
                 worst = state if state == "OUT_OF_MEMORY" else known.state
                 found[job_id] = known._replace(state=worst, signal=number or known.signal)
-    # What squeue has forgotten has ended, whatever was written down last.
+    # A job that squeue has forgotten has ended, so a record that says otherwise is out of date.
     return {job_id: job for job_id, job in found.items() if job.phase == "ended" and _stands_for(job_id, job_ids)}
 
 
@@ -178,7 +178,7 @@ _ID, _STATE, _CODE = r" *(\d+(?:_\d+)?)", r" *\| *([A-Z_]+) *", r" *(\d+(?::\d+)
 
 
 def _rows(command: list[str], pattern: str, timeout_s: float) -> Iterator[list[str]]:
-    """The groups of the pattern in those lines that have its form; others, such as a site's notices, are passed over.
+    """Yields the groups of the pattern in each line that matches; skips others, such as a site's notices.
 
     Raises SlurmError if the command fails.
     """
@@ -198,9 +198,9 @@ def _stands_for(job_id: str, wanted: set[str]) -> bool:
 
 
 def _signal(exit_code: str) -> str:
-    """The signal in a job's exit code: its own, or that of a child of its shell (128 + number).
+    """Reads the signal in a job's exit code: its own, or that of a child of its shell (128 + number).
 
-    An exit code is CODE:SIGNAL, but in squeue before Slurm 23 one number, as wait(2) gives it.
+    An exit code is CODE:SIGNAL; in squeue before Slurm 23 it is one number, as wait(2) gives it.
     """
     first, colon, second = exit_code.partition(":")
     code, number = (int(first), int(second)) if colon else (int(first) >> 8, int(first) & 127)

@@ -1,4 +1,4 @@
-"""`python -S -m slurm.shield COMMAND...` runs the command with the signals that mean "save" held back, not lost.
+"""`python -S -m slurm.shield COMMAND...` runs the command while the signals that mean "save" are blocked.
 
 Slurm may send USR2 in the first second of a job, which is still importing and would be killed. Blocked signals wait
 through exec until the job has its handlers and unblocks them (`jobs.runtime.signals.SignalWatch`).

@@ -1,4 +1,4 @@
-"""Submitting a job to Slurm through submitit."""
+"""Submits jobs to Slurm through submitit."""
 
 import shlex
 import sys
@@ -21,7 +21,7 @@ _PYTHON = f"{shlex.quote(sys.executable)} -S -m slurm.shield {shlex.quote(sys.ex
 
 @dataclass(frozen=True)
 class Shape:
-    """How many tasks a job has, one for each GPU, and where."""
+    """How many nodes a job has, and how many tasks on each; one task for each GPU."""
 
     nodes: int
     tasks_per_node: int
@@ -48,26 +48,26 @@ class Submission:
 
     name: str
     works: Sequence[Work]
-    """One of them is a job, several are an array of jobs."""
+    """What runs: one work is a job, several are an array of jobs."""
     profile: Profile
     gpus: int
     on_gpus: bool
     """False for a rehearsal of a GPU job with CPU processes."""
     folder: Path
-    """For submitit: script, pickles, logs."""
+    """submitit's folder: script, pickles, logs."""
     code: Path
     """The copy of the code that the job runs."""
     at_once: int = 1
     """How many elements of an array may run at the same time."""
     after: str | None = None
-    """A job or array that must have ended before, however it has."""
+    """A job or array that must end first, well or badly."""
 
     @property
     def shape(self) -> Shape:
         return Shape.of(self.gpus, self.profile.gpus_per_node)
 
     def script(self) -> str:
-        """The sbatch script that `submit` submits; nothing is written."""
+        """Returns the sbatch script that `submit` submits; writes nothing."""
         from submitit.slurm.slurm import _make_sbatch_string
 
         command = f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
@@ -119,14 +119,14 @@ class Submission:
             "signal_delay_s": profile.signal_delay_s,
             "stderr_to_stdout": True,
             "setup": [*profile.setup, *exports],
-            # Slurm 22.05 and later do not hand --cpus-per-task on to srun; one failed task must end the others.
-            # The others may take long after the first has ended, whatever the site's WaitTime; neighbours in rank share
-            # a node, and a socket.
+            # --cpus-per-task: Slurm 22.05 and later do not hand it on to srun. --kill-on-bad-exit: one failed task must
+            # end the others. --wait=0: after the first has ended well, the others may take long, whatever the site's
+            # WaitTime. --distribution: neighbours in rank share a node, and a socket.
             "srun_args": [
                 *(f"--cpus-per-task={profile.cpus_per_gpu}", "--kill-on-bad-exit=1"),
                 *("--wait=0", "--distribution=block:block"),
             ],
-            # Without requeue a site with JobRequeue=0 refuses to do it. `python -m` looks for modules in chdir first.
+            # requeue: a site with JobRequeue=0 would refuse it. chdir: there `python -m` looks for modules first.
             "additional_parameters": {"requeue": True, "chdir": str(self.code)},
         }
 
@@ -136,7 +136,7 @@ def _executor(folder: Path) -> "SlurmExecutor":
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):
-        """Finds the job's id among other words: submitit takes the first "job NUMBER", be it in a site's notice."""
+        """Finds the job's id among other words; submitit would take the first "job NUMBER", even in a site's notice."""
 
         @staticmethod
         def _get_job_id_from_submission_command(string: str | bytes) -> str:

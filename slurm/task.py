@@ -17,15 +17,15 @@ Work = Callable[[Requeue], int]
 
 
 class JobFailed(RuntimeError):
-    """The job's exit code is not 0; raised so that Slurm sees it and ends the other tasks."""
+    """The job's exit code is not 0. It is raised so that Slurm sees it and ends the other tasks."""
 
 
 @dataclass(frozen=True)
 class SlurmTask:
     """Runs `work(requeue)` in a task that submitit has started; picklable, and the same again after every requeue.
 
-    submitit's own handler for USR2 would requeue from within a step, on one task alone. `work` installs handlers of its
-    own, so that handler never runs, and `checkpoint` is not needed: all state is on disk.
+    submitit's own handler for USR2 would requeue in the middle of a step, on one task alone. `work` installs its own
+    handlers, so submitit's never runs. Its `checkpoint` is not needed, because all state is on disk.
     """
 
     work: Work
@@ -45,7 +45,7 @@ class SlurmTask:
             return answers[-1]
 
         code = self.work(ask)
-        # Not after a failure: what has failed may be worth another try.
+        # Not after a failure: if Slurm would start the job again, that may be worth a try.
         if os.environ["SLURM_PROCID"] == "0" and code in (0, 130) and not any(answers):
             stay_away()
         if code not in (0, 130):
@@ -53,29 +53,30 @@ class SlurmTask:
 
 
 def _keep_evidence() -> None:
-    """Has NCCL say why it fails, and torch write what each process was waiting for, when a collective times out."""
+    """Makes NCCL say why it fails, and torch write what each process waited for when a collective timed out."""
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    # By default the files, one for each rank, would lie on the compute node. Older torch knows the first name alone.
+    # By default the files, one for each rank, would lie on the compute node. Older versions of torch know only the
+    # first of the two names.
     path = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{_folder()}/{_job_id()}_nccl_rank_")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", path)
 
 
 def _folder() -> Path:
-    """Submitit's folder: the run's slurm/."""
+    """Returns submitit's folder, which is the run's slurm/."""
     return Path(os.environ["SUBMITIT_FOLDER"].replace("%j", _job_id()))
 
 
 def _job_id() -> str:
-    """This job's id; of an array's element as ARRAY_INDEX, for one of them bears the id of the whole array."""
+    """Returns this job's id, ARRAY_INDEX in an array: there one element has the id of the whole array as its own."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
 
 
 def _master_port() -> int:
-    """A port that all tasks derive alike, and another one after each requeue.
+    """Computes a port, the same in all tasks, and another one after each requeue.
 
     Processes of a node that Slurm took for dead may live on and still hold the port that they had.
     """
@@ -87,19 +88,19 @@ def _master_port() -> int:
 def requeue() -> str | None:
     """Queues this job again unless it has been cancelled; returns the id it comes back under, None if it does not.
 
-    To be called by one task while the job lives, whichever signal has come: before Slurm 24.05 a job that ends by
-    itself in the grace time of a preemption counts as completed, and Slurm does not bring it back.
+    Only one task calls it, while the job still runs, whichever signal has come: before Slurm 24.05, a job that ends by
+    itself in the grace time of a preemption counts as completed, and Slurm does not queue it again.
     """
     job_id = _job_id()
     if shutil.which("scontrol") is None:
         return _resubmit(job_id)
     before = _fields("job", job_id)
     if before.get("JobState") == "COMPLETING":
-        # Somebody was faster: Slurm itself has requeued it (then the end is open), or it has been cancelled.
+        # The job is ending already: Slurm itself has requeued it (then its end time is unknown), or it was cancelled.
         return job_id if before.get("EndTime") == "Unknown" else None
     if _comes_back_by_itself(before):
         return job_id
-    # `incomplete`, for without it a job that is being cancelled would come back to life.
+    # `incomplete`, because without it a job that is being cancelled would come back to life.
     subprocess.run(["scontrol", "requeue", "incomplete", job_id], check=False)
     after = _fields("job", job_id)
     came_back = after.get("Restarts") != before.get("Restarts") or after.get("JobState") == "PENDING"
@@ -109,16 +110,16 @@ def requeue() -> str | None:
 def _comes_back_by_itself(job: dict[str, str]) -> bool:
     """Whether Slurm queues this job again if it just ends: 24.05 and later do, in the grace time of a preemption.
 
-    Asked for it as well, they would do it twice: now, and when the job has ended the next time (see `stay_away`).
+    If they were also asked, they would do it twice: now, and when the job ends the next time (see `stay_away`).
     """
     if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
         return False
     config = queue.config(timeout_s=None)
     version = [int(part) for part in config.get("SLURM_VERSION", "").split(".")[:2] if part.isdecimal()]
-    # Where a quality of service decides what a preemption does, jobs cannot see it: then it is asked for.
+    # Where a quality of service decides what a preemption does, a job cannot see that; then it asks for the requeue.
     by_partition = config.get("PreemptType") == "preempt/partition_prio"
     requeues = by_partition and _fields("partition", job.get("Partition", "")).get("PreemptMode") == "REQUEUE"
-    # Slurm takes such an end for a failed launch, and holds the job for good when there have been too many of them.
+    # Slurm counts such an end as a failed launch, and holds the job for good after too many of them.
     launches = int(job.get("Restarts", "0")) + 2
     return version >= [24, 5] and requeues and launches <= int(config.get("MaxBatchRequeue", "5"))
 
@@ -126,13 +127,13 @@ def _comes_back_by_itself(job: dict[str, str]) -> bool:
 def stay_away() -> None:
     """Tells Slurm not to bring this job back when it ends now.
 
-    24.05 and later would do so with a job that has queued itself again in the grace time of an earlier preemption.
+    24.05 and later would, if the job has queued itself again in the grace time of an earlier preemption.
     """
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     if attempt == "0" or shutil.which("scontrol") is None:
         return
     job = _fields("job", _job_id())
-    # Slurm may have taken this node for dead and started the job elsewhere: that one shall come back.
+    # If Slurm has taken this node for dead and started the job elsewhere, that one must still come back.
     if job.get("JobState") == "RUNNING" and job.get("Restarts") == attempt:
         subprocess.run(["scontrol", "update", f"JobId={_job_id()}", "Requeue=0"], check=False)
 
@@ -158,7 +159,7 @@ def _resubmit(job_id: str) -> str | None:
 
 
 def _fields(kind: str, name: str) -> dict[str, str]:
-    """The fields of a job or a partition as `scontrol show` names them, up to the first space."""
-    # Slurm's tools ask a controller that is busy again and again: there is nothing better to do than to wait for it.
+    """Asks for the fields of a job or a partition, named as by `scontrol show`; values end at the first space."""
+    # Slurm's tools repeat their question while the controller is busy, and there is nothing better to do than to wait.
     shown = queue.ask("scontrol", "--oneliner", "show", kind, name, timeout_s=None).stdout
     return dict(re.findall(r"([\w:/]+)=(\S*)", shown))

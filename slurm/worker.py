@@ -1,4 +1,4 @@
-"""One process of a local job: `python -m slurm.worker`, started by `slurm.local`, which sends the job through stdin."""
+"""One process of a local job: `slurm.local` starts `python -m slurm.worker`, and sends it the job through stdin."""
 
 import os
 import pickle
@@ -9,20 +9,20 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Receives the job, watches over the parent, and ends with the job's exit code."""
+    """Receives the job, runs it, and ends with its exit code; stops if the parent dies."""
     size = int.from_bytes(sys.stdin.buffer.read(8), "big")
     job = pickle.loads(sys.stdin.buffer.read(size))
     threading.Thread(target=_terminate_with_parent, daemon=True).start()
     code = int(job())
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not by the interpreter's own end: gloo's threads let go of Python objects late, and abort the process if there is
-    # no interpreter left to do so.
+    # Not by a normal exit: gloo's threads release Python objects late, and if the interpreter is gone by then, they
+    # abort the process.
     os._exit(code)
 
 
 def _terminate_with_parent() -> None:
-    """The parent keeps our stdin open and never writes again: its end is the parent's end."""
+    """Waits for the end of stdin, which is the parent's end: it keeps our stdin open and writes nothing more."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

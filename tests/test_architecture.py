@@ -1,4 +1,4 @@
-"""The house rules: imports flow one way, the command line imports nothing heavy, README and the faults are true."""
+"""The house rules: imports flow one way, the command line imports nothing heavy, the pages and the faults are true."""
 
 import ast
 import re
@@ -11,7 +11,8 @@ import pytest
 from tests import faults
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README, HOW_IT_WORKS = ROOT / "README.md", ROOT / "docs" / "how-it-works.md"
+PAGES = sorted(path for folder in (".", "docs", "tests", "benchmarks") for path in (ROOT / folder).glob("*.md"))
 FORBIDDEN = {
     "diffusion": {"jobs", "slurm", "commands", "launch", "accelerate", "submitit", "wandb", "tyro"},
     "jobs": {"slurm", "commands", "launch", "tyro", "submitit"},
@@ -134,36 +135,65 @@ def test_the_command_line_answers_before_heavy_imports(
     assert ended.stderr.splitlines()[-1] == "[]"
 
 
-def test_links_in_the_readme_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)|<img src=\"([^\"]+)\"", README)
+def test_the_readme_is_read_in_one_go() -> None:
+    assert len(README.read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_in_a_page_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)]+)\)|<img src=\"([^\"]+)\"", page.read_text())
     local = [link for pair in links for link in pair if link and "://" not in link]
-    assert local
-    assert [link for link in local if not (ROOT / link).exists()] == []
+    for link in local:
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+    assert local or page != README
+
+
+def headings(page: Path) -> set[str]:
+    """Returns the headings of a page as links name them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def listed_in(page: Path) -> set[str]:
+    """Returns the paths in a page's file tree, folders without their last slash."""
+    block = page.read_text().partition("<!-- file tree -->")[2].partition("```text\n")[2].partition("```")[0]
+    listed, above = set(), [Path()]
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = above[depth] / line.split()[0]
+        above[depth + 1 :] = [path]
+        listed.add(path.as_posix())
+    return listed
+
+
+def sources() -> set[str]:
+    """Returns every file that a job or a command may need, except the `__init__.py` of rooms."""
+    command = ["git", "ls-files", "-co", "--exclude-standard", "launch.py", "commands", "diffusion", "jobs", "slurm"]
+    tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    return {path for path in tracked if not path.endswith("__init__.py") and (ROOT / path).exists()}
 
 
 def test_the_file_tree_in_the_readme_is_the_tree() -> None:
-    block = README.partition("<!-- file tree -->")[2].partition("```text\n")[2].partition("```")[0]
-    listed, folder = set(), Path()
-    for line in block.splitlines():
-        name = line.split()[0]
-        depth = len(line) - len(line.lstrip())
-        path = Path(name) if depth == 0 else folder / name
-        if name.endswith("/") and depth == 0:
-            folder = Path(name)
-        listed.add(path.as_posix().rstrip("/"))
-    tracked = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    sources = {
-        path
-        for path in tracked.stdout.split()
-        if path == "launch.py"
-        or (path.startswith(("commands/", "diffusion/", "jobs/", "slurm/")) and not path.endswith("__init__.py"))
-    }
-    described = {path for path in listed if (ROOT / path).is_file()}
-    inside_described_folder = {p for p in sources if any(p.startswith(f"{f}/") for f in listed if f.count("/"))}
-    assert sources - described - inside_described_folder == set()
+    listed = listed_in(README)
     assert {path for path in listed if not (ROOT / path).exists()} == set()
+    inside = {path for path in sources() if any(path.startswith(f"{folder}/") for folder in listed if "/" in folder)}
+    assert sources() - inside - listed == set()
+
+
+def test_the_list_of_every_file_is_complete() -> None:
+    listed = listed_in(HOW_IT_WORKS)
+    assert {path for path in listed if not (ROOT / path).exists()} == set()
+    assert {path for path in listed if (ROOT / path).is_file()} == sources()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = set(re.findall(r"`((?:commands|diffusion|jobs|slurm|tests|benchmarks|docs)/[^` ]*)`", page.read_text()))
+    written_by_users = {"slurm/profiles/mysite.toml"}
+    assert {path for path in named - written_by_users if not (ROOT / path).exists()} == set()
 
 
 def test_the_faults_that_tests_are_known_to_catch_fit_the_code() -> None:
@@ -173,10 +203,11 @@ def test_the_faults_that_tests_are_known_to_catch_fit_the_code() -> None:
         assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), fault.name
 
 
-def test_commands_in_the_readme_exist() -> None:
+def test_commands_in_the_pages_exist() -> None:
     helped = subprocess.run(
         [sys.executable, ROOT / "launch.py", "--help"], capture_output=True, text=True, check=True
     ).stdout
-    used = set(re.findall(r"python launch\.py ([a-z]+)", README))
-    assert used
-    assert {command for command in used if command not in helped} == set()
+    for page in PAGES:
+        used = set(re.findall(r"python launch\.py ([a-z]+)", page.read_text()))
+        assert {name for name in used if not re.search(rf"^\W*{name} ", helped, re.MULTILINE)} == set(), page
+        assert used or page != README

@@ -1,4 +1,4 @@
-"""The digit classifier that the project ships, and its features: what the MNIST metrics see an image through."""
+"""The digit classifier that the project ships; its features are what the metrics of digits compare."""
 
 import hashlib
 from pathlib import Path

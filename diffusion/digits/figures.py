@@ -33,7 +33,7 @@ def neighbours(
     indices: NDArray[Any],
     path: Path,
 ) -> None:
-    """Of each digit the sample nearest to a training image, above its nearest training images, [n, neighbours]."""
+    """Draws, of each digit, the sample nearest to a training image above its nearest training images."""
     by_distance = distances[:, 0].argsort(kind="stable")
     chosen = np.array([by_distance[labels[by_distance] == digit][0] for digit in np.unique(labels)])
     rows = [samples[chosen], *(training[indices[chosen, k]] for k in range(indices.shape[1]))]
@@ -47,5 +47,5 @@ def neighbours(
             if row > 0:
                 axes.set_xlabel(f"{distances[chosen[column], row - 1]:.1f}", fontsize="small", labelpad=1)
         grid[row, 0].set_ylabel("sample" if row == 0 else f"nearest {row}", fontsize="small")
-    figure.suptitle("Of each digit the sample nearest to a training image, and its nearest ones with their distances")
+    figure.suptitle("Of each digit, the sample nearest to the training set; below it the nearest training images")
     save(figure, path)

@@ -1,4 +1,4 @@
-"""What the shipped classifier and the training digits say about samples: classes, certainty, copies, usefulness.
+"""Metrics of digits by the shipped classifier and the training digits: classes, certainty, copies, usefulness.
 
 Images are uint8 [n, 28, 28, 1], labels [n] are digits 0 to 9, probabilities [n, 10]; ValueError where they are not.
 """
@@ -79,7 +79,8 @@ def usefulness(
 ) -> Estimate:
     """The accuracy on real test digits of the shipped architecture trained on `images` alone (Ravuri & Vinyals 2019).
 
-    Says something beside the same for as many real images. The interval resamples the test digits, not the training.
+    Compare it only with the accuracy after training on equally many real images. The interval resamples the test
+    digits, not the training.
     """
     check_labels(test_labels, len(test_images), "test labels")
     net = train(images, labels, steps=steps, seed=seed)

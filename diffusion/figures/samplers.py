@@ -52,7 +52,7 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
     """Metrics of sets of samples by their network evaluations, with intervals; grey is what a perfect model has.
 
-    A row is of `jobs.evaluation_report.quality_rows`.
+    `quality_rows` in jobs/evaluate/report.py makes the rows.
     """
     figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
     steps = sorted({row["steps"] for row in rows})
@@ -84,7 +84,7 @@ def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path)
 
 
 def evaluations_axis(axes: Axes, steps: Sequence[int]) -> None:
-    """The network evaluations as the horizontal axis, each number that occurs named."""
+    """Makes network evaluations the horizontal axis, and labels each number that occurs."""
     axes.set(xlabel="network evaluations for each sample", xscale="log")
     axes.set_xticks(steps)
     axes.xaxis.set_major_formatter(ScalarFormatter())

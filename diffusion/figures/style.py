@@ -15,7 +15,7 @@ MODEL, EXACT = sns.color_palette("deep")[0], sns.color_palette("deep")[3]
 
 
 def new_figure(width: float = 8, height: float = 4.5) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes; sizes in inches. Not pyplot's, so it needs no display and no closing."""
+    """Makes a figure with one pair of axes; sizes in inches. It is not pyplot's: it needs no display and no closing."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 

@@ -26,7 +26,7 @@ def training_curve(history: list[dict[str, Any]], title: str) -> tuple[Figure, A
 
 
 def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path) -> None:
-    """A training at a glance, from the lines of metrics.jsonl and timing.jsonl; dotted lines mark restarts."""
+    """Draws a training at a glance, from the lines of metrics.jsonl and timing.jsonl; dotted lines mark restarts."""
     history = history[:: max(1, len(history) // 2000)]
     figure = Figure(figsize=(12, 7), layout="constrained")
     loss, bands, gradient, speed = figure.subplots(2, 2, sharex=True).flat
@@ -56,7 +56,7 @@ def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: 
 def _curve(
     axes: Axes, lines: list[dict[str, Any]], name: str, label: str, color: Any = MODEL, raw: bool = True
 ) -> None:
-    """A quantity by step with its running mean; lines without it are left out."""
+    """Draws a quantity by step with its running mean; lines without it are left out."""
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     if not points:
         return
@@ -67,6 +67,6 @@ def _curve(
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:
-    """The mean of the last `width` values at each place."""
+    """Returns the mean of the last `width` values at each place."""
     windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]

@@ -1,4 +1,4 @@
-"""How far a model and its samples are from the exact answer."""
+"""Distances of a model and its samples from the exact answer."""
 
 import math
 
@@ -28,17 +28,21 @@ def excess_loss(predict: Predict, mixture: Mixture, abar: Tensor, points: int = 
 def wasserstein1(x: Tensor, mixture: Mixture) -> float:
     """W1 between the samples x [n] and the mixture: the exact area between the two quantile functions, at any n.
 
-    Sample i of the sorted ones faces the exact quantiles from u = (i - 1) / n to i / n; where it lies among them, at
-    u = F(x_i), the sign of their difference changes. Their integrals are differences of `partial_mean`.
+    The i-th smallest sample x_i is compared with the exact quantiles F^-1(u) from u0 = (i - 1) / n to u1 = i / n. They
+    are below x_i up to c, which is F(x_i) clamped to [u0, u1], and above it from there on. So its area is
+
+        int_u0^c (x_i - F^-1) du + int_c^u1 (F^-1 - x_i) du = x_i (2c - u0 - u1) + P(u0) + P(u1) - 2 P(c)
+
+    where P(u), the integral of F^-1 from 0 to u, is the mixture's `partial_mean` at F^-1(u).
     """
     n, area = len(x), 0.0
     ordered = x.double().sort().values
-    for i in torch.arange(n).split(500_000):  # of which the quantiles take 100 MB
-        edges = torch.cat([i, i[-1:] + 1]).double() / n
+    for i in torch.arange(n).split(500_000):  # the quantiles of so many samples take 100 MB
+        edges = torch.cat([i, i[-1:] + 1]).double() / n  # all u0, and the last u1
         quantiles = mixture.quantile(edges)
-        partial = mixture.partial_mean(quantiles)
-        crossing = torch.minimum(torch.maximum(mixture.cdf(ordered[i]), edges[:-1]), edges[1:])
-        at = torch.minimum(torch.maximum(ordered[i], quantiles[:-1]), quantiles[1:])
+        partial = mixture.partial_mean(quantiles)  # P at the edges
+        crossing = torch.minimum(torch.maximum(mixture.cdf(ordered[i]), edges[:-1]), edges[1:])  # c
+        at = torch.minimum(torch.maximum(ordered[i], quantiles[:-1]), quantiles[1:])  # F^-1(c)
         area += float((ordered[i] * (2 * crossing - edges[:-1] - edges[1:])).sum())
         area += float((partial[:-1] + partial[1:] - 2 * mixture.partial_mean(at)).sum())
     return area
@@ -66,7 +70,7 @@ def kolmogorov_smirnov_floor(n: int) -> float:
 
 
 def histogram_kl(x: Tensor, mixture: Mixture, bins: int) -> float:
-    """KL(histogram of x [n] || mixture) in nats, over bins of equal probability; about (bins - 1) / 2n is chance."""
+    """KL(histogram of x [n] || mixture) in nats, over bins of equal probability; exact samples: ~ (bins - 1) / 2n."""
     edges = mixture.quantile(torch.arange(1, bins, dtype=torch.float64) / bins)
     counts = torch.bincount(torch.searchsorted(edges, x.double().contiguous()), minlength=bins)
     return float(kl_from_uniform((counts.double() / len(x)).numpy()))

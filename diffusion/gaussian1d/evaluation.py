@@ -1,4 +1,4 @@
-"""The evaluation of the 1D experiment: everything against the exact answer."""
+"""The evaluation of the 1D experiment, which compares everything with the exact answer."""
 
 import copy
 import math
@@ -21,9 +21,9 @@ from diffusion.settings import SAMPLERS, SamplerSettings
 from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit, pack, unpack
 
 STEPS = (10, 20, 50, 100)
-"""Network evaluations at which the samplers are compared."""
+"""The samplers are compared at these numbers of network evaluations."""
 POINTS, PARTS = 1000, 4
-"""Quantiles of the data over which the log-likelihood is averaged, and the units of work that they make."""
+"""The log-likelihood is averaged over so many quantiles of the data, in so many units of work."""
 
 
 class Evaluator1d(Evaluator):
@@ -40,7 +40,7 @@ class Evaluator1d(Evaluator):
         self._experiment, self._mixture, self._abar = experiment, experiment.mixture, experiment.abar
         self._start = self._mixture.at(float(self._abar[0]))
         self._samples, self._seed = torch.from_numpy(samples), seed
-        self._model = model.cpu() if model is not None else None  # whose answers a GPU would not give faster
+        self._model = model.cpu() if model is not None else None  # a GPU would not be faster
         compared = [
             SamplerSettings(sampler=name, steps=steps)
             for name in SAMPLERS
@@ -139,8 +139,8 @@ class Evaluator1d(Evaluator):
     def _likelihood(self, model: DiffusionModel, part: int) -> Result:
         """log p_data - log p_model at every PARTS-th of the data's quantiles; the mean over all is KL(data || model).
 
-        In the place of held-out data, of which any number would bring chance in. The data have the smallest noise of
-        the process on them, since at t = 0 the model begins.
+        Uses quantiles of the data instead of random held-out points, so the result has no sampling noise. They are
+        quantiles at t = 0, the smallest noise level, where the model's density is defined.
         """
         u = (torch.arange(POINTS, dtype=torch.float64)[part::PARTS] + 0.5) / POINTS
         x = self._start.quantile(u)

@@ -112,7 +112,7 @@ class Gaussian1d(Experiment):
         return float(self.mixture.loss_floor(self.abar).mean())
 
     def _draw(self, model: DiffusionModel, n: int) -> Tensor:
-        """n samples, [n], with 50 steps of DPM-Solver++, whose own error is far below the Monte-Carlo floor."""
+        """Draws n samples, [n], with 50 steps of DPM-Solver++, whose own error is far below the Monte-Carlo floor."""
         steps, parts = min(50, len(self.abar)), []
         for start in range(0, n, 4096):
             xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, start, min(start + 4096, n), (1,)))

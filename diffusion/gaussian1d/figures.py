@@ -1,4 +1,4 @@
-"""Figures of the 1D experiment: everything beside its exact answer."""
+"""Figures of the 1D experiment, which show everything beside its exact answer."""
 
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,6 @@ def excess_loss(excess: Tensor, floor: Tensor, path: Path) -> None:
 
 
 def _range(mixture: Mixture) -> tuple[float, float]:
-    """Where the mixture and the noise that it becomes have nearly all their mass."""
+    """Returns the range in which the mixture, and the noise that it becomes, have nearly all their mass."""
     low = min(float((mixture.means - 4 * mixture.stds).min()), -3.5)
     return low, max(float((mixture.means + 4 * mixture.stds).max()), 3.5)

@@ -1,4 +1,4 @@
-"""The probability-flow ODE in one dimension, along which the density of a model is known exactly."""
+"""The log-likelihood of a 1D model, which can be computed exactly along the probability-flow ODE."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from diffusion.process.samplers import Predict
 from diffusion.process.schedules import log_snr
 
 TOLERANCE = 1e-5
-"""Relative error of a step; the log density is then right to about 1e-4."""
+"""The relative error that a step may have; the log density is then right to about 1e-4."""
 
 
 def log_likelihood(predict: Predict, x: Tensor, alphas_cumprod: Tensor) -> Tensor:
@@ -28,6 +28,7 @@ def log_likelihood(predict: Predict, x: Tensor, alphas_cumprod: Tensor) -> Tenso
         t = float(np.interp(at, lam[::-1], t_of[::-1]))
         xt = torch.from_numpy(state[:n]).requires_grad_()
         eps = predict(xt[:, None], torch.full((n,), t, dtype=torch.float64))[:, 0]
+        # Points do not influence each other, so one pass for the sum gives d eps / d x of each.
         (gradient,) = torch.autograd.grad(eps.sum(), xt)
         dx = sigma**2 * xt.detach() - sigma * eps.detach()
         divergence = sigma**2 - sigma * gradient
@@ -37,5 +38,5 @@ def log_likelihood(predict: Predict, x: Tensor, alphas_cumprod: Tensor) -> Tenso
     solution = solve_ivp(slope, (lam[0], lam[-1]), start, "DOP853", t_eval=[lam[-1]], rtol=TOLERANCE, atol=1e-8)
     if not solution.success:
         raise RuntimeError(f"the probability-flow ODE could not be solved: {solution.message}")
-    noise, change = np.split(solution.y[:, -1], 2)  # change of log p on the way to the noise, with the sign turned
+    noise, change = np.split(solution.y[:, -1], 2)  # the integral of div, from the data to the noise
     return torch.distributions.Normal(0.0, 1.0).log_prob(torch.from_numpy(noise)) + torch.from_numpy(change)

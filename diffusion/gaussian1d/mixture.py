@@ -42,7 +42,7 @@ class Mixture:
 
     def quantile(self, u: Tensor) -> Tensor:
         """F_0^-1(u) by bisection, to the last bits of float64; u is [...] in (0, 1)."""
-        reach = 40 * self.stds.max()
+        reach = 40 * self.stds.max()  # where Phi is 0 or 1 in float64
         low = torch.full_like(u, float(self.means.min() - reach), dtype=torch.float64)
         high = torch.full_like(u, float(self.means.max() + reach), dtype=torch.float64)
         for _ in range(64):
@@ -53,6 +53,7 @@ class Mixture:
 
     def partial_mean(self, x: Tensor) -> Tensor:
         """E[x_0; x_0 <= x], the integral of the quantile function from 0 to F_0(x)."""
+        # For one component N(mu, s^2) it is mu Phi(z) - s phi(z).
         z = (x[..., None] - self.means) / self.stds
         density = torch.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
         return (self.weights * (self.means * torch.special.ndtr(z) - self.stds * density)).sum(-1)
@@ -68,6 +69,7 @@ class Mixture:
 
     def sample(self, uniforms: Tensor, normals: Tensor) -> Tensor:
         """Draws [n] from p_0, given [n] uniforms on [0, 1), which choose the component, and [n] standard normals."""
+        # Without the last sum, which may be rounded to less than 1.
         k = torch.searchsorted(self.weights.cumsum(0)[:-1], uniforms.double(), right=True)
         return self.means[k] + self.stds[k] * normals
 
@@ -78,6 +80,7 @@ class Mixture:
 
     def eps_variance(self, xt: Tensor, abar: Tensor) -> Tensor:
         """Var(eps | x_t), the part of the noise that no network can know."""
+        # Given its component, eps has mean b z / v and variance a^2 s^2 / v; this is the law of total variance.
         r, z, v = self._posterior(xt, abar)
         a2, b2 = abar[..., None], (1 - abar)[..., None]
         return (r * (a2 * self.stds**2 / v + b2 * z**2 / v**2)).sum(-1) - self.eps(xt, abar) ** 2
@@ -92,6 +95,8 @@ class Mixture:
         a = torch.sqrt(abar)[:, None]
         std = torch.sqrt(abar * self.stds.max() ** 2 + 1 - abar)[:, None]
         low, high = a * self.means.min() - 8 * std, a * self.means.max() + 8 * std
+        # Equal distances: for a smooth density that vanishes at both ends, that converges faster than any power of
+        # 1 / points. dx is left out, because the weights are normalised.
         x = low + (high - low) * torch.linspace(0, 1, points, dtype=torch.float64)
         weight = self._log_joint(x, abar[:, None]).logsumexp(-1).exp()
         return x, weight / weight.sum(-1, keepdim=True)

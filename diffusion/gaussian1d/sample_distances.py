@@ -16,9 +16,9 @@ from diffusion.statistics.bootstrap import REPLICATES, Estimate, Resampled, resa
 
 CELLS = 4096
 BINS = 64
-"""Of the histogram whose KL divergence is taken: equally probable, so that none is empty by its nature."""
+"""Number of bins of the histogram whose KL divergence is taken; they are equally probable, so that none stays empty."""
 BLOCKS = 512
-"""Neighbouring samples are drawn again together in the bootstrap, in so many blocks."""
+"""Number of blocks in the block bootstrap: neighbouring samples of a block are drawn again together."""
 
 Floats = NDArray[np.float64]
 
@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 def sample_metrics(x: Tensor, mixture: Mixture, seed: int) -> dict[str, tuple[Estimate, Estimate]]:
     """(estimate, floor) of each metric of samples x [n], n at least 2: w1, ks, kl, and share_k of each component k.
 
-    A floor is what n exact samples have: the mean of simulations, and their spread.
+    The floor is the same metric of n exact samples: the mean of simulations, and their spread.
     """
     n, grid = len(x), _Grid(mixture)
     exact = {
@@ -55,7 +55,7 @@ class _Grid:
         self._responsibilities = mixture.responsibilities(centres).numpy()  # [CELLS, K]
 
     def cells(self, x: Tensor) -> NDArray[np.int64]:
-        """The cell of each sample, [n]."""
+        """Returns the cell of each sample, [n]."""
         return np.searchsorted(self._edges, x.double().numpy())
 
     def distances(self, shares: Floats) -> dict[str, Floats]:
@@ -72,18 +72,22 @@ class _Grid:
 
 
 def _resampled_counts(cells: NDArray[np.int64], seed: int) -> Floats:
-    """How many of n samples fall into each cell in each bootstrap replicate, [REPLICATES, CELLS]; sums are about n."""
+    """Draws how many of n samples fall into each cell in each replicate, [REPLICATES, CELLS]; a row sums to about n."""
+    # Each block of neighbouring samples is counted once, [blocks, CELLS]. A replicate draws blocks and adds their rows,
+    # so its cost does not depend on n.
     n = len(cells)
     blocks = min(n, BLOCKS)
     block = np.arange(n) * blocks // n
     counts = np.bincount(block * CELLS + cells, minlength=blocks * CELLS).reshape(blocks, CELLS).astype(np.float64)
     drawn = [resample(seed, i, Resampled.FAKE, blocks) for i in range(REPLICATES)]
     replicates = np.stack([np.bincount(chosen, minlength=blocks) for chosen in drawn]) @ counts
+    # Blocks differ by one sample, so replicates may hold a few too many or too few.
     return replicates * (n / replicates.sum(1, keepdims=True))
 
 
 def _exact_counts(n: int, seed: int) -> Floats:
-    """The same for n exact samples."""
+    """Draws the same for n exact samples."""
+    # All cells have the same probability, so the counts are multinomial; no sample has to be drawn.
     uniform = np.full(CELLS, 1 / CELLS)
     draws = [generator(seed, Stream.EVALUATION, i).multinomial(n, uniform) for i in range(REPLICATES)]
     return np.stack(draws).astype(np.float64)

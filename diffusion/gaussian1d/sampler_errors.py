@@ -1,6 +1,6 @@
-"""What of a sample's error is the sampler's and what is the network's, in one dimension, where both are known.
+"""Splits the error of samples into the sampler's and the network's; in one dimension both can be measured.
 
-The exact denoiser with the same sampler, steps and noise has the sampler's error alone.
+The exact denoiser with the same sampler, steps and noise has only the sampler's error.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from diffusion.settings import SamplerSettings
 
 SUB_BATCH = 4096
 EVALUATIONS = 16_384_000
-"""Of the network for one sampler, at most: bounds the number of samples where there are many steps."""
+"""At most this many network evaluations per sampler: with many steps, fewer samples are drawn."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class SamplerErrors:
     """W1 distances of a sampler's results."""
 
     total: float
-    """The network's samples to the exact answer."""
+    """Distance of the network's samples to the exact answer."""
     sampler_alone: float
-    """The exact denoiser's samples to the exact answer."""
+    """Distance of the exact denoiser's samples to the exact answer."""
     network_alone: float
-    """The network's samples to the exact denoiser's, from the same noise."""
+    """Distance of the network's samples to the exact denoiser's, from the same noise."""
     floor: float
-    """Exact samples to the exact answer: 0 where no chance is in it."""
+    """Distance of as many exact samples to the exact answer; 0 for a sampler without chance in it."""
     n: int
 
 
@@ -40,8 +40,9 @@ def sampler_errors(
 ) -> SamplerErrors:
     """The errors of `predict` and of the exact denoiser with these settings.
 
-    A deterministic sampler starts from the grid x_T = Phi^-1((i - 0.5) / N). The probability-flow ODE keeps F_t(x_t),
-    so its exact end is F_0^-1(F_T(x_T)), and no chance is in the answer. Others are compared with the mixture.
+    A deterministic sampler starts from the grid x_T = Phi^-1((i - 0.5) / N). The probability-flow ODE keeps F_t(x_t)
+    constant, so it must end at F_0^-1(F_T(x_T)), and the error has no chance in it. Samples of the others are compared
+    with the mixture.
     """
     if settings.is_deterministic:
         n = SUB_BATCH
@@ -60,7 +61,7 @@ def sampler_errors(
 
 
 def _draw(predict: Predict, start: Tensor, alphas_cumprod: Tensor, settings: SamplerSettings, batch: int) -> Tensor:
-    """Samples [SUB_BATCH] from the noise `start`, as `sample` draws them, in float32."""
+    """Draws samples [SUB_BATCH] from the noise `start`, in float32 as `sample` does."""
 
     def noise(step: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.EVALUATION, step + 1, *_rows(batch), (1,)))
@@ -76,5 +77,6 @@ def _rows(batch: int) -> tuple[int, int]:
 
 
 def _between(a: Tensor, b: Tensor) -> float:
-    """W1 of two sets of equal size."""
+    """W1 between two sets of equal size."""
+    # In one dimension the cheapest transport keeps the order.
     return float((a.sort().values - b.sort().values).abs().mean())

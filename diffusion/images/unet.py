@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 
 def with_fast_layers(unet: library.Unet) -> library.Unet:
-    """The same object, its layers now of the classes below."""
+    """Returns the same object, whose layers now have the classes below."""
     for module in unet.modules():
         if (fast := FAST_LAYERS.get(type(module))) is not None:
-            # Their attributes are the same, so nothing has to be built again.
+            # The new class has the same attributes, so the parameters stay where they are. A layer of any other class
+            # stays as it is, and slow.
             module.__class__ = fast
         elif isinstance(module, nn.Sequential) and isinstance(module[0], library.Rearrange):
             module.__class__ = Downsample
@@ -26,7 +27,7 @@ def with_fast_layers(unet: library.Unet) -> library.Unet:
 
 
 class UnitNorm(torch.autograd.Function):
-    """x / |x| over the channels of [b, c, h, w], where autograd takes three times as many passes backward."""
+    """x / |x| over the channels of [b, c, h, w]; backward, autograd would take three times as many passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -38,6 +39,7 @@ class UnitNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # The derivative of x / |x|: what lies along y is removed, the rest is divided by |x|.
         y, inverse = ctx.saved_tensors
         along = (grad * y).sum(1, keepdim=True)
         return torch.addcmul(grad, y, along, value=-1).mul_(inverse)
@@ -76,11 +78,12 @@ class LinearAttention(library.LinearAttention):  # type: ignore[misc]
         q, k, v = _queries_keys_values(self.norm, self.to_qkv, x)  # each [b, h * w, heads * d]
         memory_k, memory_v = (m.flatten(0, 1).t().expand(b, -1, -1).to(k.dtype) for m in self.mem_kv)
         k, v = torch.cat((memory_k, k), 1), torch.cat((memory_v, v), 1)
-        # In the precision of their input: CUDA's autocast would write both in fp32, twice the bytes.
+        # Both keep the precision of their input: CUDA's autocast would write fp32, which is twice the bytes.
         q = q.unflatten(-1, (self.heads, -1)).softmax(-1, dtype=q.dtype).flatten(-2)
         context = k.softmax(1, dtype=k.dtype).transpose(1, 2) @ v  # [b, heads * d, heads * d]
         head = torch.arange(context.shape[-1], device=x.device) // (context.shape[-1] // self.heads)
-        # Each head sees itself alone. Blocks on a diagonal need no copies, as a product for each head would.
+        # A head may see only itself, so all but the blocks on the diagonal becomes 0. One large product needs no
+        # copies; a product for each head would.
         out = q @ torch.where(head[:, None] == head, context * self.scale, 0)
         return self.to_out(_image(out, h, w))
 
@@ -106,7 +109,7 @@ class Downsample(nn.Sequential):
 
 
 class Doubled(torch.autograd.Function):
-    """Each pixel of [b, c, h, w] as four; compiled for a GPU, the gradient of torch's own adds in a random order."""
+    """Makes four of each pixel of [b, c, h, w]; compiled for a GPU, torch's own gradient adds in a random order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ FAST_LAYERS = {
 
 
 def _queries_keys_values(norm: library.RMSNorm, convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
-    """Of the pixels of x [b, c, h, w], each [b, h * w, heads * d]."""
+    """Computes q, k and v of the pixels of x [b, c, h, w], each [b, h * w, heads * d]."""
     pixels = unit_norm(x).flatten(2).transpose(1, 2)  # [b, h * w, c]: no copy with channels last
     weights = convolution.weight.flatten(1) * (norm.g * norm.scale).flatten()  # there are fewer weights than pixels
     q, k, v = (F.linear(pixels, weight) for weight in weights.chunk(3))
@@ -142,5 +145,5 @@ def _queries_keys_values(norm: library.RMSNorm, convolution: nn.Conv2d, x: Tenso
 
 
 def _image(tokens: Tensor, height: int, width: int) -> Tensor:
-    """[b, h * w, c] as [b, c, h, w] with channels last."""
+    """Views [b, h * w, c] as [b, c, h, w] with channels last."""
     return tokens.transpose(1, 2).unflatten(2, (height, width))

@@ -1,4 +1,4 @@
-"""What the trainer and the samplers need from a model and its data, whatever they are."""
+"""What training and sampling need of any model and its data."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -27,7 +27,7 @@ class DiffusionModel(nn.Module, ABC):
         """The network's estimate of eps, like xt [batch, ...]; t is [batch], whole or fractional."""
 
     def predict_for(self, xt: Tensor, t: Tensor) -> Tensor:
-        """`predict` for tensors that may be on another device than the model; the answer is where xt is."""
+        """Calls `predict` for tensors that may be on another device than the model; the answer is where xt is."""
         device = self.alphas_cumprod.device
         return self.predict(xt.to(device), t.to(device)).to(xt.device)
 
@@ -83,5 +83,5 @@ class Experiment(ABC):
 
 
 def timesteps(uniforms: NDArray[np.float64], num_timesteps: int) -> NDArray[np.int64]:
-    """Timesteps 0..T-1, [n], from numbers on [0, 1)."""
+    """Turns numbers on [0, 1) into timesteps 0..T-1, [n]."""
     return (uniforms * num_timesteps).astype(np.int64)

@@ -18,7 +18,7 @@ T = TypeVar("T", bound=np.generic)
 
 
 class Stream(IntEnum):
-    """What the numbers are for. The values are part of every run's identity: never renumber."""
+    """What the numbers are for. Never renumber: every run depends on these values."""
 
     DATA = 0
     COMPONENT = 1
@@ -36,35 +36,36 @@ class Stream(IntEnum):
 
 
 def generator(seed: int, stream: Stream, step: int = 0, block: int = 0) -> np.random.Generator:
-    """The generator of one block; `seed` lies in [0, 2^64)."""
+    """Returns the generator of one block; `seed` lies in [0, 2^64)."""
     key = np.array([seed, stream], dtype=np.uint64)
-    # The two low words of the counter stay free: 2^128 numbers for each block.
+    # The generator itself counts in the two low words: each block has 2^128 numbers of its own.
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, block, step], dtype=np.uint64)))
 
 
 def normal(
     seed: int, stream: Stream, step: int, start: int, stop: int, shape: tuple[int, ...] = ()
 ) -> NDArray[np.float32]:
-    """Standard normals for examples [start, stop), [stop - start, *shape]."""
+    """Draws standard normals for examples [start, stop), [stop - start, *shape]."""
     return _blocks(seed, stream, step, start, stop, lambda g, n: g.standard_normal((n, *shape), dtype=np.float32))
 
 
 def uniform(seed: int, stream: Stream, step: int, start: int, stop: int) -> NDArray[np.float64]:
-    """Numbers on [0, 1) for examples [start, stop), [stop - start]."""
+    """Draws numbers on [0, 1) for examples [start, stop), [stop - start]."""
     return _blocks(seed, stream, step, start, stop, lambda g, n: g.random(n))
 
 
 def stratified(seed: int, stream: Stream, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.float64]:
-    """Numbers on [0, 1) for examples [start, stop) of a batch, each uniform, together one in each batch_size-th.
+    """Draws numbers on [0, 1) for examples [start, stop) of a batch: one in each interval of length 1 / batch_size.
 
-    A low-discrepancy draw (Kingma et al. 2021, appendix I.1), whose mean over a batch varies less.
+    Each of them alone is uniform. This is a low-discrepancy draw (Kingma et al. 2021, appendix I.1): the mean over a
+    batch varies less.
     """
     (offset,) = uniform(seed, stream, step, 0, 1)
     return (offset + np.arange(start, stop) / batch_size) % 1
 
 
 def permutation(seed: int, stream: Stream, step: int, n: int) -> NDArray[np.int64]:
-    """A permutation of 0..n-1."""
+    """Draws a permutation of 0..n-1."""
     return generator(seed, stream, step).permutation(n)
 
 

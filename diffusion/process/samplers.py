@@ -1,4 +1,4 @@
-"""Samplers: from noise to data by any network that predicts eps.
+"""Samplers lead from noise to data, with any network that predicts eps.
 
 All share one signature. `predict(xt, t)` takes xt [batch, ...] and t [batch], which may be fractional, and returns eps.
 `alphas_cumprod` is [T] in float64. `steps` is the number of network evaluations. `noise(k)` is the standard normal
@@ -98,13 +98,14 @@ def dpm_solver(
     previous: Tensor | None = None
     for i in range(steps):
         x0, _ = _predictions(predict, xt, float(t[i]), float(alpha[i] ** 2), clip)
-        if i == steps - 1:  # to lambda = infinity, where only the first order is stable
+        if i == steps - 1:  # the last step goes to lambda = infinity, where only the first order is stable: x = x0
             yield x0
             return
         h = float(lam[i + 1] - lam[i])
         if previous is None:
             d = x0
         else:
+            # Second order: x0 is continued along the line through its last two predictions, to half a step ahead.
             r = float(lam[i] - lam[i - 1]) / h
             d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous
         xt = float(sigma[i + 1] / sigma[i]) * xt - float(alpha[i + 1] * torch.expm1(torch.tensor(-h))) * d
@@ -155,12 +156,13 @@ def posterior_variance(abar: float, abar_prev: float) -> float:
 
 
 def strided_timesteps(timesteps: int, steps: int) -> list[int]:
-    """`steps` timesteps from T-1 downwards, evenly spaced as in denoising-diffusion-pytorch's `ddim_sample`."""
+    """Returns `steps` timesteps from T-1 downwards, evenly spaced as in denoising-diffusion-pytorch's `ddim_sample`."""
+    # From -1, which stands for the data, up to T-1; reversed, without the -1.
     return torch.linspace(-1, timesteps - 1, steps + 1).int().tolist()[:0:-1]
 
 
 def _strides(alphas_cumprod: Tensor, steps: int) -> Iterator[tuple[int, float, float]]:
-    """(t, alpha_bar_t, alpha_bar of the timestep after the step), ending at alpha_bar = 1, the data."""
+    """Yields (t, alpha_bar before the step, alpha_bar after it) for each step; the last one ends at 1, the data."""
     times = strided_timesteps(len(alphas_cumprod), steps)
     abar = [float(alphas_cumprod[t]) for t in times]
     return zip(times, abar, [*abar[1:], 1.0], strict=True)
@@ -179,13 +181,15 @@ def _log_snr_grid(alphas_cumprod: Tensor, steps: int, rho: float = math.inf) -> 
         roots = torch.linspace(math.exp(-first / rho), math.exp(-last / rho), steps, dtype=torch.float64)
         grid = (-rho * roots.log()).clamp(first, last)
     ascending, noisy_first = lam.flip(0), len(lam) - 1
+    # lambda falls with t, but searchsorted needs it to rise: place p of `ascending` is timestep T - 1 - p. Each value
+    # of the grid lies between two places, `upper` - 1 and `upper`; linear interpolation gives its fractional place.
     upper = torch.searchsorted(ascending, grid).clamp(1, noisy_first)
     fraction = (grid - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
     return noisy_first - (upper - 1 + fraction), grid
 
 
 def _predictions(predict: Predict, xt: Tensor, t: float, abar: float, clip: Clip | None) -> tuple[Tensor, Tensor]:
-    """x0 and eps as the network sees them; where x0 is clipped, eps is what leads from it to xt."""
+    """Returns the network's x0 and eps; where x0 is clipped, eps is changed so that both still make up xt."""
     eps = predict(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)  # autocast may have made it shorter
     x0 = (xt - (1 - abar) ** 0.5 * eps) / abar**0.5
     if clip is not None:

@@ -71,7 +71,7 @@ def strata(timesteps: int, number: int | None = None) -> NDArray[np.int64]:
     if not 1 <= number < timesteps:
         raise ValueError(f"strata must lie between 1 and {timesteps - 1}, one less than timesteps; got {number}")
     edges = np.geomspace(1, timesteps, number + 1).round().astype(np.int64)
-    # Neighbours at least one apart, from below.
+    # Rounding may have made neighbours equal: each edge becomes at least one more than the edge before it.
     return np.maximum.accumulate(edges - np.arange(number + 1)) + np.arange(number + 1)
 
 
@@ -104,10 +104,11 @@ def bound(
 def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
     """log p(x0 | mean) for each pixel: the Gaussian's mass on x0's 256th, the outer ones reaching to infinity (eq. 13).
 
-    By log Phi of the side where Phi is small, so that no mass underflows to 0.
+    It takes log Phi on the side where Phi is small, so that no mass underflows to 0.
     """
     centre, half = (x0 - mean) / std, 1 / 255 / std
     near, far = (torch.special.log_ndtr(-centre.abs() + sign * half) for sign in (1, -1))
+    # log(Phi(near) - Phi(far)) = log Phi(near) + log(1 - Phi(far) / Phi(near)).
     inside = near + torch.log1p(-torch.exp(far - near))
     lowest, highest = torch.special.log_ndtr(centre + half), torch.special.log_ndtr(-centre + half)
     return torch.where(x0 < -0.999, lowest, torch.where(x0 > 0.999, highest, inside))
@@ -115,11 +116,11 @@ def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
 
 @dataclass(frozen=True)
 class _Process:
-    """What the terms need to know of each timestep, each [T] in float64."""
+    """The constants of each timestep that the terms need, each [T] in float64."""
 
     abar: Tensor
     weight: Tensor
-    """Of x0 in the mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, equation 7)."""
+    """The coefficient of x0 in the mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, equation 7)."""
     posterior_variance: Tensor
     variance: Tensor
 
@@ -162,11 +163,12 @@ def _terms(
     kl = 0.5 * (p.log() - q.log() + q / p - 1 + weight**2 * error / p)
     reconstruction = -log_likelihood(x0, x0_predicted[0], float(process.variance[0].sqrt())).mean()
     squared_error = (eps - noise).square().flatten(1).mean(1)
+    # One timestep stands for all of its stratum, so its term counts as often as the stratum has timesteps.
     return sizes * (kl / math.log(2)).numpy(), float(reconstruction) / math.log(2), squared_error.numpy()
 
 
 def _predicted(predict: Predict, xt: Tensor, t: Tensor) -> Tensor:
-    """eps in float64 for xt [n, ...], in full batches, the last one filled up with its own last example."""
+    """Predicts eps in float64 for xt [n, ...], in full batches; the last one is filled up with its last example."""
     filled = torch.arange(-(-len(t) // _BATCH_SIZE) * _BATCH_SIZE).clamp(max=len(t) - 1)
     parts = [predict(xt[i].float(), t[i]).double() for i in filled.split(_BATCH_SIZE)]
     return torch.cat(parts)[: len(t)]

@@ -1,4 +1,4 @@
-"""The variational bound of held-out images and the loss that training minimises, by timestep: for tables and curves."""
+"""Tables and curves by timestep: the variational bound of held-out images, and the loss that training minimises."""
 
 from itertools import pairwise
 from typing import Any
@@ -38,7 +38,7 @@ def rows(bound: Bound) -> list[dict[str, str | float]]:
 
 
 def curves(bound: Bound) -> dict[str, Any]:
-    """The same for each stratum of timesteps; bits of one timestep in it."""
+    """Returns the same for each stratum of timesteps; bits are those of one timestep in it."""
     return {
         "first_t": _starts(bound).tolist(),
         "bits_per_dim_of_one_t": [
@@ -60,5 +60,5 @@ def _starts(bound: Bound) -> NDArray[np.int64]:
 
 
 def _sizes(bound: Bound) -> NDArray[np.int64]:
-    """How many timesteps it stands for."""
+    """How many timesteps each column stands for."""
     return np.concatenate([[1], np.diff(bound.edges)])

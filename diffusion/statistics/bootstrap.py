@@ -23,10 +23,10 @@ class Resampled(IntEnum):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and what it might have been with other images: its value on each resample, [REPLICATES].
+    """A number, and its value on each resample, [REPLICATES], which shows what it might have been with other images.
 
-    Resamples hold some images twice, which biases most distances upwards. The replicates are moved so that their mean
-    is the estimate: the interval shows the spread of the estimate at this n, to be compared with a floor at the same n.
+    A resample holds some images twice, which makes most distances larger. So the replicates are shifted until their
+    mean is the estimate. The interval shows the spread at this n; compare it with a floor at the same n.
     """
 
     value: float
@@ -34,11 +34,11 @@ class Estimate:
 
     @staticmethod
     def of(value: float, replicates: Floats) -> "Estimate":
-        """Moves the replicates."""
+        """Makes an estimate, and shifts the replicates so that their mean is the value."""
         return Estimate(value, replicates - replicates.mean() + value)
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The central part of the replicates."""
+        """Returns the range of the central share `level` of the replicates."""
         low, high = np.quantile(self.replicates, [(1 - level) / 2, (1 + level) / 2])
         return float(low), float(high)
 
@@ -48,16 +48,16 @@ class Estimate:
 
 
 def resample(seed: int, replicate: int, which: Resampled, n: int) -> NDArray[np.int64]:
-    """n indices of 0..n-1 with replacement."""
+    """Draws n indices of 0..n-1 with replacement."""
     return generator(seed, Stream.BOOTSTRAP, replicate, which).integers(0, n, n)
 
 
 def mean(values: NDArray[Any], *, seed: int, which: Resampled) -> Estimate:
-    """The mean over images of a number that each image has for itself, values [n]."""
+    """Estimates the mean over images of a number that each image has, values [n]."""
     return statistic(lambda chosen: float(values[chosen].mean()), len(values), seed=seed, which=which)
 
 
 def statistic(value_of: Callable[[NDArray[np.int64]], float], n: int, *, seed: int, which: Resampled) -> Estimate:
-    """Any number that depends on which of n images there are, given their indices."""
+    """Estimates any number that `value_of` computes from the indices of the images that are there, of n."""
     replicates = [value_of(resample(seed, replicate, which, n)) for replicate in range(REPLICATES)]
     return Estimate.of(value_of(np.arange(n)), np.array(replicates))

@@ -1,4 +1,4 @@
-"""What an evaluation is, whatever the experiment: units of work, and metrics beside what a perfect model would have."""
+"""What an evaluation of any experiment is: units of work, and metrics beside their floors."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from diffusion.statistics.bootstrap import Estimate
 Result = Mapping[str, NDArray[Any]]
 """What a unit computes: arrays by name, small enough to be kept in a file."""
 Better = Literal["lower", "higher", "near"]
-"""Where a good model's value lies; near is at the floor, whose value is then the exact one."""
+"""Where a good model's value lies; "near" means near the floor, which is then the exact value."""
 
 
 class Drawn(NamedTuple):
@@ -25,36 +25,37 @@ class Drawn(NamedTuple):
 
     samples: NDArray[Any]
     model: DiffusionModel | None
-    """None where the weights are no longer there: then the samples tell what they can alone."""
+    """None if the weights no longer exist; then only metrics of the samples are computed."""
     sampler: SamplerSettings
 
 
 class Unit(NamedTuple):
-    """A part of the work that one process does alone, so that its result does not depend on how many there are."""
+    """A part of the work. One process does it alone, so its result does not depend on the number of processes."""
 
     of: Literal["samples", "weights"]
-    """What the result depends on, besides the data: one of the weights serves all sets of samples drawn with them."""
+    """"weights": the result depends on the checkpoint only and is shared by all its sample sets. "samples": it belongs
+    to one set."""
     compute: Callable[[], Result]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of an evaluation, beside its floor: the same number of a perfect model with as many samples."""
+    """A number of an evaluation and its floor: the value of a perfect model with as many samples."""
 
     label: str
     estimate: Estimate | float
-    """A plain number where no chance is in it."""
+    """A plain number if there is no chance in it."""
     floor: Estimate | float | None
     better: Better = "lower"
     bounds: tuple[float, float] = (-math.inf, math.inf)
-    """Within which the number lies by its nature; an interval goes no further."""
+    """The smallest and the largest possible value; an interval goes no further."""
 
     @property
     def value(self) -> float:
         return self.estimate.value if isinstance(self.estimate, Estimate) else self.estimate
 
     def as_json(self) -> dict[str, Any]:
-        """Value and floor with their 95% ranges, where they have one."""
+        """Returns value and floor with their 95% ranges, where they have one."""
         low, high = self._range(self.estimate)
         floor = self.floor.value if isinstance(self.floor, Estimate) else self.floor
         floor_low, floor_high = self._range(self.floor)
@@ -79,17 +80,17 @@ class Metric:
 
 
 def pack(number: Estimate) -> NDArray[np.float64]:
-    """An estimate as one array, [1 + REPLICATES]."""
+    """Returns an estimate as one array, [1 + REPLICATES]."""
     return np.concatenate([[number.value], number.replicates])
 
 
 def unpack(array: NDArray[np.float64]) -> Estimate:
-    """What `pack` packed."""
+    """Undoes `pack`."""
     return Estimate(float(array[0]), array[1:])
 
 
 class Table(NamedTuple):
-    """Numbers that belong together, each row by the names of its columns."""
+    """Numbers that belong together; a row maps names of columns to values."""
 
     title: str
     rows: Sequence[Mapping[str, str | float]]
@@ -100,19 +101,19 @@ class Evaluator(ABC):
 
     @abstractmethod
     def units(self) -> dict[str, Unit]:
-        """All parts of the work by name, in a fixed order, long ones first."""
+        """Returns all parts of the work by name, in a fixed order, long ones first."""
 
     @abstractmethod
     def metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
-        """The numbers, from the results of all units."""
+        """Computes the numbers from the results of all units."""
 
     @abstractmethod
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
-        """What people want to see beside the metrics."""
+        """Makes the tables that people want to see beside the metrics."""
 
     @abstractmethod
     def curves(self, results: Mapping[str, Result]) -> dict[str, Any]:
-        """What is more than a table, as JSON takes it."""
+        """Returns what is too long for a table, as JSON takes it."""
 
     @abstractmethod
     def draw(self, results: Mapping[str, Result], folder: Path) -> None:

@@ -1,8 +1,7 @@
 """Distances between two sets of images in a feature space: Frechet and kernel distance, and how the sets overlap.
 
-`real` and `fake` are features [n, d] and [m, d]; ValueError where they are not. Each number depends on n, so it means
-something beside the same number for other real images of the same n: its floor. Draw real images by chance: MNIST's
-files are ordered by writer, so their first images are no fair draw.
+`real` and `fake` are features [n, d] and [m, d]; otherwise ValueError. All values depend on n: compare them with the
+floor, the value of other real images of the same n. Choose real images at random, because MNIST is sorted by writer.
 """
 
 from collections.abc import Iterator
@@ -49,7 +48,7 @@ def _covariance_root(x: Floats) -> Floats:
 def kernel_distance(real: NDArray[Any], fake: NDArray[Any], *, seed: int) -> Estimate:
     """The unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, section 3); may be negative.
 
-    In the resamples a pair of an image with itself is left out, so that they are unbiased too.
+    Resamples hold images twice. Pairs of an image with itself are left out, so that they are unbiased, too.
     """
     real, fake = _checked(real, fake, 2)
     weights, weights_fake = _weights(seed, Resampled.REAL, len(real)), _weights(seed, Resampled.FAKE, len(fake))
@@ -61,7 +60,7 @@ def kernel_distance(real: NDArray[Any], fake: NDArray[Any], *, seed: int) -> Est
 
 
 def _weights(seed: int, which: Resampled, n: int) -> Floats:
-    """How often each image occurs in the whole set and in each resample, [n, 1 + REPLICATES]."""
+    """Counts how often each image occurs in the whole set and in each resample, [n, 1 + REPLICATES]."""
     counts = [np.bincount(resample(seed, i, which, n), minlength=n) for i in range(REPLICATES)]
     return np.stack([np.ones(n), *counts], axis=1).astype(np.float64)
 
@@ -73,7 +72,7 @@ def _mean_kernel(x: Floats, y: Floats, w: Floats, v: Floats, *, same: bool) -> F
         chunk = slice(start, start + _CHUNK)
         kernel = (x[chunk] @ y.T / x.shape[1] + 1) ** 3
         if same:
-            np.fill_diagonal(kernel[:, start:], 0)
+            np.fill_diagonal(kernel[:, start:], 0)  # the pairs of an image with itself
         total += (w[chunk] * (kernel @ v)).sum(0)
     return total / (pairs - (w * v).sum(0) if same else pairs)
 
@@ -81,7 +80,7 @@ def _mean_kernel(x: Floats, y: Floats, w: Floats, v: Floats, *, same: bool) -> F
 def overlap(real: NDArray[Any], fake: NDArray[Any], *, seed: int, k: int = 5) -> dict[str, Estimate]:
     """Precision, recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020) with k nearest neighbours.
 
-    A ball around each image reaches to its k-th neighbour in its own set. The intervals resample the images that are
+    Each image has a ball that reaches to its k-th neighbour in its own set. The intervals resample the images that are
     counted (fakes for precision and density, reals for recall and coverage) and keep the other set's balls.
     """
     real, fake = _checked(real, fake, k + 1)
@@ -102,7 +101,7 @@ def overlap(real: NDArray[Any], fake: NDArray[Any], *, seed: int, k: int = 5) ->
 
 
 def _kth_neighbour(x: Floats, k: int) -> Floats:
-    """The distance of each of x [n, d] to its k-th nearest neighbour among the others, [n]."""
+    """Returns the distance of each of x [n, d] to its k-th nearest neighbour among the others, [n]."""
     return np.concatenate([np.partition(distance, k, axis=1)[:, k] for _, distance in _distances(x, x)])
 
 
@@ -117,7 +116,7 @@ def _distances(x: Floats, y: Floats) -> Iterator[tuple[slice, Floats]]:
 
 
 def _checked(real: NDArray[Any], fake: NDArray[Any], least: int) -> tuple[Floats, Floats]:
-    """Both in float64; ValueError if they are too few, of different widths, or not finite."""
+    """Returns both in float64; ValueError if they are too few, of different widths, or not finite."""
     for name, x in (("real", real), ("fake", fake)):
         if x.ndim != 2 or len(x) < least:
             raise ValueError(f"{name} features must be [n, d] with n at least {least}; got {list(x.shape)}")

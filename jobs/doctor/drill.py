@@ -1,4 +1,4 @@
-"""The drill: a training undisturbed, the same killed again and again, and whether they are equal byte for byte."""
+"""The drill trains twice, once undisturbed and once killed again and again, and compares the results byte for byte."""
 
 import itertools
 import os
@@ -18,18 +18,18 @@ from jobs.storage.run_folder import RunFolder, State
 Process = subprocess.Popen[bytes]
 Start = Callable[[str], Process]
 Disturb = Callable[[Process, RunFolder], None]
-"""Stops a training, started as this process, in this folder; returns when it has stopped."""
+"""Stops the training in this folder, which was started as this process; returns when it has stopped."""
 
 
 @dataclass(frozen=True)
 class Drill:
-    """What is trained, how it is started, and how it is disturbed."""
+    """A drill: what is trained, how it is started, and how it is disturbed."""
 
     folder: Path
     start: Start
-    """Starts or continues the run of a name in `folder`; the process ends with it."""
+    """Starts or continues the run of this name in `folder`; the process ends when the run does."""
     disturbances: Mapping[str, Disturb]
-    """By their names, used in turn."""
+    """Ways to stop it, by name; they are used in turn."""
     steps: int
     kills: int
     seed: int
@@ -55,7 +55,7 @@ class Drill:
         return not different
 
     def _begin(self, run: RunFolder) -> Process:
-        """Starts the run and waits until its training has begun: lines of the start before say nothing of this one."""
+        """Starts the run and waits until this start has begun to train; older lines of its files do not count."""
         before = run.read_status().get("restarts")
         process = self.start(run.path.name)
         while process.poll() is None and run.read_status().get("restarts") == before:
@@ -79,7 +79,7 @@ class Drill:
 
 
 def by_signal(number: signal.Signals) -> Disturb:
-    """Sends a signal and waits for the end of the process."""
+    """Returns a way to stop a training: it sends a signal and waits for the end of the process."""
 
     def disturb(process: Process, run: RunFolder) -> None:
         process.send_signal(number)
@@ -92,7 +92,7 @@ SIGNALS = {n.name: by_signal(n) for n in (signal.SIGKILL, signal.SIGTERM, signal
 
 
 def on_its_job(act: Callable[[str], None]) -> Disturb:
-    """Does something to the run's Slurm job and waits until the job has begun again."""
+    """Returns a way to disturb a training: it acts on the run's Slurm job and waits until the job has begun again."""
 
     def disturb(process: Process, run: RunFolder) -> None:
         before = run.read_status()["restarts"]
@@ -104,14 +104,14 @@ def on_its_job(act: Callable[[str], None]) -> Disturb:
 
 
 def differences(a: RunFolder, b: RunFolder) -> list[str]:
-    """Files of the last checkpoint and metrics.jsonl that are not the same bytes in both runs."""
+    """Returns which files, of the last checkpoint and metrics.jsonl, do not have the same bytes in both runs."""
     step = max(checkpoints.steps(a.checkpoints))
     names = [f"checkpoints/{checkpoints.folder_name(step)}/{file}" for file in (*checkpoints.FILES, "manifest.json")]
     return [name for name in (*names, "metrics.jsonl") if not _same(a.path / name, b.path / name)]
 
 
 def last_step(run: RunFolder) -> int:
-    """The last step that metrics.jsonl holds, 0 before the first."""
+    """Returns the last step that metrics.jsonl holds, 0 before the first."""
     lines = read_jsonl(run.metrics)
     return int(lines[-1]["step"]) if lines else 0
 
@@ -126,7 +126,7 @@ def _expect_success(process: Process, what: str) -> None:
 
 
 def starter(command: Sequence[str], log: Path) -> Start:
-    """Starts `command --name NAME`, what it prints going to a file."""
+    """Returns a function that starts `command --name NAME`; what it prints goes to a file."""
 
     def start(name: str) -> Process:
         with log.open("ab") as file:

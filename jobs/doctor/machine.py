@@ -1,4 +1,4 @@
-"""Examines this machine for what would cost a run later."""
+"""Examines this machine for faults that would cost a run later."""
 
 import fcntl
 import os
@@ -17,7 +17,7 @@ from jobs.storage import provenance
 from jobs.tracking.dashboard import why_not_online
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
-"""A run of mnist with its checkpoints takes about half of the first."""
+"""Below the first, disk space is a problem, below the second a warning: a run of mnist takes about 0.5 GB."""
 LOCAL_FILE_SYSTEMS = {"ext4", "ext3", "xfs", "btrfs", "overlay", "tmpfs", "zfs"}
 
 
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 
 def examine(runs_dir: Path, data_root: Path, is_shared: bool) -> Iterator[Finding]:
-    """Findings about this machine; `is_shared`: other machines must see the folder of all runs."""
+    """Yields findings about this machine; if `is_shared`, other machines must see the folder of all runs, too."""
     yield from _software()
     yield from _gpus()
     yield _mnist(data_root)
@@ -80,7 +80,7 @@ def _mnist(root: Path) -> Finding:
 
 
 def _folder(runs_dir: Path, is_shared: bool) -> Iterator[Finding]:
-    """Writing, locking and room in the folder of all runs, or where it is going to be."""
+    """Tries writing, locking and room in the folder of all runs, or in the place where it will be made."""
     there = next(path for path in (runs_dir.absolute(), *runs_dir.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=there) as file:
@@ -112,7 +112,7 @@ def _folder(runs_dir: Path, is_shared: bool) -> Iterator[Finding]:
 
 
 def _locks(folder: Path) -> Finding:
-    """Whether one process is kept out by the lock of another: two descriptors are enough to try it."""
+    """Tries whether a lock keeps another process out; two descriptors in one process are enough for that."""
     why = "two trainings of one run at once would write over each other"
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as first, open(first.name) as second:
         try:
@@ -127,7 +127,7 @@ def _locks(folder: Path) -> Finding:
 
 
 def file_system(folder: Path) -> str:
-    """The type of the file system that a folder lies on, such as nfs4."""
+    """Returns the type of the file system that a folder lies on, such as nfs4."""
     kinds = {}
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mount, kind, *_ = line.split()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
 
 FILES_PATIENCE_S = 30.0
-"""How long a node may take to see what another one has written: NFS remembers what was not there."""
+"""Seconds that a node may take to see a new file of another node: NFS remembers for a while that it was missing."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class DoctorJob:
         return self.device == "cuda" and bool(result["gpus"] == 0 or 1 < result["gpus"] < result["tasks_here"])
 
     def _unseen(self) -> list[int]:
-        """The tasks whose file is not to be seen from here."""
+        """Returns the tasks whose files cannot be seen from here."""
         deadline = time.monotonic() + FILES_PATIENCE_S
         while missing := [rank for rank in range(self.processes) if not (self.folder / f"seen-{rank}").exists()]:
             if time.monotonic() > deadline:
@@ -87,7 +87,7 @@ class DoctorJob:
         return submit()
 
     def findings(self) -> Iterator[Finding]:
-        """What the tasks found, after the job has ended."""
+        """Yields what the tasks found, after the job has ended."""
         results = {rank: result for rank in range(self.processes) if (result := self._read(f"result-{rank}"))}
         lacking = {rank: result for rank, result in results.items() if self._lacks_gpus(result)}
         for rank, result in lacking.items():

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateJob(IndependentJob):
-    """Computes a share of an evaluation's units; the process that finishes last merges them, if asked to."""
+    """Computes a share of an evaluation's units; if asked to, the process that finishes last merges them."""
 
     target: Evaluation
     share: tuple[int, int]
     """(i, n): the first process takes every n-th unit from the i-th on, the others follow it."""
     device: "Kind"
     merge: bool
-    """Otherwise an `EvaluateMergeJob` does it."""
+    """Whether the last process to finish merges the results; if not, submit an `EvaluateMergeJob`."""
 
     def around(self) -> AbstractContextManager[Any]:
         return redirect_stdout(sys.stderr)  # what is printed for scripts is JSON alone, after the job
@@ -44,7 +44,7 @@ class EvaluateJob(IndependentJob):
 
 @dataclass(frozen=True)
 class EvaluateMergeJob(IndependentJob):
-    """Merges an evaluation after its array has ended, however it has; says what is missing if it must."""
+    """Merges an evaluation after its array has ended, well or badly; if units are missing, says which."""
 
     target: Evaluation
 

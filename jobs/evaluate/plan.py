@@ -35,7 +35,8 @@ REPLICATES = "replicates.npz"
 class Evaluation:
     """The evaluation of a set of samples.
 
-    What is done is kept in hidden folders: of the samples beside them, of the weights for all sets drawn with them.
+    Results of units are kept in hidden folders: those of the samples beside the samples, those of the weights in the
+    run, for all sets drawn with them.
     """
 
     samples: SampleSet
@@ -48,21 +49,21 @@ class Evaluation:
 
     @property
     def kept(self) -> Path:
-        """What a job leaves for the next one, and the code that it runs."""
+        """The folder for what a job leaves to the next one, and for the code that it runs."""
         return self.folder / ".evaluation"
 
     @property
     def undrawn(self) -> Path:
-        """A file that is there as long as figures are missing."""
+        """A file that exists as long as figures are missing."""
         return self.kept / "undrawn"
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights are still there that the samples were drawn with."""
+        """Whether the weights that drew the samples still exist."""
         return bool(self.protocol["weights_are_there"])
 
     def result_path(self, unit: str, of: Literal["samples", "weights"]) -> Path:
-        """Where the result of a unit of work lies; another protocol has other places."""
+        """Returns where the result of a unit lies; another protocol has other paths."""
         if of == "samples":
             return self.kept / f"{unit}-{_key(self.protocol)}.npz"
         hashes = {name: value for name, value in self.protocol["sha256"].items() if name != "samples"}

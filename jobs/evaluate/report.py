@@ -22,7 +22,7 @@ def title(evaluation: Evaluation) -> str:
 
 
 def one(evaluation: Evaluation, width: int) -> str:
-    """Every metric with its interval beside its floor, and the tables."""
+    """Shows every metric with its interval beside its floor, and the tables."""
     results = evaluation.read()
     rows = []
     for metric in results["metrics"].values():
@@ -41,7 +41,7 @@ def one(evaluation: Evaluation, width: int) -> str:
 
 
 def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
-    """B minus A of each metric that both have, its 95% interval, and who is better where 0 lies outside of it."""
+    """Returns B minus A of each metric that both have, its 95% interval, and who is better if it excludes 0."""
     import numpy as np  # here, because the command line starts without it
 
     metrics_a, metrics_b = a.read()["metrics"], b.read()["metrics"]
@@ -59,7 +59,7 @@ def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
 
 
 def two(a: Evaluation, b: Evaluation, width: int) -> str:
-    """Two evaluations side by side, with what is beyond chance."""
+    """Shows two evaluations side by side, and which differences are larger than chance."""
     metrics_a, metrics_b = a.read()["metrics"], b.read()["metrics"]
     rows = []
     for name, difference in differences(a, b).items():
@@ -75,14 +75,14 @@ def two(a: Evaluation, b: Evaluation, width: int) -> str:
             f"A and B hold {sizes[0]:,} and {sizes[1]:,} samples, and chance makes distances larger where they are few."
         )
         notes.append(textwrap.fill(f"{note} Compare sets of equal size.", width))
-    legend = "BETTER names one where 0 lies outside of the interval of the difference."
+    legend = "BETTER: the better one, if the interval of the difference excludes 0."
     return "\n\n".join(
         ["\n".join(notes), tables.render(headers, rows, width=width, names=(), texts=("METRIC", "BETTER")), legend]
     )
 
 
 def quality(evaluations: Sequence[Evaluation], width: int) -> str:
-    """All sets by their samplers and network evaluations, with the metrics that depend on samples."""
+    """Shows all sets by their samplers and network evaluations, with the metrics that depend on samples."""
     rows = quality_rows(evaluations)
     names = headline(rows, 2 if width < 110 else 4)
     cells = []
@@ -110,12 +110,12 @@ def draw_quality(evaluations: Sequence[Evaluation], path: Path) -> None:
 
 
 def headline(rows: Sequence[Json], number: int) -> list[str]:
-    """The metrics that stand for all others: the first ones."""
+    """Returns the names of the metrics that stand for all others: the first ones."""
     return list(rows[0]["metrics"])[:number]
 
 
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Each set with its sampler and the metrics of its samples, by network evaluations; the last is the reference."""
+    """Returns each set with sampler and metrics, sorted by network evaluations; the last set is the reference."""
     rows: list[dict[str, Any]] = []
     for evaluation in evaluations:
         metrics, sampler = evaluation.read()["metrics"], evaluation.samples.settings.sampler
@@ -167,10 +167,7 @@ def _is_at_floor(metric: Json) -> bool:
 
 
 def _legend(results: Json, width: int) -> str:
-    text = (
-        "FLOOR is what a perfect model has: for distances the 95% range that chance gives as many exact samples. "
-        "* lies within it, or is better."
-    )
+    text = "FLOOR: the value of a perfect model with as many samples (95% range). *: within that range or better."
     if not results["protocol"]["weights_are_there"]:
         text += (
             " The checkpoint that drew these samples is gone, and what would need it (the loss, the likelihood) is "
@@ -198,7 +195,7 @@ def _cell(value: Any) -> str:
 
 
 def _decimals(metric: Json) -> int:
-    """So many that the interval has two digits; without one, three of how far the value is from its floor."""
+    """Returns the number of decimals: two digits of the interval, or three of the distance to the floor."""
     for low, high in ((metric["low"], metric["high"]), (metric["floor_low"], metric["floor_high"])):
         if low is not None and high > low:
             return _clamped(2 - math.ceil(math.log10((high - low) / 2)))

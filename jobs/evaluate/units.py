@@ -36,12 +36,13 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
 
 @contextmanager
 def stopping(signals: SignalWatch) -> Iterator[None]:
-    """Any network that computes raises Stopped when a signal has come."""
+    """While entered, every network raises Stopped at its next call after a signal has come."""
 
     def check(module: nn.Module, inputs: Any) -> None:
         if signals.requested is not Stop.NO:
             raise Stopped
 
+    # A unit takes minutes, but calls some network again and again: a hook on all of them stops it soon.
     hook = nn.modules.module.register_module_forward_pre_hook(check)
     try:
         yield
@@ -50,7 +51,7 @@ def stopping(signals: SignalWatch) -> Iterator[None]:
 
 
 def evaluate(evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int], signals: SignalWatch) -> None:
-    """Computes every n-th unit from the i-th on, for share = (i, n), but for those that are there already.
+    """Computes every n-th unit from the i-th on, for share = (i, n), except those that are done already.
 
     Raises Stopped when a signal has come.
     """
@@ -70,19 +71,19 @@ def evaluate(evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int
 
 
 def missing(evaluation: Evaluation, evaluator: Evaluator) -> list[str]:
-    """The units that nobody has computed yet."""
+    """Returns the units that nobody has computed yet."""
     units = evaluator.units().items()
     return [name for name, unit in units if not evaluation.result_path(name, unit.of).exists()]
 
 
 def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
-    """Writes metrics.json and the figures from the results of all units. Who does it again writes the same."""
+    """Writes metrics.json and the figures from the results of all units; a second merge writes the same bytes."""
     results = {}
     for name, unit in evaluator.units().items():
         with np.load(evaluation.result_path(name, unit.of), allow_pickle=False) as arrays:
             results[name] = dict(arrays)
     metrics = evaluator.metrics(results)
-    evaluation.undrawn.touch()  # before the results: what is stopped between them and the figures is not done
+    evaluation.undrawn.touch()  # before the results, so that a merge that stops before the figures is not done
     evaluation.write(
         {
             "metrics": {name: metric.as_json() for name, metric in metrics.items()},

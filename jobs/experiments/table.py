@@ -21,7 +21,7 @@ class Entry:
     shard_size: int
     """Samples in one file, a multiple of sub_batch_size."""
     sampler: SamplerSettings
-    """How to sample unless told otherwise: the fewest evaluations found as good as 1,000 ancestral steps (README)."""
+    """How to sample by default: the fewest evaluations as good as 1,000 ancestral steps (docs/evaluation.md)."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
 

@@ -39,7 +39,7 @@ class Captured:
             torch.cuda.set_stream(previous)  # torch leaves it at the other one if recording fails
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """What the function returns, in memory of its own; raises ValueError for inputs of another kind."""
+        """Returns copies of what the function returns; raises ValueError for inputs of another shape or dtype."""
         for place, tensor in zip(self._inputs, inputs, strict=True):
             if (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""What all jobs are: values that the launcher hands to the place where they run. Importable without torch, picklable.
+"""What all jobs have in common: each is a picklable value that the launcher hands to a place. Importable without torch.
 
 All have what `slurm.place.Job` asks for: a call that does the work, `failed` and `submitted`.
 """
@@ -32,17 +32,17 @@ class Target(Protocol):
 
 
 class IndependentJob(ABC):
-    """A job whose processes do not need each other: each does a share, and what one leaves undone another may do."""
+    """A job whose processes do not need each other: each does a share, and another may do what one has left undone."""
 
     target: Target
-    """What it completes; keeps the ids of its jobs."""
+    """What the job completes; it keeps the ids of the jobs that work on it."""
 
     @abstractmethod
     def work(self, signals: SignalWatch) -> int:
         """Does this process's share and returns the exit code; may raise Stopped when a signal has come."""
 
     def around(self) -> AbstractContextManager[Any]:
-        """What is entered before the work, and left only after a stopped job has been queued again."""
+        """Returns a context for the work; it is left after a stopped job has been queued again, not before."""
         return nullcontext()
 
     def __call__(self, requeue: Requeue | None = None) -> int:
@@ -70,7 +70,7 @@ class IndependentJob(ABC):
 
 
 def _stopped(reason: Stop, requeue: Requeue | None) -> int:
-    """Ends a job whose processes do not need each other, after a signal; returns the exit code."""
+    """Ends an independent job after a signal, and queues it again where that is meant; returns the exit code."""
     if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
         print(f"Stopped; queued again as job {job_id}.", flush=True)
         return 0
@@ -80,5 +80,5 @@ def _stopped(reason: Stop, requeue: Requeue | None) -> int:
 
 
 def process_rank() -> int:
-    """Which process of the job this is."""
+    """Returns the number of this process in its job."""
     return int(os.environ.get("RANK", "0"))

@@ -1,4 +1,4 @@
-"""How this process treats memory that it has freed."""
+"""Keeps freed memory for reuse (glibc)."""
 
 import ctypes
 
@@ -9,8 +9,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Lets glibc keep what tensors on a CPU free, for the tensors that follow; elsewhere it does nothing.
 
-    By itself it gives large blocks back to the system at once, and each step pays a page fault for every 4 kB that it
-    takes anew: for large tensors a third of a training step (benchmarks/README.md). The process's peak stays as it is.
+    Otherwise glibc gives large blocks back to the system at once, and each step pays a page fault for every 4 kB that
+    it takes again: with large tensors a third of a training step (benchmarks/README.md). The peak stays the same.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -18,7 +18,7 @@ Asked = Literal["auto", "bf16", "tf32", "fp32"]
 DEV = Path("/dev")
 """Where a Linux machine shows its NVIDIA GPUs, as nvidia0, nvidia1, ..."""
 SAME_BYTES = ("device", "gpu", "precision", "processes", "torch", "cuda", "cudnn", "nccl")
-"""Two starts of a run whose facts agree in these compute the same bytes, on a CPU if they agree in the next, too."""
+"""Two starts of a run compute the same bytes if these facts agree; on a CPU, `SAME_BYTES_OF_CPUS` must agree too."""
 SAME_BYTES_OF_CPUS = ("cpu", "threads")
 
 
@@ -69,7 +69,7 @@ def _own_index() -> int:
         raise JobError(f"{whereabouts()} finds no GPU; the driver may be too old for torch {torch.__version__}")
     if rank >= found > 1:
         raise JobError(f"{whereabouts()} is number {rank} of its node and sees {found} GPUs; each needs one of its own")
-    # A single one is this task's own where Slurm binds GPUs to tasks; where it is not, jobs.world finds out.
+    # A single one is this task's own where Slurm binds GPUs to tasks; if it is not, jobs/runtime/world.py finds out.
     return rank if rank < found else 0
 
 
@@ -117,7 +117,7 @@ def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False  # a race between kernels, won by another one at the next start
+    torch.backends.cudnn.benchmark = False  # it times kernels and takes the fastest, at the next start another
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch 2.9 alone calls these two names old
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
@@ -131,7 +131,7 @@ def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """What the bytes of a result depend on besides its settings, for the record of a start."""
+    """Returns what the bytes of a result depend on besides its settings; each start records it."""
     found: dict[str, Any] = {
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -151,9 +151,9 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Says how a machine differs from the one of the start before in what bytes depend on; None if it does not.
+    """Says how this machine differs from that of the last start in what bytes depend on; None if it does not.
 
-    What only one of them has recorded counts as equal: older versions recorded less.
+    A fact that only one of them has recorded counts as equal, because older versions recorded fewer.
     """
     changed = [
         f"{name} {before[name]} before, {now[name]} now"
@@ -166,5 +166,5 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _kind_of(fact: Any) -> Any:
-    """cuda:3 and cuda:0 are the same."""
+    """Drops the number of a GPU: cuda:3 and cuda:0 are of one kind."""
     return fact.partition(":")[0] if isinstance(fact, str) else fact

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Stop(IntEnum):
-    """Why to stop; where several reasons meet, the largest holds."""
+    """Why to stop. If there are several reasons, the largest one counts."""
 
     NO = 0
     REQUEUE = 1
@@ -22,7 +22,7 @@ class Stop(IntEnum):
 
 
 class Stopped(Exception):
-    """A signal asks a job to stop whose parts are independent; the part that it was at is done again."""
+    """A signal has asked an independent job to stop; the part that it was working on will be done again."""
 
 
 SIGNALS = {
@@ -36,7 +36,7 @@ SIGNALS = {
 class SignalWatch:
     """While entered, signals set `requested` instead of ending the process, and may come again without harm.
 
-    Only a second Ctrl-C ends the process at once: somebody sits there and means it.
+    Only a second Ctrl-C ends the process at once, because a person at the terminal insists.
     """
 
     def __init__(self) -> None:
@@ -64,10 +64,11 @@ class SignalWatch:
 
 
 class StopVote:
-    """Agreement of all processes on a reason to stop, without waiting for one another.
+    """Lets all processes agree on a reason to stop, without waiting for one another.
 
-    Each step every process posts its own reason; the maximum over all, reduced while the next step computes, is read
-    one step later. All processes read the same value at the same step.
+    A process that stopped on its own would leave the others waiting in the next all-reduce. So at each step every
+    process posts its own reason. The maximum over all is computed while the next step runs, and read one step later:
+    all processes read the same value at the same step.
     """
 
     def __init__(self, reduce_max: "Callable[[int], Callable[[], int]]") -> None:
@@ -75,12 +76,12 @@ class StopVote:
         self._pending: Callable[[], int] | None = None
 
     def post_and_read(self, own: Stop) -> Stop:
-        """Posts this process's reason and returns what all agreed on at the step before."""
+        """Posts this process's reason; returns the one that all agreed on at the step before."""
         agreed = self.read()
         self._pending = self._reduce_max(own)
         return agreed
 
     def read(self) -> Stop:
-        """What all agreed on last; nothing is on its way afterwards."""
+        """Waits for the last vote and returns its result; afterwards no vote is on its way."""
         pending, self._pending = self._pending, None
         return Stop(pending()) if pending is not None else Stop.NO

@@ -1,4 +1,4 @@
-"""What surrounds a job must not decide over it: who reads what it prints, a notebook's variables, its figures."""
+"""Protects a job from its surroundings: a terminal that has gone, a notebook's variables, a figure that fails."""
 
 import io
 import os
@@ -13,9 +13,9 @@ Say = Callable[[str], None]
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """While entered, nobody who should read what is printed can stop the work, nor can a notebook's backend of figures.
+    """While entered, neither a stdout that cannot be written nor a notebook's backend of figures can stop the work.
 
-    A terminal that is gone, a full disk or a closed pipe behind stdout: what is printed is dropped from then on.
+    If the terminal is gone, the disk is full or the pipe is closed, whatever is printed from then on is dropped.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook hands down a backend that may not be installed here
     before = sys.stdout, sys.stderr
@@ -29,7 +29,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for what a shell has closed with `>&-`: the next file that is opened would take its place."""
+    """Opens /dev/null for a stream that a shell has closed with `>&-`, or the next opened file would become it."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -40,9 +40,9 @@ def open_standard_streams() -> None:
 
 
 def decorate(what: str, draw: Callable[[], None], say: Say, log: Say | None = None) -> str | None:
-    """Draws what decorates a result that is safe on the disk; if that fails, says so and returns the sentence.
+    """Draws pictures of a result that is safe on the disk; if that fails, the result stays good.
 
-    `log` gets the traceback.
+    Then it says so, returns the sentence, and gives `log` the traceback.
     """
     try:
         draw()
@@ -57,7 +57,7 @@ def decorate(what: str, draw: Callable[[], None], say: Say, log: Say | None = No
 
 
 class _Lenient:
-    """A text stream that drops what its target does not take."""
+    """A text stream that drops what its target cannot take."""
 
     def __init__(self, target: TextIO) -> None:
         self._target = target
@@ -79,7 +79,7 @@ class _Lenient:
             self._give_up()
 
     def _give_up(self) -> None:
-        """Lets what is still in the target's buffer, and all that follows, go nowhere."""
+        """Sends what is still in the target's buffer, and all that follows, to /dev/null."""
         try:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._target.fileno())

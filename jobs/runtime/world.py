@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes that work together on one job, seen from one of them."""
+    """The processes that work together on one job, as one of them sees them."""
 
     accelerator: Accelerator
     precision: Precision
@@ -39,11 +39,11 @@ class World:
         return torch.device("cpu") if device.type == "cpu" else device
 
     def share(self, batch_size: int) -> tuple[int, int]:
-        """[start, stop) of this process's examples in a global batch."""
+        """Returns [start, stop) of this process's examples in a global batch."""
         return self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size
 
     def mean(self, values: torch.Tensor) -> list[float]:
-        """The mean of each of the values [n] over all processes; every process must call it."""
+        """Averages each of the values [n] over all processes; every process must call it."""
         values = values.detach().double()
         if self.size > 1:
             dist.all_reduce(values)
@@ -51,7 +51,7 @@ class World:
         return list(values.tolist())
 
     def of_first(self, value: T) -> T:
-        """The first process's value, on all of them; every process must call it."""
+        """Returns the first process's value on all of them; every process must call it."""
         if self.size > 1:
             box = [value]
             dist.broadcast_object_list(box, src=0)
@@ -72,9 +72,9 @@ class World:
         return result
 
     def close(self) -> None:
-        """Leaves the group, after all have come this far: one that goes early breaks the others' connections.
+        """Leaves the group after all processes have come this far; one that left early would break their connections.
 
-        All is saved by then, so what breaks here is no failure any more.
+        Everything is saved by then, so an error in here is ignored.
         """
         if self.size == 1:
             return
@@ -85,10 +85,10 @@ class World:
 
 
 def start(processes: int, device: Kind, precision: Precision) -> World:
-    """Joins the job's processes, found through RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, as Accelerate does.
+    """Joins the job's processes through RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, which Accelerate reads.
 
-    Raises JobError if this process finds no GPU for itself and should, and RuntimeError if the processes are not
-    `processes` many: each that believes itself alone would train a run of its own and write over the others.
+    Raises JobError if this process should have a GPU and finds none, and RuntimeError if there are not `processes`
+    processes: each that believes to be alone would train on its own and overwrite what the others write.
     """
     set_numerics(precision)
     own_device(device)
@@ -117,9 +117,9 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
 
 
 def _check_own_gpus(accelerator: Accelerator) -> None:
-    """Raises JobError, the same on each process, where two processes have one GPU: NCCL hangs or fails later on.
+    """Raises JobError on every process if two of them share a GPU; NCCL would hang or fail later.
 
-    Through the store by which the processes have met: a first collective would need what is checked here.
+    The processes compare through the store by which they have met, because a collective would already hang.
     """
     gpu = torch.cuda.get_device_properties(accelerator.device)
     store = dist.distributed_c10d._get_default_store()

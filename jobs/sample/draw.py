@@ -58,7 +58,7 @@ def write_shard(samples: SampleSet, shard: int, experiment: Experiment, predict:
     """Draws one shard and puts it in place."""
     start, stop = samples.shard_range(shard)
     size = samples.settings.sub_batch_size
-    # Full sub-batches always, so that a sample does not depend on how many are asked for; what is too much is dropped.
+    # Always full sub-batches, so that a sample does not depend on how many are asked for; the surplus is dropped.
     firsts = range(start, stop, size)
     parts = [draw(predict, abar, experiment, samples.settings, first, first + size) for first in firsts]
     content = BytesIO()
@@ -106,7 +106,7 @@ def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -
 
 
 def merge(samples: SampleSet) -> None:
-    """Merges the shards, all of which are there, and draws a picture of the first of them; does what is not done."""
+    """Merges the shards, which must all exist, and draws a picture of the first; skips what is done already."""
     run = RunFolder(samples.run)
     if not samples.is_complete():
         samples.merge()

@@ -46,7 +46,7 @@ class SampleJob(IndependentJob):
 
 @dataclass(frozen=True)
 class SampleMergeJob(IndependentJob):
-    """Merges a set of samples after its array has ended, however it has ended; says what is missing if it must."""
+    """Merges a set of samples after its array has ended, well or badly; if shards are missing, says so."""
 
     target: "SampleSet"
 

@@ -115,7 +115,7 @@ class SampleSet:
 
     @property
     def picture(self) -> Path:
-        """Of the first samples, drawn once the set is complete."""
+        """The picture of the first samples; it is drawn once the set is complete."""
         return self.folder / "grid.png"
 
     @property
@@ -209,6 +209,7 @@ class SampleSet:
         """
         import numpy as np
 
+        # The header with the shape of the whole set is written first, then shard after shard: one at a time in memory.
         first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
         temporary = self.folder / f".samples.npz.{os.getpid()}.tmp"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 FILES = (MODEL, EMA, OPTIMIZER)
 SLOW_S = 10.0
-"""A checkpoint that takes longer is worth a line."""
+"""The user is told about a checkpoint that takes longer to write."""
 
 
 class CorruptCheckpoint(UserError):
@@ -30,7 +30,7 @@ class CorruptCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds, in CPU memory that training does not touch any more."""
+    """What a checkpoint holds: copies in CPU memory, which training does not change any more."""
 
     step: int
     model: "dict[str, Tensor]"
@@ -54,7 +54,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def verify(folder: Path, step: int) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have the recorded size and hash; raises CorruptCheckpoint."""
+    """Checks size and hash of all files of a checkpoint; returns its manifest, or raises CorruptCheckpoint."""
     path = folder / folder_name(step)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -72,7 +72,7 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> int | None:
-    """The step of the newest good checkpoint, None if there is none; says loudly which ones are bad."""
+    """Returns the step of the newest good checkpoint, None if there is none; warns of each bad one."""
     for step in steps(folder):
         try:
             verify(folder, step)
@@ -95,7 +95,7 @@ def choose(folder: Path, step: int | None, say: Callable[[str], None]) -> tuple[
 
 
 def load(folder: Path, step: int) -> Snapshot:
-    """Reads a verified checkpoint; executes nothing from it."""
+    """Reads a verified checkpoint; no code in it can run."""
     import torch
     from safetensors.torch import load_file
 
@@ -105,7 +105,7 @@ def load(folder: Path, step: int) -> Snapshot:
 
 
 def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> None:
-    """Writes a checkpoint aside, syncs it, renames it into place; `may_write` raises if the run is ours no more."""
+    """Writes a checkpoint aside, syncs it, renames it into place; `may_write` raises if another job has the run."""
     import torch
     from safetensors.torch import save_file
 
@@ -122,6 +122,7 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
         for file in FILES:
             sync_file(temporary / file)
             recorded[file] = {"size": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
+        # Last: a manifest means that all files are complete.
         write_json(temporary / "manifest.json", {"step": snapshot.step, "files": recorded})
         may_write()
         if (folder / name).exists():  # a run that went back to an older checkpoint comes by again
@@ -139,13 +140,13 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Deletes what writers that died have left half-written; only for the run's owner, before it writes."""
+    """Deletes what dead writers have left half-written; only the run's owner may call it, before it writes."""
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(folder: Path, newer_than: int) -> None:
-    """Renames checkpoints newer than the good one that training continues from: they are corrupt."""
+    """Renames the checkpoints that are newer than the good one from which training continues: they are corrupt."""
     for step in steps(folder):
         if step > newer_than:
             corrupt = folder / f"corrupt-{folder_name(step)}"
@@ -154,7 +155,7 @@ def set_aside(folder: Path, newer_than: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a checkpoint; renamed first, so that a reader never finds half of one under its name."""
+    """Deletes a checkpoint. It is renamed first, so that no reader finds half of one under its name."""
     doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
     path.rename(doomed)
     shutil.rmtree(doomed)
@@ -165,7 +166,7 @@ class Writer:
 
     def __init__(self, folder: Path, keep: int, newest: int, may_write: Callable[[], None], say: Callable[[str], None]):
         self.newest = newest
-        """Step of the newest checkpoint that is safely on the disk, 0 before the first."""
+        """The step of the newest checkpoint that is safely on the disk, 0 before the first."""
         self.waited_s = 0.0
         """Seconds that training has waited for the disk."""
         self._folder, self._keep = folder, keep
@@ -175,9 +176,9 @@ class Writer:
         self._error: BaseException | None = None
 
     def is_busy(self, say: Callable[[str], None]) -> bool:
-        """Whether the last checkpoint is still on its way; says so once if that takes long.
+        """Whether the last checkpoint is still being written; says so once if that takes long.
 
-        A file system may stand still for minutes. Who trains can go on meanwhile, and save later.
+        A file system may hang for minutes. Training can go on meanwhile, and save later.
         """
         if self._thread is None or not self._thread.is_alive():
             return False
@@ -188,16 +189,16 @@ class Writer:
         return True
 
     def write(self, snapshot: Snapshot) -> None:
-        """Starts writing, after the checkpoint before it is done."""
+        """Starts writing, once the previous checkpoint is written."""
         self.wait()
         self._begun, self._told = time.monotonic(), False
         self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits until the disk is done.
+        """Waits until the checkpoint is written.
 
-        What the disk refuses, because it is full, is said aloud and not raised: the next checkpoint may find room.
+        If the disk is full, this warns and raises nothing: the next checkpoint may find room.
         """
         started = time.perf_counter()
         if self._thread is not None:

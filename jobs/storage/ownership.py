@@ -1,4 +1,8 @@
-"""Who may write into a run folder: one living process group on this machine, and always the last one that took over."""
+"""Who may write into a run folder.
+
+A lock keeps a second job of this machine out. A token keeps an old job on another machine from writing: the job that
+took the run over last owns it.
+"""
 
 import fcntl
 import json
@@ -22,10 +26,11 @@ class Superseded(OutsideError):
 def locked(run: Path) -> Iterator[int | None]:
     """Locks the folder for this machine; yields None if a living process has it locked.
 
-    Yields a file descriptor. The kernel drops the lock with the last process that holds the descriptor, however it
-    dies: a dead writer never locks anybody out. Child processes that inherit the descriptor keep the lock.
+    Yields a file descriptor; child processes that inherit it keep the lock. The kernel drops the lock when the last
+    process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
     """
     descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well.
     try:
         yield descriptor if _try_lock(descriptor) else None
     finally:
@@ -34,7 +39,7 @@ def locked(run: Path) -> Iterator[int | None]:
 
 @contextmanager
 def sampling(run: Path) -> Iterator[int]:
-    """Makes this process one of the run's `holders`, though it locks nobody out; yields a file descriptor."""
+    """Makes this process one of the run's `holders`, without locking anybody out; yields a file descriptor."""
     descriptor = os.open(run / ".sampling", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         yield descriptor
@@ -76,14 +81,14 @@ def holders(run: Path) -> list[int]:
         try:
             if any(os.readlink(descriptor) in files for descriptor in (folder / "fd").iterdir()):
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # somebody else's, or it has just ended
+        except OSError:  # another user's process, or one that has just ended
             continue
     return [pid for pid, parent in parents.items() if parent not in parents]
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """The right to write, until somebody takes it over: on a cluster the old job may still be alive on another node."""
+    """The right to write, until another job takes it: on a cluster, an old job may still be alive on another node."""
 
     run: Path
     token: str

@@ -17,7 +17,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "denoising-diffusion-pytorch", "acc
 
 
 def describe(**more: Any) -> dict[str, Any]:
-    """The content of launch.json."""
+    """Returns the content of launch.json."""
     return {
         "created": datetime.now(UTC).isoformat(),
         "argv": sys.argv,
@@ -32,7 +32,7 @@ def describe(**more: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """The installed versions of what jobs import, None for what is not there."""
+    """Returns the installed versions of the packages that jobs import, None for one that is missing."""
     from importlib.metadata import PackageNotFoundError, version  # not for every `status`: it reads mail headers
 
     def found(package: str) -> str | None:
@@ -54,7 +54,7 @@ def code_folder(run: Path) -> Path:
 
 
 def save_code(folder: Path) -> None:
-    """Copies the code, which a job that is queued again runs whatever is edited in the meantime.
+    """Copies the code, so that a job that is queued again runs the same, whatever is edited in the meantime.
 
     The copy appears whole or not at all; one that is there already is left as it is.
     """
@@ -89,7 +89,7 @@ def _digest(root: Path) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; nothing where there is no git or no repository."""
+    """Returns what git prints, and nothing where there is no git or no repository."""
     try:
         done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -17,15 +17,15 @@ HEARTBEAT_S = 2.0
 
 
 def now() -> str:
-    """This moment in UTC, ISO 8601."""
+    """Returns the time in UTC, as ISO 8601 writes it."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class Metrics:
-    """metrics.jsonl: one object for each logged step, nothing but values that the settings determine."""
+    """Writes metrics.jsonl: one object for each logged step, with nothing but values that the settings determine."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Continues after `step`: later lines are cut, they will be made again."""
+        """Continues after `step`: later lines are cut, because training will make them again."""
         cut_after(path, step)
         self._file = path.open("a")
 
@@ -34,7 +34,7 @@ class Metrics:
         self._file.flush()
 
     def sync(self) -> None:
-        """Puts the lines on the disk: they must be there before a checkpoint that covers them."""
+        """Puts the lines on the disk; only after that a checkpoint that covers them may be written."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -42,17 +42,17 @@ class Metrics:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of lines, [] if it is not there. Lines that a kill or a full disk has cut are left out."""
+    """Reads the objects of a file of lines, [] if it is not there; skips lines that a kill or a full disk has cut."""
     return _objects(path.read_text())[0] if path.exists() else []
 
 
 def last_start(run: RunFolder) -> dict[str, Any]:
-    """What timing.jsonl says of the run's last start: its step and the facts of its machine; {} before the first."""
+    """Returns the last start in timing.jsonl, with its step and the facts of its machine; {} before the first."""
     return next((line for line in reversed(read_jsonl(run.timing)) if line.get("event") == "start"), {})
 
 
 def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:
-    """The precision of a run, which its first start has resolved if its settings leave it open; else `otherwise`."""
+    """Returns a run's precision: `asked`, or for auto what its first start has chosen; before that, `otherwise`."""
     return asked if asked != "auto" else last_start(run).get("precision", otherwise)
 
 
@@ -75,7 +75,7 @@ class Tail:
 
 
 def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
-    """The objects of all whole lines, and what follows the last of them."""
+    """Returns the objects of all whole lines, and the text after the last of them."""
     *lines, rest = text.split("\n")
     objects = []
     for line in lines:
@@ -85,20 +85,20 @@ def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def cut_after(path: Path, step: int) -> None:
-    """Removes the lines of metrics.jsonl from the first one that is of a later step."""
+    """Removes the lines of metrics.jsonl that belong to later steps."""
     if path.exists():
         kept = [line for line in read_jsonl(path) if line["step"] <= step]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def append_timing(run: RunFolder, values: dict[str, Any]) -> None:
-    """One line of timing.jsonl."""
+    """Appends one line to timing.jsonl."""
     with run.timing.open("a") as file:
         file.write(json.dumps({"time": now(), **values}) + "\n")
 
 
 class Status:
-    """status.json, the heartbeat."""
+    """Writes status.json, the heartbeat of a run."""
 
     def __init__(self, run: RunFolder, owner: Ownership, total: int, on_slurm: bool) -> None:
         self._run, self._owner = run, owner
@@ -120,7 +120,7 @@ class Status:
         }
 
     def beat(self, **values: Any) -> None:
-        """Takes the values in; writes them if the last time is 2 s ago."""
+        """Remembers the values, and writes status.json if the last time is `HEARTBEAT_S` ago."""
         self.values.update(values)
         if time.monotonic() - self._beat >= HEARTBEAT_S:
             self.write()

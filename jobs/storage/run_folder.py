@@ -57,7 +57,7 @@ class RunFolder:
 
     @property
     def label(self) -> str:
-        """EXPERIMENT/NAME."""
+        """The run's name for people: EXPERIMENT/NAME."""
         return f"{self.path.parent.name}/{self.path.name}"
 
     def exists(self) -> bool:
@@ -96,7 +96,7 @@ class RunFolder:
         write_atomically(self.path / "experiment.json", record.write(experiment, config))
 
     def read_status(self) -> dict[str, Any]:
-        """status.json, {} before the run has written any."""
+        """Reads status.json; {} before the run has written any."""
         return _read_json(self.status)
 
     def state(self) -> State:
@@ -104,12 +104,12 @@ class RunFolder:
         return State(self.read_status().get("state", State.CREATED))
 
     def write_failure(self, rank: int, trace: str) -> bool:
-        """Records why a process failed, if it is the first one of the job; returns whether it is."""
+        """Records why a process failed, if it is the first of the job that did; returns whether it is."""
         path = self.path / ".failure.json"
         mine = path.with_name(f"{path.name}.{rank}")
         write_json(mine, {"state": State.FAILED, "failed_rank": rank, "traceback": trace})
         try:
-            os.link(mine, path)
+            os.link(mine, path)  # only one of several processes can make it, and its file is complete already
         except FileExistsError:
             return False
         finally:
@@ -118,7 +118,7 @@ class RunFolder:
         return True
 
     def read_failure(self) -> dict[str, Any]:
-        """What the first failing process wrote; {} if none has failed."""
+        """Reads what the first failing process wrote; {} if none has failed."""
         return _read_json(self.path / ".failure.json")
 
     def clear_failure(self) -> None:
@@ -126,7 +126,7 @@ class RunFolder:
         (self.path / ".failure.json").unlink(missing_ok=True)
 
     def read_launch(self) -> dict[str, Any]:
-        """launch.json, {} if a copied folder has lost it."""
+        """Reads launch.json; {} if it was lost when the folder was copied."""
         return _read_json(self.path / "launch.json")
 
     def read_samples(self, name: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def check_name(name: str, pattern: re.Pattern[str] = NAME) -> str:
 
 
 def new_name(experiment_folder: Path) -> str:
-    """Date and time, with a number behind it if a run of this second exists already."""
+    """Makes a name of date and time, with a number behind it if a run of this second exists already."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     names = [stamp, *(f"{stamp}-{i}" for i in range(2, 1000))]
     return next(name for name in names if not (experiment_folder / name).exists())

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Prints, and keeps what it printed in a file."""
+    """Prints, and keeps what it has printed in a file."""
 
     def __init__(self, log: Path | None) -> None:
         self._log = log
@@ -19,7 +19,7 @@ class Console:
         self.log(text)
 
     def log(self, text: str) -> None:
-        """Into the file only; a disk that is full costs the line."""
+        """Writes to the file only; if the disk is full, the line is lost."""
         if self._log is not None:
             with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
                 file.write(text + "\n")

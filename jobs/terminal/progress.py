@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a line now and then in a file."""
+"""Shows how far a job is: a bar on a terminal, a line now and then in a file."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ LOG_LINE_S = 30.0
 
 
 class Progress:
-    """A bar on a terminal, a line every 30 s in a file, for work that is counted in steps."""
+    """Shows work that is counted in steps: a bar on a terminal, a line every 30 s in a file."""
 
     def __init__(self, console: Console, label: str, total: int, done: int, unit: str, per_step: int) -> None:
         self._console = console
@@ -29,11 +29,11 @@ class Progress:
         self.restart_clock(done)
 
     def restart_clock(self, step: int) -> None:
-        """Rates are counted from here."""
+        """Counts rates from here on."""
         self._window = [(time.monotonic(), step)]
 
     def update(self, step: int, detail: str) -> None:
-        """After `step` steps; `detail` is shown beside the rate."""
+        """Is called after `step` steps; `detail` is shown beside the rate."""
         self._window = [*self._window[-30:], (time.monotonic(), step)]
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
         shown = f"{detail} {rate} {self._unit}/s".strip()
@@ -48,12 +48,12 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second over the last updates."""
+        """The units per second over the last updates."""
         (t0, first), (t1, last) = self._window[0], self._window[-1]
         return (last - first) * self._per_step / (t1 - t0) if t1 > t0 else 0.0
 
     def eta_s(self, step: int) -> float | None:
-        """Seconds to the end, None before a rate is known."""
+        """Returns the seconds to the end, None before a rate is known."""
         return (self._total - step) * self._per_step / self.rate if self.rate else None
 
     def close(self) -> None:

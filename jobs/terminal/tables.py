@@ -14,7 +14,7 @@ def render(
     names: Collection[str],
     texts: Collection[str],
 ) -> str:
-    """The table in lines of at most `width` characters.
+    """Returns the table in lines of at most `width` characters.
 
     Columns of names and texts are aligned to the left, and cut where there is too little room: names in the middle,
     texts at their end. All others are numbers.
@@ -40,7 +40,7 @@ def render(
 
 
 def _cut(text: str, width: int, keep_end: bool) -> str:
-    """The text, with dots in it where it is too long."""
+    """Returns the text, with dots in place of what is too long."""
     if len(text) <= width:
         return text
     tail = (width - 2) // 2 if keep_end else 0
@@ -48,7 +48,7 @@ def _cut(text: str, width: int, keep_end: bool) -> str:
 
 
 def short(seconds: float | None) -> str:
-    """A duration in its largest fitting unit, as in `3.4 h`; nothing for None."""
+    """Writes a duration in its largest fitting unit, as in `3.4 h`; nothing for None."""
     if seconds is None:
         return ""
     for unit, size in (("d", 86400), ("h", 3600)):

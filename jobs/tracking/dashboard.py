@@ -1,4 +1,4 @@
-"""wandb as seen from the process that follows a run: online where that works, else offline."""
+"""wandb, for the process that follows a run: online where that works, otherwise offline."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ Mode = Literal["online", "offline", "disabled"]
 ANSWER_S = 3.0
 """How long a server may take to answer before a run is tracked offline."""
 FLUSH_S = 1.0
-"""Seconds until a value is on the disk; a kill loses later ones."""
+"""After so many seconds a value is on the disk; a kill loses the values of the last seconds."""
 FINISH_S = 12.0
-"""How long the end of a run may take to be sent."""
+"""Sending the end of a run may take so many seconds."""
 
 MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-"""Values of $WANDB_MODE."""
+"""What each value of $WANDB_MODE means."""
 
 
 class Dashboard(ABC):
@@ -101,7 +101,7 @@ class Wandb(Dashboard):
         folder = Path(self._run.dir).parent
         try:
             self._run.finish(exit_code)
-            # Only its own end makes wandb's process write the rest into the run's file; killed before, it loses that.
+            # wandb's process writes the last records only when it exits by itself.
             self._wandb.teardown(exit_code)
         except TimeoutError:
             self._say(f"wandb's server does not take everything; later: wandb sync {folder}")
@@ -154,7 +154,7 @@ def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
 
 
 def why_not_online(base_url: str) -> str | None:
-    """Asks the server who we are; returns what is wrong, after `ANSWER_S` at the latest, or None."""
+    """Asks the server who we are; returns what is wrong or None, within `ANSWER_S`."""
     import requests
 
     netrc = requests.utils.get_netrc_auth(base_url)
@@ -168,7 +168,7 @@ def why_not_online(base_url: str) -> str | None:
         with contextlib.suppress(requests.RequestException):
             answers.append(requests.post(f"{base_url}/graphql", json=query, auth=("api", key), timeout=ANSWER_S))
 
-    # In a thread, because the time limit of requests is one for each packet.
+    # In a thread, because the timeout of requests counts from packet to packet: a slow server could take for ever.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(ANSWER_S)
@@ -189,5 +189,5 @@ def _hyphens(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, for a sentence."""
+    """Returns the first line of what went wrong, to be put into a sentence."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -10,7 +10,7 @@ from jobs.tracking.process import follow, open_part
 
 
 class EvaluationFollower:
-    """Metrics and figures of an evaluation that is complete."""
+    """Shows metrics and figures of a complete evaluation."""
 
     def __init__(self, run: RunFolder, name: str) -> None:
         self._folder = run.samples / name
@@ -18,7 +18,7 @@ class EvaluationFollower:
         self._dashboard = open_part(run, f"{name}/evaluate", "evaluate", self._results["protocol"])
 
     def look(self) -> None:
-        """All there is to see comes at the end."""
+        """Does nothing: everything is shown at the end."""
 
     def end(self) -> None:
         """Passes on everything; the step is that of the weights, so that evaluations of a run make a curve."""

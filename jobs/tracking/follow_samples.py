@@ -1,6 +1,6 @@
 """Follows a set of samples from outside: `python -m jobs.tracking.follow_samples RUN NAME`.
 
-Progress and rate are read off the shards' times, so that whoever follows, and however often, sends the same values.
+Progress and rate are computed from the times of the shards' files, so every follower sends the same values.
 """
 
 import sys
@@ -11,11 +11,11 @@ from jobs.storage.run_folder import RunFolder
 from jobs.tracking.process import follow, open_part
 
 WINDOW = 10
-"""Shards over which a rate is taken."""
+"""A rate is the mean over so many shards."""
 
 
 class SampleFollower:
-    """What is done with the files, a look at a time."""
+    """Shows how far a set of samples is, and the pictures of a complete one."""
 
     def __init__(self, run: RunFolder, name: str) -> None:
         self._run, self._folder, self._sent = run, run.samples / name, 0
@@ -56,7 +56,7 @@ class SampleFollower:
 
 
 def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
-    """What determines the samples, as `sample` takes it."""
+    """Returns the settings that determine the samples, named as the flags of `sample`."""
     about = {key: value for key, value in manifest.items() if key not in ("complete", "sha256", "sampler", "step")}
     return {**about, **manifest["sampler"], "checkpoint": manifest["step"]}
 

@@ -1,7 +1,7 @@
 """Follows a training from outside: `python -m jobs.tracking.follow_training RUN TOKEN`.
 
-It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. How far wandb has got is kept
-in RUN/.tracking.json: a follower that was killed leaves lines in memory, which the next one sends again.
+It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. RUN/.tracking.json says which
+lines wandb has on its disk for certain. A killed follower loses the later ones, and the next one sends them again.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from jobs.tracking.process import follow, say
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""
 SAFE_S = FLUSH_S + 2
-"""What wandb was given so long ago is on the disk."""
+"""After so many seconds, what wandb was given is certainly on the disk."""
 
 
 class Curves:
-    """Lines of metrics.jsonl as they are named on the dashboard."""
+    """Turns lines of metrics.jsonl into what the dashboard shows."""
 
     def __init__(self, timesteps: int, loss_floor: float | None) -> None:
         self._timesteps, self._floor = timesteps, loss_floor
@@ -42,7 +42,7 @@ class Curves:
         self._clipped: deque[int] = deque(maxlen=20)
 
     def row(self, line: dict[str, Any]) -> dict[str, Any]:
-        """To be called with every line in turn: sums and shares run over all of them."""
+        """Returns what the dashboard shows of a line; call it with every line in turn, because it keeps sums."""
         loss, floor = line["loss"], self._floor
         self._skipped += line["skipped"]
         self._clipped.append(line["clipped"])
@@ -63,7 +63,7 @@ class Curves:
 
 
 def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
-    """A line of timing.jsonl as it is named on the dashboard."""
+    """Returns what the dashboard shows of a line of timing.jsonl."""
     if line["event"] == "progress":
         seconds = ("step", "data", "compute", "communication", "checkpoint")
         return {
@@ -85,7 +85,7 @@ class Place:
 
 
 class Sketches:
-    """Pictures of samples from checkpoints, drawn by a process of its own, one at a time, at most 5% of the time."""
+    """Draws pictures of samples from checkpoints in a process of its own, which works at most 5% of the time."""
 
     def __init__(self, run: RunFolder, every: int) -> None:
         self._run, self._every = run, every
@@ -94,10 +94,11 @@ class Sketches:
         self._started = self._next = 0.0
 
     def finished(self) -> tuple[int, dict[str, Path]] | None:
-        """The step and the pictures of a process that has ended since the last time."""
+        """Returns the step and the pictures of a process that has ended since the last call, None if none has."""
         if self._process is None or self._process.poll() is None:
             return None
         self._process = None
+        # After t seconds of drawing it rests for 20 t: at most 5% of the time goes to pictures.
         self._next = time.monotonic() + 20 * (time.monotonic() - self._started)
         return self._step, {f"samples/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
 
@@ -168,7 +169,7 @@ class Follower:
         self.draw(DRAW_S)
 
     def draw(self, least_s: float) -> None:
-        """Draws the curves if the last time is so long ago."""
+        """Draws the curves if they were last drawn at least `least_s` ago."""
         if time.monotonic() - self._drawn < least_s or not self._history:
             return
         with contextlib.suppress(Exception):  # a picture that cannot be drawn must not end the tracking
@@ -182,7 +183,7 @@ class Follower:
         self._drawn = time.monotonic()
 
     def end(self) -> None:
-        """The training is gone: sends the rest, and its results if it has reached its last step."""
+        """Sends the rest after the training has ended, and its results if it has reached its last step."""
         self.look()
         self._sketches.close()
         state = self._timing[-1]["event"]

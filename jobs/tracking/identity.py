@@ -28,13 +28,13 @@ class Identity:
 
 
 def ensure_id(run: RunFolder) -> None:
-    """Gives the run an id in wandb where launch.json has got lost, or is older than tracking."""
+    """Gives the run an id in wandb if launch.json has none: it was lost, or is older than tracking."""
     if "wandb_id" not in run.read_launch():
         run.update_launch(wandb_id=secrets.token_hex(4))
 
 
 def of_training(run: RunFolder, start: Mapping[str, Any]) -> Identity:
-    """The run itself; `start` is the line of timing.jsonl that its present start has written."""
+    """Returns the identity of a training; `start` is the line of timing.jsonl that its present start has written."""
     experiment, settings = run.read_experiment()
     launch = run.read_launch()
     facts = {name: start[name] for name in ("device", "gpu", "precision", "processes", "threads") if name in start}
@@ -52,7 +52,7 @@ def of_training(run: RunFolder, start: Mapping[str, Any]) -> Identity:
 
 
 def of_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any]) -> Identity:
-    """A part of a run, such as a set of samples: beside the run's own in wandb, and in the same group."""
+    """Returns the identity of a part of a run, such as a set of samples; wandb shows it in the run's group."""
     experiment, settings = run.read_experiment()
     return Identity(
         folder=run.path,
@@ -67,5 +67,5 @@ def of_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any])
 
 
 def _group(run: RunFolder) -> str:
-    """What a training, its samples and its evaluations have in common: the sweep, or the training itself."""
+    """Returns the group of a training, its samples and its evaluations: the sweep, or the training itself."""
     return run.read_launch().get("sweep") or run.label

@@ -1,4 +1,4 @@
-"""What the processes share that follow a job from outside: they end when their stdin does, and a bit later at most."""
+"""Shared by the processes that follow a job: they run until their stdin closes, and at most `END_S` longer."""
 
 import contextlib
 import os
@@ -16,35 +16,35 @@ from jobs.tracking.identity import of_part
 
 LOOK_S = 1.0
 END_S = 25.0
-"""How long such a process may outlive the job."""
+"""A follower may outlive its job by so many seconds."""
 ATTEMPTS = 3
-"""How often to start again when wandb breaks, as when a signal to all processes has ended its own one."""
+"""A follower starts so often in all if wandb breaks, for example when a signal has ended wandb's own process."""
 
 
 class Followed(Protocol):
-    """Something that is followed, a look at a time; both may raise whatever wandb raises."""
+    """What follows a job: it looks at the files again and again. Both methods may raise whatever wandb raises."""
 
     def look(self) -> None:
         """Passes on what is new."""
 
     def end(self) -> None:
-        """The job is gone: passes on the rest."""
+        """Passes on the rest, after the job has ended."""
 
 
 def say(text: str) -> None:
-    """To the job's terminal and log."""
+    """Prints to the job's terminal and log."""
     with contextlib.suppress(OSError):  # the job may be gone
         print(text, flush=True)
 
 
 def open_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any]) -> Dashboard:
-    """The dashboard of a part of a run, such as a set of samples."""
+    """Opens the dashboard of a part of a run, such as a set of samples."""
     _, settings = run.read_experiment()
     return open_dashboard(of_part(run, part, job_type, config), settings.tracking.mode, say)
 
 
 def follow(start: Callable[[int], Followed]) -> None:
-    """Looks every second until the job is gone; ends within `END_S` of that. `start` gets the number of the attempt."""
+    """Looks every second until the job has ended, then ends within `END_S`; `start` gets the number of the attempt."""
     attempt = int(os.environ.pop("FOLLOWER_ATTEMPT", "1"))
     if attempt == 1:
         os.nice(10)
@@ -67,7 +67,7 @@ def follow(start: Callable[[int], Followed]) -> None:
 
 
 def _watch_stdin(ended: threading.Event) -> None:
-    """The job keeps our stdin open and writes nothing: its end is the job's end."""
+    """Waits for the end of stdin, which is the job's end: the job keeps it open and writes nothing."""
     while os.read(0, 1):
         pass
     ended.set()
@@ -77,7 +77,7 @@ def _watch_stdin(ended: threading.Event) -> None:
 
 
 def _leave() -> None:
-    """Ends at once, with all that wandb has started: its own end would wait for a server for ever."""
+    """Ends this process and wandb's at once; wandb's own way to end would wait for a server for ever."""
     _kill_children()
     os._exit(0)
 

@@ -1,4 +1,4 @@
-"""Pictures of what a checkpoint has learnt, drawn beside the training, on a CPU.
+"""Draws samples of a checkpoint while the training goes on, on a CPU.
 
 `python -m jobs.tracking.sample_pictures RUN STEP FOLDER`
 """

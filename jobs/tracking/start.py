@@ -1,4 +1,4 @@
-"""Starts processes that follow a job: wandb works there, so that it can neither slow nor stop a step of a training."""
+"""Starts the processes that follow a job. wandb works in them, so it can neither slow nor stop a training."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from jobs.tracking.identity import ensure_id
 Say = Callable[[str], None]
 
 PATIENCE_S = 30.0
-"""How long a job that is done waits; the follower ends by itself in less."""
+"""Seconds that a finished job waits for its follower, which gives up earlier by itself."""
 
 
 class Follower:
@@ -42,18 +42,18 @@ class Follower:
                 text=True,
             )
         except OSError as error:
-            say(f"The job is not tracked, no process could be started for it: {error}")
+            say(f"The job is not tracked, because no process could be started for it: {error}")
             return
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         threading.Thread(target=_relay, args=(self._process, say), daemon=True).start()
 
     def close(self, wait: bool) -> None:
-        """Tells it that the job has ended; waits until it has written everything if asked to."""
+        """Tells the process that the job has ended; if `wait`, waits until it has written everything."""
         if self._process is None:
             return
         assert self._process.stdin is not None
-        self._process.stdin.close()  # also what it sees when this process is killed
+        self._process.stdin.close()  # it sees the same when this process is killed
         if wait:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(PATIENCE_S)
@@ -67,7 +67,7 @@ def follow_training(run: RunFolder, owner: Ownership, say: Say) -> Follower:
 
 @contextmanager
 def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: bool, say: Say) -> Iterator[None]:
-    """Follows the set of samples `name` while it is drawn or, if not `live`, after it has been completed here."""
+    """Follows the set of samples `name`: while it is drawn if `live`, otherwise once this process has completed it."""
     arguments = [str(run.path), name]
     ensure_id(run)
     follower = Follower("jobs.tracking.follow_samples", arguments, say) if live else None
@@ -81,7 +81,7 @@ def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: 
 
 
 def follow_evaluation(run: RunFolder, name: str, say: Say) -> None:
-    """Passes on the evaluation of the set of samples `name`, which is complete."""
+    """Passes the complete evaluation of the set of samples `name` on to wandb."""
     ensure_id(run)
     Follower("jobs.tracking.follow_evaluation", [str(run.path), name], say).close(wait=True)
 

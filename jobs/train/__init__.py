@@ -1,1 +1,1 @@
-"""One training: its job, its loop, its state, its record."""
+"""This room holds one training: its job, its loop, its state, its record."""

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, which is what samples are drawn from."""
+"""The exponential moving average of the weights; samples are drawn with it."""
 
 import copy
 
@@ -9,12 +9,12 @@ from jobs.train.flat_weights import Flat
 
 
 def decay_at(step: int, decay: float) -> float:
-    """The decay of a step (from 1): small at first, so that the initial weights are soon forgotten."""
+    """Returns the decay of a step (from 1). It is small at first, so that the initial weights are soon forgotten."""
     return min(decay, (1 + step) / (10 + step))
 
 
 class Ema:
-    """A copy of a network that follows its `Flat` weights; buffers are copied."""
+    """A copy of a network whose weights are averages of its `Flat` weights; buffers are copied as they are."""
 
     def __init__(self, network: nn.Module, weights: Tensor) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
@@ -23,7 +23,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, share: Tensor) -> None:
-        """Moves towards the weights, by this share of the way: a tensor [] like them, 1 minus the decay of a step."""
+        """Moves the averages towards the weights; `share`, a tensor [], is 1 minus the decay of the step."""
         self._averages.lerp_(self._weights, share)
         for average, buffer in self._buffers:
             average.copy_(buffer)

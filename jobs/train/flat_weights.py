@@ -1,4 +1,4 @@
-"""All parameters of a network in one tensor, so that what treats them alike is one operation, not hundreds."""
+"""All parameters of a network in one tensor, so that norm, AdamW and average are one operation each, not hundreds."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,17 +7,18 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 16
-"""Elements, 64 bytes of fp32: where vector instructions and compiled kernels want a parameter to begin.
+"""Each parameter begins at a multiple of so many elements (64 bytes of fp32), which fast kernels want.
 
-The number of all is a multiple of it, too.
+The length of the whole tensor is a multiple of it, too.
 """
 
 
 class Flat:
-    """The network's parameters live in `weights` [n] from now on, each with the shape and strides that it had.
+    """Moves a network's parameters into one tensor, `weights` [n]; each keeps its shape and strides as a view of it.
 
-    Between them lie zeros, which neither gradients nor weight decay change. All parameters are treated alike, also one
-    that no pass reaches: its gradient is zero. Raises ValueError if they differ in dtype, device or requires_grad.
+    The gaps between parameters are zeros, and stay zero: their gradient is zero, and weight decay only scales them. A
+    parameter that no backward pass reaches has gradient zero, and is updated like the others. Raises ValueError if the
+    parameters differ in dtype, device or requires_grad.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -28,27 +29,27 @@ class Flat:
         self._starts, n = [], 0
         for parameter in self._parameters:
             self._starts.append(n)
-            n += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            n += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT  # rounded up
         self.weights = nn.Parameter(self._parameters[0].new_zeros(n), requires_grad=False)
         for parameter, weights in zip(self._parameters, self.split(self.weights), strict=True):
             parameter.data = weights.copy_(parameter.detach())
 
     def place_gradients(self) -> Tensor:
-        """From now on `weights.grad`, which this returns, is where backward passes add the parameters' gradients."""
+        """Lets backward passes add all gradients into one tensor, `weights.grad`, and returns it."""
         self.weights.grad = torch.zeros_like(self.weights)
         for parameter, gradient in zip(self._parameters, self.split(self.weights.grad), strict=True):
             parameter.grad = gradient
         return self.weights.grad
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Each parameter's part of a tensor like `weights`, in the same memory."""
+        """Returns each parameter's part of a tensor like `weights`; the parts share its memory."""
         return [
             flat.as_strided(parameter.shape, parameter.stride(), start)
             for parameter, start in zip(self._parameters, self._starts, strict=True)
         ]
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
-        """The tensor like `weights` that `split` makes such parts of; raises ValueError where shapes differ."""
+        """Undoes `split`: copies parts into a tensor like `weights`; raises ValueError if a shape differs."""
         flat = torch.zeros_like(self.weights)
         for place, part in zip(self.split(flat), parts, strict=True):
             if place.shape != part.shape:
@@ -58,10 +59,10 @@ class Flat:
 
 
 class FlatAdamW(torch.optim.AdamW):
-    """AdamW of flat weights; its state_dict is that of an AdamW of the single parameters.
+    """AdamW of flat weights; its state_dict is that of an AdamW of the single parameters, so checkpoints do not differ.
 
-    `grad_scale` and `found_inf` are tensors of torch's fused optimizers: gradients are divided by the one, and where
-    the other is 1 nothing moves, neither weights, moments nor the number of steps.
+    torch's fused optimizers read two tensors: gradients are divided by `grad_scale`, and if `found_inf` is 1 nothing
+    moves, neither weights, moments nor the number of steps.
     """
 
     grad_scale: Tensor
@@ -82,7 +83,7 @@ class FlatAdamW(torch.optim.AdamW):
             group["lr"] = lr
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """In place at any rate: the parameters' gradients must stay where this optimizer finds them."""
+        """Sets gradients to zero in place, whatever is asked: they must stay views of the flat gradient."""
         super().zero_grad(set_to_none=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,6 +107,6 @@ class FlatAdamW(torch.optim.AdamW):
             for name, value in (states[0].items() if states else ())
         }
         own = self.param_groups[0]
-        # What a CPU has saved continues on a GPU, and the other way round.
+        # These two depend on the device, so that a GPU continues what a CPU has saved, and the other way round.
         group = {**state_dict["param_groups"][0], "lr": own["lr"], "capturable": own["capturable"], "params": [0]}
         super().load_state_dict({"state": {0: whole} if whole else {}, "param_groups": [group]})

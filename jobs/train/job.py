@@ -54,7 +54,7 @@ class TrainJob:
             first = RunFolder(self.run).write_failure(rank, trace)
         except OSError as error:  # the disk may be full; then the terminal must do
             first, trace = True, f"{trace}\n(not recorded: {error})"
-        # The processes that fail after the first one fail because it is gone: only its words help.
+        # Later failures follow from the first one, so only the first traceback is printed.
         if first:
             print(trace, file=sys.stderr, flush=True)
 
@@ -65,7 +65,7 @@ class TrainJob:
 def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
     """Submits with `submit`, which returns the id of one job or of an array with one element for each run.
 
-    All runs say that they are queued before a job can run and say otherwise. Returns the id.
+    Each run's status is set to queued before, because a job that starts at once writes its own. Returns the id.
     """
     runs = [RunFolder(folder) for folder in folders]
     before = [run.read_status() for run in runs]

@@ -34,6 +34,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     if unfit := lacking(precision, device):
         raise JobError(unfit)
     world = start(processes, device, precision)
+    # Each process has asked its own hardware, and the nodes of a job may differ.
     if (first := world.of_first(precision)) != precision:
         raise JobError(
             f"{whereabouts()} computes in {precision}, the first process in {first}: name a --train.precision"
@@ -88,7 +89,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch) -> S
     """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
     settings, vote = training.settings, StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
-    # What was asked for before the first step counts before the first step.
+    # A signal may have come before the first step. The vote in the loop answers one step late, so it is asked here.
     reason = Stop(training.world.reduce_max(signals.requested)())
     while reason is Stop.NO and training.step < settings.steps:
         update = training.update()
@@ -100,12 +101,12 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch) -> S
                 "a smaller --train.lr may help"
             )
         reason = vote.post_and_read(signals.requested)
-    vote.read()
+    vote.read()  # waits for the last vote, which may still be on its way to the other processes
     return reason
 
 
 def logged(training: Training, update: Update) -> dict[str, Any] | None:
-    """What metrics.jsonl says of this step; None if it is not logged."""
+    """Returns the line of metrics.jsonl for this step, None for a step that is not logged."""
     settings, step = training.settings, training.step
     if not (step % settings.log_every == 0 or step == settings.steps or update.skipped):
         return None
@@ -126,13 +127,14 @@ def logged(training: Training, update: Update) -> dict[str, Any] | None:
 
 
 def take_over(training: Training, run: RunFolder, console: Console) -> tuple[int, Ownership]:
-    """Takes the run over and returns the step of its newest good checkpoint, 0 if there is none, and who owns it now.
+    """Takes the run over; returns the step of its newest good checkpoint, 0 if there is none, and the new ownership.
 
-    The first process does it; all return the same, and not before it is done. It tells the others its token: on a
-    shared file system they may see the one before for a while, and then take themselves for superseded.
+    Only the first process does it; the others wait for the same answer. They get the token from it, not from the file:
+    on a shared file system they may read the old token for a while, and would believe that they have been superseded.
     """
     step, token = 0, ""
     if training.world.rank == 0:
+        # The token comes first: from now on an older job cannot write, so what is cleaned and read below stays so.
         token = Ownership.take(run.path).token
         run.clear_failure()
         checkpoints.clean(run.checkpoints)
@@ -160,7 +162,7 @@ def conclude(run: RunFolder, training: Training, recorder: Recorder, reason: Sto
 
 
 def advise(training: Training, advice: str | None, console: Console) -> None:
-    """On a CPU, says how long a model that is sized for GPUs will take, measured on a few examples."""
+    """Says how long a model that is sized for GPUs will take on this CPU, measured on a few examples."""
     if advice is None or training.world.device.type != "cpu":
         return
     x0, t, eps = (part[:16] for part in training.examples(1))

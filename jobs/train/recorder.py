@@ -29,15 +29,15 @@ class Recorder(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """The training begins or continues."""
+        """Is called when the training begins or continues."""
 
     @abstractmethod
     def begin(self, compile_s: float | None) -> None:
-        """Steps begin now; the network has been compiled in so many seconds, if it has."""
+        """Is called before the first step; `compile_s` is how long compiling took, None if nothing was compiled."""
 
     @abstractmethod
     def after_step(self, metrics: dict[str, Any] | None) -> None:
-        """An update is done; `metrics` is given where it is logged."""
+        """Is called after each update; `metrics` is its line of metrics.jsonl, None if the step is not logged."""
 
     @abstractmethod
     def save(self) -> None:
@@ -56,11 +56,11 @@ class Recorder(ABC):
 
     @abstractmethod
     def draw(self) -> None:
-        """The last step is done and saved: figures and final numbers, whose failure is not the run's."""
+        """Draws figures and final numbers after the last step is saved. If that fails, the run has not failed."""
 
     @abstractmethod
     def close(self) -> None:
-        """Releases files, whatever has happened."""
+        """Releases files, also after an error."""
 
 
 class NoRecorder(Recorder):
@@ -205,7 +205,7 @@ class RunRecorder(Recorder):
             self._follower.close(wait=self._ended)
 
     def _write_timing(self) -> None:
-        """Rates and times of a step since the last time."""
+        """Writes a line of timing.jsonl: rates, and times of a step, since the line before."""
         last, self._clock = self._clock, self._read_clock()
         steps = self._clock.step - last.step
         if steps == 0:
@@ -236,6 +236,7 @@ class RunRecorder(Recorder):
         started = time.perf_counter()
         snapshot = self._training.snapshot()
         self._snapshot_s += time.perf_counter() - started
+        # Lines first: a resume can make the lines after a checkpoint again, but not those before it.
         self._metrics.sync()
         self._writer.write(snapshot)
         self._saved_at, self._due = time.monotonic(), False
@@ -243,7 +244,7 @@ class RunRecorder(Recorder):
 
 @dataclass(frozen=True)
 class _Clock:
-    """A moment of a training, and how long has been spent on what until then."""
+    """A moment of a training, with the seconds spent on data and on checkpoints so far."""
 
     time: float
     step: int
@@ -252,7 +253,7 @@ class _Clock:
 
 
 def _memory_mb(device: torch.device) -> int:
-    """The most memory that this process has used, on the GPU if it computes there."""
+    """Returns the most memory that this process has used; of the GPU, if it computes on one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # Linux counts in kB

@@ -1,4 +1,4 @@
-"""One training: model, moving average and optimizer, and the update that takes them from step k to step k + 1."""
+"""The state of a training (model, moving average, optimizer) and the update that takes it from step k to step k + 1."""
 
 import math
 import time
@@ -26,30 +26,30 @@ from jobs.train.ema import Ema, decay_at
 from jobs.train.flat_weights import ALIGNMENT, Flat, FlatAdamW
 
 LOSS_BANDS = 4
-"""Equal parts of the timesteps, for each of which the loss is logged."""
+"""The timesteps are cut into this many equal parts; the loss of each is logged."""
 
 
 class NotFinite(JobError):
-    """Weights that are NaN or infinite."""
+    """The weights or gradients are NaN or infinite."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one step did, as tensors: reading them would wait for the device."""
+    """What one step did. Most of it stays in tensors, because reading a tensor would wait for the device."""
 
     loss: Tensor
-    """Mean loss of this process's share of the batch."""
+    """The mean loss of this process's share of the batch."""
     losses: Tensor
-    """Loss of each of its examples, [n]."""
+    """The loss of each of its examples, [n]."""
     t: Tensor
     """Their timesteps, [n]."""
     grad_norm: float
-    """Norm of the whole batch's gradient before clipping, the same on every process."""
+    """The norm of the whole batch's gradient before clipping; it is the same on every process."""
     lr: float
 
     @property
     def skipped(self) -> bool:
-        """The gradient was not finite, so the weights stayed as they were."""
+        """Whether the weights stayed as they were, because the gradient was not finite."""
         return not math.isfinite(self.grad_norm)
 
 
@@ -82,7 +82,7 @@ class Training:
         flat = Flat(self.raw.network)
         self._gradient = flat.place_gradients()
         self.ema = Ema(self.raw.network, flat.weights)
-        # It is in its place; to Accelerate, which would copy it out of its flat weights, a CPU is another place.
+        # The model is on its device already. Placement by Accelerate would copy the parameters out of the flat tensor.
         self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Ahead(self._draw_noise)
@@ -95,7 +95,7 @@ class Training:
         self.data_s = 0.0  # how long steps have waited for their examples so far
 
     def update(self) -> Update:
-        """One optimizer update on the next global batch."""
+        """Makes one optimizer update on the next global batch."""
         self.step += 1
         examples, lr = self._examples_of(self.step), lr_at(self.step, self.settings)
         self.optimizer.set_lr(lr)
@@ -104,21 +104,24 @@ class Training:
         if self.step == self.settings.steps:
             self._recorded = None  # the memory that it keeps is for the figures now
         elif self.world.device.type == "cuda":
-            # It computes while its host draws what comes next.
+            # The GPU still computes this step while its host draws the examples of the next one.
             self._next = self.step + 1, self.examples(self.step + 1)
         return Update(loss, losses, examples[1], float(norm), lr)
 
     def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The step itself, of which the host decides nothing: the loss, that of each example, and the gradient's norm.
+        """Computes the step itself; returns the loss, the loss of each example, and the gradient's norm.
 
-        No weight moves if the norm is not below `_norm_below`, because it is not finite or because that is 0.
+        The host decides nothing in here, so that a GPU can replay it. So whether weights move is a tensor, too: they
+        move if the norm is below `_norm_below`, which is infinity for a step and 0 for one that must change nothing.
+        A norm that is NaN or infinite is never below it.
         """
         parts = self._parts(x0, t, eps)
-        # Gradients are summed over processes once, with the last part.
+        # DDP sums gradients over processes in a backward pass. Once is enough: in that of the last part.
         losses = torch.cat([self._pass(part, len(x0), sum_up=part is parts[-1]) for part in parts])
-        # By rows, which are summed in parallel: one fp32 sum of ten million squares is off in its fourth digit.
+        # The norm of 16 rows' norms, because one fp32 sum of ten million squares is wrong in its fourth digit.
         norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._gradient.view(ALIGNMENT, -1), dim=1))
         moves = (norm < self._norm_below).to(norm.dtype)
+        # The fused AdamW divides gradients by grad_scale, which clips them, and does nothing where found_inf is 1.
         self.optimizer.grad_scale = (norm / self.settings.max_grad_norm).clamp_(min=1)
         self.optimizer.found_inf = 1 - moves
         self.optimizer.step()
@@ -127,20 +130,20 @@ class Training:
         return losses.sum() / len(x0), losses, norm
 
     def _pass(self, part: tuple[Tensor, ...], n: int, *, sum_up: bool) -> Tensor:
-        """The losses of some of n examples, whose gradient is added, forward and backward."""
+        """Returns the losses of a part of the n examples, and adds the gradient of that part."""
         with nullcontext() if sum_up else self.world.accelerator.no_sync(self.model):
             losses: Tensor = self.model(*part)
             self.world.accelerator.backward(losses.sum() / n)
         return losses.detach()
 
     def _parts(self, *examples: Tensor) -> list[tuple[Tensor, ...]]:
-        """Examples as they go through the network together; the last may be fewer."""
+        """Cuts examples into the parts that go through the network together; the last part may be smaller."""
         micro = self.settings.micro_batch_size or len(examples[0])
         return list(zip(*(tensor.split(micro) for tensor in examples), strict=True))
 
     @contextmanager
     def _without_moving(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Within it steps change nothing, nor does one that fails halfway; gives the examples of the next one."""
+        """While entered, a step changes nothing, even if it fails halfway; yields the examples of the next step."""
         self._norm_below.zero_()
         self._next = self.step + 1, self.examples(self.step + 1)
         try:
@@ -150,9 +153,9 @@ class Training:
             self._norm_below.fill_(math.inf)
 
     def compile(self) -> float:
-        """Compiles the network by a step that changes nothing; returns the seconds it took.
+        """Compiles the network by running a step that changes nothing; returns the seconds that it took.
 
-        Raises JobError if that fails, for want of a C++ compiler above all.
+        Raises JobError if that fails; usually there is no C++ compiler.
         """
         from torch._dynamo.exc import TorchDynamoException  # here, because they take seconds to import
         from torch._inductor import config as inductor
@@ -180,14 +183,14 @@ class Training:
 
     @property
     def communication_s(self) -> float:
-        """How long a step waits for the other processes' gradients after its own, as DDP measures it now and then."""
+        """Seconds that a step waits for the other processes' gradients after its own; DDP measures it now and then."""
         if not isinstance(self.model, DistributedDataParallel):
             return 0.0
         measured = self.model._get_ddp_logging_data()
         return (measured["avg_backward_comm_time"] - measured["avg_backward_compute_comm_overlap_time"]) / 1e9
 
     def _examples_of(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Those of a step; what is drawn only now is drawn while nothing computes, and that time counts."""
+        """Returns a step's examples; if they are not drawn yet, the device waits, and `data_s` counts that time."""
         drawn, self._next = self._next, None
         if drawn is not None and drawn[0] == step:
             return drawn[1]
@@ -197,7 +200,7 @@ class Training:
         return examples
 
     def examples(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This process's share of a step's global batch: x0 and eps [n, *sample_shape], t [n]."""
+        """Draws this process's share of a step's global batch: x0 [n, *sample_shape], t [n], eps like x0."""
         seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
         start, stop = self.world.share(batch_size)
         x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
@@ -206,7 +209,7 @@ class Training:
         return x0, t, eps
 
     def _draw_noise(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Timesteps [n] and noise [n, *sample_shape] of this process's share."""
+        """Draws timesteps [n] and noise [n, *sample_shape] of this process's share."""
         seed, batch_size = self.settings.seed, self.settings.batch_size
         start, stop = self.world.share(batch_size)
         u = stratified(seed, Stream.TIMESTEP, step, start, stop, batch_size)
@@ -214,13 +217,13 @@ class Training:
         return timesteps(u, len(self.raw.alphas_cumprod)), eps
 
     def ema_model(self) -> DiffusionModel:
-        """A model whose network has the averaged weights."""
+        """Builds a model whose network has the averaged weights."""
         model = self.experiment.build_model().to(self.world.device)
         model.network = self.ema.network
         return model
 
     def snapshot(self) -> Snapshot:
-        """A copy for a checkpoint; raises NotFinite rather than keep weights that are lost."""
+        """Copies the state for a checkpoint; raises NotFinite if weights are NaN or infinite."""
         weights, averages = self.raw.network.state_dict(), self.ema.network.state_dict()
         for name, value in (*weights.items(), *averages.items()):
             if not bool(torch.isfinite(value).all()):
@@ -245,7 +248,7 @@ def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _copy_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """The optimizer's state_dict in memory of its own."""
+    """Copies the optimizer's state_dict, so that later steps do not change it."""
     state = optimizer.state_dict()
     tensors = {
         i: {k: torch.empty_like(v, device="cpu").copy_(v) for k, v in s.items()} for i, s in state["state"].items()

@@ -1,4 +1,4 @@
-"""Ending a run for good, wherever it runs."""
+"""Ends a run for good, wherever it runs."""
 
 import os
 import signal
@@ -22,13 +22,13 @@ Active = Callable[[Iterable[str]], Mapping[str, str]]
 
 
 def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
-    """Ends all that the run has going on, waits until it has ended, and says how.
+    """Ends all jobs and processes of the run, waits until they have ended, and says how the run stands.
 
     Raises UserError if there is nothing to end, OutsideError if it does not end within a minute.
     """
     deadline = time.monotonic() + PATIENCE_S
     told: set[str | int] = set()
-    # Looked up again each time: a job may just have been queued again, under another id even.
+    # Looked up again each time, because a job may just have been queued again, even under another id.
     while (jobs := _living_jobs(run, active)) or ownership.holders(run.path) or ownership.is_locked(run.path):
         if time.monotonic() > deadline:
             raise OutsideError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
@@ -52,7 +52,7 @@ def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None],
 
 
 def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
-    """The run's jobs and arrays that wait or run, with the states of their tasks."""
+    """Returns the run's jobs and arrays that wait or run, with the states of their tasks."""
     job_ids = detail.all_jobs(run)
     states = active(job_ids)
     living: dict[str, set[str]] = {}
@@ -64,7 +64,7 @@ def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
 
 
 def _settle(run: RunFolder) -> None:
-    """Writes down that a run is cancelled that had no process to do so: it waited, or was killed before it could."""
+    """Writes that the run is cancelled, if it had no process that could: it waited, or was killed too early."""
     status = run.read_status()
     if status.get("state") in states.UNSETTLED:
         Ownership.take(run.path)  # on a node that has only lost its network somebody may still be writing

@@ -1,4 +1,4 @@
-"""All that is known of one run: what `status RUN` shows."""
+"""What `status RUN` shows: all that is known of one run."""
 
 import textwrap
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def all_jobs(run: RunFolder) -> list[str]:
 
 
 def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, Any]:
-    """The run as an object for scripts; `jobs` is what Slurm says of `all_jobs`, None if it does not answer."""
+    """Describes the run for scripts; `jobs` is what Slurm says of `all_jobs`, None if it does not answer."""
     status, launch = states.read_status(run), states.read_launch(run)
     return {
         **asdict(states.summarize(run, jobs)),
@@ -61,7 +61,7 @@ def render(detail: dict[str, Any], width: int) -> str:
 
 
 def _progress(detail: dict[str, Any]) -> str:
-    """Step, loss, rate, time left, restarts and an old heartbeat in one line."""
+    """Puts step, loss, rate, time left, restarts and an old heartbeat into one line."""
     age_s = detail["heartbeat_age_s"]
     silent = age_s is not None and age_s > states.SILENT_S
     total, loss, rate = detail["total"], detail["loss"], detail["rate_images_per_s"]
@@ -77,7 +77,7 @@ def _progress(detail: dict[str, Any]) -> str:
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
-    """Flags and values: the most important ones, and all that are not the preset's."""
+    """Returns flags and values: the most important ones, and all that differ from the preset."""
     try:
         experiment, config = run.read_experiment()
     except UserError:  # of another version of this program
@@ -99,7 +99,7 @@ def _samples(run: RunFolder, folder: Path) -> dict[str, Any]:
 
 
 def _job(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:
-    """State and nodes of a job."""
+    """Writes state and nodes of a job."""
     if jobs is None or job_id not in jobs:
         return "unknown" if jobs is None else "forgotten by Slurm"
     job = jobs[job_id]

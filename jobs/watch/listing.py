@@ -11,17 +11,17 @@ COLUMNS = ("RUN", "STATE", "STEP", "LOSS", "IMG/S", "LEFT", "RST", "NODES")
 
 
 def runs(runs_dir: Path) -> list[RunFolder]:
-    """All runs in the folder of all runs."""
+    """Returns all runs in the folder of all runs."""
     return [RunFolder(path.parent) for path in runs_dir.glob("[!.]*/[!.]*/experiment.json")]
 
 
 def by_last_update(overviews: Iterable[Overview]) -> list[Overview]:
-    """The newest last, where a terminal's prompt is."""
+    """Sorts runs so that the newest is last, next to the terminal's prompt."""
     return sorted(overviews, key=lambda overview: overview.updated)
 
 
 def render(overviews: Sequence[Overview], width: int) -> str:
-    """A table in lines of at most `width` characters."""
+    """Shows the runs as a table in lines of at most `width` characters."""
     rows = [
         (
             o.run,
@@ -39,7 +39,7 @@ def render(overviews: Sequence[Overview], width: int) -> str:
 
 
 def _count(number: int | None) -> str:
-    """A number of steps; whole thousands from 10,000 on as in 40k."""
+    """Writes a number of steps; from 10,000 on, whole thousands as in 40k."""
     if number is None:
         return "?"
     return f"{number // 1000}k" if number >= 10_000 and number % 1000 == 0 else str(number)

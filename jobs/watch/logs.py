@@ -1,4 +1,4 @@
-"""The text that a run prints, wherever it runs, and following it as it grows."""
+"""Reads and follows what a run prints, wherever it runs."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +11,11 @@ from jobs.watch import states
 
 POLL_S = 0.2
 LOOK_S, LOOK_AT_THE_END_S = 5.0, 1.0
-"""How often to ask whether the run is alive: Slurm's controller has more to do."""
+"""Seconds between questions to Slurm, to spare its controller: while the run goes on, and once it says it has ended."""
 
 
 def locate(run: RunFolder) -> Path:
-    """The file that the run's last job prints into; it may not be there yet."""
+    """Returns the file that the run's last job prints into; it may not exist yet."""
     launch = states.read_launch(run)
     job_ids = launch.get("job_ids", [])
     if not job_ids or ownership.is_locked(run.path):
@@ -29,7 +29,7 @@ def locate(run: RunFolder) -> Path:
 
 
 def title(run: RunFolder) -> str:
-    """Which file it is, or that it is not there yet."""
+    """Says which file it is, or that it does not exist yet."""
     path = locate(run)
     name = RunFolder(path)  # as a user would type it
     if path.exists():
@@ -39,19 +39,19 @@ def title(run: RunFolder) -> str:
 
 
 def read(run: RunFolder) -> str:
-    """All that the run's last job has printed so far."""
+    """Returns all that the run's last job has printed so far."""
     return _read_from(locate(run), 0)[0] + _failure(run)
 
 
 def follow(run: RunFolder, is_alive: Callable[[], bool], say: Callable[[str], None]) -> Iterator[str]:
-    """Yields what is in the log and what comes, over requeues, until the run has ended; `say` tells which file it is.
+    """Yields the log as it grows, over requeues, until the run has ended; `say` is told which file it is.
 
     `is_alive` tells whether the run waits or runs somewhere.
     """
     path, position = None, 0
     asked = -LOOK_S
     while True:
-        # Asked first: what is read afterwards is all that a run that has ended has printed.
+        # Ask first, then read: if the run had ended when asked, what is read afterwards is all that it has printed.
         over, state = False, states.read_status(run).get("state")
         if time.monotonic() - asked >= (LOOK_S if state in states.UNSETTLED else LOOK_AT_THE_END_S):
             over, asked = not is_alive(), time.monotonic()
@@ -68,13 +68,13 @@ def follow(run: RunFolder, is_alive: Callable[[], bool], say: Callable[[str], No
 
 
 def _failure(run: RunFolder) -> str:
-    """What a run that has failed on this machine has printed on the terminal alone."""
+    """Returns what a run that has failed on this machine has printed on the terminal, but not into the log."""
     status = states.read_status(run)
     return f"{status['traceback']}\n" if locate(run) == run.log and status.get("state") == State.FAILED else ""
 
 
 def _read_from(path: Path, position: int) -> tuple[str, int]:
-    """What the file holds from a position on, and where that ends; from the start if the file has been cut."""
+    """Reads a file from a position on; returns text and new position. A file that was cut is read from the start."""
     try:
         with path.open("rb") as file:
             if file.seek(0, 2) < position:

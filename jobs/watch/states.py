@@ -14,13 +14,13 @@ from jobs.terminal import tables
 UNSETTLED = (State.QUEUED, State.RUNNING, State.REQUEUED)
 """States that a living job is going to change."""
 SILENT_S = 120.0
-"""A heartbeat older than this is worth a word."""
+"""The user is told about a heartbeat that is older than this."""
 SUBMITTING_S = 10.0
-"""A run is called queued before it has a job; for so long that is no sign of death."""
+"""A run is marked queued before Slurm knows its job; for this long it is not reported as dead."""
 ENDING_S = 10.0
-"""A process that has written its last words lives a little longer; after that it is one that has been started again."""
+"""A process may exit this long after its final status; a lock held longer belongs to a restarted one."""
 TELLING = ("OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
-"""States of Slurm that say more of a failure than the run's own last words."""
+"""These states of Slurm say more about a failure than the run's own last line does."""
 UNKNOWN_DEATH = "died without a word"
 
 
@@ -72,9 +72,9 @@ def newest_jobs(runs: Iterable[RunFolder]) -> list[str]:
 
 
 def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
-    """The run, given what Slurm says of its newest job; None if Slurm does not answer.
+    """Describes the run, given what Slurm says of its newest job; `jobs` is None if Slurm does not answer.
 
-    Slurm must have been asked before: a job that has ended since then has left its last words already.
+    Ask Slurm first, then call this: a job that has ended in between has written its final status already.
     """
     status, launch = read_status(run), read_launch(run)
     job_id = newest_job(launch)
@@ -136,14 +136,14 @@ def _judge(status: dict[str, Any], job: SlurmJob | None, host: str | None, is_kn
         return state, "Slurm does not answer"
     if state == State.QUEUED and age_s is not None and age_s < SUBMITTING_S:
         return state, "being submitted"
-    # The lock of another machine is not seen here everywhere.
+    # Not every file system shows here that a process on another machine holds the lock.
     if job is None and host not in (None, platform.node()) and age_s is not None and age_s < SILENT_S:
         return state, f"on {host}"
     return _death(job)
 
 
 def _death(job: SlurmJob | None) -> tuple[str, str]:
-    """(state, reason) of a run that says that it lives, and does not."""
+    """(state, reason) of a run whose status says that it lives, though it does not."""
     if job is None:
         return State.FAILED, UNKNOWN_DEATH
     if job.state == "CANCELLED":
@@ -181,7 +181,7 @@ def newest_job(launch: dict[str, Any]) -> str | None:
 
 
 def read_status(run: RunFolder) -> dict[str, Any]:
-    """status.json; a file that cannot be read is a failure of its run, not of the list of all runs."""
+    """Reads status.json; if it cannot be read, that run has failed, and the list of all runs goes on."""
     try:
         return run.read_status()
     except (OSError, UserError) as error:
@@ -189,7 +189,7 @@ def read_status(run: RunFolder) -> dict[str, Any]:
 
 
 def read_launch(run: RunFolder) -> dict[str, Any]:
-    """launch.json, {} if it cannot be read."""
+    """Reads launch.json; {} if it cannot be read."""
     try:
         return run.read_launch()
     except (OSError, UserError):

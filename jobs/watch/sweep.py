@@ -1,4 +1,4 @@
-"""A sweep seen from outside: its runs, the best first."""
+"""Shows a sweep: its runs, the best first."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jobs.watch import states
 
 
 def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
-    """The runs of the sweep S or EXPERIMENT/S, in order; [] if there is no such sweep."""
+    """Returns the runs of the sweep S or EXPERIMENT/S, in order; [] if there is no such sweep."""
     folder, _, name = sweep.rpartition("/")
     if not NAME.fullmatch(name) or folder.startswith("/"):
         return []
@@ -21,13 +21,13 @@ def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
 
 
 def by_loss(runs: Sequence[RunFolder], jobs: states.Jobs | None) -> list[dict[str, Any]]:
-    """What `status` shows of a sweep's runs, the smallest loss first; `point` holds the settings that differ."""
+    """Returns what `status` shows of a sweep's runs, smallest loss first; `point` holds the settings that differ."""
     entries = [asdict(states.summarize(run, jobs)) | {"point": run.read_launch()["point"]} for run in runs]
     return sorted(entries, key=lambda entry: math.inf if entry["loss"] is None else entry["loss"])
 
 
 def render(entries: Sequence[dict[str, Any]], width: int) -> str:
-    """A table in lines of at most `width` characters, with a column for each setting of the grid."""
+    """Shows the runs as a table of at most `width` characters, with a column for each setting of the grid."""
     settings = list(entries[0]["point"])
     rows = []
     for entry in entries:

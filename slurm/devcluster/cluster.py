@@ -1,4 +1,4 @@
-"""A real Slurm on this one machine: starting it, stopping it, and doing to it what befalls clusters."""
+"""A real Slurm on this one machine: starts it, stops it, and does to it what happens to clusters."""
 
 import json
 import os

@@ -63,7 +63,7 @@ def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nothing on this machine listens on."""
+    """Finds ports on which nothing on this machine listens."""
     free: list[int] = []
     # A random order: the port of a node that another cluster has just lost looks free, too.
     for port in random.sample(PORT_RANGE, len(PORT_RANGE)):
@@ -76,7 +76,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
-    """slurm.conf for ports = [slurmctld, slurmdbd, slurmd of each node ...]."""
+    """Writes slurm.conf for ports = [slurmctld, slurmdbd, slurmd of each node ...]."""
     host = socket.gethostname().split(".")[0]
     ctld_port, dbd_port, *node_ports = ports
     gres = f" Gres=gpu:{options.gpus_per_node}" if options.gpus_per_node else ""
@@ -135,7 +135,7 @@ def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
 
 
 def render_gres_conf(dir: Path, options: Options) -> str:
-    """gres.conf: a plain count would schedule GPUs, but set no CUDA_VISIBLE_DEVICES."""
+    """Writes gres.conf, because a plain count would schedule GPUs, but not set CUDA_VISIBLE_DEVICES."""
     if not options.gpus_per_node:
         return ""
     names = ",".join(options.node_names)
@@ -143,7 +143,7 @@ def render_gres_conf(dir: Path, options: Options) -> str:
 
 
 def render_slurmdbd_conf(dir: Path, port: int) -> str:
-    """slurmdbd.conf; the database's socket is given by the environment (MYSQL_UNIX_PORT)."""
+    """Writes slurmdbd.conf; the environment gives the database's socket (MYSQL_UNIX_PORT)."""
     lines = [
         "DbdHost=localhost",
         "DbdAddr=127.0.0.1",

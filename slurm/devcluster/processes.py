@@ -1,6 +1,6 @@
-"""Starting, finding and ending the processes of one dev cluster, and waiting for things to happen.
+"""Starts, finds and ends the processes of one dev cluster, and waits for things to happen.
 
-There are no pid files to go stale: a cluster's processes are found by what they hold open and by their environment.
+No pid file can be out of date: a cluster's processes are found by the files they hold open and by their environment.
 """
 
 import os
@@ -44,7 +44,7 @@ def spawn(argv: list[str], env: dict[str, str], output: Path) -> subprocess.Pope
 
 
 def cluster_processes(dir: Path, node: str | None = None) -> list[Process]:
-    """Every process of the cluster in `dir`, or of one node: daemons, the steps of jobs and what those started."""
+    """Finds every process of the cluster in `dir`, or of one node: daemons, steps of jobs, and what those started."""
     # All daemons log below the folder; a node's slurmd and its steps share one log.
     log = f"{dir}/log/slurmd-{node}.log" if node else f"{dir}/"
     everything = {process.pid: process for process in _all_processes()}
@@ -97,7 +97,7 @@ def send_signal(processes: list[Process], number: signal.Signals) -> None:
 
 
 def kill_all(dir: Path, node: str | None = None) -> None:
-    """Ends every process of the cluster, or of one node, also those that appear meanwhile."""
+    """Kills every process of the cluster, or of one node, and also those that appear meanwhile."""
 
     def none_left() -> bool:
         processes = cluster_processes(dir, node)
