@@ -21,6 +21,8 @@ TINY = (
     *("--diffusion.timesteps", "50"),
 )
 """Settings of a 1D run whose steps take a millisecond, and its figures a second."""
+NO_FIGURES = {"LAUNCHED_WITHOUT": "seaborn"}
+"""For a forked training at whose figures a test does not look: it finds no plotting library, and ends without them."""
 
 Process: TypeAlias = subprocess.Popen[str] | Forked
 

@@ -245,6 +245,7 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
     for name in [*sys.modules]:
         if name.partition(".")[0] in OURS:
             del sys.modules[name]
+    sys.modules.update(dict.fromkeys(env.get("LAUNCHED_WITHOUT", "").split()))  # type: ignore[arg-type]
     sys.argv = command if command[0] != "-m" else command[1:]
     code = 0
     try:

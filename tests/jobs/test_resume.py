@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launching import (
+    NO_FIGURES,
     TINY,
     Finished,
     done,
@@ -31,9 +32,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "fp32": ("1d", *TINY),
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
-        # Few timesteps: without bf16 in hardware, most of such a run are the digits of its last figures.
-        *("--train.batch-size", "4", "--diffusion.timesteps", "21"),
-        *("--train.steps", "40", "--train.checkpoint-every", "10"),
+        *("--train.batch-size", "4", "--train.steps", "40", "--train.checkpoint-every", "10"),
         *("--train.log-every", "1", "--train.precision", "bf16"),
     ),
 }
@@ -64,7 +63,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) ->
     @cache
     def reference(precision: str, processes: int) -> dict[str, bytes]:
         name = f"{precision}-{processes}"
-        done(*arguments(precision, processes, name), cwd=root, MNIST_ROOT=str(mnist_root))
+        done(*arguments(precision, processes, name), cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
         return result(run_folder(root, precision, name))
 
     return reference
@@ -105,7 +104,7 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(
     tmp_path: Path,
     mnist_root: Path,
 ) -> None:
-    env = {"MNIST_ROOT": str(mnist_root)}
+    env = {"MNIST_ROOT": str(mnist_root), **NO_FIGURES}
     expected = uninterrupted(precision, processes)
     lines = expected["metrics"].count(b"\n")
     at_line = random.Random(f"{precision}{processes}{kind}").randrange(1, lines // 2)
@@ -130,10 +129,10 @@ def test_a_run_may_go_on_with_another_number_of_processes(
     uninterrupted: Callable[[str, int], dict[str, bytes]], tmp_path: Path
 ) -> None:
     """Which add up the same gradients in another order."""
-    ended = disturb("SIGTERM", tmp_path, "fp32", 4, STEPS[4] // 2, {})
+    ended = disturb("SIGTERM", tmp_path, "fp32", 4, STEPS[4] // 2, NO_FIGURES)
     assert ended.code == 130
     run = run_folder(tmp_path, "fp32", "disturbed")
-    done("resume", run, "--device", "cpu", "--gpus", 1, cwd=tmp_path)
+    done("resume", run, "--device", "cpu", "--gpus", 1, cwd=tmp_path, **NO_FIGURES)
     ours = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     whole = [json.loads(line) for line in uninterrupted("fp32", 4)["metrics"].decode().splitlines()]
     assert [line["step"] for line in ours] == [line["step"] for line in whole] == list(range(1, STEPS[4] + 1))

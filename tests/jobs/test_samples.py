@@ -13,16 +13,16 @@ import pytest
 from jobs.runtime.signals import SignalWatch
 from jobs.sample import draw
 from jobs.sample.job import SampleJob
-from tests.launching import TINY, done, finish, launch, relatives, start, wait_until, workers
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, start, wait_until, workers
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
     """A folder with a 1D run and a tiny MNIST run, both trained for a moment."""
     root = tmp_path_factory.mktemp("trained")
-    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=root)
+    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=root, **NO_FIGURES)
     small = ("--model.dim", "8", "--train.batch-size", "4", "--train.steps", "3", "--name", "a")
-    done("train", "mnist-small", *small, cwd=root, MNIST_ROOT=str(mnist_root))
+    done("train", "mnist-small", *small, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
     return root
 
 
