@@ -73,7 +73,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
     try:
-        settings = ("--train.steps", "4000", "--train.checkpoint-every", "50", "--runs-dir", disk)
+        settings = ("--train.steps", "1500", "--train.checkpoint-every", "50", "--runs-dir", disk)
         run = disk / "1d" / "a"
         process = start(*COMMAND, *settings, cwd=tmp_path)
         wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
@@ -85,8 +85,8 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
         kept = checkpoints.newest(run / "checkpoints", pytest.fail)
         assert kept
         filler.unlink()
-        done("resume", run, cwd=tmp_path)
-        assert status(run)["step"] == steps_logged(run) == 4000
+        done("resume", run, cwd=tmp_path, **NO_FIGURES)
+        assert status(run)["step"] == steps_logged(run) == 1500
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -96,7 +96,7 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", disk], check=True)
     try:
-        done(*COMMAND, "--train.steps", "20", "--runs-dir", disk, cwd=tmp_path)
+        done(*COMMAND, "--train.steps", "20", "--runs-dir", disk, cwd=tmp_path, **NO_FIGURES)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         run = disk / "1d" / "a"
         commands = [("resume", run, "--train.steps", "40"), ("sample", run), ("train", "1d"), ("drill",)]

@@ -70,7 +70,7 @@ def test_each_shard_is_drawn_by_one_of_the_processes(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_job_goes_on_with_what_is_missing(processes: int, root: Path) -> None:
-    command = ("sample", "1d/a", "--num-samples", "600000", "--sampler", "ddim", "--steps", "40")
+    command = ("sample", "1d/a", "--num-samples", "600000", "--sampler", "ddim", "--steps", "20")
     folder = root / "runs" / "1d" / "a" / "samples"
     done(*command, "--name", "whole", cwd=root)
     where = ("--name", "killed", "--device", "cpu", "--gpus", processes)

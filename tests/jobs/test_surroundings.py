@@ -16,14 +16,6 @@ A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device",
 NOTEBOOK = {"MPLBACKEND": "module://a_backend_that_is_not_installed"}
 
 
-@pytest.fixture
-def no_plots(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the plotting library cannot be imported."""
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "seaborn.py").write_text("raise ImportError('fonts are gone')")
-    return {"PYTHONPATH": str(tmp_path / "broken")}
-
-
 def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(
     tmp_path: Path, no_plots: dict[str, str]
 ) -> None:
