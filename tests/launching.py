@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tests.warm import EARLY, Forked, Warm
+from tests.warm import EARLY, Forked, Warm, title
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = ("--train.batch-size", "64", "--train.log-every", "1", "--model.dim", "16")
-"""Settings of a 1D run whose steps take a millisecond."""
+TINY = (
+    *("--train.batch-size", "64", "--train.log-every", "1", "--model.dim", "16"),
+    *("--diffusion.timesteps", "50"),
+)
+"""Settings of a 1D run whose steps take a millisecond, and its figures a second."""
+NO_FIGURES = {"LAUNCHED_WITHOUT": "seaborn"}
+"""For a forked training at whose figures a test does not look: it finds no plotting library, and ends without them."""
 
 Process: TypeAlias = subprocess.Popen[str] | Forked
 
@@ -35,11 +40,14 @@ class Finished:
     err: str
 
 
-def start(*arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = False, **env: str) -> Process:
+def start(
+    *arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = False, module: str | None = None, **env: str
+) -> Process:
     """Starts `launch.py ARGUMENTS` in a session of its own, where there is no GPU unless the command may see them.
 
     What a test expects must not depend on the machine that it runs on. `plain` is as a user starts it; without that the
-    process is forked from one that has loaded torch, if it may be (`tests.warm`).
+    process is forked from one that has loaded torch, if it may be (`tests.warm`). `module` is started instead of
+    launch.py.
     """
     mark = uuid.uuid4().hex
     whole = {
@@ -51,10 +59,12 @@ def start(*arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = F
         **({} if see_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         **env,
     }
+    command = ["-m", module] if module else [str(ROOT / "launch.py")]
+    command += map(str, arguments)
     process: Process
     if plain or see_gpus or any(name.startswith(EARLY) for name in env):
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)],
+            [sys.executable, *command],
             cwd=cwd,
             env=whole,
             stdin=subprocess.DEVNULL,
@@ -64,7 +74,7 @@ def start(*arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = F
             start_new_session=True,
         )
     else:
-        process = _warm().start([*map(str, arguments)], cwd, whole)
+        process = _warm().start(command, cwd, whole)
     _MARKS[process.pid] = mark
     _STARTED.append(process)
     return process
@@ -116,17 +126,18 @@ def status(run: Path) -> dict[str, Any]:
 
 def relatives(process: Process) -> list[int]:
     """Living processes that the command has started, itself included, in whatever session they are."""
-    mark = f"LAUNCHED_AS={_MARKS[process.pid]}".encode()
-    # What has been forked keeps the environment that /proc shows; its children have their own.
-    found = [process.pid] if isinstance(process, Forked) and process.poll() is None else []
+    mark = _MARKS[process.pid]
+    variable, forked = f"LAUNCHED_AS={mark}".encode(), title({"LAUNCHED_AS": mark})
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            if state != "Z" and mark in (folder / "environ").read_bytes().split(b"\0"):
+            ours = variable in (folder / "environ").read_bytes().split(b"\0")
+            if state != "Z" and (ours or (folder / "comm").read_text().strip() == forked):
                 found.append(int(folder.name))
         except OSError:  # it has just ended
             continue
-    return found
+    return sorted(found)
 
 
 def workers(process: Process) -> list[int]:

@@ -3,11 +3,13 @@
 Importing torch and what comes with it takes seconds, and hundreds of tests start a command that is about something
 else. A command that is forked is a process of its own like any other: session, signals, folder, environment, streams.
 Only the libraries have been loaded before it began; the project's own modules it imports itself, after its environment
-is set. What a test wants to see of starting, or of variables that libraries read when they are loaded, needs a plain
-start (`tests.launching.start(..., plain=True)`).
+is set. The processes that it shares its work with (`slurm.local`), and the commands that a drill starts, are forked in
+the same way. What a test wants to see of starting, or of variables that libraries read when they are loaded, needs a
+plain start (`tests.launching.start(..., plain=True)`).
 """
 
 import atexit
+import contextlib
 import gc
 import io
 import json
@@ -21,14 +23,18 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    *("torch", "torch.distributed", "accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
-    *("seaborn", "matplotlib.figure", "scipy.stats", "scipy.integrate", "PIL.Image", "tqdm", "tyro"),
+    *("torch", "torch.distributed", "torch._dynamo"),  # the last one with the first optimizer
+    *("accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
+    *("seaborn", "matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
+    *("PIL.Image", "tqdm", "tyro"),
 )
+OURS = ("commands", "diffusion", "jobs", "slurm")
 EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH", "CUDA")
 """Variables that begin so are read when a process or a library begins: too early for one that is forked."""
 
@@ -102,10 +108,10 @@ class Warm:
             )
         atexit.register(self._socket.close)  # at whose end it ends
 
-    def start(self, arguments: list[str], cwd: Path, env: dict[str, str]) -> Forked:
-        """Forks `launch.py ARGUMENTS`."""
+    def start(self, command: list[str], cwd: Path, env: dict[str, str]) -> Forked:
+        """Forks what Python would run for the command: `FILE ARGUMENTS` or `-m MODULE ARGUMENTS`."""
         (out, their_out), (err, their_err) = os.pipe(), os.pipe()
-        request = json.dumps({"arguments": arguments, "cwd": str(cwd), "env": env}).encode()
+        request = json.dumps({"command": command, "cwd": str(cwd), "env": env}).encode()
         socket.send_fds(self._socket, [request], [their_out, their_err])
         os.close(their_out)
         os.close(their_err)
@@ -180,20 +186,73 @@ def _tell_ends(tests: socket.socket) -> None:
 def _run(request: dict[str, Any], fds: list[int]) -> NoReturn:
     """Becomes the command, and ends with its exit code."""
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     for fd, number in zip(fds, (1, 2), strict=True):
         os.dup2(fd, number)
         os.close(fd)
-    os.environ.clear()
-    os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    Path("/proc/self/comm").write_text(title(request["env"]))
+    subprocess.Popen = Forking  # type: ignore[misc]
+    _become(request["command"], request["env"])
+
+
+def title(env: dict[str, str]) -> str:
+    """What /proc calls a forked process, and all that are forked from it, whose environment it does not show."""
+    return env["LAUNCHED_AS"][:15]
+
+
+class Forking(subprocess.Popen[Any]):
+    """Forks this process, which has loaded torch, where a command starts `launch.py` or one of a job's processes."""
+
+    def __init__(self, args: Any, **options: Any) -> None:
+        if (command := forkable(args)) is not None:
+            env, keep = {**(options.get("env") or os.environ)}, options.get("pass_fds", ())
+            options["preexec_fn"] = lambda: _fork_of(command, env, keep)
+        super().__init__(args, **options)
+
+
+def forkable(args: Any) -> list[str] | None:
+    """What Python is told to run, if it need not start for that; None if it must."""
+    command = [*map(str, args)] if isinstance(args, (list, tuple)) else []
+    if command[:1] != [sys.executable]:
+        return None
+    command = [word for word in command[1:] if word != "-u"]
+    return command if command[:1] == [str(ROOT / "launch.py")] or command == ["-m", "slurm.worker"] else None
+
+
+def _fork_of(command: list[str], env: dict[str, str], keep: Collection[int]) -> NoReturn:
+    """In a child of `subprocess`, whose streams, session and folder are made: does not return, so nothing is executed.
+
+    Closes what a new program would not have inherited; `subprocess` waits for the end of one of those files.
+    """
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep:
+            with contextlib.suppress(OSError):  # the one that has listed them
+                os.close(fd)
+    _become(command, env)
+
+
+def _become(command: list[str], env: dict[str, str]) -> NoReturn:
+    """Runs the command, and ends with its exit code."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", line_buffering=True)
-    sys.argv = [str(ROOT / "launch.py"), *request["arguments"]]
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in OURS:
+            del sys.modules[name]
+    sys.modules.update(dict.fromkeys(env.get("LAUNCHED_WITHOUT", "").split()))  # type: ignore[arg-type]
+    sys.argv = command if command[0] != "-m" else command[1:]
     code = 0
     try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if command[0] == "-m":
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
     except BaseException:

@@ -1,8 +1,14 @@
-"""Jobs for tests of several processes: each writes what it saw into a file of its own."""
+"""Jobs for tests of several processes: each writes what it saw into a file of its own.
+
+`python -m tests.jobs.parallel JOB PROCESSES` runs one, and prints how it has ended.
+"""
 
 import json
 import os
-from dataclasses import dataclass, replace
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +20,16 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start
 from jobs.train.state import Training
+from slurm import local
+from tests.launching import ROOT, finish
+from tests.launching import start as start_command
+
+
+def run(job: Callable[[], int], processes: int) -> tuple[local.Outcome, str]:
+    """`slurm.local.run`, in a process that has loaded torch; returns the outcome and what the job has printed."""
+    own = start_command(pickle.dumps(job).hex(), processes, cwd=ROOT, module="tests.jobs.parallel")
+    ended = finish(own)
+    return local.Outcome(**json.loads(ended.out)), ended.err
 
 
 class PoisonedAtStepThree(Gaussian1d):
@@ -90,3 +106,7 @@ class FailJob:
 
         threading.Event().wait()
         return 0
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(local.run(pickle.loads(bytes.fromhex(sys.argv[1])), int(sys.argv[2])))))

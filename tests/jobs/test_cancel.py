@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.storage import checkpoints, ownership
-from tests.launching import TINY, done, finish, launch, relatives, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--device", "cpu")
 
@@ -50,7 +50,7 @@ def test_a_run_that_is_being_started_is_cancelled_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_sampling_is_cancelled(processes: int, tmp_path: Path) -> None:
-    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path)
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **NO_FIGURES)
     huge = ("sample", "1d/a", "--num-samples", "100000000", "--device", "cpu", "--gpus", processes, "--name", "s")
     sampling = start(*huge, cwd=tmp_path)
     samples = tmp_path / "runs" / "1d" / "a" / "samples"
@@ -63,7 +63,7 @@ def test_a_sampling_is_cancelled(processes: int, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_running(tmp_path: Path) -> None:
-    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path)
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **NO_FIGURES)
     ended = launch("cancel", "1d/a", cwd=tmp_path)
     assert ended.code == 2
     assert ended.err == "error: runs/1d/a is not running: it is finished\n"

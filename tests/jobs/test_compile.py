@@ -13,9 +13,9 @@ from diffusion.settings import MlpSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start as start_world
 from jobs.train.state import Training
-from tests.launching import TINY, done, interrupt, launch, start, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, interrupt, launch, start, steps_logged, wait_until
 
-STEPS = 500
+STEPS = 150
 COMMAND = ("train", "1d", *TINY, "--train.steps", STEPS, "--device", "cpu", "--gpus", 2)
 
 
@@ -25,17 +25,17 @@ def losses(run: Path) -> list[float]:
 
 def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "1d"
-    done(*COMMAND, "--name", "plain", cwd=tmp_path)
-    compiled = done(*COMMAND, "--train.compile", "--name", "compiled", cwd=tmp_path)
+    done(*COMMAND, "--name", "plain", cwd=tmp_path, **NO_FIGURES)
+    compiled = done(*COMMAND, "--train.compile", "--name", "compiled", cwd=tmp_path, **NO_FIGURES)
     assert len(re.findall(r"Compiled the network in \d+ (?:s|min) \(--train.compile\)", compiled.out)) == 1
     # The same arithmetic in another order of summation.
     assert losses(runs / "compiled")[:20] == pytest.approx(losses(runs / "plain")[:20], rel=1e-4)
 
-    process = start(*COMMAND, "--train.compile", "--name", "stopped", cwd=tmp_path)
+    process = start(*COMMAND, "--train.compile", "--name", "stopped", cwd=tmp_path, **NO_FIGURES)
     wait_until(lambda: steps_logged(runs / "stopped") >= 5, timeout_s=120)
     assert interrupt(process, signal.SIGINT).code == 130
     assert 5 <= steps_logged(runs / "stopped") < STEPS
-    done("resume", "1d/stopped", "--device", "cpu", "--gpus", 2, cwd=tmp_path)
+    done("resume", "1d/stopped", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     assert (runs / "stopped" / last).read_bytes() == (runs / "compiled" / last).read_bytes()
 

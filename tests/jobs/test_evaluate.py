@@ -19,7 +19,7 @@ from jobs.evaluate.job import EvaluateJob
 from jobs.evaluate.plan import Evaluation, plan
 from jobs.files import sha256
 from jobs.storage.run_folder import RunFolder
-from tests.launching import TINY, Finished, done, finish, launch, relatives, start, wait_until, workers
+from tests.launching import NO_FIGURES, TINY, Finished, done, finish, launch, relatives, start, wait_until, workers
 
 SETS = {"few": ("dpm++", 300, 40), "more": ("ddim", 5000, 40), "early": ("ddim", 5000, 20)}
 """Sampler, number and checkpoint."""
@@ -32,7 +32,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a tiny 1D run and its samples, of two checkpoints."""
     root = tmp_path_factory.mktemp("sampled")
     small = ("--train.steps", 40, "--train.checkpoint-every", 20, "--diffusion.timesteps", 30, "--name", "a")
-    done("train", "1d", *TINY, *small, cwd=root)
+    done("train", "1d", *TINY, *small, cwd=root, **NO_FIGURES)
     for name, (sampler, n, step) in SETS.items():
         drawn = ("--num-samples", n, "--sampler", sampler, "--steps", 10, "--checkpoint", step, "--name", name)
         done("sample", "1d/a", *drawn, cwd=root)

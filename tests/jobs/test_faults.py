@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
-from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 COMMAND = ("train", "1d", *TINY, "--name", "a")
 
@@ -51,14 +51,14 @@ def test_a_diverging_run_stops_and_names_the_step_and_the_last_good_checkpoint(p
 def test_damage_to_the_newest_checkpoint_costs_steps_and_nothing_else(tmp_path: Path) -> None:
     long = ("--train.steps", "300", "--train.checkpoint-every", "100", "--train.keep-checkpoints", "5")
     run = tmp_path / "runs" / "1d" / "a"
-    done(*COMMAND, *long, cwd=tmp_path)
+    done(*COMMAND, *long, cwd=tmp_path, **NO_FIGURES)
     reference = tmp_path / "reference"
     shutil.copytree(run, reference)
     # At step 200, or a little later if the disk was still busy with the one of step 100.
     one_before = checkpoints.steps(run / "checkpoints")[1]
     os.truncate(run / "checkpoints" / "step-00000300" / "model.safetensors", 100)
     (run / "status.json").unlink()
-    again = done(*COMMAND, *long, cwd=tmp_path)
+    again = done(*COMMAND, *long, cwd=tmp_path, **NO_FIGURES)
     assert "step-00000300" in again.out
     assert f"after step {one_before} of 300" in again.out
     for name in (
@@ -73,7 +73,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
     try:
-        settings = ("--train.steps", "4000", "--train.checkpoint-every", "50", "--runs-dir", disk)
+        settings = ("--train.steps", "1500", "--train.checkpoint-every", "50", "--runs-dir", disk)
         run = disk / "1d" / "a"
         process = start(*COMMAND, *settings, cwd=tmp_path)
         wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
@@ -85,8 +85,8 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
         kept = checkpoints.newest(run / "checkpoints", pytest.fail)
         assert kept
         filler.unlink()
-        done("resume", run, cwd=tmp_path)
-        assert status(run)["step"] == steps_logged(run) == 4000
+        done("resume", run, cwd=tmp_path, **NO_FIGURES)
+        assert status(run)["step"] == steps_logged(run) == 1500
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -96,7 +96,7 @@ def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", disk], check=True)
     try:
-        done(*COMMAND, "--train.steps", "20", "--runs-dir", disk, cwd=tmp_path)
+        done(*COMMAND, "--train.steps", "20", "--runs-dir", disk, cwd=tmp_path, **NO_FIGURES)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         run = disk / "1d" / "a"
         commands = [("resume", run, "--train.steps", "40"), ("sample", run), ("train", "1d"), ("drill",)]
@@ -140,7 +140,7 @@ def test_a_superseded_run_stops_without_writing(tmp_path: Path) -> None:
 def test_micro_batches_keep_the_global_batch(tmp_path: Path) -> None:
     losses = []
     for name, extra in (("whole", ()), ("parts", ("--train.micro-batch-size", "20"))):
-        done("train", "1d", *TINY, "--train.steps", "100", "--name", name, *extra, cwd=tmp_path)
+        done("train", "1d", *TINY, "--train.steps", "100", "--name", name, *extra, cwd=tmp_path, **NO_FIGURES)
         lines = (tmp_path / "runs" / "1d" / name / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -15,7 +15,7 @@ from diffusion.errors import OutsideError
 from jobs.runtime import numerics
 from jobs.runtime.job import JobError
 from jobs.runtime.world import World
-from tests.launching import ROOT, TINY, done, launch, status
+from tests.launching import NO_FIGURES, ROOT, TINY, done, launch, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "20", "--name", "a")
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -31,7 +31,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 )
 def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, precision: str, tmp_path: Path) -> None:
     """As a Slurm task on a node whose GPU is gone: the launcher has looked at another machine."""
-    done(*A_RUN, "--device", "cpu", "--train.precision", precision or "fp32", cwd=tmp_path)
+    done(*A_RUN, "--device", "cpu", "--train.precision", precision or "fp32", cwd=tmp_path, **NO_FIGURES)
     done("sample", "1d/a", "--num-samples", "100", "--device", "cpu", cwd=tmp_path)
     run = tmp_path / "runs" / "1d" / "a"
     calls = {
@@ -126,12 +126,12 @@ def test_auto_is_resolved_once_with_the_run_and_with_the_set(tmp_path: Path) -> 
     other = "fp32" if own == "bf16" else "bf16"
     command = ("train", "1d", *TINY, "--train.precision", "auto", "--name", "a", "--device", "cpu")
     run = tmp_path / "runs" / "1d" / "a"
-    done(*command, "--train.steps", "20", cwd=tmp_path)
+    done(*command, "--train.steps", "20", cwd=tmp_path, **NO_FIGURES)
     [start] = [line for line in lines(run / "timing.jsonl") if line["event"] == "start"]
     assert start["precision"] == own
     timing = (run / "timing.jsonl").read_text()
     (run / "timing.jsonl").write_text(timing.replace(f'"precision": "{own}"', f'"precision": "{other}"'))
-    done("resume", "1d/a", "--train.steps", "30", "--device", "cpu", cwd=tmp_path)
+    done("resume", "1d/a", "--train.steps", "30", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     assert [line["precision"] for line in lines(run / "timing.jsonl") if line["event"] == "start"] == [other, other]
     done("sample", "1d/a", "--num-samples", "10", "--device", "cpu", cwd=tmp_path)
     [manifest] = run.glob("samples/*/manifest.json")
@@ -141,15 +141,15 @@ def test_auto_is_resolved_once_with_the_run_and_with_the_set(tmp_path: Path) -> 
     assert "already" in done("sample", "1d/a", "--num-samples", "10", "--device", "cpu", cwd=tmp_path).out
 
 
-def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path) -> None:
+def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path, no_plots: dict[str, str]) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    done(*A_RUN, "--device", "cpu", cwd=tmp_path)
+    done(*A_RUN, "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     [start] = [line for line in lines(run / "timing.jsonl") if line["event"] == "start"]
     assert {"device", "cpu", "threads", "torch", "precision", "processes"} <= start.keys()
-    same = done("resume", "1d/a", "--train.steps", "30", "--device", "cpu", cwd=tmp_path)
+    same = done("resume", "1d/a", "--train.steps", "30", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     assert "bytes" not in same.out
     more = ("--train.steps", "40", "--train.precision", "bf16", "--device", "cpu")
-    other = done("resume", "1d/a", *more, cwd=tmp_path, OMP_NUM_THREADS="2")
+    other = done("resume", "1d/a", *more, cwd=tmp_path, OMP_NUM_THREADS="2", **no_plots)
     [sentence] = [line for line in other.out.splitlines() if "bytes" in line]
     assert "precision fp32 before, bf16 now" in sentence
     assert "threads 1 before, 2 now" in sentence

@@ -10,14 +10,10 @@ import pytest
 
 from jobs.runtime import world
 from jobs.storage import checkpoints
-from slurm import local
-from tests.jobs.parallel import ExamplesJob, FailJob, SkipJob
+from tests.jobs.parallel import ExamplesJob, FailJob, SkipJob, run
 from tests.launching import TINY, finish, start, status, steps_logged, wait_until, workers
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+pytestmark = pytest.mark.processes  # which tests/jobs/parallel.py starts
 
 
 def test_any_number_of_processes_sees_the_same_bytes(tmp_path: Path) -> None:
@@ -25,7 +21,8 @@ def test_any_number_of_processes_sees_the_same_bytes(tmp_path: Path) -> None:
     for processes in (1, 2, 4):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        assert local.run(ExamplesJob(folder, processes), processes).exit_code == 0
+        outcome, err = run(ExamplesJob(folder, processes), processes)
+        assert outcome.exit_code == 0, err
         seen.append(np.concatenate([np.load(folder / f"{rank}.npy") for rank in range(processes)], axis=2))
     assert seen[0].shape == (3, 3, 520)
     assert seen[0].tobytes() == seen[1].tobytes() == seen[2].tobytes()
@@ -36,7 +33,8 @@ def test_any_number_of_processes_sees_the_same_bytes(tmp_path: Path) -> None:
 def test_a_step_that_is_not_finite_is_skipped_by_all(
     processes: int, micro_batch_size: int | None, tmp_path: Path
 ) -> None:
-    assert local.run(SkipJob(tmp_path, processes, micro_batch_size), processes).exit_code == 0
+    outcome, err = run(SkipJob(tmp_path, processes, micro_batch_size), processes)
+    assert outcome.exit_code == 0, err
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
     assert all(other == seen[0] for other in seen)
     steps = seen[0]
@@ -47,10 +45,10 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(
     assert np.isfinite(steps[4]["weights"] + steps[4]["averages"]).all()
 
 
-def test_a_failing_process_ends_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    outcome = local.run(FailJob(tmp_path), 3)
+def test_a_failing_process_ends_the_others(tmp_path: Path) -> None:
+    outcome, err = run(FailJob(tmp_path), 3)
     assert (outcome.exit_code, outcome.failed_rank, outcome.signal) == (1, 1, None)
-    assert "broken on purpose" in capfd.readouterr().err
+    assert "broken on purpose" in err
     pids = [int((tmp_path / str(rank)).read_text()) for rank in range(3) if (tmp_path / str(rank)).exists()]
     assert pids
     for pid in pids:
@@ -66,10 +64,10 @@ def test_processes_that_believe_themselves_alone_are_an_error() -> None:
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
     endless = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--device", "cpu", "--gpus", "2")
     process = start(*endless, cwd=tmp_path)
-    run = tmp_path / "runs" / "1d" / "a"
-    wait_until(lambda: steps_logged(run) > 10)
-    (last,) = (pid for pid in workers(process) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+    folder = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(folder) > 10)
+    _, _, last = workers(process)  # in the order in which they were started
     os.kill(last, signal.SIGTERM)
     assert finish(process, timeout_s=60).code == 130
-    assert status(run)["state"] == "cancelled"
-    assert checkpoints.steps(run / "checkpoints")[0] == status(run)["step"] == steps_logged(run)
+    assert status(folder)["state"] == "cancelled"
+    assert checkpoints.steps(folder / "checkpoints")[0] == status(folder)["step"] == steps_logged(folder)

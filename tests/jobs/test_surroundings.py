@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, TINY, Finished, done, status
+from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device", "cpu")
 NOTEBOOK = {"MPLBACKEND": "module://a_backend_that_is_not_installed"}
-
-
-@pytest.fixture
-def no_plots(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the plotting library cannot be imported."""
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "seaborn.py").write_text("raise ImportError('fonts are gone')")
-    return {"PYTHONPATH": str(tmp_path / "broken")}
 
 
 def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(
@@ -47,7 +39,7 @@ def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(
 
 
 def test_so_are_those_of_samples_and_evaluations(tmp_path: Path, no_plots: dict[str, str]) -> None:
-    done(*A_RUN, cwd=tmp_path)
+    done(*A_RUN, cwd=tmp_path, **NO_FIGURES)
     sample = ("sample", "1d/a", "--num-samples", "50", "--device", "cpu")
     evaluate = ("evaluate", "1d/a", "--device", "cpu")
     ended = done(*sample, cwd=tmp_path, **no_plots)
@@ -98,7 +90,7 @@ def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path) -> None:
     """As after `disown`: the terminal is closed while the training writes its bar onto it."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    command = [sys.executable, str(ROOT / "launch.py"), *A_RUN[:-6], "--train.steps", "3000", *A_RUN[-4:]]
+    command = [sys.executable, str(ROOT / "launch.py"), *A_RUN[:-6], "--train.steps", "1000", *A_RUN[-4:]]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
@@ -108,18 +100,19 @@ def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path) -> None:
     os.close(ours)
     assert process.wait(300) == 0
     run = tmp_path / "runs" / "1d" / "a"
-    assert (status(run)["state"], status(run)["step"]) == ("finished", 3000)
+    assert (status(run)["state"], status(run)["step"]) == ("finished", 1000)
 
 
-def test_letters_that_a_terminal_does_not_have_are_replaced(tmp_path: Path) -> None:
+def test_letters_that_a_terminal_does_not_have_are_replaced(tmp_path: Path, no_plots: dict[str, str]) -> None:
     folder = tmp_path / "Läufe"
-    ended = done(*A_RUN, "--runs-dir", folder, cwd=tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    narrow = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ended = done(*A_RUN, "--runs-dir", folder, cwd=tmp_path, **narrow, **no_plots)
     assert "L?ufe" in ended.out
     assert "Läufe" in (folder / "1d" / "a" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_a_reader_of_logs_that_leaves_still_ends_it(tmp_path: Path) -> None:
-    done(*A_RUN, cwd=tmp_path)
+    done(*A_RUN, cwd=tmp_path, **NO_FIGURES)
     command = f"{sys.executable} {ROOT / 'launch.py'} logs 1d/a | true"
     ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 0

@@ -212,11 +212,14 @@ def test_a_server_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
             mode: start(*command, mode, "--tracking.mode", mode, cwd=tmp_path, WANDB_BASE_URL=server, **env)
             for mode in ("auto", "online")
         }
-        for mode, process in started.items():
-            run = tmp_path / "runs" / "1d" / mode
+        runs = {mode: tmp_path / "runs" / "1d" / mode for mode in started}
+        for run in runs.values():
             wait_until(lambda run=run: steps_logged(run) >= 100)
             wait_until(lambda run=run: len(list(run.glob("wandb/offline-run-*"))) == 1)
-            ended = interrupt(process, signal.SIGTERM)
+        for process in started.values():
+            process.send_signal(signal.SIGTERM)
+        for mode, run in runs.items():
+            ended = finish(started[mode])
             assert ended.code == 130
             said = [line for line in ended.out.splitlines() if "wandb" in line]
             assert len(said) == 1, ended
