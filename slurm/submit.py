@@ -91,10 +91,12 @@ class Submission:
         executor.update_parameters(**self._parameters())
         try:
             with outside_any_job():
-                if len(self.works) == 1:
-                    return str(executor.submit(SlurmTask(self.works[0])).job_id)
+                working_s = 60 * self.profile.time_min - self.profile.signal_delay_s
+                tasks = [SlurmTask(work, working_s) for work in self.works]
+                if len(tasks) == 1:
+                    return str(executor.submit(tasks[0]).job_id)
                 with executor.batch():
-                    elements = [executor.submit(SlurmTask(work)) for work in self.works]
+                    elements = [executor.submit(task) for task in tasks]
             return queue.array_of(elements[0].job_id)
         except (FailedJobError, FailedSubmissionError) as error:
             raise SlurmError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None

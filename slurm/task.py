@@ -5,6 +5,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,28 @@ from pathlib import Path
 from slurm import queue
 from slurm.environment import outside_any_job
 
-Requeue = Callable[[], str | None]
+
+class Requeue:
+    """Queues the job of this task again when it is called, unless the job has been cancelled."""
+
+    def __init__(self, working_s: float) -> None:
+        self._working_s, self._started = working_s, time.monotonic()
+        self.came_back = False
+
+    def __call__(self) -> str | None:
+        """Returns the id under which the job comes back, None if it does not."""
+        job_id = requeue()
+        self.came_back |= job_id is not None
+        return job_id
+
+    def had_its_time(self) -> bool:
+        """Whether the job stops because its time limit is near, rather than to make room for another one.
+
+        Slurm sends the signal up to a minute early, and the task has started a little later than the job.
+        """
+        return time.monotonic() - self._started >= 0.9 * self._working_s - 60
+
+
 Work = Callable[[Requeue], int]
 
 
@@ -29,6 +51,8 @@ class SlurmTask:
     """
 
     work: Work
+    working_s: float
+    """Seconds from the job's start until its time limit makes it save."""
 
     def __call__(self) -> None:
         from submitit.helpers import TorchDistributedEnvironment
@@ -38,15 +62,10 @@ class SlurmTask:
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         _keep_evidence()
-        answers: list[str | None] = []
-
-        def ask() -> str | None:
-            answers.append(requeue())
-            return answers[-1]
-
-        code = self.work(ask)
+        again = Requeue(self.working_s)
+        code = self.work(again)
         # Not after a failure: if Slurm would start the job again, that may be worth a try.
-        if os.environ["SLURM_PROCID"] == "0" and code in (0, 130) and not any(answers):
+        if os.environ["SLURM_PROCID"] == "0" and code in (0, 130) and not again.came_back:
             stay_away()
         if code not in (0, 130):
             raise JobFailed(f"exit code {code}")

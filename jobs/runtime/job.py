@@ -16,8 +16,15 @@ from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import undisturbed
 
-Requeue = Callable[[], str | None]
-"""Queues the job again unless it has been cancelled; returns the id under which it comes back, None if it does not."""
+
+class Requeue(Protocol):
+    """What a job is given where it can be queued again."""
+
+    def __call__(self) -> str | None:
+        """Queues the job again unless it has been cancelled; returns its new id, None if it does not come back."""
+
+    def had_its_time(self) -> bool:
+        """Whether the job stops because its time limit is near, rather than to make room for another one."""
 
 
 class JobError(OutsideError):

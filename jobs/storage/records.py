@@ -113,7 +113,7 @@ class Status:
             "eta_s": None,
             "updated": None,
             "restarts": previous.get("restarts", -1) + 1,
-            "requeued_at": previous.get("requeued_at"),
+            "out_of_time_at": previous.get("out_of_time_at"),
             "host": platform.node(),
             "pid": os.getpid(),
             "on_slurm": on_slurm,

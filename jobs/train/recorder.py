@@ -47,7 +47,8 @@ class Recorder(ABC):
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
         """Ends a job that shall be queued again; whether it comes back, which a process that does not record assumes.
 
-        `saved` is a sentence. Raises JobError if neither this job nor the one before has completed a step.
+        `saved` is a sentence. Raises JobError if two jobs have had their whole time limit and completed no step between
+        them. A preemption is not the run's fault, however often it comes.
         """
 
     @abstractmethod
@@ -149,15 +150,16 @@ class RunRecorder(Recorder):
 
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
         step = self._training.step
-        if step == self._first_step == self._status.values.get("requeued_at"):
+        facts = {"out_of_time_at": step} if requeue.had_its_time() else {}
+        if facts and step == self._first_step == self._status.values["out_of_time_at"]:
             raise JobError(
-                f"no progress between two requeues: both times the job had to stop at step {step}. "
-                "Its time limit may be too short for it to start"
+                f"no progress in two whole time limits: both times the job had to stop at step {step}. "
+                "Its time limit is too short for it to start"
             )
         job_id = requeue()
         if job_id is None:
             return False
-        self.finish(State.REQUEUED, f"{saved} It is queued again as job {job_id}.", requeued_at=step)
+        self.finish(State.REQUEUED, f"{saved} It is queued again as job {job_id}.", **facts)
         if job_id not in self._run.read_launch().get("job_ids", []):
             self._run.add_job("job_ids", job_id)
         return True

@@ -48,26 +48,31 @@ from pathlib import Path
 from jobs.train.job import TrainJob
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
 os.kill(os.getpid(), signal.SIGUSR2)
-sys.exit(TrainJob(Path(sys.argv[1]), 1, "cpu")(lambda: sys.argv[2] or None))
+
+class Requeue:
+    def __call__(self):
+        return sys.argv[2] or None
+
+    def had_its_time(self):
+        return sys.argv[3] == "limit"
+
+sys.exit(TrainJob(Path(sys.argv[1]), 1, "cpu")(Requeue()))
 """
 
 
-def test_a_job_that_is_warned_is_queued_again_unless_it_gets_nowhere(tmp_path: Path) -> None:
-    """As Slurm does it, with the answer of its `requeue`."""
+def test_a_job_that_gets_nowhere_is_queued_again_unless_it_has_had_two_whole_time_limits(tmp_path: Path) -> None:
+    """As on Slurm, with the answers of its `requeue`: a preemption is not the run's fault, however often it comes."""
     done("train", "1d", *TINY, "--train.steps", "2", "--name", "a", cwd=tmp_path)
     run = tmp_path / "runs" / "1d" / "a"
     for path in (run / "checkpoints").iterdir():
         path.rename(run / path.name)
-    ended = {}
-    for job_id in ("", "17", "17"):
-        command = [sys.executable, "-c", WARNED, run, job_id]
+    ended = []
+    cancelled, preempted, out_of_time = ("", "preempted"), ("17", "preempted"), ("17", "limit")
+    for answers in (cancelled, preempted, preempted, preempted, out_of_time, preempted, out_of_time):
+        command = [sys.executable, "-c", WARNED, run, *answers]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        ended[process.returncode] = status(run)["state"], process.stdout, process.stderr
-    assert [(code, state) for code, (state, *_) in ended.items()] == [
-        (130, "interrupted"),
-        (0, "requeued"),
-        (1, "failed"),
-    ]
-    assert "It is queued again as job 17." in ended[0][1]
-    assert "no progress between two requeues: both times the job had to stop at step 0" in ended[1][2]
+        ended.append((process.returncode, status(run)["state"]))
+        assert ("It is queued again as job 17." in process.stdout) == (process.returncode == 0)
+    assert ended == [(130, "interrupted"), *5 * [(0, "requeued")], (1, "failed")]
+    assert "no progress in two whole time limits: both times the job had to stop at step 0" in process.stderr
     assert json.loads((run / "launch.json").read_text())["job_ids"] == ["17"]

@@ -159,14 +159,29 @@ def test_a_restarted_controller_is_not_noticed(site: Site, undisturbed: Callable
     assert_equal(run, expected)
 
 
-def test_a_job_that_gets_nowhere_stops_and_says_so(site: Site) -> None:
-    """The copy of the code that runs is told to make room before its first step, each time."""
-    run = site.train("a", 2, steps=60_000)
-    marker = "    experiment, config = run.read_experiment()\n"
-    signalled = "    import os, signal\n    os.kill(os.getpid(), signal.SIGUSR2)\n"
-    change(run / "code" / "jobs" / "train" / "loop.py", marker, signalled + marker)
+START = "    experiment, config = run.read_experiment()\n"
+"""Where a training begins, in jobs/train/loop.py, before its first step."""
+TOLD = "    import os, signal\n    {condition}os.kill(os.getpid(), signal.SIGUSR2)\n"
+
+
+def test_a_job_that_is_preempted_before_its_first_step_comes_back_as_often_as_it_takes(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]]
+) -> None:
+    expected = undisturbed(2)
+    run = site.train("a", 2)
+    told = TOLD.format(condition="if int(os.environ.get('SLURM_RESTART_COUNT', 0)) < 3: ")
+    change(run / "code" / "jobs" / "train" / "loop.py", START, told + START)
+    site.finish(run)
+    assert restarts(run) == 3
+    assert_equal(run, expected)
+
+
+def test_a_job_that_gets_nowhere_in_two_time_limits_stops_and_says_so(site: Site) -> None:
+    """With a time limit of a minute, Slurm may tell it to save at once: here it is told before its first step."""
+    run = site.train("a", 2, "--slurm.time-min", 1, steps=60_000)
+    change(run / "code" / "jobs" / "train" / "loop.py", START, TOLD.format(condition="") + START)
     site.wait_for_state(run, "failed", timeout_s=300)
-    assert "no progress between two requeues" in status(run)["traceback"]
+    assert "no progress in two whole time limits" in status(run)["traceback"]
     assert restarts(run) == 1
     site.cluster.wait_for_job(site.job_id(run), "FAILED")
 
