@@ -1,7 +1,6 @@
 """The evaluation of the 1D experiment, which compares everything with the exact answer."""
 
 import copy
-import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.gaussian1d.likelihood import log_likelihood
-from diffusion.gaussian1d.sample_distances import BINS, sample_metrics
+from diffusion.gaussian1d.sample_distances import metrics_of, sample_metrics
 from diffusion.gaussian1d.sampler_errors import sampler_errors
 from diffusion.process.model import DiffusionModel
 from diffusion.settings import SAMPLERS, SamplerSettings
@@ -63,23 +62,21 @@ class Evaluator1d(Evaluator):
         return units
 
     def metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
-        found = {}
-        for name, label in self._labels().items():
-            estimate, floor = unpack(results["samples"][name]), unpack(results["samples"][f"{name}_floor"])
-            is_share = name.startswith("share")
-            found[name] = Metric(
-                label, estimate, floor, "near" if is_share else "lower", (0, 1 if is_share else math.inf)
-            )
+        own = results["samples"]
+        found = {
+            name: Metric(metric.label, unpack(own[name]), unpack(own[f"{name}_floor"]), metric.better, metric.bounds)
+            for name, metric in metrics_of(self._mixture).items()
+        }
         if self._model is None:
             return found
-        own = results[f"sampler-{self._own.label}"]
+        errors = results[f"sampler-{self._own.label}"]
         excess = results["excess-loss"]["excess"]
         gap = float(np.concatenate([results[f"likelihood-{part}"]["gap"] for part in range(PARTS)]).mean())
         entropy = self._start.entropy()
         return {
             **found,
-            "network_error": Metric("W1 by the network alone", float(own["network_alone"]), 0.0),
-            "sampler_error": Metric("W1 by the sampler alone", float(own["sampler_alone"]), float(own["floor"])),
+            "network_error": Metric("W1 by the network alone", float(errors["network_alone"]), 0.0),
+            "sampler_error": Metric("W1 by the sampler alone", float(errors["sampler_alone"]), float(errors["floor"])),
             "excess_loss": Metric("excess loss over the optimum", float(excess.mean()), 0.0),
             "log_likelihood": Metric("log-likelihood (nats)", -entropy - gap, -entropy, "higher"),
             "likelihood_gap": Metric("KL(data || model) (nats)", gap, 0.0),
@@ -112,15 +109,6 @@ class Evaluator1d(Evaluator):
         floor = self._mixture.loss_floor(self._abar)
         figures.excess_loss(torch.from_numpy(results["excess-loss"]["excess"]), floor, folder / "excess-loss.png")
         samplers.sampler_errors(self.tables(results)["samplers"].rows, folder / "samplers.png")
-
-    def _labels(self) -> dict[str, str]:
-        shares = {f"share_{k}": f"share of mode {mean:g}" for k, mean in enumerate(self._mixture.means.tolist())}
-        return {
-            "w1": "W1 to the exact mixture",
-            "ks": "KS to the exact mixture",
-            "kl": f"KL of the histogram, {BINS} bins",
-            **(shares if len(shares) > 1 else {}),
-        }
 
     def _of_samples(self) -> Result:
         found = sample_metrics(self._samples, self._mixture, self._seed)

@@ -4,6 +4,10 @@ The distances themselves are exact. Their intervals and floors come from counts 
 so that their cost does not grow with n.
 """
 
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +17,7 @@ from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, generator
 from diffusion.statistics.bootstrap import REPLICATES, Estimate, Resampled, resample
+from diffusion.statistics.evaluator import Better
 
 CELLS = 4096
 BINS = 64
@@ -23,52 +28,88 @@ BLOCKS = 512
 Floats = NDArray[np.float64]
 
 
+class SampleMetric(NamedTuple):
+    """A metric of samples against the exact mixture."""
+
+    label: str
+    exact: Callable[[Tensor, Mixture], float]
+    """Of samples [n]."""
+    in_cells: Callable[["Grid", Floats], Floats]
+    """Of the shares of samples in the cells, [R, CELLS] to [R]."""
+    better: Better = "lower"
+    bounds: tuple[float, float] = (0, math.inf)
+
+
+def metrics_of(mixture: Mixture) -> dict[str, SampleMetric]:
+    """Returns the metrics by name; with a new row comes a new `metrics_version` in diffusion/problems/gaussian1d.py."""
+    means = mixture.means.tolist()
+    return {
+        "w1": SampleMetric(
+            "W1 to the exact mixture",
+            distances.wasserstein1,
+            lambda grid, shares: grid.gap(shares) @ grid.widths,
+        ),
+        "ks": SampleMetric(
+            "KS to the exact mixture",
+            distances.kolmogorov_smirnov,
+            lambda grid, shares: grid.gap(shares).max(1),
+        ),
+        "kl": SampleMetric(
+            f"KL of the histogram, {BINS} bins",
+            lambda x, mixture: distances.histogram_kl(x, mixture, BINS),
+            lambda grid, shares: distances.kl_from_uniform(shares.reshape(len(shares), BINS, -1).sum(2)),
+        ),
+        **({f"share_{k}": _share_of_mode(k, mean) for k, mean in enumerate(means)} if len(means) > 1 else {}),
+    }
+
+
+def _share_of_mode(k: int, mean: float) -> SampleMetric:
+    return SampleMetric(
+        f"share of mode {mean:g}",
+        lambda x, mixture: float(mixture.responsibilities(x.double()).mean(0)[k]),
+        lambda grid, shares: (shares @ grid.responsibilities)[:, k],
+        "near",
+        (0, 1),
+    )
+
+
 def sample_metrics(x: Tensor, mixture: Mixture, seed: int) -> dict[str, tuple[Estimate, Estimate]]:
-    """(estimate, floor) of each metric of samples x [n], n at least 2: w1, ks, kl, and share_k of each component k.
+    """(estimate, floor) of each metric of samples x [n], n at least 2.
 
     The floor is the same metric of n exact samples: the mean of simulations, and their spread.
     """
-    n, grid = len(x), _Grid(mixture)
-    exact = {
-        "w1": distances.wasserstein1(x, mixture),
-        "ks": distances.kolmogorov_smirnov(x, mixture),
-        "kl": distances.histogram_kl(x, mixture, BINS),
-        **{f"share_{k}": float(share) for k, share in enumerate(mixture.responsibilities(x.double()).mean(0))},
+    n, grid = len(x), Grid(mixture)
+    own, perfect = _resampled_counts(grid.cells(x), seed) / n, _exact_counts(n, seed) / n
+    return {
+        name: (
+            Estimate.of(metric.exact(x, mixture), metric.in_cells(grid, own)),
+            _floor(metric.in_cells(grid, perfect)),
+        )
+        for name, metric in metrics_of(mixture).items()
     }
-    replicates = grid.distances(_resampled_counts(grid.cells(x), seed) / n)
-    floors = grid.distances(_exact_counts(n, seed) / n)
-    return {name: (Estimate.of(exact[name], replicates[name]), _floor(floors[name])) for name in exact}
 
 
 def _floor(simulated: Floats) -> Estimate:
     return Estimate.of(float(simulated.mean()), simulated)
 
 
-class _Grid:
-    """Cells of equal probability, and the metrics as functions of the share of samples in each."""
+class Grid:
+    """Cells of equal probability, which many samples can be counted in."""
 
     def __init__(self, mixture: Mixture) -> None:
         edges = mixture.quantile(torch.arange(1, CELLS, dtype=torch.float64) / CELLS)
         centres = mixture.quantile((torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS)
         self._edges = edges.numpy()
-        self._widths = np.gradient(self._edges)
-        self._responsibilities = mixture.responsibilities(centres).numpy()  # [CELLS, K]
+        self.widths = np.gradient(self._edges)
+        self.responsibilities = mixture.responsibilities(centres).numpy()  # [CELLS, K]
 
     def cells(self, x: Tensor) -> NDArray[np.int64]:
         """Returns the cell of each sample, [n]."""
         return np.searchsorted(self._edges, x.double().numpy())
 
-    def distances(self, shares: Floats) -> dict[str, Floats]:
-        """Each metric, [R], for shares [R, CELLS]."""
-        gap = np.abs(shares.cumsum(1)[:, :-1] - np.arange(1, CELLS) / CELLS)
-        bins = shares.reshape(len(shares), BINS, -1).sum(2)
-        modes = shares @ self._responsibilities
-        return {
-            "w1": gap @ self._widths,
-            "ks": gap.max(1),
-            "kl": distances.kl_from_uniform(bins),
-            **{f"share_{k}": modes[:, k] for k in range(modes.shape[1])},
-        }
+    def gap(self, shares: Floats) -> Floats:
+        """Returns |F - F_exact| at the inner edges, [R, CELLS - 1], for shares [R, CELLS]."""
+        return np.abs(shares.cumsum(1)[:, :-1] - np.arange(1, CELLS) / CELLS)
 
 
 def _resampled_counts(cells: NDArray[np.int64], seed: int) -> Floats:

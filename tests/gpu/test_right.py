@@ -23,7 +23,7 @@ IMAGES = 16
 def outcome(device: Kind, dtype: torch.dtype, *, channels: int, fast: bool, bf16: bool) -> tuple[Tensor, Tensor]:
     """The output, and the gradient of all parameters in one vector, both in float64 on the CPU."""
     torch.manual_seed(0)
-    network = library_unet(UnetSettings(dim=channels))
+    network = library_unet(UnetSettings(dim=channels), image_channels=1)
     x, t = torch.randn(IMAGES, 1, 28, 28), torch.linspace(0, 999, IMAGES).long()
     network = with_fast_layers(network) if fast else network
     network = network.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion.data import mnist
+from diffusion.data.mnist import MNIST
 from jobs.doctor import machine
 from jobs.doctor.machine import Finding
 from jobs.doctor.trial_job import DoctorJob
@@ -41,8 +41,8 @@ def test_each_finding_that_is_not_ok_says_why_it_matters_and_what_helps(tmp_path
 
 def test_missing_and_wrong_data(tmp_path: Path, mnist_root: Path) -> None:
     assert find(examine(tmp_path, tmp_path / "nothing"), "MNIST").level == "warning"
-    shutil.copytree(mnist.raw_folder(mnist_root), mnist.raw_folder(tmp_path))
-    wrong = mnist.raw_folder(tmp_path) / "t10k-labels-idx1-ubyte"
+    shutil.copytree(MNIST.raw_folder(mnist_root), MNIST.raw_folder(tmp_path))
+    wrong = MNIST.raw_folder(tmp_path) / "t10k-labels-idx1-ubyte"
     wrong.write_bytes(bytes(wrong.stat().st_size))
     finding = find(examine(tmp_path, tmp_path), "MNIST")
     assert finding.level == "problem"
