@@ -1,4 +1,4 @@
-"""`doctor` examines this machine or cluster."""
+"""`doctor`."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""`drill` proves on this machine that an interrupted training ends with the same bytes."""
+"""`drill`."""
 
 import sys
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""`evaluate` measures samples, on this machine or on Slurm, and shows the result."""
+"""`evaluate`."""
 
 import contextlib
 import json

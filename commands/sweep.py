@@ -1,4 +1,4 @@
-"""`sweep` trains a grid of settings, one run after the other here, or as an array on Slurm."""
+"""`sweep`."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Union

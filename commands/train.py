@@ -1,4 +1,4 @@
-"""`train` and `resume` create or continue a run, on this machine or on Slurm."""
+"""`train` and `resume`."""
 
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Union

@@ -1,4 +1,4 @@
-"""`status`, `logs` and `cancel` look at runs, or end them, from outside."""
+"""`status`, `logs` and `cancel`."""
 
 import json
 import shutil

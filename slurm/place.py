@@ -60,7 +60,7 @@ class OnSlurm:
     profile: Profile
     on_gpus: bool
     name: str
-    """The name of the job."""
+    """Of the job."""
     folder: Path
     """The folder for scripts, logs and pickles."""
     code: Path

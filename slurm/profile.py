@@ -15,7 +15,7 @@ class Profile:
     """Resources and settings of jobs on one cluster."""
 
     partition: str | None = None
-    """The partition that jobs go to."""
+    """Partition."""
     account: str | None = None
     """Account to charge."""
     qos: str | None = None

@@ -32,7 +32,7 @@ class Followed(Protocol):
 
 
 def say(text: str) -> None:
-    """Prints to the job's terminal and log."""
+    """To the job's terminal and log."""
     with contextlib.suppress(OSError):  # the job may be gone
         print(text, flush=True)
 
