@@ -232,22 +232,25 @@ def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
     assert np.array_equal(array, np.load(samples / "shard-00000.npy"))
 
 
-def test_every_command_as_a_user_starts_it(tmp_path: Path) -> None:
-    """Other tests may fork theirs from a process that has loaded torch (tests/warm.py)."""
+def test_every_command_as_a_user_starts_it(tmp_path: Path, no_plots: dict[str, str]) -> None:
+    """Other tests may fork theirs from a process that has loaded torch (tests/warm.py).
 
-    def command(*arguments: object) -> str:
-        ended = done(*arguments, cwd=tmp_path, plain=True)
+    One training draws its figures, which would take most of the time of the others.
+    """
+
+    def command(*arguments: object, **env: str) -> str:
+        ended = done(*arguments, cwd=tmp_path, plain=True, **env)
         return ended.out + ended.err
 
     tiny = (*TINY, "--train.steps", 20, "--device", "cpu")
     assert "Finished" in command("train", "1d", *tiny, "--name", "a")
-    assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu")
+    assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu", **no_plots)
     assert "50 samples are in" in command("sample", "1d/a", "--num-samples", 50, "--device", "cpu")
     assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--device", "cpu")
-    assert "Finished" in command("sweep", "1d", *tiny, "--name", "s", "--grid", "train.seed=0")
+    assert "Finished" in command("sweep", "1d", *tiny, "--name", "s", "--grid", "train.seed=0", **no_plots)
     assert "1d/a" in command("status")
     assert "Finished" in command("logs", "1d/a")
     assert "Python" in launch("doctor", cwd=tmp_path, plain=True).out
     assert "finished" in launch("cancel", "1d/a", cwd=tmp_path, plain=True).err
     drill = ("--kills", 1, "--steps", 40, "--device", "cpu")
-    assert "Equal byte for byte" in command("drill", *drill)
+    assert "Equal byte for byte" in command("drill", *drill, **no_plots)

@@ -1,4 +1,4 @@
-"""MNIST's files on a server of this machine, for the tests that fetch them, and a Python that cannot draw."""
+"""MNIST's files on a server of this machine, for the tests that fetch them."""
 
 import gzip
 from collections.abc import Iterator
@@ -19,11 +19,3 @@ def packed(mnist_root: Path) -> dict[str, bytes]:
 def mirror(packed: dict[str, bytes]) -> Iterator[Mirror]:
     with Mirror(packed) as mirror:
         yield mirror
-
-
-@pytest.fixture
-def no_plots(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the plotting library cannot be imported."""
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "seaborn.py").write_text("raise ImportError('fonts are gone')")
-    return {"PYTHONPATH": str(tmp_path / "broken")}

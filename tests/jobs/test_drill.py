@@ -4,13 +4,11 @@ from pathlib import Path
 
 from jobs.doctor.drill import differences
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, done
+from tests.launching import done
 
 
 def test_a_drill_finds_equal_results_and_would_see_a_changed_byte(tmp_path: Path) -> None:
-    ended = done(
-        "drill", "--steps", "400", "--kills", "4", "--cluster", "local", "--device", "cpu", cwd=tmp_path, **NO_FIGURES
-    )
+    ended = done("drill", "--steps", "400", "--kills", "4", "--cluster", "local", "--device", "cpu", cwd=tmp_path)
     assert "Equal byte for byte" in ended.out
     for name in ("SIGKILL", "SIGTERM", "SIGUSR2", "SIGINT"):
         assert name in ended.out
