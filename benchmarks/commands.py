@@ -188,7 +188,7 @@ def overhead_of(experiment: str, steps: int) -> Measurements:
     """One training in this process, from its first step to its last."""
     import jobs.train.loop
     import launch
-    from jobs.runtime.prefetch import Ahead
+    from jobs.runtime.prefetch import Prefetch
     from jobs.train.state import Training
 
     seconds = {"steps": 0.0, "compute": 0.0}
@@ -202,7 +202,7 @@ def overhead_of(experiment: str, steps: int) -> Measurements:
 
     Training.__init__ = with_clocks  # type: ignore[method-assign, assignment]
     Training._pass = timed(Training._pass, seconds, "compute")  # type: ignore[method-assign]
-    Ahead.begin = lambda ahead, step: None  # type: ignore[method-assign, assignment]
+    Prefetch.begin = lambda prefetch, step: None  # type: ignore[method-assign, assignment]
     jobs.train.loop.run_steps = timed(jobs.train.loop.run_steps, seconds, "steps")
     os.environ["WANDB_MODE"] = "offline"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):

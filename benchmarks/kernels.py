@@ -55,7 +55,7 @@ def recorded(device: "Kind", small: bool) -> Measurements:
         training.update()
     launches = launches_of(training.update)
     if device == "cuda":
-        training.record()
+        training.capture()
         training.update()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     wait(device)

@@ -38,11 +38,11 @@ def train(mode: str, steps: int) -> dict[str, float]:
     import jobs.train.loop
     import jobs.train.recorder
     import launch
-    from jobs.tracking.start import Follower
+    from jobs.tracking.start import FollowerProcess
 
     seconds: dict[str, float] = {}
     jobs.train.recorder.follow_training = timed(jobs.train.recorder.follow_training, seconds, "start")  # type: ignore[attr-defined]
-    Follower.close = timed(Follower.close, seconds, "end")  # type: ignore[method-assign]
+    FollowerProcess.close = timed(FollowerProcess.close, seconds, "end")  # type: ignore[method-assign]
     jobs.train.loop.logged = timed(jobs.train.loop.logged, seconds, "lines")
     jobs.train.loop.run_steps = timed(jobs.train.loop.run_steps, seconds, "steps")
     jobs.train.loop.train = timed(jobs.train.loop.train, seconds, "total")

@@ -50,7 +50,7 @@ def ours(case: Case, steps: int, precision: "Precision", compile: bool = False) 
     training.raw.network.load_state_dict(library_model(case.dim).model.state_dict())
     compile_s = training.compile() if compile else 0.0
     if case.device == "cuda":
-        training.record()
+        training.capture()
     for measured in rounds_of(case, steps, lambda: training.update().loss):
         yield {**measured, "compile_s": compile_s}
 

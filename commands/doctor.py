@@ -1,4 +1,4 @@
-"""`doctor`."""
+"""The command `doctor`: examines this machine or cluster, and prints what it finds."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""`drill`."""
+"""The command `drill`: shows that a training that is stopped again and again ends with the same bytes."""
 
 import sys
 from dataclasses import dataclass, field
@@ -51,28 +51,11 @@ class Drill:
         """Returns the command of the training, without the name of the run."""
         cluster = ["--cluster", "slurm", "--wait"] if isinstance(place, OnSlurm) else ["--cluster", "local"]
         profile = ["--profile", self.where.profile] if self.where.profile is not None else []
-        changes = [(f"--slurm.{name.replace('_', '-')}", value) for name, value in given(self.where.slurm).items()]
-        return [
-            *(
-                sys.executable,
-                provenance.ROOT / "launch.py",
-                "train",
-                "1d",
-                "--runs-dir",
-                folder,
-                "--device",
-                device,
-                *cluster,
-                *profile,
-            ),
-            *(word for change in changes for word in change),
-            *("--gpus", place.processes, "--train.batch-size", 64 * place.processes, "--train.steps", self.steps),
-            *(
-                "--train.log-every",
-                1,
-                "--train.checkpoint-every",
-                max(1, self.steps // 8),
-                "--tracking.mode",
-                "disabled",
-            ),
-        ]
+        slurm = [f"--slurm.{name.replace('_', '-')}={value}" for name, value in given(self.where.slurm).items()]
+        launch = [sys.executable, provenance.ROOT / "launch.py", "train", "1d", "--runs-dir", folder]
+        batch_size, every = 64 * place.processes, max(1, self.steps // 8)
+        settings = (
+            f"--device {device} --gpus {place.processes} --train.batch-size {batch_size} --train.steps {self.steps} "
+            f"--train.log-every 1 --train.checkpoint-every {every} --tracking.mode disabled"
+        )
+        return [*launch, *cluster, *profile, *slurm, *settings.split()]

@@ -1,4 +1,4 @@
-"""`evaluate`."""
+"""The command `evaluate`: measures samples, here or on Slurm, and prints the results."""
 
 import contextlib
 import json

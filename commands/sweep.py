@@ -1,4 +1,4 @@
-"""`sweep`."""
+"""The command `sweep`: trains the points of a grid, each a run of its own."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Union

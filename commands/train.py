@@ -1,4 +1,4 @@
-"""`train` and `resume`."""
+"""The commands `train` and `resume`: they make a run or take one up again, and start its job."""
 
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Union
@@ -137,7 +137,9 @@ def _check_idle(run: RunFolder) -> None:
 
 def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfig) -> None:
     """Raises UserError naming each setting that differs from the run's and may not."""
-    _, old = run.read_experiment()
+    name, old = run.read_experiment()
+    if name != experiment:
+        raise UserError(f"{run} is a run of {name}, not of {experiment}; choose another --name")
     changed = [
         f"{flag} is {was}, not {now}" for flag, was, now in record.differences(old, config) if flag not in MAY_CHANGE
     ]

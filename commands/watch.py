@@ -1,4 +1,4 @@
-"""`status`, `logs` and `cancel`."""
+"""The commands `status`, `logs` and `cancel`, which look at runs from outside."""
 
 import json
 import shutil

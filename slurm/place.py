@@ -60,7 +60,7 @@ class OnSlurm:
     profile: Profile
     on_gpus: bool
     name: str
-    """Of the job."""
+    """The job's name in Slurm."""
     folder: Path
     """The folder for scripts, logs and pickles."""
     code: Path

@@ -1,7 +1,7 @@
 """Settings of a site: partition, account, resources. They come from a TOML file and from the command line."""
 
 import tomllib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -15,7 +15,7 @@ class Profile:
     """Resources and settings of jobs on one cluster."""
 
     partition: str | None = None
-    """Partition."""
+    """Partition that jobs are sent to."""
     account: str | None = None
     """Account to charge."""
     qos: str | None = None
@@ -94,6 +94,3 @@ def _describe(hint: Any) -> str:
     if get_origin(hint) is dict:
         return "a table of strings"
     return "a number" if int in (get_args(hint) or (hint,)) else "a string"
-
-
-FIELDS = tuple(f.name for f in fields(Profile))

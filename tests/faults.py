@@ -340,8 +340,8 @@ FAULTS = [
     Fault(
         "what wandb still has in memory counts as written",
         "jobs/tracking/follow_training.py",
-        "            self._write_place(safe)",
-        "            self._write_place(self._place)",
+        "            self._write_position(safe)",
+        "            self._write_position(self._position)",
         "tests/jobs/test_tracking.py::test_a_kill_two_requeues_and_a_move_leave_one_curve",
     ),
     Fault(

@@ -170,6 +170,11 @@ def test_the_same_command_continues_and_other_settings_are_refused(tmp_path: Pat
     done("resume", "1d", "--train.steps", "80", cwd=tmp_path)
     assert status(run)["step"] == steps_logged(run) == 80
     assert status(run)["restarts"] == 1
+    (tmp_path / "runs" / "mnist").mkdir()
+    run.rename(tmp_path / "runs" / "mnist" / "a")
+    misplaced = launch("train", "mnist", "--name", "a", cwd=tmp_path)
+    assert misplaced.code == 2
+    assert "runs/mnist/a is a run of 1d, not of mnist" in sentence(misplaced.err)
 
 
 def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def _software() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     import torch  # takes seconds, but who wants to know about GPUs has to ask it
 
+    from jobs.runtime.numerics import computes_bf16
+
     count = torch.cuda.device_count()
     if count == 0 and shutil.which("nvidia-smi") is not None:
         yield Finding(
@@ -59,8 +61,7 @@ def _gpus() -> Iterator[Finding]:
             "install a torch for this driver: https://pytorch.org/get-started; compare `nvidia-smi` and torch's CUDA",
         )
     elif count == 0:
-        bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        yield Finding("ok", f"no GPU here; the CPU computes in {'bf16' if bf16 else 'fp32'}")
+        yield Finding("ok", f"no GPU here; the CPU computes in {'bf16' if computes_bf16() else 'fp32'}")
     for gpu in range(count):
         has_bf16 = torch.cuda.get_device_capability(gpu) >= (8, 0)
         yield Finding("ok", f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, {'bf16' if has_bf16 else 'fp32'}")

@@ -56,7 +56,7 @@ class TrainSettings:
     """Compile the network with torch.compile: a minute or two at each start, for steps on a GPU that take half as long;
     needs g++. That its bytes on a GPU are the same each time is not shown yet."""
     cuda_graph: bool = field(default=True, metadata=FREE)
-    """On one GPU, record a step once and launch it as a whole: small batches are several times faster."""
+    """On one GPU, capture a step once (CUDA graph) and launch it as a whole: small batches are several times faster."""
     log_every: int = field(default=10, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = field(default=1000, metadata=FREE)

@@ -1,6 +1,6 @@
-"""What a GPU repeats, recorded once: a CUDA graph is one launch where its kernels are thousands, each a host's time.
+"""What a GPU repeats, captured once: a CUDA graph is one launch where its kernels are thousands, each a host's time.
 
-Recorded kernels are the same as launched ones, and so are the bytes that they compute.
+Captured kernels are the same as launched ones, and so are the bytes that they compute.
 """
 
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 WARM_UP = 2
-"""Calls before recording: libraries choose kernels and take workspaces in the first."""
+"""Calls before the capture: libraries choose kernels and take workspaces in the first."""
 
 
 class Captured:
-    """A function of tensors on a GPU, recorded for inputs of these shapes.
+    """A function of tensors on a GPU, captured for inputs of these shapes.
 
-    It is called `WARM_UP` times with these inputs, then recorded, which computes nothing. It must not wait for the GPU,
+    It is called `WARM_UP` times with these inputs, then captured, which computes nothing. It must not wait for the GPU,
     nor depend on anything but its inputs and what lies on the GPU, always at the same place. So autocast, which keeps
     copies of weights until it is left, is not left between calls. Raises RuntimeError if the function cannot be
-    recorded; it can still be called then.
+    captured; it can still be called then.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
@@ -36,14 +36,14 @@ class Captured:
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._outputs = function(*self._inputs)
         finally:
-            torch.cuda.set_stream(previous)  # torch leaves it at the other one if recording fails
+            torch.cuda.set_stream(previous)  # torch leaves it at the other one if capturing fails
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Returns copies of what the function returns; raises ValueError for inputs of another shape or dtype."""
         for place, tensor in zip(self._inputs, inputs, strict=True):
             if (place.shape, place.dtype) != (tensor.shape, tensor.dtype):
                 raise ValueError(
-                    f"recorded for {list(place.shape)}, {place.dtype}; got {list(tensor.shape)}, {tensor.dtype}"
+                    f"captured for {list(place.shape)}, {place.dtype}; got {list(tensor.shape)}, {tensor.dtype}"
                 )
             place.copy_(tensor)
         self._graph.replay()
@@ -51,25 +51,25 @@ class Captured:
 
 
 def in_one_launch(function: Callable[..., Tensor], say: Callable[[str], None]) -> Callable[..., Tensor]:
-    """The same function of tensors on a GPU, recorded at its first call; if that fails, it says so and is as it was."""
-    recorded: list[Callable[..., tuple[Tensor, ...]]] = []
+    """The same function of tensors on a GPU, captured at its first call; if that fails, it says so and is as it was."""
+    captured: list[Callable[..., tuple[Tensor, ...]]] = []
 
     def whole(*inputs: Tensor) -> tuple[Tensor, ...]:
         return (function(*inputs),)
 
     def call(*inputs: Tensor) -> Tensor:
-        if not recorded:
+        if not captured:
             try:
-                recorded.append(Captured(whole, *inputs))
+                captured.append(Captured(whole, *inputs))
             except RuntimeError as error:
-                say(not_recorded(error))
-                recorded.append(whole)
-        return recorded[0](*inputs)[0]
+                say(not_captured(error))
+                captured.append(whole)
+        return captured[0](*inputs)[0]
 
     return call
 
 
-def not_recorded(error: RuntimeError) -> str:
-    """Says what it means that something could not be recorded."""
+def not_captured(error: RuntimeError) -> str:
+    """Says what it means that something could not be captured."""
     reason = str(error).partition("\n")[0]
-    return f"The GPU's work cannot be recorded, so it is launched piece by piece, which takes longer: {reason}"
+    return f"The GPU's work cannot be captured, so it is launched piece by piece, which takes longer: {reason}"

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """A function of the step, whose next value a thread computes.
 
     The function must not compute with torch: a second thread brings OpenMP threads of its own, there are more of them
@@ -16,7 +16,7 @@ class Ahead(Generic[T]):
 
     def __init__(self, function: Callable[[int], T]) -> None:
         self._function = function
-        self._thread = ThreadPoolExecutor(1, "ahead")
+        self._thread = ThreadPoolExecutor(1, "prefetch")
         self._begun: tuple[int, Future[T]] | None = None
 
     def begin(self, step: int) -> None:

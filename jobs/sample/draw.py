@@ -17,7 +17,7 @@ from jobs.files import write_atomically
 from jobs.runtime.capture import in_one_launch
 from jobs.runtime.job import JobError
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
-from jobs.runtime.prefetch import Ahead
+from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import decorate
 from jobs.sample.sample_set import SampleSet, SampleSettings
@@ -74,7 +74,7 @@ def draw(
     def numbers(stream: Stream, step: int) -> NDArray[np.float32]:
         return normal(settings.seed, stream, step, start, stop, experiment.sample_shape)
 
-    ahead = Ahead(partial(numbers, Stream.SAMPLE_STEP))
+    ahead = Prefetch(partial(numbers, Stream.SAMPLE_STEP))
 
     def noise(k: int) -> Tensor:
         drawn = sent(ahead.of(k), abar.device)

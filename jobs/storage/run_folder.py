@@ -51,9 +51,7 @@ class RunFolder:
         self.code = self.path / "code"
 
     def __str__(self) -> str:
-        """The path as a user would type it."""
-        here = Path.cwd()
-        return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
+        return as_typed(self.path)
 
     @property
     def label(self) -> str:
@@ -139,6 +137,12 @@ class RunFolder:
 
     def update_launch(self, **values: Any) -> None:
         write_json(self.path / "launch.json", {**self.read_launch(), **values})
+
+
+def as_typed(path: Path) -> str:
+    """An absolute path as a user would type it: from the working folder on where it lies below that."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def check_name(name: str, pattern: re.Pattern[str] = NAME) -> str:

@@ -77,7 +77,7 @@ def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Position:
     """How far the files have been read: a step of metrics.jsonl and a number of lines of timing.jsonl."""
 
     step: int = 0
@@ -125,7 +125,7 @@ class Sketches:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class Follower:
+class TrainingFollower:
     """What is done with the files, a look at a time."""
 
     def __init__(self, run: RunFolder, owner: Ownership, attempt: int) -> None:
@@ -133,11 +133,13 @@ class Follower:
         self._experiment, self._config = run.read_experiment()
         self._timing = read_jsonl(run.timing)
         start = next(line for line in reversed(self._timing) if line["event"] == "start")
-        self._place_file = run.path / ".tracking.json"
-        place = self._read_place()
+        self._position_file = run.path / ".tracking.json"
+        position = self._read_position()
         # Lines after the checkpoint are made again, those before it may have been lost with the last follower.
-        self._place = place if attempt > 1 else dataclasses.replace(place, step=min(place.step, start["step"]))
-        self._recent = deque([(time.monotonic(), self._place)])
+        self._position = (
+            position if attempt > 1 else dataclasses.replace(position, step=min(position.step, start["step"]))
+        )
+        self._recent = deque([(time.monotonic(), self._position)])
         self._metrics, self._times = Tail(run.metrics), Tail(run.timing)
         self._timing.clear()
         self._history: list[dict[str, Any]] = []
@@ -152,17 +154,17 @@ class Follower:
         for line in self._metrics.read():
             self._history.append(line)
             row = self._curves.row(line)
-            if line["step"] > self._place.step:
+            if line["step"] > self._position.step:
                 self._dashboard.log(line["step"], row)
-                self._place = dataclasses.replace(self._place, step=line["step"])
+                self._position = dataclasses.replace(self._position, step=line["step"])
         for line in self._times.read():
             self._timing.append(line)
             requeues = sum(past["event"] == State.REQUEUED for past in self._timing)
             row = timing_row(line, requeues)
-            if len(self._timing) > self._place.timing:
+            if len(self._timing) > self._position.timing:
                 if row:
                     self._dashboard.log(line["step"], row)
-                self._place = dataclasses.replace(self._place, timing=len(self._timing))
+                self._position = dataclasses.replace(self._position, timing=len(self._timing))
         if self._dashboard.is_shown:
             self._show_checkpoints()
             self._remember()
@@ -200,7 +202,7 @@ class Follower:
         ended_well = state in (State.FINISHED, State.INTERRUPTED, State.CANCELLED)
         self._dashboard.finish(0 if ended_well else 1, preempted=state == State.REQUEUED)
         if self._dashboard.is_shown:
-            self._write_place(self._place)
+            self._write_position(self._position)
 
     def _show_checkpoints(self) -> None:
         newest = next(iter(checkpoints.steps(self._run.checkpoints)), 0)
@@ -218,28 +220,28 @@ class Follower:
 
     def _remember(self) -> None:
         """Writes down how far wandb has got for certain."""
-        self._recent.append((time.monotonic(), self._place))
+        self._recent.append((time.monotonic(), self._position))
         safe = None
         while time.monotonic() - self._recent[0][0] >= SAFE_S:
             safe = self._recent.popleft()[1]
         if safe is not None:
-            self._write_place(safe)
+            self._write_position(safe)
 
-    def _write_place(self, place: Place) -> None:
-        if place != self._read_place():
+    def _write_position(self, position: Position) -> None:
+        if position != self._read_position():
             with contextlib.suppress(OSError):
-                write_json(self._place_file, dataclasses.asdict(place))
+                write_json(self._position_file, dataclasses.asdict(position))
 
-    def _read_place(self) -> Place:
+    def _read_position(self) -> Position:
         try:
-            return Place(**json.loads(self._place_file.read_text()))
+            return Position(**json.loads(self._position_file.read_text()))
         except (OSError, ValueError, TypeError):
-            return Place()
+            return Position()
 
 
 def main() -> None:
     run, owner = RunFolder(Path(sys.argv[1])), Ownership(Path(sys.argv[1]), sys.argv[2])
-    follow(lambda attempt: Follower(run, owner, attempt))
+    follow(lambda attempt: TrainingFollower(run, owner, attempt))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Followed(Protocol):
 
 
 def say(text: str) -> None:
-    """To the job's terminal and log."""
+    """Prints what the job relays to its terminal and log."""
     with contextlib.suppress(OSError):  # the job may be gone
         print(text, flush=True)
 

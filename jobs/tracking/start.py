@@ -21,7 +21,7 @@ PATIENCE_S = 30.0
 """Seconds that a finished job waits for its follower, which gives up earlier by itself."""
 
 
-class Follower:
+class FollowerProcess:
     """A process that follows a job, `python -m MODULE ARGUMENTS`, seen from the job; what it prints is said there."""
 
     def __init__(self, module: str, arguments: list[str], say: Say) -> None:
@@ -59,10 +59,10 @@ class Follower:
                 self._process.wait(PATIENCE_S)
 
 
-def follow_training(run: RunFolder, owner: Ownership, say: Say) -> Follower:
+def follow_training(run: RunFolder, owner: Ownership, say: Say) -> FollowerProcess:
     """Follows a training until it is closed."""
     ensure_id(run)
-    return Follower("jobs.tracking.follow_training", [str(run.path), owner.token], say)
+    return FollowerProcess("jobs.tracking.follow_training", [str(run.path), owner.token], say)
 
 
 @contextmanager
@@ -70,11 +70,11 @@ def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: 
     """Follows the set of samples `name`: while it is drawn if `live`, otherwise once this process has completed it."""
     arguments = [str(run.path), name]
     ensure_id(run)
-    follower = Follower("jobs.tracking.follow_samples", arguments, say) if live else None
+    follower = FollowerProcess("jobs.tracking.follow_samples", arguments, say) if live else None
     try:
         yield
         if follower is None and is_complete():
-            follower = Follower("jobs.tracking.follow_samples", arguments, say)
+            follower = FollowerProcess("jobs.tracking.follow_samples", arguments, say)
     finally:
         if follower is not None:
             follower.close(wait=True)
@@ -83,7 +83,7 @@ def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: 
 def follow_evaluation(run: RunFolder, name: str, say: Say) -> None:
     """Passes the complete evaluation of the set of samples `name` on to wandb."""
     ensure_id(run)
-    Follower("jobs.tracking.follow_evaluation", [str(run.path), name], say).close(wait=True)
+    FollowerProcess("jobs.tracking.follow_evaluation", [str(run.path), name], say).close(wait=True)
 
 
 def _relay(process: "subprocess.Popen[str]", say: Say) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from jobs.experiments.table import EXPERIMENTS
-from jobs.runtime.capture import not_recorded
+from jobs.runtime.capture import not_captured
 from jobs.runtime.job import JobError, Requeue
 from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, StopVote
@@ -55,7 +55,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
         recorder.start()
         if training.step < settings.steps:
             compile_s = training.compile() if settings.compile else None
-            record(training, console)
+            capture(training, console)
             recorder.begin(compile_s)
         reason = run_steps(training, recorder, signals)
         recorder.save()
@@ -74,15 +74,15 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
         recorder.close()
 
 
-def record(training: Training, console: Console) -> None:
-    """Has a GPU's step recorded, if that is asked for, useful and possible."""
+def capture(training: Training, console: Console) -> None:
+    """Captures a GPU's step as a CUDA graph, if that is asked for, useful and possible."""
     settings, world = training.settings, training.world
     if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1:
         return
     try:
-        training.record()
+        training.capture()
     except RuntimeError as error:
-        console.say(not_recorded(error))
+        console.say(not_captured(error))
 
 
 def run_steps(training: Training, recorder: Recorder, signals: SignalWatch) -> Stop:

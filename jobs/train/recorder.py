@@ -17,7 +17,7 @@ from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 from jobs.terminal.tables import short
-from jobs.tracking.start import Follower, follow_training
+from jobs.tracking.start import FollowerProcess, follow_training
 from jobs.train.state import Training
 
 TIMING_S = 5.0
@@ -104,7 +104,7 @@ class RunRecorder(Recorder):
         self._clock = self._read_clock()
         self._missing: str | None = None
         self._due = False  # a checkpoint, as soon as the one before it is written
-        self._follower: Follower | None = None
+        self._follower: FollowerProcess | None = None
         self._ended = False
 
     def start(self) -> None:

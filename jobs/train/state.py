@@ -19,7 +19,7 @@ from jobs.experiments.settings import TrainSettings
 from jobs.runtime.capture import Captured
 from jobs.runtime.job import JobError
 from jobs.runtime.numerics import set_numerics
-from jobs.runtime.prefetch import Ahead
+from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.world import World
 from jobs.storage.checkpoints import Snapshot
 from jobs.train.ema import Ema, decay_at
@@ -85,12 +85,12 @@ class Training:
         # The model is on its device already. Placement by Accelerate would copy the parameters out of the flat tensor.
         self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
-        self._noise = Ahead(self._draw_noise)
+        self._noise = Prefetch(self._draw_noise)
         self._next: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
-        # What a step needs to know besides its examples, where a recorded one finds it.
+        # What a step needs to know besides its examples, where a captured one finds it.
         self._ema_share = torch.zeros((), device=world.device)
         self._norm_below = torch.full((), math.inf, device=world.device)
-        self._recorded: Captured | None = None
+        self._captured: Captured | None = None
         self.step = 0
         self.data_s = 0.0  # how long steps have waited for their examples so far
 
@@ -100,9 +100,9 @@ class Training:
         examples, lr = self._examples_of(self.step), lr_at(self.step, self.settings)
         self.optimizer.set_lr(lr)
         self._ema_share.fill_(1 - decay_at(self.step, self.settings.ema_decay))
-        loss, losses, norm = (self._recorded or self._advance)(*examples)
+        loss, losses, norm = (self._captured or self._advance)(*examples)
         if self.step == self.settings.steps:
-            self._recorded = None  # the memory that it keeps is for the figures now
+            self._captured = None  # the memory that it keeps is for the figures now
         elif self.world.device.type == "cuda":
             # The GPU still computes this step while its host draws the examples of the next one.
             self._next = self.step + 1, self.examples(self.step + 1)
@@ -173,13 +173,13 @@ class Training:
             raise JobError(f"--train.compile failed on this machine: {' '.join(reason.split())}") from error
         return time.perf_counter() - started
 
-    def record(self) -> None:
-        """Records the step, so that a GPU gets it from its host in one launch; for a process that is alone.
+    def capture(self) -> None:
+        """Captures the step, so that a GPU gets it from its host in one launch; for a process that is alone.
 
-        Raises RuntimeError where something in it cannot be recorded; it is launched piece by piece then.
+        Raises RuntimeError where something in it cannot be captured; it is launched piece by piece then.
         """
         with self._without_moving() as examples:
-            self._recorded = Captured(self._advance, *examples)
+            self._captured = Captured(self._advance, *examples)
 
     @property
     def communication_s(self) -> float:
@@ -237,7 +237,7 @@ class Training:
         self.raw.network.load_state_dict(snapshot.model)
         self.ema.network.load_state_dict(snapshot.ema)
         self.optimizer.load_state_dict(snapshot.optimizer)
-        self.step, self._recorded = snapshot.step, None  # the moments of the optimizer lie elsewhere now
+        self.step, self._captured = snapshot.step, None  # the moments of the optimizer lie elsewhere now
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

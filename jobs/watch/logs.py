@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jobs.storage import ownership
 from jobs.storage.job_ids import is_element
-from jobs.storage.run_folder import RunFolder, State
+from jobs.storage.run_folder import RunFolder, State, as_typed
 from jobs.watch import states
 
 POLL_S = 0.2
@@ -31,7 +31,7 @@ def locate(run: RunFolder) -> Path:
 def title(run: RunFolder) -> str:
     """Says which file it is, or that it does not exist yet."""
     path = locate(run)
-    name = RunFolder(path)  # as a user would type it
+    name = as_typed(path)
     if path.exists():
         return f"==> {name}"
     state = states.read_status(run).get("state", State.CREATED)

@@ -1,4 +1,4 @@
-"""A step that is recorded once and given to a GPU in one launch computes the bytes of one launched piece by piece."""
+"""A step that is captured once and given to a GPU in one launch computes the bytes of one launched piece by piece."""
 
 import math
 from dataclasses import replace
@@ -35,10 +35,10 @@ def training(experiment: str, device: Kind, mnist_root: Path, world: World) -> T
     return found
 
 
-def advanced(found: Training, to: int, *, recorded: bool) -> tuple[list[tuple[bool, float]], Snapshot]:
-    """What the steps up to `to` reported, and the state after them; a CPU, which records nothing, rehearses."""
-    if recorded and found.world.device.type == "cuda":
-        found.record()
+def advanced(found: Training, to: int, *, captured: bool) -> tuple[list[tuple[bool, float]], Snapshot]:
+    """What the steps up to `to` reported, and the state after them; a CPU, which captures nothing, rehearses."""
+    if captured and found.world.device.type == "cuda":
+        found.capture()
     reported = []
     while found.step < to:
         update = found.update()
@@ -53,17 +53,17 @@ def tensors(snapshot: Snapshot) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("experiment", ["1d", "mnist"])
-def test_a_recorded_step_is_the_step(experiment: str, precision: Precision, device: Kind, mnist_root: Path) -> None:
+def test_a_captured_step_is_the_step(experiment: str, precision: Precision, device: Kind, mnist_root: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # else it would stay at the precision of the test before
     world = start(1, device, precision)
-    reported, expected = advanced(training(experiment, device, mnist_root, world), STEPS, recorded=False)
+    reported, expected = advanced(training(experiment, device, mnist_root, world), STEPS, captured=False)
     assert [skipped for skipped, _ in reported] == [step == POISONED for step in range(1, STEPS + 1)]
 
-    whole, found = advanced(training(experiment, device, mnist_root, world), STEPS, recorded=True)
-    _, saved = advanced(training(experiment, device, mnist_root, world), SAVED, recorded=True)
+    whole, found = advanced(training(experiment, device, mnist_root, world), STEPS, captured=True)
+    _, saved = advanced(training(experiment, device, mnist_root, world), SAVED, captured=True)
     resumed = training(experiment, device, mnist_root, world)
     resumed.restore(saved)
-    rest, continued = advanced(resumed, STEPS, recorded=True)
+    rest, continued = advanced(resumed, STEPS, captured=True)
 
     assert str(whole) == str(reported) and str(rest) == str(reported[SAVED:])  # NaN is not equal to itself
     for one, other, third in zip(tensors(expected), tensors(found), tensors(continued), strict=True):

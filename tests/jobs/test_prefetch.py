@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from jobs.runtime.prefetch import Ahead
+from jobs.runtime.prefetch import Prefetch
 
 
 def test_the_value_is_that_of_the_step_begun_or_not() -> None:
@@ -14,13 +14,13 @@ def test_the_value_is_that_of_the_step_begun_or_not() -> None:
         computed_in.append((step, threading.get_ident()))
         return step**2
 
-    ahead = Ahead(square)
-    assert ahead.of(3) == 9
-    ahead.begin(4)
-    assert ahead.of(4) == 16
-    ahead.begin(5)
-    assert ahead.of(7) == 49  # as after a checkpoint is restored
-    assert ahead.of(5) == 25
+    prefetch = Prefetch(square)
+    assert prefetch.of(3) == 9
+    prefetch.begin(4)
+    assert prefetch.of(4) == 16
+    prefetch.begin(5)
+    assert prefetch.of(7) == 49  # as after a checkpoint is restored
+    assert prefetch.of(5) == 25
     here = threading.get_ident()
     assert [(step, thread == here) for step, thread in sorted(computed_in)] == [
         (3, True),
@@ -31,7 +31,7 @@ def test_the_value_is_that_of_the_step_begun_or_not() -> None:
 
 
 def test_a_failure_in_the_thread_reaches_who_asks() -> None:
-    ahead = Ahead(lambda step: 1 / step)
-    ahead.begin(0)
+    prefetch = Prefetch(lambda step: 1 / step)
+    prefetch.begin(0)
     with pytest.raises(ZeroDivisionError):
-        ahead.of(0)
+        prefetch.of(0)
