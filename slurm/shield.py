@@ -1,7 +1,7 @@
 """`python -S -m slurm.shield COMMAND...` runs the command while the signals that mean "save" are blocked.
 
-Slurm may send USR2 in the first second of a job, which is still importing and would be killed. Blocked signals wait
-through exec until the job has its handlers and unblocks them (`jobs.runtime.signals.SignalWatch`).
+Slurm may send USR2 in the first second of a job, which is still importing and would be killed by it. A blocked signal
+is not lost: it waits, also through exec, until the job's handlers are there (`jobs.runtime.signals.SignalWatch`).
 """
 
 import os

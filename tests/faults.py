@@ -477,10 +477,17 @@ FAULTS = [
     Fault(
         "a job is not queued again when it is told to save",
         "slurm/task.py",
-        "            answers.append(requeue())",
-        "            answers.append(None)",
+        "        job_id = requeue()\n        self.came_back",
+        "        job_id = None\n        self.came_back",
         "tests/slurm/test_survival.py::test_preemption_by_the_high_partition",
         slurm=True,
+    ),
+    Fault(
+        "a preemption counts as a job that gets nowhere",
+        "jobs/train/recorder.py",
+        "if requeue.had_its_time() else {}",
+        "",
+        "tests/jobs/test_stop.py::test_a_job_that_gets_nowhere_is_queued_again_unless_it_has_had_two_whole_time_limits",
     ),
     Fault(
         "a job forbids to be queued again",

@@ -1,6 +1,6 @@
-"""What a GPU repeats, captured once: a CUDA graph is one launch where its kernels are thousands, each a host's time.
+"""CUDA graphs: work that a GPU repeats is captured once, and then launched at once instead of kernel by kernel.
 
-Captured kernels are the same as launched ones, and so are the bytes that they compute.
+A step has thousands of kernels, and each launch costs the host time. A captured kernel computes the same bytes.
 """
 
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 WARM_UP = 2
-"""Calls before the capture: libraries choose kernels and take workspaces in the first."""
+"""The function is called so often before it is captured: at first, libraries choose kernels and take workspaces."""
 
 
 class Captured:
     """A function of tensors on a GPU, captured for inputs of these shapes.
 
-    It is called `WARM_UP` times with these inputs, then captured, which computes nothing. It must not wait for the GPU,
-    nor depend on anything but its inputs and what lies on the GPU, always at the same place. So autocast, which keeps
-    copies of weights until it is left, is not left between calls. Raises RuntimeError if the function cannot be
-    captured; it can still be called then.
+    It is called `WARM_UP` times with these inputs and then captured; capturing computes nothing. It must not wait for
+    the GPU, and may read only its inputs and tensors that stay at the same place on the GPU. (Autocast keeps copies of
+    weights until it is left, so do not leave it between calls.) Raises RuntimeError if the function cannot be captured;
+    then it can still be called itself.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
@@ -51,7 +51,7 @@ class Captured:
 
 
 def in_one_launch(function: Callable[..., Tensor], say: Callable[[str], None]) -> Callable[..., Tensor]:
-    """The same function of tensors on a GPU, captured at its first call; if that fails, it says so and is as it was."""
+    """Returns the same function, captured at its first call; if that fails, it says so and calls the function."""
     captured: list[Callable[..., tuple[Tensor, ...]]] = []
 
     def whole(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -70,6 +70,6 @@ def in_one_launch(function: Callable[..., Tensor], say: Callable[[str], None]) -
 
 
 def not_captured(error: RuntimeError) -> str:
-    """Says what it means that something could not be captured."""
+    """Returns a sentence for the user: why the work could not be captured, and what follows from it."""
     reason = str(error).partition("\n")[0]
     return f"The GPU's work cannot be captured, so it is launched piece by piece, which takes longer: {reason}"

@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """A function of the step, whose next value a thread computes.
+    """A function of the step; a thread computes its value for the next step.
 
     The function must not compute with torch: a second thread brings OpenMP threads of its own, there are more of them
     than cores, and waiting for each other doubles the time of a step on a CPU.

@@ -126,7 +126,11 @@ class Sketches:
 
 
 class TrainingFollower:
-    """What is done with the files, a look at a time."""
+    """Passes on what a training writes.
+
+    Three numbers say how far it is: `_position` is what wandb was given, `_recent` remembers when, so that what was
+    given `SAFE_S` ago can be written down as certain, and `_kept` is the newest checkpoint that was uploaded.
+    """
 
     def __init__(self, run: RunFolder, owner: Ownership, attempt: int) -> None:
         self._run, self._owner = run, owner
@@ -135,7 +139,8 @@ class TrainingFollower:
         start = next(line for line in reversed(self._timing) if line["event"] == "start")
         self._position_file = run.path / ".tracking.json"
         position = self._read_position()
-        # Lines after the checkpoint are made again, those before it may have been lost with the last follower.
+        # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within one
+        # start goes on where the first one was.
         self._position = (
             position if attempt > 1 else dataclasses.replace(position, step=min(position.step, start["step"]))
         )
@@ -219,7 +224,7 @@ class TrainingFollower:
         self._dashboard.keep(name, kind, files, self._run.path, in_place=in_place)
 
     def _remember(self) -> None:
-        """Writes down how far wandb has got for certain."""
+        """Writes down which lines are on wandb's disk for certain."""
         self._recent.append((time.monotonic(), self._position))
         safe = None
         while time.monotonic() - self._recent[0][0] >= SAFE_S:

@@ -22,7 +22,7 @@ PATIENCE_S = 30.0
 
 
 class FollowerProcess:
-    """A process that follows a job, `python -m MODULE ARGUMENTS`, seen from the job; what it prints is said there."""
+    """The job's handle of a process that follows it, `python -m MODULE ARGUMENTS`; `say` gets what it prints."""
 
     def __init__(self, module: str, arguments: list[str], say: Say) -> None:
         self._process: subprocess.Popen[str] | None = None

@@ -75,7 +75,7 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
 
 
 def capture(training: Training, console: Console) -> None:
-    """Captures a GPU's step as a CUDA graph, if that is asked for, useful and possible."""
+    """Captures the step as a CUDA graph where the settings ask for it and one GPU trains alone."""
     settings, world = training.settings, training.world
     if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1:
         return
@@ -86,7 +86,7 @@ def capture(training: Training, console: Console) -> None:
 
 
 def run_steps(training: Training, recorder: Recorder, signals: SignalWatch) -> Stop:
-    """Updates until the last step (Stop.NO) or until all processes agree on a reason to stop."""
+    """Runs steps to the last one (returns Stop.NO), or until all processes agree on a reason to stop."""
     settings, vote = training.settings, StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
     # A signal may have come before the first step. The vote in the loop answers one step late, so it is asked here.
@@ -153,7 +153,7 @@ def conclude(run: RunFolder, training: Training, recorder: Recorder, reason: Sto
         recorder.finish(State.FINISHED, f"Finished {run} at step {step:,}; pictures are in {run}/figures.")
         return 0
     saved = f"Saved {run} at step {step:,} of {steps:,}."
-    # After SIGTERM, too: Slurm does not bring a job back that ends by itself before its grace time is over.
+    # Also after SIGTERM: if a job ends by itself within its grace time, Slurm does not queue it again.
     if requeue is not None and reason is not Stop.INTERRUPT and recorder.queue_again(requeue, saved):
         return 0
     state = State.CANCELLED if reason is Stop.TERMINATE else State.INTERRUPTED

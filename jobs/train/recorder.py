@@ -1,4 +1,4 @@
-"""What a training leaves and tells while it runs: its first process records all of it, the others nothing."""
+"""Checkpoints, metrics, status and messages of a training, which only its first process writes."""
 
 import resource
 import time
@@ -25,7 +25,7 @@ TIMING_S = 5.0
 
 
 class Recorder(ABC):
-    """What the loop of a training tells to whoever keeps it: each process computes the same, one records it."""
+    """What the training loop calls to have things recorded. All processes compute the same, so one is enough."""
 
     @abstractmethod
     def start(self) -> None:
@@ -45,7 +45,7 @@ class Recorder(ABC):
 
     @abstractmethod
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
-        """Ends a job that shall be queued again; whether it comes back, which a process that does not record assumes.
+        """Queues the job again; returns whether it comes back, which a process that does not record takes for granted.
 
         `saved` is a sentence. Raises JobError if two jobs have had their whole time limit and completed no step between
         them. A preemption is not the run's fault, however often it comes.
@@ -53,7 +53,7 @@ class Recorder(ABC):
 
     @abstractmethod
     def finish(self, state: State, message: str) -> None:
-        """The job ends in this state."""
+        """Writes down that the job ends in this state, and says `message`."""
 
     @abstractmethod
     def draw(self) -> None:
@@ -79,7 +79,7 @@ class NoRecorder(Recorder):
 
 
 class RunRecorder(Recorder):
-    """Checkpoints, metrics, timing, heartbeat and progress of a run."""
+    """Writes a run's checkpoints, metrics, timing and heartbeat, and shows its progress."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class RunRecorder(Recorder):
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
             self._console.say(f"Compiled the network in {short(compile_s)} (--train.compile).")
-        # Rates are those of steps.
+        # Rates count steps alone, so the clock starts after compiling.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)
 

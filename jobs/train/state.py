@@ -87,7 +87,7 @@ class Training:
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Prefetch(self._draw_noise)
         self._next: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
-        # What a step needs to know besides its examples, where a captured one finds it.
+        # A captured step reads these two from the same memory each time, so their values are written into them.
         self._ema_share = torch.zeros((), device=world.device)
         self._norm_below = torch.full((), math.inf, device=world.device)
         self._captured: Captured | None = None
@@ -174,9 +174,9 @@ class Training:
         return time.perf_counter() - started
 
     def capture(self) -> None:
-        """Captures the step, so that a GPU gets it from its host in one launch; for a process that is alone.
+        """Captures the step as a CUDA graph, so that the host launches it at once; for a process that trains alone.
 
-        Raises RuntimeError where something in it cannot be captured; it is launched piece by piece then.
+        Raises RuntimeError if something in it cannot be captured; then it is launched kernel by kernel as before.
         """
         with self._without_moving() as examples:
             self._captured = Captured(self._advance, *examples)
@@ -237,7 +237,7 @@ class Training:
         self.raw.network.load_state_dict(snapshot.model)
         self.ema.network.load_state_dict(snapshot.ema)
         self.optimizer.load_state_dict(snapshot.optimizer)
-        self.step, self._captured = snapshot.step, None  # the moments of the optimizer lie elsewhere now
+        self.step, self._captured = snapshot.step, None  # the optimizer's moments are new tensors now
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
