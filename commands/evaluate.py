@@ -49,7 +49,7 @@ class Evaluate:
     all: bool = False
     """All sets drawn with the newest one's weights: quality against network evaluations, as a table and a figure."""
     inception_fid: bool = False
-    """Also compute Inception FID (digits only; its weights file must be on this machine)."""
+    """Also compute Inception FID (images only; its weights file must be on this machine)."""
     json: bool = False
     """Print it for scripts."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)

@@ -76,6 +76,8 @@ class Resume:
         changed = given(self.train)
         if changed.get("steps", config.train.steps) < config.train.steps:
             raise UserError(f"--train.steps may only be raised from {config.train.steps}; got {changed['steps']}")
+        if changed.get("precision") == "auto":
+            raise UserError("--train.precision of a run that goes on must be bf16, tf32 or fp32; got auto")
         train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
         return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where)
 

@@ -107,7 +107,8 @@ class Where:
     def copy_code(self, place: Here | OnSlurm) -> None:
         """Makes sure that a job on Slurm finds its copy of the code; says so if the run began with other code."""
         if isinstance(place, OnSlurm) and not place.code.exists():
-            print(f"The code has changed since this run began: the job runs a copy of today's, {place.code.name}/.")
+            if place.code.name != "code":
+                print(f"The code has changed since this run began: the job runs a copy of today's, {place.code.name}/.")
             save_code(place.code)
 
     def on_slurm(self) -> bool:

@@ -57,7 +57,7 @@ def read(path: Path) -> Profile:
     """The profile in a TOML file; raises UserError naming the key that is wrong."""
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"profile {path} cannot be read: {error}") from None
     hints = get_type_hints(Profile)
     for key, value in values.items():

@@ -1,6 +1,7 @@
 """Submits jobs to Slurm through submitit."""
 
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ class Submission:
 
     def check(self) -> None:
         """Raises UserError with Slurm's own words if it would refuse the job; nothing is submitted or written."""
+        if shutil.which("srun") is None:
+            raise UserError("a job on Slurm needs srun beside sbatch; there is none on this machine")
         with outside_any_job():
             asked = queue.ask("sbatch", "--test-only", input=self.script())
         if asked.returncode != 0:

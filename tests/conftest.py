@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffusion.data.mnist import MNIST
+from diffusion.errors import UserError
 from tests import launching, processes
 
 # A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
@@ -41,7 +42,7 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             MNIST.require(root)
             return root
-        except ValueError:
+        except UserError:
             pass
     root = tmp_path_factory.mktemp("mnist")
     with processes.forbidden(False):  # not the test that happens to be the first

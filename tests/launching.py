@@ -50,6 +50,8 @@ def start(
     launch.py.
     """
     mark = uuid.uuid4().hex
+    plainly = plain or see_gpus or any(name.startswith(EARLY) for name in env)
+    assert not (plainly and NO_FIGURES.items() <= env.items()), "only a forked process finds no plotting library"
     whole = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -62,7 +64,7 @@ def start(
     command = ["-m", module] if module else [str(ROOT / "launch.py")]
     command += map(str, arguments)
     process: Process
-    if plain or see_gpus or any(name.startswith(EARLY) for name in env):
+    if plainly:
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=cwd,

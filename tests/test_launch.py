@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from jobs.experiments.record import MAY_CHANGE
 from slurm.profile import Profile
-from tests.launching import ROOT, TINY, done, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, ROOT, TINY, done, launch, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
 
@@ -124,6 +125,44 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     ended = launch("train", "1d", "--name", "taken", cwd=tmp_path)
     assert ended.code == 2
     assert "no run folder" in sentence(ended.err)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "code", "words"),
+    [
+        ("status.json", '{"state": "of a later version"}', 0, ""),
+        ("status.json", '{"state": "fail', 2, "status.json is not JSON"),
+        ("samples/s/.jobs.json", '["1"', 2, ".jobs.json is not JSON"),
+        ("experiment.json", f'{{"experiment": {"9" * 5000}}}', 2, "experiment.json"),
+    ],
+)
+def test_what_a_damaged_file_costs_is_one_sentence(
+    file: str, content: str, code: int, words: str, tmp_path: Path, trained: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "runs")
+    (tmp_path / "runs" / "1d" / "a" / file).write_text(content)
+    command = ("sample", "1d/a", "--num-samples", 20, "--name", "s") if "samples" in file else ("resume", "1d/a")
+    ended = launch(*command, "--device", "cpu", cwd=tmp_path)
+    assert ended.code == code, ended
+    assert words in sentence(ended.err)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with a finished training and a set of ten samples."""
+    root = tmp_path_factory.mktemp("trained")
+    done("train", "1d", *TINY, "--train.steps", 20, "--name", "a", "--device", "cpu", cwd=root, **NO_FIGURES)
+    done("sample", "1d/a", "--num-samples", 10, "--name", "s", "--device", "cpu", cwd=root)
+    return root / "runs"
+
+
+def test_a_precision_is_not_forgotten(tmp_path: Path, trained: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs")
+    before = (tmp_path / "runs" / "1d" / "a" / "experiment.json").read_bytes()
+    ended = launch("resume", "1d/a", "--train.precision", "auto", cwd=tmp_path)
+    assert ended.code == 2
+    assert "must be bf16, tf32 or fp32; got auto" in sentence(ended.err)
+    assert (tmp_path / "runs" / "1d" / "a" / "experiment.json").read_bytes() == before
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
@@ -249,7 +288,7 @@ def test_every_command_as_a_user_starts_it(tmp_path: Path, no_plots: dict[str, s
 
     tiny = (*TINY, "--train.steps", 20, "--device", "cpu")
     assert "Finished" in command("train", "1d", *tiny, "--name", "a")
-    assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu", **no_plots)
+    assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu", "--gpus", 2, **no_plots)
     assert "50 samples are in" in command("sample", "1d/a", "--num-samples", 50, "--device", "cpu")
     assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--device", "cpu")
     assert "Finished" in command("sweep", "1d", *tiny, "--name", "s", "--grid", "train.seed=0", **no_plots)

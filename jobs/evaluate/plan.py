@@ -20,7 +20,7 @@ from jobs.sample import sample_set
 from jobs.sample.sample_set import SampleSet
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint
-from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name
+from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +49,7 @@ class Evaluation:
 
     @property
     def kept(self) -> Path:
-        """The folder for what a job leaves to the next one, and for the code that it runs."""
+        """The folder for what a job leaves to the next one."""
         return self.folder / ".evaluation"
 
     @property
@@ -74,7 +74,7 @@ class Evaluation:
         """metrics.json, {} if there is none of this protocol."""
         try:
             found = json.loads((self.folder / "metrics.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             return {}
         is_ours = isinstance(found, dict) and found.get("protocol") == self.protocol
         return dict(found) if is_ours else {}
@@ -107,10 +107,7 @@ class Evaluation:
 
     def job_ids(self) -> list[str]:
         """Slurm jobs that have worked on the evaluation."""
-        try:
-            return list(json.loads((self.kept / "jobs.json").read_text()))
-        except FileNotFoundError:
-            return []
+        return read_job_ids(self.kept / "jobs.json")
 
 
 def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:

@@ -1,6 +1,5 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
-import json
 import os
 import shutil
 import zipfile
@@ -16,7 +15,7 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.files import sha256, sync_file, sync_folder, write_json
 from jobs.storage import checkpoints
 from jobs.storage.records import precision_of
-from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name
+from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -165,10 +164,7 @@ class SampleSet:
 
     def job_ids(self) -> list[str]:
         """Slurm jobs that have worked on the set."""
-        try:
-            return list(json.loads((self.folder / ".jobs.json").read_text()))
-        except FileNotFoundError:
-            return []
+        return read_job_ids(self.folder / ".jobs.json")
 
     def needed_bytes(self) -> int:
         """Disk space for the shards that are missing and for the merged file."""

@@ -1,7 +1,6 @@
 """Where a run comes from: command line, versions, git state, and a copy of the code. Importable without torch."""
 
 import hashlib
-import os
 import platform
 import secrets
 import shutil
@@ -10,6 +9,8 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from diffusion.errors import OutsideError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = ("launch.py", "commands", "diffusion", "jobs", "slurm")
@@ -60,14 +61,16 @@ def save_code(folder: Path) -> None:
     """
     if folder.exists():
         return
-    made = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    made.mkdir()
     try:
-        made.mkdir()
         for name in CODE:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, made / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
             else:
                 shutil.copy2(ROOT / name, made / name)
+        if folder.name not in ("code", f"code-{_digest(made)[:8]}"):
+            raise OutsideError("the code was edited while it was copied for the job; start the job again")
         made.rename(folder)
     except OSError:
         if not folder.exists():  # another process may have been faster

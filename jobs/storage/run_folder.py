@@ -87,7 +87,7 @@ class RunFolder:
             return record.read(path.read_text())
         except FileNotFoundError:
             raise UserError(f"a run folder holds experiment.json; {self} does not") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"experiment.json of {self} cannot be read: {error}") from None
 
     def write_experiment(self, experiment: str, config: ExperimentConfig) -> None:
@@ -98,8 +98,9 @@ class RunFolder:
         return _read_json(self.status)
 
     def state(self) -> State:
-        """The state that status.json says, whether it is still true or not."""
-        return State(self.read_status().get("state", State.CREATED))
+        """The state that status.json says, whether it is still true or not; CREATED if it is no state of ours."""
+        word = self.read_status().get("state")
+        return State(word) if word in list(State) else State.CREATED
 
     def write_failure(self, rank: int, trace: str) -> bool:
         """Records why a process failed, if it is the first of the job that did; returns whether it is."""
@@ -179,11 +180,22 @@ def find(run: str, runs_dir: Path) -> RunFolder:
     raise UserError(f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}; got {run!r}")
 
 
+def read_job_ids(path: Path) -> list[str]:
+    """Reads a list of ids of Slurm jobs; [] if there is none. Raises UserError for a damaged file."""
+    value = _json_in(path)
+    return list(map(str, value)) if isinstance(value, list) else []
+
+
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    value = _json_in(path)
     return value if isinstance(value, dict) else {}
+
+
+def _json_in(path: Path) -> Any:
+    """What the file holds, None if it is not there."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None

@@ -166,7 +166,8 @@ def why_not_online(base_url: str) -> str | None:
     def ask() -> None:
         query = {"query": "query { viewer { id } }"}
         with contextlib.suppress(requests.RequestException):
-            answers.append(requests.post(f"{base_url}/graphql", json=query, auth=("api", key), timeout=ANSWER_S))
+            url = f"{base_url.rstrip('/')}/graphql"
+            answers.append(requests.post(url, json=query, auth=("api", key), timeout=ANSWER_S))
 
     # In a thread, because the timeout of requests counts from packet to packet: a slow server could take for ever.
     thread = threading.Thread(target=ask, daemon=True)

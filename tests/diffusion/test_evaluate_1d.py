@@ -18,7 +18,7 @@ from diffusion.gaussian1d.sampler_errors import sampler_errors
 from diffusion.problems.gaussian1d import Gaussian1dProblem
 from diffusion.process.model import DiffusionModel
 from diffusion.process.randomness import Stream, normal, uniform
-from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings, SamplerSettings
+from diffusion.settings import SAMPLERS, DiffusionSettings, MixtureSettings, MlpSettings, SamplerSettings
 
 EXPERIMENT = Gaussian1d(MixtureSettings(), MlpSettings(), DiffusionSettings(timesteps=100))
 MIXTURE, ABAR = EXPERIMENT.mixture, EXPERIMENT.abar
@@ -147,5 +147,11 @@ def test_an_evaluation_finds_a_known_mistake_and_survives_without_the_model() ->
     assert found["log_likelihood"].value == pytest.approx(-START.entropy() - found["likelihood_gap"].value)
     alone = Evaluator1d(EXPERIMENT, x, None, sampler, 0)
     assert list(alone.units()) == ["samples"]
-    known = {1: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
+    known = {2: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
     assert list(alone.metrics(results)) == known[Gaussian1dProblem.metrics_version]
+
+
+def test_another_sampler_to_compare_comes_with_a_new_version() -> None:
+    """Without one, what an older version has evaluated would count as complete, and never get the new rows."""
+    known = {2: ["ddpm", "ddim", "dpm++", "heun"]}
+    assert list(SAMPLERS) == known[Gaussian1dProblem.metrics_version]

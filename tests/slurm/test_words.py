@@ -68,6 +68,7 @@ class Tools:
         answers |= {kind: show(f"scontrol-{kind}") for kind in ("config", "partition", "job")}
         self.write("scontrol", f"case $* in {' '.join(f'*{kind}*) {show};;' for kind, show in answers.items())} esac")
         self.write("sbatch", f"cat > /dev/null; {show('sbatch')}")
+        self.write("srun", "exit 1")  # submitit only looks whether it is there
 
 
 @pytest.fixture
