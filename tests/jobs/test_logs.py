@@ -25,12 +25,15 @@ def test_following_ends_with_the_run(tmp_path: Path) -> None:
     training = start(*ENDLESS, cwd=tmp_path)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until((run / ".lock").exists)
+    training.send_signal(signal.SIGSTOP)  # before it writes a log
     following = start("logs", run, "--follow", cwd=tmp_path)
+    assert following.stderr is not None
+    assert "is not there yet" in following.stderr.readline()
+    training.send_signal(signal.SIGCONT)
     wait_until(lambda: steps_logged(run) > 10)
     interrupt(training, signal.SIGINT)
     ended = finish(following, timeout_s=20)
     assert ended.code == 0
-    assert "is not there yet" in ended.err
     assert f"Saved runs/1d/a at step {status(run)['step']:,}" in ended.out
 
 
