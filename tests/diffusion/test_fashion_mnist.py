@@ -1,7 +1,6 @@
 """Fashion-MNIST lies where torchvision expects it, comes from its mirror, and has the hashes of its files."""
 
 import gzip
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,9 @@ from diffusion.problems.fashion_mnist import FASHION_MNIST, FashionMnistProblem
 from jobs.experiments.table import EXPERIMENTS
 from tests import made_images
 from tests.jobs.mirror import Mirror, say_nothing
+
+DEBIANS = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts the files."""
 
 
 @pytest.fixture
@@ -42,11 +44,13 @@ def test_the_mirror_is_torchvisions() -> None:
     assert set(FASHION_MNIST.sha256) == {name.removesuffix(".gz") for name, _ in datasets.FashionMNIST.resources}
 
 
-@pytest.mark.skipif(
-    "FASHION_MNIST_ROOT" not in os.environ, reason="$FASHION_MNIST_ROOT names no folder of the real files"
-)
-def test_the_hashes_are_those_of_the_real_files() -> None:
-    FASHION_MNIST.require(Path(os.environ["FASHION_MNIST_ROOT"]))
+@pytest.mark.data
+def test_the_hashes_are_those_of_the_real_files(tmp_path: Path) -> None:
+    raw = FASHION_MNIST.raw_folder(tmp_path)
+    raw.mkdir(parents=True)
+    for name in FASHION_MNIST.sha256:
+        (raw / name).write_bytes(gzip.decompress((DEBIANS / f"{name}.gz").read_bytes()))
+    FASHION_MNIST.require(tmp_path)
 
 
 def test_the_experiment_is_that_of_mnist_with_other_data() -> None:
