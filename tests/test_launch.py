@@ -276,25 +276,35 @@ def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
     assert np.array_equal(array, np.load(samples / "shard-00000.npy"))
 
 
-def test_every_command_as_a_user_starts_it(tmp_path: Path, no_plots: dict[str, str]) -> None:
+def test_commands_on_a_run_as_a_user_starts_them(tmp_path: Path, no_plots: dict[str, str]) -> None:
     """Other tests may fork theirs from a process that has loaded torch (tests/warm.py).
 
     One training draws its figures, which would take most of the time of the others.
     """
 
     def command(*arguments: object, **env: str) -> str:
-        ended = done(*arguments, cwd=tmp_path, plain=True, **env)
-        return ended.out + ended.err
+        return plainly(*arguments, cwd=tmp_path, **env)
 
-    tiny = (*TINY, "--train.steps", 20, "--device", "cpu")
-    assert "Finished" in command("train", "1d", *tiny, "--name", "a")
+    assert "Finished" in command("train", "1d", *TWENTY, "--name", "a")
     assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu", "--gpus", 2, **no_plots)
     assert "50 samples are in" in command("sample", "1d/a", "--num-samples", 50, "--device", "cpu")
     assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--device", "cpu")
-    assert "Finished" in command("sweep", "1d", *tiny, "--name", "s", "--grid", "train.seed=0", **no_plots)
     assert "1d/a" in command("status")
     assert "Finished" in command("logs", "1d/a")
-    assert "Python" in launch("doctor", cwd=tmp_path, plain=True).out
     assert "finished" in launch("cancel", "1d/a", cwd=tmp_path, plain=True).err
-    drill = ("--kills", 1, "--steps", 40, "--device", "cpu")
-    assert "Equal byte for byte" in command("drill", *drill, **no_plots)
+
+
+def test_the_other_commands_as_a_user_starts_them(tmp_path: Path, no_plots: dict[str, str]) -> None:
+    sweep = ("sweep", "1d", *TWENTY, "--name", "s", "--grid", "train.seed=0")
+    assert "Finished" in plainly(*sweep, cwd=tmp_path, **no_plots)
+    assert "Python" in launch("doctor", cwd=tmp_path, plain=True).out
+    drill = ("drill", "--kills", 1, "--steps", 40, "--device", "cpu")
+    assert "Equal byte for byte" in plainly(*drill, cwd=tmp_path, **no_plots)
+
+
+TWENTY = (*TINY, "--train.steps", 20, "--device", "cpu")
+
+
+def plainly(*arguments: object, cwd: Path, **env: str) -> str:
+    ended = done(*arguments, cwd=cwd, plain=True, **env)
+    return ended.out + ended.err

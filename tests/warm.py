@@ -106,7 +106,12 @@ class Warm:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
-        atexit.register(self._socket.close)  # at whose end it ends
+        atexit.register(self._close)
+
+    def _close(self) -> None:
+        self._socket.close()  # at whose end it ends
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(10)
 
     def start(self, command: list[str], cwd: Path, env: dict[str, str]) -> Forked:
         """Forks what Python would run for the command: `FILE ARGUMENTS` or `-m MODULE ARGUMENTS`."""

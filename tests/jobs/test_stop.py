@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from jobs.runtime.signals import SignalWatch, Stop
-from tests.launching import ROOT, TINY, done, status
+from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status
 
 TWO_CTRL_CS = """
 import signal, sys
@@ -42,37 +42,18 @@ def test_the_strongest_reason_holds_whatever_comes_first() -> None:
             assert signals.requested is reason
 
 
-WARNED = """
-import os, signal, sys
-from pathlib import Path
-from jobs.train.job import TrainJob
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-os.kill(os.getpid(), signal.SIGUSR2)
-
-class Requeue:
-    def __call__(self):
-        return sys.argv[2] or None
-
-    def had_its_time(self):
-        return sys.argv[3] == "limit"
-
-sys.exit(TrainJob(Path(sys.argv[1]), 1, "cpu")(Requeue()))
-"""
-
-
 def test_a_job_that_gets_nowhere_is_queued_again_unless_it_has_had_two_whole_time_limits(tmp_path: Path) -> None:
     """As on Slurm, with the answers of its `requeue`: a preemption is not the run's fault, however often it comes."""
-    done("train", "1d", *TINY, "--train.steps", "2", "--name", "a", cwd=tmp_path)
+    done("train", "1d", *TINY, "--train.steps", "2", "--name", "a", cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     for path in (run / "checkpoints").iterdir():
         path.rename(run / path.name)
     ended = []
     cancelled, preempted, out_of_time = ("", "preempted"), ("17", "preempted"), ("17", "limit")
     for answers in (cancelled, preempted, preempted, preempted, out_of_time, preempted, out_of_time):
-        command = [sys.executable, "-c", WARNED, run, *answers]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        ended.append((process.returncode, status(run)["state"]))
-        assert ("It is queued again as job 17." in process.stdout) == (process.returncode == 0)
+        process = finish(start(run, *answers, cwd=ROOT, module="tests.jobs.warned"))
+        ended.append((process.code, status(run)["state"]))
+        assert ("It is queued again as job 17." in process.out) == (process.code == 0)
     assert ended == [(130, "interrupted"), *5 * [(0, "requeued")], (1, "failed")]
-    assert "no progress in two whole time limits: both times the job had to stop at step 0" in process.stderr
+    assert "no progress in two whole time limits: both times the job had to stop at step 0" in process.err
     assert json.loads((run / "launch.json").read_text())["job_ids"] == ["17"]
