@@ -227,7 +227,7 @@ FAULTS = [
         "status.json is written in its place",
         "jobs/files.py",
         'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
-        "temporary = path\n    path.write_bytes(content.encode() if isinstance(content, str) else content)\n    return",
+        "temporary = path\n    yield path\n    return",
         "tests/jobs/test_files.py::test_a_file_is_the_old_one_until_the_new_one_is_on_the_disk",
     ),
     Fault(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from diffusion.data.mnist import MNIST
 from diffusion.digits.classifier import WEIGHTS, DigitNet, check_digits, check_labels, classify
 from diffusion.images.pixels import Images, to_pixels
 from diffusion.process.randomness import Stream, generator, permutation
@@ -84,21 +85,20 @@ def _no_digits(x: Tensor, random: np.random.Generator) -> Tensor:
 
 
 def main() -> None:
-    from torchvision.datasets import MNIST
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10 * 469, help="batches of 128; an epoch is 469")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     options = parser.parse_args()
-    digits, test = (MNIST(os.environ.get("MNIST_ROOT", "data"), train=train) for train in (True, False))
+    root = Path(os.environ.get("MNIST_ROOT", "data"))
+    MNIST.require(root)
     started = time.process_time()
-    net = train(
-        digits.data.numpy()[..., None], digits.targets.numpy(), steps=options.steps, seed=options.seed, say=print
-    )
+    images, labels = MNIST.read_images(root, "train"), MNIST.read_labels(root, "train")
+    net = train(images, labels, steps=options.steps, seed=options.seed, say=print)
     print(f"{time.process_time() - started:.0f} s of processor time")
-    _, probabilities = classify(net, test.data.numpy()[..., None])
-    print(f"{(probabilities.argmax(1) == test.targets.numpy()).mean():.2%} of the test digits are right")
+    _, probabilities = classify(net, MNIST.read_images(root, "test"))
+    right = probabilities.argmax(1) == MNIST.read_labels(root, "test")
+    print(f"{right.mean():.2%} of the test digits are right")
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, options.out)
 
 

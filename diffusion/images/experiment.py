@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion.images.pixels import Images
+from diffusion.images.pixels import Images, scaled, unscaled
 from diffusion.images.unet import with_fast_layers
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, permutation
@@ -96,12 +96,11 @@ class ImageExperiment(Experiment):
             self.images = self.images.to(device)
         first = (step - 1) * batch_size
         indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
-        return self.images[sent(indices, device)].float().div_(127.5).sub_(1)
+        return scaled(self.images[sent(indices, device)])
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""
-        pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return unscaled(x0)
 
     def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
         from diffusion.images import figures  # here, because plotting libraries take a second to import

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion.figures.style import save
 from diffusion.figures.training import training_curve
-from diffusion.images.pixels import Images
+from diffusion.images.pixels import Images, scaled, unscaled
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import ddim, ddpm
@@ -44,10 +44,10 @@ def grid(images: Images, path: Path) -> None:
 def forward_process(images: Tensor, abar: Tensor, noun: str, path: Path) -> None:
     """Draws images uint8 [rows, channels, height, width] under growing noise."""
     times = [0, *np.linspace(len(abar) // 10, len(abar) - 1, 8).round().astype(int).tolist()]
-    x0 = images.float() / 127.5 - 1
+    x0 = scaled(images)
     eps = torch.from_numpy(normal(0, Stream.FIGURE, 1, 0, len(x0), tuple(x0.shape[1:])))
     noisy = [x0 if t == 0 else abar[t] ** 0.5 * x0 + (1 - abar[t]) ** 0.5 * eps for t in times]
-    columns = [((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy() for x in noisy]
+    columns = [unscaled(x) for x in noisy]
     _labelled(columns, [f"t = {t}" if t else "$x_0$" for t in times], f"Forward process: {noun} become noise", path)
 
 

@@ -19,6 +19,17 @@ def check_images(images: NDArray[Any], name: str = "images", shape: tuple[int, i
         raise ValueError(f"{name} must be uint8 [{wanted}] with n at least 1; got {images.dtype} {list(images.shape)}")
 
 
+def scaled(images: Tensor) -> Tensor:
+    """uint8 to x0 in [-1, 1], where a diffusion begins; same shape."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def unscaled(x0: Tensor) -> Images:
+    """x0 [n, channels, height, width] in [-1, 1] to uint8 [n, height, width, channels]."""
+    pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).cpu().numpy()
+
+
 def to_pixels(images: Images) -> Tensor:
     """uint8 [n, height, width, channels] to float [n, channels, height, width] in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255

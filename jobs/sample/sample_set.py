@@ -1,6 +1,5 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
-import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from diffusion.errors import UserError
 from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
-from jobs.files import sha256, sync_file, sync_folder, write_json
+from jobs.files import sha256, whole, write_json
 from jobs.storage import checkpoints
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
@@ -208,16 +207,13 @@ class SampleSet:
         # The header with the shape of the whole set is written first, then shard after shard: one at a time in memory.
         first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
-        temporary = self.folder / f".samples.npz.{os.getpid()}.tmp"
-        try:
-            with zipfile.ZipFile(temporary, "w") as archive, archive.open(_NPZ_MEMBER, "w", force_zip64=True) as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for shard in range(self.num_shards):
-                    file.write(np.load(self.shard_path(shard)).data)
-            sync_file(temporary)
-            temporary.replace(self.folder / "samples.npz")
-            sync_folder(self.folder)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with (
+            whole(self.folder / "samples.npz") as temporary,
+            zipfile.ZipFile(temporary, "w") as archive,
+            archive.open(_NPZ_MEMBER, "w", force_zip64=True) as file,
+        ):
+            np.lib.format.write_array_header_1_0(file, header)
+            for shard in range(self.num_shards):
+                file.write(np.load(self.shard_path(shard)).data)
         hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
         self.write_manifest(complete=True, sha256={"samples.npz": sha256(self.folder / "samples.npz"), **hashes})
