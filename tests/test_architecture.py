@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import faults
+from tests.slurm import site
 
 ROOT = Path(__file__).resolve().parent.parent
 README, HOW_IT_WORKS = ROOT / "README.md", ROOT / "docs" / "how-it-works.md"
@@ -200,6 +201,11 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
     named = set(re.findall(r"`((?:commands|diffusion|jobs|slurm|tests|benchmarks|docs)/[^` ]*)`", page.read_text()))
     written_by_users = {"slurm/profiles/mysite.toml"}
     assert {path for path in named - written_by_users if not (ROOT / path).exists()} == set()
+
+
+def test_what_the_tests_on_slurm_change_in_a_copy_of_the_code_is_there() -> None:
+    for file, text in (("state.py", site.UPDATE), ("loop.py", site.START)):
+        assert (ROOT / "jobs" / "train" / file).read_text().count(text) == 1
 
 
 def test_the_faults_that_tests_are_known_to_catch_fit_the_code() -> None:

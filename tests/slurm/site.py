@@ -16,8 +16,10 @@ TRAINING = (
     *("--slurm.time-min", "10", "--slurm.signal-delay-s", "30", "--slurm.gpus-per-node", "2"),
 )
 
-UPDATE = '        """One optimizer update on the next global batch."""\n'
+UPDATE = "        self.step += 1\n"
 """Where a step of a training begins, in jobs/train/state.py."""
+START = "    experiment, config = run.read_experiment()\n"
+"""Where a training begins, in jobs/train/loop.py, before its first step."""
 
 
 class Site:

@@ -14,7 +14,7 @@ import pytest
 from slurm.devcluster import DevCluster
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
-from tests.slurm.site import UPDATE, Site, change, state, task_pids
+from tests.slurm.site import START, UPDATE, Site, change, state, task_pids
 
 pytestmark = pytest.mark.slurm
 
@@ -159,8 +159,6 @@ def test_a_restarted_controller_is_not_noticed(site: Site, undisturbed: Callable
     assert_equal(run, expected)
 
 
-START = "    experiment, config = run.read_experiment()\n"
-"""Where a training begins, in jobs/train/loop.py, before its first step."""
 TOLD = "    import os, signal\n    {condition}os.kill(os.getpid(), signal.SIGUSR2)\n"
 
 
