@@ -9,20 +9,22 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
 from commands.where import Where
 from diffusion.errors import UserError
 from diffusion.problems.mnist import MnistProblem
-from jobs.doctor import machine
-from jobs.doctor.trial_job import DoctorJob
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
-from slurm import doctor as slurm_doctor
 from slurm import queue
 from slurm.place import OnSlurm
+
+if TYPE_CHECKING:
+    from jobs.doctor.machine import Finding
+    from jobs.doctor.trial_job import DoctorJob
+    from slurm.doctor import Finding as SlurmFinding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,12 @@ class Doctor:
             print(json.dumps([finding._asdict() for finding in findings], indent=2))
         return 1 if any(finding.level == "problem" for finding in findings) else 0
 
-    def _examine(self) -> Iterator[machine.Finding | slurm_doctor.Finding]:
+    def _examine(self) -> "Iterator[Finding | SlurmFinding]":
+        # Here, because all other commands start without them.
+        from jobs.doctor import machine
+        from jobs.doctor.trial_job import DoctorJob
+        from slurm import doctor as slurm_doctor
+
         on_slurm = self.where.on_slurm()
         if self.submit and not on_slurm:
             raise UserError("--submit needs a Slurm that answers; there is none here")
@@ -68,7 +75,7 @@ class Doctor:
                 shutil.rmtree(run.path)
 
 
-def _submit_and_wait(place: OnSlurm, job: DoctorJob) -> None:
+def _submit_and_wait(place: OnSlurm, job: "DoctorJob") -> None:
     """Runs a job of a few minutes to its end; Ctrl-C cancels it."""
     profile = replace(place.profile, time_min=min(10, place.profile.time_min), signal_delay_s=30)
     with contextlib.redirect_stdout(sys.stderr):  # what is printed for scripts is JSON alone

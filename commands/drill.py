@@ -9,7 +9,6 @@ from tyro.conf import arg
 
 from commands.where import Launch, given, show
 from diffusion.errors import UserError
-from jobs.doctor import drill
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
@@ -38,6 +37,8 @@ class Drill:
         command = self._command(folder, place, device)
         if self.where.dry_run:
             return show({"steps": self.steps, "kills": self.kills}, " ".join(map(str, command)))
+        from jobs.doctor import drill  # here, because all other commands start without it
+
         folder.mkdir(parents=True)
         print(f"Drill with {place.processes} process(es) on {device}; everything is kept in {folder}", flush=True)
         by_slurm = {"USR2": drill.on_its_job(queue.warn), "scontrol requeue": drill.on_its_job(queue.requeue)}
