@@ -26,7 +26,7 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
     import torch
 
     from benchmarks.device import wait
-    from jobs.runtime.capture import in_one_launch
+    from jobs.runtime.cuda_graphs import in_one_launch
     from jobs.runtime.malloc import keep_freed_memory
     from jobs.runtime.numerics import resolve_precision, set_numerics
     from jobs.sample.draw import draw

@@ -7,9 +7,9 @@ from tyro.conf import arg, subcommand
 
 from commands.where import Launch, Run, changes, given, optional, show
 from diffusion.errors import UserError
-from jobs.experiments import record
+from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
-from jobs.experiments.record import MAY_CHANGE
+from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import ownership, provenance, run_folder
@@ -143,7 +143,9 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
     if name != experiment:
         raise UserError(f"{run} is a run of {name}, not of {experiment}; choose another --name")
     changed = [
-        f"{flag} is {was}, not {now}" for flag, was, now in record.differences(old, config) if flag not in MAY_CHANGE
+        f"{flag} is {was}, not {now}"
+        for flag, was, now in experiment_json.differences(old, config)
+        if flag not in MAY_CHANGE
     ]
     if changed:
         raise UserError(

@@ -32,7 +32,7 @@ Run = Annotated[
 
 
 def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
-    """A class of options, one for each field of the dataclass `settings` that has a hint: what its None stands for.
+    """Makes a class with an option for each field of `settings` for which `hint` returns what None means in the help.
 
     It inherits from `settings`, where tyro finds what a field means: names, types and help have their home there.
     """

@@ -25,7 +25,7 @@ SAMPLERS = {
     "dpm++": SamplerKind(help="DPM-Solver++ 2M", default_steps=30, is_deterministic=True),
     "heun": SamplerKind(help="second order, of Karras et al. 2022", default_steps=50, is_deterministic=True),
 }
-"""Each has a function of its name in diffusion/process/samplers.py. Figures take their colours in this order."""
+"""Each has its function in the table FUNCTIONS of diffusion/process/samplers.py. Figures take colours in this order."""
 
 if TYPE_CHECKING:
     SamplerName = str

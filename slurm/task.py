@@ -64,7 +64,7 @@ class SlurmTask:
         _keep_evidence()
         again = Requeue(self.working_s)
         code = self.work(again)
-        # Not after a failure: if Slurm would start the job again, that may be worth a try.
+        # Not after a failure: if Slurm starts the job again, that may help.
         if os.environ["SLURM_PROCID"] == "0" and code in (0, 130) and not again.came_back:
             stay_away()
         if code not in (0, 130):

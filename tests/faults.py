@@ -302,6 +302,13 @@ FAULTS = [
     ),
     # Samples and evaluations.
     Fault(
+        "samples are drawn with weights that have changed since the job was planned",
+        "jobs/sample/draw.py",
+        "or sha256(path) != settings.weights_sha256",
+        "",
+        "tests/jobs/test_samples.py::test_a_job_draws_with_the_weights_that_were_planned[flip a byte]",
+    ),
+    Fault(
         "every shard holds the samples of the first",
         "jobs/sample/draw.py",
         "experiment, samples.settings, first, first + size)",

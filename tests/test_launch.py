@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.experiments.record import MAY_CHANGE
+from jobs.experiments.experiment_json import MAY_CHANGE
 from slurm.profile import Profile
 from tests.launching import NO_FIGURES, ROOT, TINY, done, launch, start, status, steps_logged, wait_until
 

@@ -1,1 +1,1 @@
-"""What a classifier of digits says of digits."""
+"""Metrics of digits, computed with a classifier of digits."""

@@ -103,12 +103,12 @@ class Evaluator1d(Evaluator):
     def draw(self, results: Mapping[str, Result], folder: Path) -> None:
         if self._model is None:
             return
-        from diffusion.figures import samplers
+        from diffusion.figures import quality
         from diffusion.gaussian1d import figures  # here, because plotting libraries take a second to import
 
         floor = self._mixture.loss_floor(self._abar)
         figures.excess_loss(torch.from_numpy(results["excess-loss"]["excess"]), floor, folder / "excess-loss.png")
-        samplers.sampler_errors(self.tables(results)["samplers"].rows, folder / "samplers.png")
+        quality.sampler_errors(self.tables(results)["samplers"].rows, folder / "samplers.png")
 
     def _of_samples(self) -> Result:
         found = sample_metrics(self._samples, self._mixture, self._seed)

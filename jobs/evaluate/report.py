@@ -103,10 +103,10 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
 
 def draw_quality(evaluations: Sequence[Evaluation], path: Path) -> None:
     """The same as a figure."""
-    from diffusion.figures import samplers  # here, because plotting libraries take a second to import
+    from diffusion.figures import quality  # here, because plotting libraries take a second to import
 
     rows = quality_rows(evaluations)
-    samplers.quality(rows, headline(rows, 2), path)
+    quality.quality(rows, headline(rows, 2), path)
 
 
 def headline(rows: Sequence[Json], number: int) -> list[str]:
@@ -170,7 +170,7 @@ def _legend(results: Json, width: int) -> str:
     text = "FLOOR: the value of a perfect model with as many samples (95% range). *: within that range or better."
     if not results["protocol"]["weights_are_there"]:
         text += (
-            " The checkpoint that drew these samples is gone, and what would need it (the loss, the likelihood) is "
+            " The checkpoint that drew these samples is gone, so metrics that need it (the loss, the likelihood) are "
             "left out."
         )
     if remark := EXPERIMENTS[results["protocol"]["experiment"]].preset.data.remark:

@@ -9,7 +9,7 @@ from diffusion.errors import UserError
 def points(grid: Sequence[str]) -> list[dict[str, str]]:
     """The product of axes such as `train.lr=1e-3,2e-3`: settings by name, the last axis running fastest.
 
-    Raises UserError for an axis that is none.
+    Raises UserError for a malformed axis.
     """
     axes: dict[str, list[str]] = {}
     for axis in grid:

@@ -36,7 +36,7 @@ class TrainSettings:
     micro_batch_size: int | None = field(default=None, metadata=FREE)
     """Examples that one GPU takes at a time, when its share of the batch does not fit; None is all of them."""
     lr: float
-    """AdamW's learning rate between warm-up and decay."""
+    """AdamW's highest learning rate, reached after the warm-up."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0; from there it falls as a cosine to 0 at the last step."""
     weight_decay: float = 0.0
@@ -51,10 +51,10 @@ class TrainSettings:
     """Decides initial weights, data order, timesteps and noise."""
     precision: Literal["auto", "bf16", "tf32", "fp32"] = field(default="auto", metadata=ON_PURPOSE)
     """auto is bf16 where the hardware computes in it, else fp32, and stays what it was at the first start. tf32 is fp32
-    with products of shorter numbers, on GPUs alone. Bytes differ from where `resume` changes it."""
+    that multiplies with fewer digits, on GPUs alone. If `resume` changes it, later bytes differ."""
     compile: bool = False
     """Compile the network with torch.compile: a minute or two at each start, for steps on a GPU that take half as long;
-    needs g++. That its bytes on a GPU are the same each time is not shown yet."""
+    needs g++. On a GPU its bytes may differ from run to run."""
     cuda_graph: bool = field(default=True, metadata=FREE)
     """On one GPU, capture a step once (CUDA graph) and launch it as a whole: small batches are several times faster."""
     log_every: int = field(default=10, metadata=FREE)

@@ -100,7 +100,7 @@ def computes_bf16() -> bool:
 def lacking(precision: Asked, kind: Kind) -> str | None:
     """Says why this machine cannot compute in a precision, None if it can. Any CPU can imitate bf16."""
     if precision == "tf32" and kind == "cpu":
-        return "precision tf32 is one of GPUs; a CPU computes in bf16 or fp32"
+        return "precision tf32 needs a GPU; a CPU computes in bf16 or fp32"
     if precision in ("bf16", "tf32") and kind == "cuda":
         gpu = _own_index()
         if torch.cuda.get_device_capability(gpu) < (8, 0):

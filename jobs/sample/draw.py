@@ -13,8 +13,8 @@ from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Predict
 from diffusion.process.transfer import sent
-from jobs.files import write_atomically
-from jobs.runtime.capture import in_one_launch
+from jobs.files import sha256, write_atomically
+from jobs.runtime.cuda_graphs import in_one_launch
 from jobs.runtime.job import JobError
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.runtime.prefetch import Prefetch
@@ -99,6 +99,9 @@ def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -
     _, config = run.read_experiment()
     experiment = config.build()
     model = experiment.build_model()
+    path = run.checkpoints / checkpoints.folder_name(settings.step) / checkpoints.weights_file(settings.weights)
+    if not path.exists() or sha256(path) != settings.weights_sha256:  # it was verified when the job was planned
+        raise JobError(f"{path} is not the file that these samples are drawn with: it is gone, or has changed")
     snapshot = checkpoints.load(run.checkpoints, settings.step)
     model.network.load_state_dict(snapshot.ema if settings.weights == "ema" else snapshot.model)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

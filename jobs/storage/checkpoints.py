@@ -95,7 +95,7 @@ def choose(folder: Path, step: int | None, say: Callable[[str], None]) -> tuple[
 
 
 def load(folder: Path, step: int) -> Snapshot:
-    """Reads a verified checkpoint; no code in it can run."""
+    """Reads a checkpoint that its caller has verified; no code in it can run."""
     import torch
     from safetensors.torch import load_file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion.errors import UserError
-from jobs.experiments import record
+from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import write_atomically, write_json
@@ -73,7 +73,7 @@ class RunFolder:
                 (made / folder).mkdir()
             save_code(made / "code")
             write_json(made / "launch.json", launch)
-            write_atomically(made / "experiment.json", record.write(experiment, config))
+            write_atomically(made / "experiment.json", experiment_json.write(experiment, config))
             if self.path.exists():
                 raise FileExistsError(self.path)
             made.rename(self.path)
@@ -84,14 +84,14 @@ class RunFolder:
         """(name, settings) from experiment.json; raises UserError if this is no run folder."""
         path = self.path / "experiment.json"
         try:
-            return record.read(path.read_text())
+            return experiment_json.read(path.read_text())
         except FileNotFoundError:
             raise UserError(f"a run folder holds experiment.json; {self} does not") from None
         except (OSError, ValueError) as error:
             raise UserError(f"experiment.json of {self} cannot be read: {error}") from None
 
     def write_experiment(self, experiment: str, config: ExperimentConfig) -> None:
-        write_atomically(self.path / "experiment.json", record.write(experiment, config))
+        write_atomically(self.path / "experiment.json", experiment_json.write(experiment, config))
 
     def read_status(self) -> dict[str, Any]:
         """Reads status.json; {} before the run has written any."""
@@ -149,8 +149,10 @@ def as_typed(path: Path) -> str:
 def check_name(name: str, pattern: re.Pattern[str] = NAME) -> str:
     """Returns the name; raises UserError if it is not one."""
     if not pattern.fullmatch(name):
+        more = ", '+'" if pattern is SAMPLES_NAME else ""
         raise UserError(
-            f"a name is made of letters, digits, '.', '_' and '-', and does not begin with '.' or '-'; got {name!r}"
+            f"a name is made of letters, digits, '.', '_'{more} and '-', and does not begin with '.' or '-'; "
+            f"got {name!r}"
         )
     return name
 

@@ -25,7 +25,7 @@ from jobs.storage.records import Tail, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.dashboard import FLUSH_S, open_dashboard
 from jobs.tracking.identity import of_training
-from jobs.tracking.process import follow, say
+from jobs.tracking.loop import follow, say
 
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""

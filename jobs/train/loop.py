@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from jobs.experiments.table import EXPERIMENTS
-from jobs.runtime.capture import not_captured
+from jobs.runtime.cuda_graphs import not_captured
 from jobs.runtime.job import JobError, Requeue
 from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, StopVote

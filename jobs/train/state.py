@@ -16,7 +16,7 @@ from diffusion.process.model import DiffusionModel, Experiment, timesteps
 from diffusion.process.randomness import Stream, generator, normal, stratified
 from diffusion.process.transfer import sent
 from jobs.experiments.settings import TrainSettings
-from jobs.runtime.capture import Captured
+from jobs.runtime.cuda_graphs import Captured
 from jobs.runtime.job import JobError
 from jobs.runtime.numerics import set_numerics
 from jobs.runtime.prefetch import Prefetch

@@ -64,7 +64,7 @@ def _living_jobs(run: RunFolder, active: Active) -> dict[str, set[str]]:
 
 
 def _settle(run: RunFolder) -> None:
-    """Writes that the run is cancelled, if it had no process that could: it waited, or was killed too early."""
+    """Writes that the run is cancelled, if no process of it did: it waited, or was killed too early."""
     status = run.read_status()
     if status.get("state") in states.UNSETTLED:
         Ownership.take(run.path)  # on a node that has only lost its network somebody may still be writing

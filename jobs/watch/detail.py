@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import UserError
-from jobs.experiments import record
+from jobs.experiments import experiment_json
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import checkpoints, job_ids
 from jobs.storage.run_folder import RunFolder, State
@@ -84,7 +84,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
         return {}
     train = config.train
     always = {"train.batch-size": train.batch_size, "train.lr": train.lr, "train.seed": train.seed}
-    changed = record.differences(EXPERIMENTS[experiment].preset, config)
+    changed = experiment_json.differences(EXPERIMENTS[experiment].preset, config)
     return {**always, **{flag: value for flag, _, value in sorted(changed) if flag != "train.steps"}}
 
 

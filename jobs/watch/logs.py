@@ -11,7 +11,7 @@ from jobs.watch import states
 
 POLL_S = 0.2
 LOOK_S, LOOK_AT_THE_END_S = 5.0, 1.0
-"""Seconds between questions to Slurm, to spare its controller: while the run goes on, and once it says it has ended."""
+"""Seconds between questions to Slurm, to spare its controller: as long as the run goes on, and after its end."""
 
 
 def locate(run: RunFolder) -> Path:

@@ -154,7 +154,7 @@ def _death(job: SlurmJob | None) -> tuple[str, str]:
 
 
 def _silence(status: dict[str, Any]) -> str:
-    """What is worth a word of a run that lives."""
+    """A remark on a living run: that it starts, or how long it has been silent."""
     if status.get("state") != State.RUNNING:
         return "starting"
     age_s = _age_s(status)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diffusion.errors import UserError
-from jobs.experiments.record import read, write
+from jobs.experiments.experiment_json import read, write
 from jobs.experiments.table import EXPERIMENTS
 
 

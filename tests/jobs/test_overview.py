@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from jobs.experiments.record import write
+from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import ownership
 from jobs.storage.run_folder import RunFolder

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from jobs.runtime.job import JobError
 from jobs.runtime.signals import SignalWatch
-from jobs.sample import draw
+from jobs.sample import draw, sample_set
 from jobs.sample.job import SampleJob
+from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, start, wait_until, workers
 
 
@@ -56,6 +59,24 @@ def test_any_number_of_processes_writes_the_same_bytes(experiment: str, root: Pa
     else:
         assert (array.shape, array.dtype) == ((600, 28, 28, 1), np.uint8)
         assert len({image.tobytes() for image in array}) == 600
+
+
+@pytest.mark.parametrize("change", ["flip a byte", "delete"])
+def test_a_job_draws_with_the_weights_that_were_planned(change: str, root: Path) -> None:
+    """A job may run hours after its checkpoint has been verified."""
+    done("sample", "1d/a", "--num-samples", 10, "--name", "s", cwd=root)
+    run = RunFolder(root / "runs" / "1d" / "a")
+    samples = sample_set.read(run, "s")
+    path = run.checkpoints / "step-00000050" / "ema.safetensors"
+    draw.load_model(run, samples.settings, torch.device("cpu"))
+    if change == "delete":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(JobError, match=r"ema\.safetensors is not the file that these samples are drawn with"):
+        draw.load_model(run, samples.settings, torch.device("cpu"))
 
 
 def test_each_shard_is_drawn_by_one_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:

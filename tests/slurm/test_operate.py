@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobs.experiments.record import write
+from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from slurm import queue
 from slurm.devcluster import DevCluster

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.experiments.record import write
+from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from slurm import doctor, queue, task
 from slurm.errors import UserError

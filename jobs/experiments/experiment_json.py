@@ -69,7 +69,7 @@ def _from_dict(cls: type[C], values: Any, narrower: Mapping[str, type] = Mapping
         raise UserError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
     for name in sorted(values.keys() - hints.keys()):
         raise UserError(f"experiment.json holds a setting that this version does not know: {name}")
-    # A setting that came after the run is what it was before it came: its default.
+    # A setting that is newer than the run has its default.
     missing = dataclasses.MISSING
     needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}  # type: ignore[arg-type]
     for name in sorted(needed - values.keys()):
