@@ -58,11 +58,12 @@ class Sweep:
         for job, config, point in jobs:
             resources = {"processes": job.processes, "device": device}
             facts = {"resources": resources, "sweep": self.name, "point": point}
-            create(RunFolder(job.run), experiment, config, facts)
+            if not RunFolder(job.run).exists():
+                create(RunFolder(job.run), experiment, config, facts)
         if isinstance(place, Here):
             codes = []
             for job, config, _ in jobs:
-                codes.append(run_training(RunFolder(job.run), experiment, config, self.where))
+                codes.append(run_training(RunFolder(job.run), experiment, config, self.where, is_new=False))
                 if codes[-1] == 130:  # whoever interrupts one run means the sweep
                     break
             return max(codes)

@@ -1,5 +1,6 @@
 """The commands `train` and `resume`: they make a run or take one up again, and start its job."""
 
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Union
 
@@ -41,15 +42,20 @@ class Train:
     def __call__(self) -> int:
         experiment, config = self.chosen.experiment, self.chosen.config.absolute()
         folder = self.where.runs_dir / experiment
-        name = run_folder.check_name(self.name) if self.name is not None else run_folder.new_name(folder)
-        run = RunFolder(folder / name)
-        if run.exists():
+        if self.name is None:
+            while True:
+                run = RunFolder(folder / run_folder.new_name(folder))
+                with suppress(NameTaken):  # by a command that was started in the same second
+                    return run_training(run, experiment, config, self.where, is_new=True)
+        run = RunFolder(folder / run_folder.check_name(self.name))
+        is_new = not run.exists()
+        if not is_new:
             check_same_settings(run, experiment, config)
             if run.state() is State.FAILED:
                 raise UserError(f"{run} has failed; continue it with: python launch.py resume {run}")
         elif run.path.exists():
             raise UserError(f"{run} exists and is no run folder; choose another --name")
-        return run_training(run, experiment, config, self.where)
+        return run_training(run, experiment, config, self.where, is_new=is_new)
 
 
 def _as_it_was(setting: Field[Any]) -> str | None:
@@ -79,11 +85,18 @@ class Resume:
         if changed.get("precision") == "auto":
             raise UserError("--train.precision of a run that goes on must be bf16, tf32 or fp32; got auto")
         train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
-        return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where)
+        return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where, is_new=False)
 
 
-def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, where: Launch) -> int:
-    """Creates or continues the run, here or on Slurm; returns the exit code."""
+class NameTaken(UserError):
+    """Another command has just made a run of this name. Nothing has been written."""
+
+
+def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, where: Launch, *, is_new: bool) -> int:
+    """Creates or continues the run, here or on Slurm; returns the exit code.
+
+    A run that `is_new` is never another command's: NameTaken if there is one of its name by now.
+    """
     check_batch(config, where.processes)
     if is_finished(run, config):
         print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
@@ -96,28 +109,35 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
     _check_idle(run)
     place.check(job)
     config.prepare(print)
-    create(run, experiment, config, {"resources": {"processes": job.processes, "device": job.device}})
+    if is_new:
+        create(run, experiment, config, {"resources": {"processes": job.processes, "device": job.device}})
     with ownership.locked(run.path) as descriptor:
         if descriptor is None:
-            raise UserError(f"{run} is running already (process {run.read_status().get('pid')} on this machine)")
+            process = run.read_status().get("pid")
+            raise UserError(
+                f"{run} is running already (process {process} on this machine)"
+                if process
+                else f"{run} is being started already, by another command on this machine"
+            )
+        _check_idle(run)  # again: another command may have submitted it in the meantime
         run.write_experiment(experiment, config)
         run.clear_failure()
         if isinstance(place, Here):
             return place.run(job, keep_open=descriptor)
         where.copy_code(place)
-    # The lock has guarded what the launcher writes. The job on Slurm takes the run over with a token, on any machine.
-    job_id = place.run(job)
+        # The lock guards what the launcher writes, up to the job's id. The job takes the run over with a token.
+        job_id = place.run(job)
     if where.wait:
         place.wait([job_id])
     return 0 if not where.wait or run.state() is State.FINISHED else 1
 
 
 def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dict[str, Any]) -> None:
-    """Makes the run's folder unless it is there; raises UserError if it cannot be made."""
-    if run.exists():
-        return
+    """Makes the run's folder; raises NameTaken if it is there, UserError if it cannot be made."""
     try:
         run.create(experiment, config, provenance.describe(**facts), provenance.save_code)
+    except FileExistsError:
+        raise NameTaken(f"{run} has just been made by another command; the same command again continues it") from None
     except OSError as error:
         raise UserError(f"{run} must be a folder that can be written: {error.strerror}") from error
 

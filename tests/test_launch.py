@@ -15,7 +15,7 @@ import pytest
 
 from jobs.experiments.experiment_json import MAY_CHANGE
 from slurm.profile import Profile
-from tests.launching import NO_FIGURES, ROOT, TINY, done, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
 
@@ -163,6 +163,27 @@ def test_a_precision_is_not_forgotten(tmp_path: Path, trained: Path) -> None:
     assert ended.code == 2
     assert "must be bf16, tf32 or fp32; got auto" in sentence(ended.err)
     assert (tmp_path / "runs" / "1d" / "a" / "experiment.json").read_bytes() == before
+
+
+def test_runs_started_in_one_second_are_runs_of_their_own(tmp_path: Path) -> None:
+    tiny = ("train", "1d", *TINY, "--train.steps", 20, "--device", "cpu", "--cluster", "local")
+    started = [start(*tiny, "--train.seed", seed, cwd=tmp_path, **NO_FIGURES) for seed in range(4)]
+    assert [finish(process).code for process in started] == [0, 0, 0, 0]
+    runs = sorted((tmp_path / "runs" / "1d").iterdir())
+    seeds = [json.loads((run / "experiment.json").read_text())["train"]["seed"] for run in runs]
+    assert sorted(seeds) == [0, 1, 2, 3]
+    assert {status(run)["restarts"] for run in runs} == {0}
+
+
+def test_one_name_for_two_settings_at_once_makes_one_run(tmp_path: Path) -> None:
+    tiny = ("train", "1d", *TINY, "--train.steps", 20, "--device", "cpu", "--cluster", "local", "--name", "a")
+    started = [start(*tiny, "--train.seed", seed, cwd=tmp_path, **NO_FIGURES) for seed in range(4)]
+    ended = [finish(process) for process in started]
+    assert sorted(end.code for end in ended) == [0, 2, 2, 2]
+    (seed,) = (seed for seed, end in enumerate(ended) if end.code == 0)
+    run = tmp_path / "runs" / "1d" / "a"
+    assert json.loads((run / "experiment.json").read_text())["train"]["seed"] == seed
+    assert status(run)["restarts"] == 0
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:

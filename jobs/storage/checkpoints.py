@@ -1,5 +1,6 @@
 """Checkpoints that appear whole or not at all, verified by hash when they are read."""
 
+import errno
 import json
 import os
 import shutil
@@ -54,7 +55,10 @@ def steps(folder: Path) -> list[int]:
 
 
 def verify(folder: Path, step: int) -> dict[str, Any]:
-    """Checks size and hash of all files of a checkpoint; returns its manifest, or raises CorruptCheckpoint."""
+    """Checks size and hash of all files of a checkpoint; returns its manifest, or raises CorruptCheckpoint.
+
+    Raises UserError if a file cannot be read: that says nothing of what is in it.
+    """
     path = folder / folder_name(step)
     try:
         manifest = json.loads((path / "manifest.json").read_text())
@@ -66,13 +70,20 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
                 raise CorruptCheckpoint(f"checkpoint {path}: {name} has not the size that was written")
             if sha256(path / name) != recorded["sha256"]:
                 raise CorruptCheckpoint(f"checkpoint {path}: {name} has changed since it was written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
+        raise CorruptCheckpoint(f"checkpoint {path} is damaged: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptCheckpoint(f"checkpoint {path} is damaged: {error}") from error
     return dict(manifest)
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> int | None:
-    """Returns the step of the newest good checkpoint, None if there is none; warns of each bad one."""
+    """Returns the step of the newest good checkpoint, None if there is no checkpoint; warns of each bad one.
+
+    Raises UserError if there are only bad ones: to begin anew is for a person to decide.
+    """
     for step in steps(folder):
         try:
             verify(folder, step)
@@ -80,6 +91,8 @@ def newest(folder: Path, say: Callable[[str], None]) -> int | None:
             say(f"WARNING: {error}; falling back to the one before it")
         else:
             return step
+    if steps(folder):
+        raise UserError(f"no checkpoint in {folder} is good; to begin anew, move them away")
     return None
 
 
@@ -118,6 +131,8 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
         save_file(snapshot.model, temporary / MODEL)
         save_file(snapshot.ema, temporary / EMA)
         torch.save(snapshot.optimizer, temporary / OPTIMIZER)
+        for file in (MODEL, EMA):  # safetensors keeps its files to their user; the umask says who may read ours
+            (temporary / file).chmod((temporary / OPTIMIZER).stat().st_mode)
         recorded = {}
         for file in FILES:
             sync_file(temporary / file)

@@ -29,7 +29,7 @@ def locked(run: Path) -> Iterator[int | None]:
     Yields a file descriptor; child processes that inherit it keep the lock. The kernel drops the lock when the last
     process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
     """
-    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well.
     try:
         yield descriptor if _try_lock(descriptor) else None
@@ -40,7 +40,7 @@ def locked(run: Path) -> Iterator[int | None]:
 @contextmanager
 def sampling(run: Path) -> Iterator[int]:
     """Makes this process one of the run's `holders`, without locking anybody out; yields a file descriptor."""
-    descriptor = os.open(run / ".sampling", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(run / ".sampling", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield descriptor
     finally:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable
 from datetime import datetime
@@ -66,7 +67,7 @@ class RunFolder:
     ) -> None:
         """Makes the folder with everything that the job needs, whole or not at all; FileExistsError if it is there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        made = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        made = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
         try:
             made.mkdir()
             for folder in ("checkpoints", "figures", "samples"):
@@ -74,9 +75,10 @@ class RunFolder:
             save_code(made / "code")
             write_json(made / "launch.json", launch)
             write_atomically(made / "experiment.json", experiment_json.write(experiment, config))
-            if self.path.exists():
-                raise FileExistsError(self.path)
-            made.rename(self.path)
+            try:
+                made.rename(self.path)  # which refuses a folder that is there, unless it is empty
+            except OSError as error:
+                raise FileExistsError(self.path) if self.exists() else error from None
         finally:
             shutil.rmtree(made, ignore_errors=True)
 

@@ -1,5 +1,6 @@
 """Checkpoints are whole, verified, and never lost to what can happen to a disk."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion.errors import UserError
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, Snapshot
 
@@ -103,6 +105,39 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_is_used(
     checkpoints.set_aside(tmp_path, newer_than=20)
     assert checkpoints.steps(tmp_path) == [20, 10]
     assert (tmp_path / "corrupt-step-00000030").is_dir()
+
+
+def test_to_begin_anew_is_for_a_person_to_decide(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20)
+    for step in (10, 20):
+        flip_a_byte(tmp_path / f"step-{step:08d}")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"no checkpoint in .* is good; to begin anew, move them away"):
+        checkpoints.newest(tmp_path, said.append)
+    assert len(said) == 2
+    assert checkpoints.steps(tmp_path) == [20, 10]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_is_not_damaged(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 10)
+
+    def refuse(path: Path) -> str:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(checkpoints, "sha256", refuse)
+    with pytest.raises(UserError, match=rf"step-00000010 cannot be read: {os.strerror(number)}") as raised:
+        checkpoints.newest(tmp_path, pytest.fail)
+    assert not isinstance(raised.value, CorruptCheckpoint)
+
+
+def test_the_umask_says_who_may_read_a_checkpoint(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        save(tmp_path, 10)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "step-00000010").iterdir()} == {0o664}
 
 
 def test_a_half_written_checkpoint_is_invisible_and_cleaned_up(tmp_path: Path) -> None:

@@ -68,6 +68,23 @@ def test_damage_to_the_newest_checkpoint_costs_steps_and_nothing_else(tmp_path: 
         assert (run / name).read_bytes() == (reference / name).read_bytes()
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_stops_and_changes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    done(*COMMAND, "--train.steps", "40", "--train.checkpoint-every", "20", cwd=tmp_path, **NO_FIGURES)
+    for path in (run / "checkpoints").iterdir():
+        os.truncate(path / "model.safetensors", 100)
+    logged, held = (run / "metrics.jsonl").read_bytes(), sorted((run / "checkpoints").iterdir())
+    ended = launch("resume", run, "--train.steps", "60", cwd=tmp_path)
+    assert ended.code == 1
+    assert "to begin anew, move them away" in ended.err
+    assert "Traceback" not in ended.err
+    assert (run / "metrics.jsonl").read_bytes() == logged
+    assert sorted((run / "checkpoints").iterdir()) == held
+    refused = launch("sample", run, cwd=tmp_path)
+    assert refused.code == 2
+    assert "to begin anew, move them away" in refused.err
+
+
 def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
