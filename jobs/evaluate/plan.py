@@ -106,8 +106,9 @@ class Evaluation:
         write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
 
     def job_ids(self) -> list[str]:
-        """Slurm jobs that have worked on the evaluation."""
-        return read_job_ids(self.kept / "jobs.json")
+        """Slurm jobs of this run that have worked on the evaluation."""
+        own = RunFolder(self.samples.run).read_launch().get("evaluate_job_ids", [])
+        return read_job_ids(self.kept / "jobs.json", own)
 
 
 def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:

@@ -162,8 +162,8 @@ class SampleSet:
         write_json(self.folder / ".jobs.json", [*self.job_ids(), job_id])
 
     def job_ids(self) -> list[str]:
-        """Slurm jobs that have worked on the set."""
-        return read_job_ids(self.folder / ".jobs.json")
+        """Slurm jobs of this run that have worked on the set."""
+        return read_job_ids(self.folder / ".jobs.json", RunFolder(self.run).read_launch().get("sample_job_ids", []))
 
     def needed_bytes(self) -> int:
         """Disk space for the shards that are missing and for the merged file."""

@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -19,6 +19,9 @@ from jobs.files import write_atomically, write_json
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SAMPLES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # `+` for dpm++
+
+OWN = ("job_ids", "sample_job_ids", "evaluate_job_ids", "wandb_id", "sweep", "point")
+"""What of launch.json belongs to one run alone, and not to a copy of its folder."""
 
 
 class State(StrEnum):
@@ -73,7 +76,7 @@ class RunFolder:
             for folder in ("checkpoints", "figures", "samples"):
                 (made / folder).mkdir()
             save_code(made / "code")
-            write_json(made / "launch.json", launch)
+            write_json(made / "launch.json", {**launch, "folder": str(self.path)})
             write_atomically(made / "experiment.json", experiment_json.write(experiment, config))
             try:
                 made.rename(self.path)  # which refuses a folder that is there, unless it is empty
@@ -127,8 +130,26 @@ class RunFolder:
         (self.path / ".failure.json").unlink(missing_ok=True)
 
     def read_launch(self) -> dict[str, Any]:
-        """Reads launch.json; {} if it was lost when the folder was copied."""
-        return _read_json(self.path / "launch.json")
+        """Reads launch.json; {} if it was lost when the folder was copied.
+
+        In a copy of another run's folder it lacks what is the other run's alone: its jobs, and its id in wandb. A
+        folder that has been moved is the same run.
+        """
+        launch = _read_json(self.path / "launch.json")
+        if self._is_copy(launch):
+            return {name: value for name, value in launch.items() if name not in OWN}
+        return launch
+
+    def _is_copy(self, launch: Mapping[str, Any]) -> bool:
+        """Whether the run that launch.json was written for is another folder, which is still there."""
+        home = Path(launch.get("folder", self.path))
+        if home == self.path or "wandb_id" not in launch:
+            return False
+        try:
+            same_id = _read_json(home / "launch.json").get("wandb_id") == launch["wandb_id"]
+            return same_id and not home.samefile(self.path)  # it may have two paths
+        except (OSError, UserError):
+            return False
 
     def read_samples(self, name: str) -> dict[str, Any]:
         """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
@@ -139,7 +160,7 @@ class RunFolder:
         self.update_launch(**{kind: [*self.read_launch().get(kind, []), job_id]})
 
     def update_launch(self, **values: Any) -> None:
-        write_json(self.path / "launch.json", {**self.read_launch(), **values})
+        write_json(self.path / "launch.json", {**self.read_launch(), "folder": str(self.path), **values})
 
 
 def as_typed(path: Path) -> str:
@@ -184,10 +205,13 @@ def find(run: str, runs_dir: Path) -> RunFolder:
     raise UserError(f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}; got {run!r}")
 
 
-def read_job_ids(path: Path) -> list[str]:
-    """Reads a list of ids of Slurm jobs; [] if there is none. Raises UserError for a damaged file."""
+def read_job_ids(path: Path, own: Collection[str]) -> list[str]:
+    """Reads those of a list of ids of Slurm jobs that are the run's own; [] if there is no list.
+
+    Raises UserError for a damaged file.
+    """
     value = _json_in(path)
-    return list(map(str, value)) if isinstance(value, list) else []
+    return [job_id for job_id in value if job_id in own] if isinstance(value, list) else []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

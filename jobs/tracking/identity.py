@@ -31,6 +31,7 @@ def ensure_id(run: RunFolder) -> None:
     """Gives the run an id in wandb if launch.json has none: it was lost, or is older than tracking."""
     if "wandb_id" not in run.read_launch():
         run.update_launch(wandb_id=secrets.token_hex(4))
+        (run.path / ".tracking.json").unlink(missing_ok=True)  # how far the run with another id had got
 
 
 def of_training(run: RunFolder, start: Mapping[str, Any]) -> Identity:
