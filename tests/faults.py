@@ -249,7 +249,7 @@ FAULTS = [
         "commands/train.py",
         "    if is_new:\n        create(",
         "    if not run.exists():\n        create(",
-        "tests/test_launch.py::test_one_name_for_two_settings_at_once_makes_one_run",
+        "tests/test_launch.py::test_a_name_that_another_command_has_just_taken_is_not_continued",
     ),
     Fault(
         "status.json is written in its place",

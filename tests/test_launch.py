@@ -7,13 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from commands.train import NameTaken, run_training
+from commands.where import Launch
 from jobs.experiments.experiment_json import MAY_CHANGE
+from jobs.experiments.table import EXPERIMENTS
+from jobs.storage.run_folder import RunFolder
 from slurm.profile import Profile
 from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, launch, start, status, steps_logged, wait_until
 
@@ -173,6 +177,18 @@ def test_runs_started_in_one_second_are_runs_of_their_own(tmp_path: Path) -> Non
     seeds = [json.loads((run / "experiment.json").read_text())["train"]["seed"] for run in runs]
     assert sorted(seeds) == [0, 1, 2, 3]
     assert {status(run)["restarts"] for run in runs} == {0}
+
+
+def test_a_name_that_another_command_has_just_taken_is_not_continued(tmp_path: Path) -> None:
+    config, run = EXPERIMENTS["1d"].preset, RunFolder(tmp_path / "1d" / "a")
+    run.create("1d", config, {"wandb_id": "0000abcd"}, lambda code: code.mkdir())
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    where = Launch(cluster="local", device="cpu", runs_dir=tmp_path)
+    other = replace(config, train=replace(config.train, seed=1))
+    with pytest.raises(NameTaken, match="has just been made by another command"):
+        run_training(run, "1d", other, where, is_new=True)
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in run.path.parent.iterdir()] == ["a"]
 
 
 def test_one_name_for_two_settings_at_once_makes_one_run(tmp_path: Path) -> None:
