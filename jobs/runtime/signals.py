@@ -2,8 +2,8 @@
 
 import os
 import signal
-import sys
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
 from types import FrameType, TracebackType
 from typing import Any
@@ -57,8 +57,9 @@ class SignalWatch:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested == Stop.INTERRUPT:
-            sys.stderr.write("\nEnded at once; the last finished checkpoint is intact.\n")
-            sys.stderr.flush()
+            # Not through sys.stderr: the next Ctrl-C may interrupt its write, and a stream takes no second one then.
+            with suppress(OSError):  # nobody may be reading
+                os.write(2, b"\nEnded at once; the last finished checkpoint is intact.\n")
             os._exit(130)
         self.requested = max(self.requested, SIGNALS[signal.Signals(number)])
 
