@@ -537,7 +537,7 @@ FAULTS = [
         "slurm/submit.py",
         '"--kill-on-bad-exit=1"',
         '"--kill-on-bad-exit=0"',
-        "tests/slurm/test_survival.py::test_a_crash_of_one_rank_ends_the_job_with_its_traceback_and_does_not_loop",
+        "tests/slurm/test_task.py::test_a_task_that_fails_ends_the_others",
         slurm=True,
     ),
     Fault(

@@ -46,6 +46,11 @@ def test_tasks_keep_evidence_of_what_goes_wrong(
     assert files == {f"{tmp_path}/{job_id}_nccl_rank_"}
 
 
+def test_a_task_that_fails_ends_the_others(tidy: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = submit(works.fail_alone, tmp_path, tidy, Profile(gpus_per_node=2, cpus_per_gpu=1), monkeypatch)
+    tidy.wait_for_job(job_id, "FAILED", timeout_s=60)
+
+
 def test_a_site_that_waits_a_second_for_late_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tempfile.mkdtemp(prefix="devcluster-")
     with DevCluster.start(folder, nodes=1, accounting=False, node_prefix="w") as hasty:

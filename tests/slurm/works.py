@@ -21,3 +21,10 @@ def end_after_the_others(requeue: Requeue) -> int:
         time.sleep(3)
         write_environment(requeue)
     return 0
+
+
+def fail_alone(requeue: Requeue) -> int:
+    """Rank 1 fails; rank 0 would wait for it for minutes, as for a collective."""
+    if os.environ["RANK"] == "0":
+        time.sleep(250)
+    return int(os.environ["RANK"])
