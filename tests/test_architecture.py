@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import faults
+from tests.fault_list import FAULTS
 from tests.slurm import site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,7 +210,7 @@ def test_what_the_tests_on_slurm_change_in_a_copy_of_the_code_is_there() -> None
 
 
 def test_the_faults_that_tests_are_known_to_catch_fit_the_code() -> None:
-    for fault in faults.FAULTS:
+    for fault in FAULTS:
         assert faults.written(fault) != (ROOT / fault.file).read_text()
         path, _, name = fault.test.partition("::")
         assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), fault.name
