@@ -233,7 +233,7 @@ FAULTS = [
         "commands/train.py",
         "    if is_new:\n        create(",
         "    if not run.exists():\n        create(",
-        "tests/test_launch.py::test_a_name_that_another_command_has_just_taken_is_not_continued",
+        "tests/jobs/test_starts.py::test_a_name_that_another_command_has_just_taken_is_not_continued",
     ),
     Fault(
         "status.json is written in its place",
@@ -303,7 +303,7 @@ FAULTS = [
         "jobs/storage/records.py",
         'previous.get("restarts", -1) + 1',
         'previous.get("restarts", -1) + 2',
-        "tests/test_launch.py::test_the_same_command_continues_and_other_settings_are_refused",
+        "tests/jobs/test_starts.py::test_the_same_command_continues_and_other_settings_are_refused",
     ),
     Fault(
         "MNIST's files are not compared with their hashes",
@@ -427,7 +427,7 @@ FAULTS = [
         "commands/train.py",
         "            check_same_settings(run, experiment, config)\n            if run.state()",
         "            if run.state()",
-        "tests/test_launch.py::test_the_same_command_continues_and_other_settings_are_refused",
+        "tests/jobs/test_starts.py::test_the_same_command_continues_and_other_settings_are_refused",
     ),
     Fault(
         "Ctrl-C ends one run of a sweep, and the next begins",

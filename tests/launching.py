@@ -154,3 +154,9 @@ def workers(process: Process) -> list[int]:
 def interrupt(process: Process, number: signal.Signals) -> Finished:
     process.send_signal(number)
     return finish(process)
+
+
+def sentence(err: str) -> str:
+    """What is printed to a user, without tyro's frame."""
+    assert "Traceback" not in err, err
+    return " ".join(line.strip("│╭╮╰╯─ ") for line in err.splitlines())
