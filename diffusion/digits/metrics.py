@@ -12,6 +12,7 @@ from scipy import stats
 
 from diffusion.digits.classifier import check_labels, classify
 from diffusion.digits.train_classifier import train
+from diffusion.images.evaluation import NEAR_PERCENT
 from diffusion.images.pixels import Images
 from diffusion.statistics import bootstrap
 from diffusion.statistics.bootstrap import Estimate, Floats, Resampled
@@ -55,7 +56,7 @@ def near_copies(
     real_labels: NDArray[np.integer],
     *,
     seed: int,
-    percentile: float = 1.0,
+    percentile: float = NEAR_PERCENT,
 ) -> Estimate:
     """The share of samples nearer to a training image than this percentile of held-out digits of their class.
 
