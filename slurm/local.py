@@ -3,9 +3,9 @@
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,21 +36,22 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
     Signals are passed on to all of them. If one fails, the others are ended. If this process dies, they get SIGTERM.
     They inherit the file descriptors `keep_open`.
     """
-    children = _start(pickle.dumps(job), processes, keep_open)
+    with tempfile.TemporaryDirectory(prefix="meeting-") as meeting:
+        children = _start(pickle.dumps(job), processes, keep_open, f"{meeting}/port")
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            child.send_signal(number)
+        def forward(number: int, frame: FrameType | None) -> None:
+            for child in children:
+                child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in signals.SAVE}
-    try:
-        return _wait(children)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        previous = {number: signal.signal(number, forward) for number in signals.SAVE}
+        try:
+            return _wait(children)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
-def environment(rank: int, processes: int, port: int) -> dict[str, str]:
+def environment(rank: int, processes: int, port_file: str) -> dict[str, str]:
     """Returns this process's environment, with the variables that torch.distributed and Accelerate read."""
     cores = len(os.sched_getaffinity(0))
     return {
@@ -62,18 +63,17 @@ def environment(rank: int, processes: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT_FILE": port_file,
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
 
-def _start(job: bytes, processes: int, keep_open: Sequence[int]) -> list[subprocess.Popen[bytes]]:
-    port = _free_port()
+def _start(job: bytes, processes: int, keep_open: Sequence[int], port_file: str) -> list[subprocess.Popen[bytes]]:
     children = []
     for rank in range(processes):
         child = subprocess.Popen(
             [sys.executable, "-u", "-m", "slurm.worker"],
-            env=environment(rank, processes, port),
+            env=environment(rank, processes, port_file),
             stdin=subprocess.PIPE,
             stdout=None if rank == 0 else subprocess.DEVNULL,
             # In a session of its own, so that Ctrl-C on the terminal reaches the parent alone, which passes it on.
@@ -115,9 +115,3 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
 def _kill(children: list[subprocess.Popen[bytes]]) -> None:
     for child in children:
         child.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

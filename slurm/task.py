@@ -1,7 +1,6 @@
 """What each task of a Slurm job does around the job itself: the environment, and queueing the job again."""
 
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -57,7 +56,7 @@ class SlurmTask:
     def __call__(self) -> None:
         from submitit.helpers import TorchDistributedEnvironment
 
-        os.environ["MASTER_PORT"] = str(_master_port())
+        os.environ["MASTER_PORT_FILE"] = _port_file()
         # All GPUs of the node stay visible to each task, as Slurm gave them: Accelerate picks by LOCAL_RANK.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
@@ -94,14 +93,13 @@ def _job_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
-def _master_port() -> int:
-    """Computes a port, the same in all tasks, and another one after each requeue.
+def _port_file() -> str:
+    """Returns the file in which process 0 names the port that the processes meet at: another one for each start.
 
-    Processes of a node that Slurm took for dead may live on and still hold the port that they had.
+    Processes of a node that Slurm took for dead may live on.
     """
-    attempt = f"{os.environ['SLURM_JOB_ID']}/{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    # Below the ports that the kernel hands out (from 32,768 on), one of which may be in use by anything.
-    return random.Random(attempt).randrange(20_000, 32_768)
+    start = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "SLURM_STEP_ID"))
+    return f"{_folder()}/{_job_id()}_port_{'_'.join(start)}"
 
 
 def requeue() -> str | None:

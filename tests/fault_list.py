@@ -158,6 +158,13 @@ FAULTS = [
         "tests/jobs/test_flat.py::test_parameters_keep_values_and_strides_and_are_aligned",
     ),
     Fault(
+        "processes meet at a port that was agreed on beforehand",
+        "jobs/runtime/world.py",
+        "TCPStore(address, 0, size, is_master=True",
+        'TCPStore(address, int(os.environ.get("MASTER_PORT", 0)), size, is_master=True',
+        "tests/jobs/test_parallel.py::test_processes_meet_at_a_port_that_nothing_else_has",
+    ),
+    Fault(
         "each process draws the first share of the batch",
         "jobs/runtime/world.py",
         "return self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size",

@@ -1,20 +1,26 @@
 """The processes of a job, and the few collectives that training needs."""
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in its __all__
 
 from jobs.runtime.job import JobError, process_rank
 from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, whereabouts
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""Processes wait this long for each other, when they meet and in every collective."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class World:
 
 
 def start(processes: int, device: Kind, precision: Precision) -> World:
-    """Joins the job's processes through RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, which Accelerate reads.
+    """Joins the job's processes through RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, which torch and Accelerate read.
 
     Raises JobError if this process should have a GPU and finds none, and RuntimeError if there are not `processes`
     processes: each that believes to be alone would train on its own and overwrite what the others write.
@@ -94,6 +100,8 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     own_device(device)
     # Accelerate would name DDP the GPU of LOCAL_RANK, which is not there where each task is shown its own GPU alone.
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    if processes > 1 and (port_file := os.environ.get("MASTER_PORT_FILE")):
+        _meet(Path(port_file), "nccl" if device == "cuda" else "gloo")
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
@@ -101,7 +109,7 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
             # Without it DDP reorders its gradient buckets after the first backward pass, so that the first step after a
             # resume would sum in another order than the same step of an uninterrupted run.
             DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=timedelta(minutes=10)),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
         ],
     )
     if accelerator.num_processes != processes:
@@ -114,6 +122,30 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     if device == "cuda" and processes > 1:
         _check_own_gpus(accelerator)
     return World(accelerator, precision)
+
+
+def _meet(port_file: Path, backend: str) -> None:
+    """Makes the process group through a port that was free when process 0 took it, and that `port_file` then names.
+
+    A port agreed on beforehand may be in use by anything on that machine, which would end the run.
+    """
+    rank, size, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    if rank == 0:
+        store = TCPStore(address, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
+        unseen = port_file.with_name(f".{port_file.name}")
+        unseen.write_text(str(store.port))
+        unseen.rename(port_file)
+    else:
+        deadline = time.monotonic() + TIMEOUT.total_seconds()
+        # By listing the folder: NFS may go on believing that a file which was not there is not there.
+        while port_file.name not in os.listdir(port_file.parent):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"process {rank} waited {TIMEOUT} in vain for process 0 to write {port_file}")
+            time.sleep(0.05)
+        store = TCPStore(address, int(port_file.read_text()), size, is_master=False, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    if rank == 0:
+        port_file.unlink()  # all have met
 
 
 def _check_own_gpus(accelerator: Accelerator) -> None:

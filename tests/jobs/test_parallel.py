@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ def test_any_number_of_processes_sees_the_same_bytes(tmp_path: Path) -> None:
     assert seen[0].shape == (3, 3, 520)
     assert seen[0].tobytes() == seen[1].tobytes() == seen[2].tobytes()
     assert len(np.unique(seen[0][:, 2])) == 3 * 520  # no noise is drawn twice
+
+
+def test_processes_meet_at_a_port_that_nothing_else_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as another:
+        monkeypatch.setenv("MASTER_PORT", str(another.getsockname()[1]))
+        outcome, err = run(ExamplesJob(tmp_path, 2), 2)
+    assert outcome.exit_code == 0, err
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, None), (2, None), (2, 10)])

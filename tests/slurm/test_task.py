@@ -39,7 +39,7 @@ def test_tasks_keep_evidence_of_what_goes_wrong(
     job_id = submit(works.write_environment, tmp_path, tidy, profile, monkeypatch)
     tidy.wait_for_job(job_id, "COMPLETED", timeout_s=60)
     first, second = (json.loads((tmp_path / f"environment-{rank}.json").read_text()) for rank in (0, 1))
-    assert first["MASTER_PORT"] == second["MASTER_PORT"]
+    assert first["MASTER_PORT_FILE"] == second["MASTER_PORT_FILE"] == f"{tmp_path}/{job_id}_port_0_0"
     names = ("NCCL_DEBUG", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
     assert [first[name] for name in names] == ["INFO", "2000", "1"]
     files = {first[name] for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")}
