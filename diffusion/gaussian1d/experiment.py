@@ -15,7 +15,7 @@ from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal, uniform
-from diffusion.process.samplers import dpm_solver
+from diffusion.process.samplers import Denoiser, dpm_solver
 from diffusion.process.schedules import alphas_cumprod, alphas_cumprod_at
 from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings
 
@@ -117,6 +117,6 @@ class Gaussian1d(Experiment):
         for start in range(0, n, 4096):
             xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, start, min(start + 4096, n), (1,)))
             with torch.inference_mode():
-                *_, x0 = dpm_solver(model.predict_for, xt, self.abar, steps=steps, noise=torch.randn)
+                *_, x0 = dpm_solver(Denoiser(model.predict_for, self.abar), xt, steps=steps, noise=torch.randn)
             parts.append(x0[:, 0])
         return torch.cat(parts)

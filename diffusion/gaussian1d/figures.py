@@ -13,7 +13,7 @@ from diffusion.figures.style import EXACT, MODEL, new_figure, save
 from diffusion.figures.training import training_curve
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal, uniform
-from diffusion.process.samplers import Predict, ddpm
+from diffusion.process.samplers import Denoiser, Predict, ddpm
 
 
 def forward_process(mixture: Mixture, abar: Tensor, path: Path) -> None:
@@ -50,7 +50,7 @@ def reverse_process(predict: Predict, mixture: Mixture, abar: Tensor, path: Path
         return torch.from_numpy(normal(1, Stream.FIGURE, k, 0, kept, shape[1:]))
 
     with torch.inference_mode():
-        path_x = [xt, *ddpm(predict, xt, abar, steps=steps, noise=noise)]
+        path_x = [xt, *ddpm(Denoiser(predict, abar), xt, steps=steps, noise=noise)]
     x = torch.stack(path_x)[:, :, 0].numpy()  # [steps + 1, kept]
     low, high = _range(mixture)
     figure = Figure(figsize=(10, 4.5), layout="constrained")

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.gaussian1d.distances import wasserstein1, wasserstein1_floor
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import FUNCTIONS, Predict
+from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
 from diffusion.settings import SamplerSettings
 
 SUB_BATCH = 4096
@@ -66,8 +66,9 @@ def _draw(predict: Predict, start: Tensor, alphas_cumprod: Tensor, settings: Sam
     def noise(step: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.EVALUATION, step + 1, *_rows(batch), (1,)))
 
+    denoiser = Denoiser(predict, alphas_cumprod)
     *_, x0 = FUNCTIONS[settings.sampler](
-        predict, start.float()[:, None], alphas_cumprod, steps=settings.steps, eta=settings.eta, noise=noise
+        denoiser, start.float()[:, None], steps=settings.steps, noise=noise, eta=settings.eta
     )
     return x0[:, 0].double()
 

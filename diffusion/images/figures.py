@@ -15,7 +15,7 @@ from diffusion.figures.training import training_curve
 from diffusion.images.pixels import Images, scaled, unscaled
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import ddim, ddpm
+from diffusion.process.samplers import Denoiser, ddim, ddpm
 
 
 def tile(images: Images, columns: int, gap: int = 2) -> NDArray[np.uint8]:
@@ -61,7 +61,7 @@ def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n:
 
     xt = noise(steps)
     with torch.inference_mode():
-        x = [xt, *ddpm(model.predict_for, xt, abar, steps=steps, noise=noise, clip=(-1, 1))]
+        x = [xt, *ddpm(Denoiser(model.predict_for, abar, (-1, 1)), xt, steps=steps, noise=noise)]
     arrays = [experiment.to_array(value) for value in x]
     grid(arrays[-1], folder / "samples.png")
     shown = np.linspace(0, steps, 9).round().astype(int)
@@ -81,7 +81,7 @@ def sketch(model: DiffusionModel, experiment: Experiment, noun: str, n: int, fol
     steps = min(25, len(abar))
     xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, experiment.sample_shape))
     with torch.inference_mode():
-        x = [xt, *ddim(model.predict_for, xt, abar, steps=steps, noise=lambda _: torch.zeros_like(xt), clip=(-1, 1))]
+        x = [xt, *ddim(Denoiser(model.predict_for, abar, (-1, 1)), xt, steps=steps, noise=torch.randn)]
     arrays = [experiment.to_array(value) for value in x]
     grid(arrays[-1], folder / "grid.png")
     shown = np.linspace(0, steps, 9).round().astype(int)

@@ -1,13 +1,13 @@
 """Samplers lead from noise to data, with any network that predicts eps.
 
-All share one signature. `predict(xt, t)` takes xt [batch, ...] and t [batch], which may be fractional, and returns eps.
-`alphas_cumprod` is [T] in float64. `steps` is the number of network evaluations. `noise(k)` is the standard normal
-noise of step k, shaped like xt. `clip` bounds every prediction of x0 where the data are bounded. A sampler yields x
-after each evaluation; the last one is the sample.
+All share one signature. `xt` [batch, ...] is the noise that they start from. `steps` is the number of network
+evaluations. `noise(k)` is the standard normal noise of step k, shaped like xt. A sampler yields x after each
+evaluation; the last one is the sample.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -23,58 +23,54 @@ RHO = 7.0
 """Spaces the steps of `heun`, as Karras et al. 2022 found best."""
 
 
+@dataclass(frozen=True)
+class Denoiser:
+    """A network's predictions of x0 and eps, for the noise that it was trained on."""
+
+    predict: Predict
+    """Takes xt [batch, ...] and t [batch], which may be fractional, and returns eps."""
+    alphas_cumprod: Tensor
+    """[T] in float64."""
+    clip: Clip | None = None
+    """Bounds every prediction of x0 where the data are bounded."""
+
+    def __call__(self, xt: Tensor, t: float, abar: float) -> tuple[Tensor, Tensor]:
+        """Returns x0 and eps; where x0 is clipped, eps is changed so that both still make up xt."""
+        # Autocast may have made eps shorter.
+        eps = self.predict(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
+        x0 = (xt - (1 - abar) ** 0.5 * eps) / abar**0.5
+        if self.clip is not None:
+            x0 = x0.clamp(*self.clip)
+            eps = (xt - abar**0.5 * x0) / (1 - abar) ** 0.5
+        return x0, eps
+
+
 class Sampler(Protocol):
     """The signature that the samplers share."""
 
     def __call__(
-        self,
-        predict: Predict,
-        xt: Tensor,
-        alphas_cumprod: Tensor,
-        *,
-        steps: int,
-        eta: float = 0.0,
-        noise: Noise,
-        clip: Clip | None = None,
+        self, denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0
     ) -> Iterator[Tensor]: ...
 
 
-def ddpm(
-    predict: Predict,
-    xt: Tensor,
-    alphas_cumprod: Tensor,
-    *,
-    steps: int,
-    eta: float = 0.0,
-    noise: Noise,
-    clip: Clip | None = None,
-) -> Iterator[Tensor]:
+def ddpm(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """Ancestral sampling with the posterior variance (DDPM, algorithm 2 and equation 7); eta is not used.
 
     With fewer steps than T, alpha_t is the ratio of neighbouring alpha_bar (Improved DDPM, section 4).
     """
-    for k, (t, abar, abar_prev) in enumerate(_strides(alphas_cumprod, steps)):
+    for k, (t, abar, abar_prev) in enumerate(_strides(denoiser.alphas_cumprod, steps)):
         alpha = abar / abar_prev
-        _, eps = _predictions(predict, xt, t, abar, clip)
+        _, eps = denoiser(xt, t, abar)
         mu = (xt - (1 - alpha) / (1 - abar) ** 0.5 * eps) / alpha**0.5
         sigma = posterior_variance(abar, abar_prev) ** 0.5
         xt = mu + sigma * noise(k) if sigma > 0 else mu
         yield xt
 
 
-def ddim(
-    predict: Predict,
-    xt: Tensor,
-    alphas_cumprod: Tensor,
-    *,
-    steps: int,
-    eta: float = 0.0,
-    noise: Noise,
-    clip: Clip | None = None,
-) -> Iterator[Tensor]:
+def ddim(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """Denoising diffusion implicit models (Song et al. 2021), equation 12."""
-    for k, (t, abar, abar_prev) in enumerate(_strides(alphas_cumprod, steps)):
-        x0, eps = _predictions(predict, xt, t, abar, clip)
+    for k, (t, abar, abar_prev) in enumerate(_strides(denoiser.alphas_cumprod, steps)):
+        x0, eps = denoiser(xt, t, abar)
         sigma = eta * posterior_variance(abar, abar_prev) ** 0.5
         xt = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * eps
         if sigma > 0:
@@ -82,22 +78,13 @@ def ddim(
         yield xt
 
 
-def dpm_solver(
-    predict: Predict,
-    xt: Tensor,
-    alphas_cumprod: Tensor,
-    *,
-    steps: int,
-    eta: float = 0.0,
-    noise: Noise,
-    clip: Clip | None = None,
-) -> Iterator[Tensor]:
+def dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022), algorithm 2, evenly spaced in log-SNR; eta and noise are unused."""
-    t, lam = _log_snr_grid(alphas_cumprod, steps)
+    t, lam = _log_snr_grid(denoiser.alphas_cumprod, steps)
     alpha, sigma = torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
     previous: Tensor | None = None
     for i in range(steps):
-        x0, _ = _predictions(predict, xt, float(t[i]), float(alpha[i] ** 2), clip)
+        x0, _ = denoiser(xt, float(t[i]), float(alpha[i] ** 2))
         if i == steps - 1:  # the last step goes to lambda = infinity, where only the first order is stable: x = x0
             yield x0
             return
@@ -113,25 +100,16 @@ def dpm_solver(
         yield xt
 
 
-def heun(
-    predict: Predict,
-    xt: Tensor,
-    alphas_cumprod: Tensor,
-    *,
-    steps: int,
-    eta: float = 0.0,
-    noise: Noise,
-    clip: Clip | None = None,
-) -> Iterator[Tensor]:
+def heun(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """Heun's method for the probability-flow ODE (Karras et al. 2022, algorithm 1); eta and noise are unused.
 
     In y = x / alpha and s = sigma / alpha the ODE is dy / ds = eps. Each step takes two evaluations, the last one, to
     s = 0, a single one (Euler's). If `steps` is even, so does the first, where the ODE is nearly straight.
     """
-    t, lam = _log_snr_grid(alphas_cumprod, steps // 2 + 1, RHO)
+    t, lam = _log_snr_grid(denoiser.alphas_cumprod, steps // 2 + 1, RHO)
     alpha, s = torch.sigmoid(2 * lam).sqrt(), torch.exp(-lam)
     for i in range(steps // 2 + 1):
-        x0, slope = _predictions(predict, xt, float(t[i]), float(alpha[i] ** 2), clip)
+        x0, slope = denoiser(xt, float(t[i]), float(alpha[i] ** 2))
         if i == steps // 2:
             yield x0
             return
@@ -141,7 +119,7 @@ def heun(
         if i == 0 and steps % 2 == 0:
             xt = euler
             continue
-        _, slope_after = _predictions(predict, euler, float(t[i + 1]), float(alpha[i + 1] ** 2), clip)
+        _, slope_after = denoiser(euler, float(t[i + 1]), float(alpha[i + 1] ** 2))
         xt = float(alpha[i + 1]) * (xt / float(alpha[i]) + h * (slope + slope_after) / 2)
         yield xt
 
@@ -186,13 +164,3 @@ def _log_snr_grid(alphas_cumprod: Tensor, steps: int, rho: float = math.inf) -> 
     upper = torch.searchsorted(ascending, grid).clamp(1, noisy_first)
     fraction = (grid - ascending[upper - 1]) / (ascending[upper] - ascending[upper - 1])
     return noisy_first - (upper - 1 + fraction), grid
-
-
-def _predictions(predict: Predict, xt: Tensor, t: float, abar: float, clip: Clip | None) -> tuple[Tensor, Tensor]:
-    """Returns the network's x0 and eps; where x0 is clipped, eps is changed so that both still make up xt."""
-    eps = predict(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)  # autocast may have made it shorter
-    x0 = (xt - (1 - abar) ** 0.5 * eps) / abar**0.5
-    if clip is not None:
-        x0 = x0.clamp(*clip)
-        eps = (xt - abar**0.5 * x0) / (1 - abar) ** 0.5
-    return x0, eps

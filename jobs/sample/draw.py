@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import FUNCTIONS, Predict
+from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
 from diffusion.process.transfer import sent
 from jobs.files import sha256, write_atomically
 from jobs.runtime.cuda_graphs import in_one_launch
@@ -82,15 +82,9 @@ def draw(
             ahead.begin(k + 1)
         return drawn
 
-    *_, x0 = FUNCTIONS[settings.sampler.sampler](
-        predict,
-        sent(numbers(Stream.SAMPLE_START, 0), abar.device),
-        abar.double().cpu(),
-        steps=settings.sampler.steps,
-        eta=settings.sampler.eta,
-        noise=noise,
-        clip=experiment.clip,
-    )
+    denoiser = Denoiser(predict, abar.double().cpu(), experiment.clip)
+    xt, sampler = sent(numbers(Stream.SAMPLE_START, 0), abar.device), settings.sampler
+    *_, x0 = FUNCTIONS[sampler.sampler](denoiser, xt, steps=sampler.steps, noise=noise, eta=sampler.eta)
     return x0
 
 

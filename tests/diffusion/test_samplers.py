@@ -14,6 +14,7 @@ from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import (
     FUNCTIONS,
+    Denoiser,
     Sampler,
     ddim,
     ddpm,
@@ -32,6 +33,10 @@ def experiment(schedule: str = "linear") -> Gaussian1d:
     return Gaussian1d(MIXTURE, MlpSettings(), DiffusionSettings(beta_schedule=schedule))  # type: ignore[arg-type]
 
 
+def perfect(exact: Gaussian1d) -> Denoiser:
+    return Denoiser(exact.exact_predict, exact.abar)
+
+
 def no_noise(k: int) -> Tensor:
     raise AssertionError("a deterministic sampler must not ask for noise")
 
@@ -42,7 +47,7 @@ def ode_error(sampler: Sampler, steps: int, schedule: str = "linear") -> float:
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     x_t = torch.special.ndtri(u)[:, None]
     end = exact.mixture.quantile(exact.mixture.at(float(exact.abar[-1])).cdf(x_t))
-    *_, x0 = sampler(exact.exact_predict, x_t, exact.abar, steps=steps, noise=no_noise)
+    *_, x0 = sampler(perfect(exact), x_t, steps=steps, noise=no_noise)
     return float((x0 - end).abs().mean())
 
 
@@ -70,7 +75,7 @@ def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int
     def noise(k: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.SAMPLE_STEP, k, 0, n, (1,)))
 
-    *_, x0 = FUNCTIONS[name](exact.exact_predict, x_t, exact.abar, steps=steps, noise=noise)
+    *_, x0 = FUNCTIONS[name](perfect(exact), x_t, steps=steps, noise=noise)
     assert wasserstein1(x0[:, 0], exact.mixture) < 2.5 * wasserstein1_floor(exact.mixture, n)
 
 
@@ -89,7 +94,7 @@ def test_samplers_draw_noise_where_the_table_says_so(name: str) -> None:
     for eta in (0.0, 0.5) if SAMPLERS[name].takes_eta else (0.0,):
         asked.clear()
         settings = SamplerSettings(sampler=name, steps=4, eta=eta)
-        list(FUNCTIONS[name](exact.exact_predict, torch.zeros(3, 1), exact.abar, steps=4, eta=eta, noise=noise))
+        list(FUNCTIONS[name](perfect(exact), torch.zeros(3, 1), steps=4, noise=noise, eta=eta))
         assert bool(asked) != settings.is_deterministic
 
 
@@ -101,8 +106,8 @@ def test_ddim_with_eta_one_equals_ddpm() -> None:
         return torch.from_numpy(normal(0, Stream.SAMPLE_STEP, k, 0, n, (1,))).double()
 
     for a, b in zip(
-        ddim(exact.exact_predict, x_t, exact.abar, steps=100, eta=1.0, noise=noise),
-        ddpm(exact.exact_predict, x_t, exact.abar, steps=100, noise=noise),
+        ddim(perfect(exact), x_t, steps=100, noise=noise, eta=1.0),
+        ddpm(perfect(exact), x_t, steps=100, noise=noise),
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -135,7 +140,7 @@ def test_steps_counts_network_evaluations(sampler: Sampler, steps: int) -> None:
         calls.append(t)
         return exact.exact_predict(xt, t)
 
-    xs = list(sampler(predict, torch.zeros(3, 1), exact.abar, steps=steps, noise=lambda k: torch.zeros(3, 1)))
+    xs = list(sampler(Denoiser(predict, exact.abar), torch.zeros(3, 1), steps=steps, noise=lambda k: torch.zeros(3, 1)))
     assert len(calls) == len(xs) == steps
 
 
@@ -144,6 +149,10 @@ def library_model() -> GaussianDiffusion:
     torch.manual_seed(0)
     unet = Unet(dim=8, dim_mults=(1, 2), channels=1)
     return GaussianDiffusion(unet, image_size=28, objective="pred_noise", beta_schedule="linear").eval()
+
+
+def ours_for(model: GaussianDiffusion) -> Denoiser:
+    return Denoiser(lambda x, t: model.model(x, t), model.alphas_cumprod.double(), clip=(-1, 1))
 
 
 class RecordedNoise:
@@ -164,16 +173,8 @@ def library_noise() -> "mock._patch[Callable[[Tensor], Tensor]]":
 
 def test_ancestral_steps_equal_the_librarys_p_sample(library_model: GaussianDiffusion) -> None:
     x_t = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(1))
-    abar = library_model.alphas_cumprod.double()
     with library_noise() as recorded, torch.inference_mode():
-        ours = ddpm(
-            lambda x, t: library_model.model(x, t),
-            x_t,
-            abar,
-            steps=1000,
-            noise=lambda k: recorded.drawn[k],
-            clip=(-1, 1),
-        )
+        ours = ddpm(ours_for(library_model), x_t, steps=1000, noise=lambda k: recorded.drawn[k])
         theirs = x_t
         for t in [999, 998, 997]:
             theirs, _ = library_model.p_sample(theirs, t)
@@ -190,14 +191,6 @@ def test_ddim_equals_the_librarys_ddim_sample(library_model: GaussianDiffusion, 
         torch.inference_mode(),
     ):
         theirs = library_model.ddim_sample((2, 1, 28, 28), return_all_timesteps=True)
-        ours = ddim(
-            lambda x, t: library_model.model(x, t),
-            x_t,
-            library_model.alphas_cumprod.double(),
-            steps=7,
-            eta=eta,
-            noise=lambda k: recorded.drawn[k],
-            clip=(-1, 1),
-        )
+        ours = ddim(ours_for(library_model), x_t, steps=7, noise=lambda k: recorded.drawn[k], eta=eta)
         for i, x in enumerate(ours):
             torch.testing.assert_close((x + 1) / 2, theirs[:, i + 1], rtol=0, atol=2e-5)
