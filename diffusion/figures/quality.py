@@ -4,16 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, NullLocator, ScalarFormatter
 
-from diffusion.figures.style import new_figure, save
+from diffusion.figures.style import PALETTE, new_figure, save
 from diffusion.settings import SAMPLERS
 
-COLORS = dict(zip(SAMPLERS, sns.color_palette("deep"), strict=False))
+COLORS = dict(zip(SAMPLERS, PALETTE, strict=False))
 """The colour of each sampler, the same in all figures."""
 
 

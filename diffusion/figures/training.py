@@ -7,31 +7,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from diffusion.figures.style import EXACT, MODEL, new_figure, save
-
-
-def training_curve(history: list[dict[str, Any]], title: str) -> tuple[Figure, Axes]:
-    """The training loss by step, with its running mean, from the lines of metrics.jsonl."""
-    points = [(line["step"], line["loss"]) for line in history if line["loss"] is not None]
-    steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    figure, axes = new_figure()
-    axes.plot(steps, losses, color=MODEL, alpha=0.3, linewidth=1, label="each logged batch")
-    axes.plot(steps, _running_mean(losses, max(1, len(losses) // 20)), color=MODEL, linewidth=2, label="running mean")
-    axes.set(title=title, xlabel="step (optimizer updates)", ylabel="mean squared error of the noise")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
-    axes.tick_params(axis="y", which="minor", labelsize="small")
-    return figure, axes
+from diffusion.figures.style import EXACT, MODEL, save
 
 
 def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path) -> None:
-    """Draws a training at a glance, from the lines of metrics.jsonl and timing.jsonl; dotted lines mark restarts."""
+    """Draws a training at a glance, from the lines of metrics.jsonl and timing.jsonl.
+
+    Dotted lines mark restarts, a dashed one the smallest loss that any network can reach, where that is known.
+    """
     history = history[:: max(1, len(history) // 2000)]
     figure = Figure(figsize=(12, 7), layout="constrained")
     loss, bands, gradient, speed = figure.subplots(2, 2, sharex=True).flat
     _curve(loss, history, "loss", "running mean")
     loss.set(title="Training loss", ylabel="mean squared error of the noise", yscale="log")
+    loss.yaxis.set_major_formatter(ScalarFormatter())
+    loss.yaxis.set_minor_formatter(ScalarFormatter())
+    loss.tick_params(axis="y", which="minor", labelsize="small")
     names = sorted({name for line in history for name in line if name.startswith("loss_t")})
     for i, name in enumerate(names):
         _curve(bands, history, name, f"t < {i + 1}/{len(names)} T", color=f"C{i}", raw=False)
@@ -42,7 +33,10 @@ def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: 
     _curve(speed, [line for line in timing if line["event"] == "progress"], "images_per_s", "running mean")
     speed.set(title="Images per second", xlabel="step (optimizer updates)")
     speed.set_ylim(bottom=0)
-    restarts = [line["step"] for line in timing if line["event"] == "start" and line["restarts"] > 0]
+    starts = [line for line in timing if line["event"] == "start"]
+    if starts and (floor := starts[-1].get("loss_floor")) is not None:
+        loss.axhline(floor, color=EXACT, linewidth=2, linestyle="--", label=f"exact optimum {floor:.4f}")
+    restarts = [line["step"] for line in starts if line["restarts"] > 0]
     for axes in (loss, bands, gradient, speed):
         for i, step in enumerate(restarts):
             label = f"restarts: {len(restarts)}" if i == 0 and axes is loss else None
@@ -63,7 +57,9 @@ def _curve(
     steps, values = [step for step, _ in points], [value for _, value in points]
     if raw:
         axes.plot(steps, values, color=color, alpha=0.3, linewidth=1)
-    axes.plot(steps, _running_mean(values, max(1, len(values) // 20)), color=color, linewidth=2, label=label)
+    marker = "o" if len(points) == 1 else ""  # a line of one point cannot be seen
+    smooth = _running_mean(values, max(1, len(values) // 20))
+    axes.plot(steps, smooth, color=color, linewidth=2, marker=marker, label=label)
 
 
 def _running_mean(values: list[float], width: int) -> list[float]:

@@ -86,7 +86,7 @@ class Gaussian1d(Experiment):
         abar = alphas_cumprod_at(self.abar, t.double())[:, None]
         return self.mixture.eps(xt.double(), abar).to(xt.dtype)
 
-    def report(self, model: DiffusionModel, history: list[dict[str, Any]], folder: Path) -> list[str]:
+    def report(self, model: DiffusionModel, folder: Path) -> list[str]:
         from diffusion.gaussian1d import figures
 
         floor = self.mixture.loss_floor(self.abar)
@@ -97,7 +97,6 @@ class Gaussian1d(Experiment):
         figures.forward_process(self.mixture, self.abar, folder / "forward.png")
         figures.reverse_process(model.predict_for, self.mixture, self.abar, folder / "reverse.png")
         figures.samples(self.mixture, x.numpy(), folder / "samples.png")
-        figures.loss(history, float(floor.mean()), folder / "loss.png")
         figures.excess_loss(excess, floor, folder / "excess-loss.png")
         return [
             f"excess loss over the exact optimum {excess.mean():.5f} (the optimum itself has loss {floor.mean():.5f})",

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.figures.style import EXACT, MODEL, new_figure, save
-from diffusion.figures.training import training_curve
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal, uniform
 from diffusion.process.samplers import Denoiser, Predict, ddpm
@@ -94,14 +93,6 @@ def samples(mixture: Mixture, x: NDArray[Any], path: Path) -> None:
     axes.plot(grid, mixture.pdf(grid), color=EXACT, linewidth=2, label="exact density")
     axes.set(title="Samples of the model against the exact mixture", xlabel="$x_0$", ylabel="density", xlim=(low, high))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    save(figure, path)
-
-
-def loss(history: list[dict[str, Any]], floor: float, path: Path) -> None:
-    """The training loss above the exact smallest loss."""
-    figure, axes = training_curve(history, "Training loss and the smallest loss that any network can reach")
-    axes.axhline(floor, color=EXACT, linewidth=2, linestyle="--", label=f"exact optimum {floor:.4f}")
-    axes.legend(frameon=False)
     save(figure, path)
 
 

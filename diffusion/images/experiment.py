@@ -107,12 +107,11 @@ class ImageExperiment(Experiment):
 
         figures.grid(samples, path)
 
-    def report(self, model: DiffusionModel, history: list[dict[str, Any]], folder: Path) -> list[str]:
+    def report(self, model: DiffusionModel, folder: Path) -> list[str]:
         from diffusion.images import figures
 
         abar = model.alphas_cumprod.cpu()
         figures.forward_process(self.images[:6].cpu(), abar, self.noun, folder / "forward.png")
-        figures.loss(history, folder / "loss.png")
         figures.reverse_process(model, self, self.noun, 64, folder)
         return []
 

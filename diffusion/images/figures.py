@@ -1,7 +1,6 @@
 """Figures of experiments on images."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.figures.style import save
-from diffusion.figures.training import training_curve
 from diffusion.images.pixels import Images, scaled, unscaled
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
@@ -97,13 +95,6 @@ def real_beside_generated(real: Images, generated: Images, path: Path) -> None:
         axes.imshow(tile(images[:64], columns=8), cmap="gray", vmin=0, vmax=255)
         axes.set_axis_off()
         axes.set_title(title)
-    save(figure, path)
-
-
-def loss(history: list[dict[str, Any]], path: Path) -> None:
-    """The training loss by step."""
-    figure, axes = training_curve(history, "Training loss")
-    axes.legend(frameon=False)
     save(figure, path)
 
 

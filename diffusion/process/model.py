@@ -67,11 +67,8 @@ class Experiment(ABC):
         """A picture of samples as `to_array` gave them."""
 
     @abstractmethod
-    def report(self, model: DiffusionModel, history: list[dict[str, Any]], folder: Path) -> list[str]:
-        """Draws the figures of a finished training into `folder`; returns lines that say how good the model is.
-
-        `history` is the content of metrics.jsonl.
-        """
+    def report(self, model: DiffusionModel, folder: Path) -> list[str]:
+        """Draws the figures of a trained model into `folder`; returns lines that say how good it is."""
 
     @abstractmethod
     def sketch(self, model: DiffusionModel, folder: Path) -> None:

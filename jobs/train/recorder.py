@@ -191,13 +191,13 @@ class RunRecorder(Recorder):
     def _draw(self) -> None:
         from diffusion.figures import training  # here, because plotting libraries take a second to import
 
-        history = read_jsonl(self._run.metrics)
         model = self._training.ema_model()
         self._run.figures.mkdir(exist_ok=True)
         with self._training.world.accelerator.autocast():
-            lines = self._training.experiment.report(model, history, self._run.figures)
+            lines = self._training.experiment.report(model, self._run.figures)
         for line in lines:
             self._console.say(line)
+        history = read_jsonl(self._run.metrics)
         training.training(history, read_jsonl(self._run.timing), self._run.figures / "training.png")
 
     def close(self) -> None:

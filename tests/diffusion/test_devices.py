@@ -29,7 +29,6 @@ SMALL = {
     "mnist-small": {"model": UnetSettings(dim=8, dim_mults=(1,), attn_heads=(1,), noise_skip=True, patch_size=2)},
 }
 SMALL["fashion-mnist-small"] = SMALL["mnist-small"]
-HISTORY: list[dict[str, Any]] = [{"step": step, "loss": 1 / step} for step in range(1, 5)]
 
 
 @pytest.fixture(params=EXPERIMENTS)
@@ -85,7 +84,7 @@ def test_figures_and_final_numbers(name: str, config: ExperimentConfig, tmp_path
     def act(experiment: Experiment, model: DiffusionModel) -> Any:
         folder = tmp_path / model.alphas_cumprod.device.type
         folder.mkdir()
-        lines = experiment.report(model, HISTORY, folder) if name == "report" else experiment.sketch(model, folder)
+        lines = experiment.report(model, folder) if name == "report" else experiment.sketch(model, folder)
         return lines, {path.name: path.read_bytes() for path in folder.iterdir()}
 
     here, there = both(config, act)

@@ -67,4 +67,4 @@ def test_the_first_command_of_a_user_ends_with_figures(device: Kind, tmp_path: P
     run = RunFolder(tmp_path / "runs" / "1d" / "a")
     assert run.read_status()["state"] == "finished"
     assert str(next(line["device"] for line in read_jsonl(run.timing) if "device" in line)).startswith(device)
-    assert {"training.png", "loss.png"} <= {path.name for path in run.figures.iterdir()}, ended.out
+    assert {"training.png", "samples.png"} <= {path.name for path in run.figures.iterdir()}, ended.out
