@@ -2,22 +2,22 @@
 
 A step of p processes with b images each takes
 
-    step(p) = work + exposed
+    step(p) = work + exchange
     work = max(compute, launches)
     compute = b F / R
     launches = N l
-    exposed = max(0, 2 (p - 1) / p G / W + 2 (p - 1) L - work / 2)
+    exchange = 2 (p - 1) / p G / W + 2 (p - 1) L
 
 where F is the arithmetic of an image, forward and backward (counted), R the rate of it (assumed by --tflops), N the
 operations of a step, each of which the host has to launch (counted), l the time that it takes to launch one (assumed by
---launch-us), G the bytes of the gradients that a ring all-reduce sums (counted), W the bandwidth and L the latency of a
-hop of that ring (assumed). A GPU computes while the host launches what comes next, so the slower of both decides.
+--launch-us), G the bytes of the gradients (counted), W the bandwidth and L the latency of a
+hop (assumed). A GPU computes while the host launches what comes next, so the slower of both decides.
 Without --tflops the passes are measured on this machine's device at b, launches and all.
 
-DDP sends gradients during most of the backward pass, which is two thirds of the work: half of the work is taken to hide
-them. F counts all that is computed, also what attention computes for pairs of heads and throws away. N counts an
-operation once that takes two or three kernels, and leaves out what DDP copies into its buckets and back. A CPU counts
-it, in bf16, whose autocast converts less than CUDA's: on a GPU it is a little more.
+Gradients are exchanged after the backward pass (jobs/train/shards.py), pieces of them to each process and back: what a
+ring all-reduce sends. F counts all that is computed, also what attention computes for pairs of heads and throws away. N
+counts an operation once that takes two or three kernels. A CPU counts it, in bf16, whose autocast converts less than
+CUDA's: on a GPU it is a little more.
 """
 
 import argparse
@@ -50,10 +50,10 @@ ASSUMED_LAUNCH_US = 8.0
 """Microseconds of a launch from Python, with autograd and autocast, on a good server's core."""
 
 
-def exposed(processes: int, work: float, gradient_bytes: float, network: Network) -> float:
-    """Seconds of a ring all-reduce that the backward pass does not hide."""
+def exchange(processes: int, gradient_bytes: float, network: Network) -> float:
+    """Seconds that summing gradients over processes takes."""
     hops = 2 * (processes - 1)
-    return max(0.0, hops / processes * gradient_bytes / network.bandwidth + hops * network.latency - work / 2)
+    return hops / processes * gradient_bytes / network.bandwidth + hops * network.latency
 
 
 def work(compute: float, launches: int, launch_s: float) -> float:
@@ -152,10 +152,10 @@ def main() -> None:
 
     assumed = f"assumed: R = {options.tflops:g} TFLOP/s, l = {options.launch_us:g} us" if options.tflops else ""
     print(f"\n| processes x images | work ({assumed or f'measured here, {kind} in {precision}'}) | ", end="")
-    print("exposed | step | images/s | efficiency |\n|---|---|---|---|---|---|")
+    print("exchange | step | images/s | efficiency |\n|---|---|---|---|---|---|")
     for processes, images, network in CASES:
         seconds = work_of(images)
-        waiting = exposed(processes, seconds, gradients, network)
+        waiting = exchange(processes, gradients, network)
         step = seconds + waiting
         # An ideal GPU would need no more than its arithmetic, or, where that is not known, wait for nobody.
         ideal = images * flops / (options.tflops * 1e12) if options.tflops else seconds

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import arg
 
-from commands.train import check_batch, check_same_settings, choice, create, is_finished, run_training
+from commands.train import check_same_settings, choice, create, is_finished, run_training, with_shards
 from commands.where import Launch, show
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
@@ -37,8 +37,8 @@ class Sweep:
         jobs = []
         for i, point in enumerate(grid.points(self.grid)):
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
-            check_batch(config, self.where.processes)
             run = RunFolder(folder / grid.run_name(self.name, i))
+            config = with_shards(run, config, self.where.processes)
             if run.exists():
                 check_same_settings(run, experiment, config)
             if not is_finished(run, config) and not queue.active(run.read_launch().get("job_ids", [])):

@@ -46,9 +46,10 @@ class Train:
             while True:
                 run = RunFolder(folder / run_folder.new_name(folder))
                 with suppress(NameTaken):  # by a command that was started in the same second
-                    return run_training(run, experiment, config, self.where, is_new=True)
+                    begun = with_shards(run, config, self.where.processes)
+                    return run_training(run, experiment, begun, self.where, is_new=True)
         run = RunFolder(folder / run_folder.check_name(self.name))
-        is_new = not run.exists()
+        config, is_new = with_shards(run, config, self.where.processes), not run.exists()
         if not is_new:
             check_same_settings(run, experiment, config)
             if run.state() is State.FAILED:
@@ -143,12 +144,21 @@ def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dic
 
 
 def check_batch(config: ExperimentConfig, processes: int) -> None:
-    """Raises UserError if the processes' shares of the batch would not be equal."""
-    if config.train.batch_size % processes:
+    """Raises UserError if the batch cannot be cut into a shard for each process."""
+    if processes > (config.train.grad_shards or 1) and config.train.batch_size % processes:
         raise UserError(
             "train.batch-size must be a multiple of the number of GPUs; "
             f"got train.batch-size={config.train.batch_size} on {processes} GPUs"
         )
+
+
+def with_shards(run: RunFolder, config: ExperimentConfig, processes: int) -> ExperimentConfig:
+    """Returns the settings with the shards of the gradient decided: the run's own, or one for each of its processes."""
+    check_batch(config, processes)
+    if config.train.grad_shards is not None:
+        return config
+    shards = run.read_experiment()[1].train.grad_shards if run.exists() else processes
+    return replace(config, train=replace(config.train, grad_shards=shards))
 
 
 def _check_idle(run: RunFolder) -> None:

@@ -146,7 +146,7 @@ FAULTS = [
     Fault(
         "parts of a batch count as whole batches",
         "jobs/train/state.py",
-        "losses.sum() / n)",
+        "losses.sum() / self.settings.batch_size)",
         "losses.mean())",
         "tests/jobs/test_training.py::test_an_update_is_that_of_plain_torch[100.0-24]",
     ),
@@ -158,6 +158,20 @@ FAULTS = [
         "tests/jobs/test_flat.py::test_parameters_keep_values_and_strides_and_are_aligned",
     ),
     Fault(
+        "a process adds up its shards one after the other",
+        "jobs/train/shards.py",
+        "first = self._gradient.clone()\n        self._gradient.zero_()",
+        "first = torch.zeros_like(self._gradient)",
+        "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[fp32-others0]",
+    ),
+    Fault(
+        "losses are added up by process instead of by shard",
+        "jobs/train/state.py",
+        "for shard, (losses, t) in enumerate(self._by_shard(update.losses, update.t), self._own_shards[0]):",
+        "for shard, (losses, t) in enumerate([(update.losses, update.t)], self._own_shards[0]):",
+        "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[fp32-others0]",
+    ),
+    Fault(
         "processes meet at a port that was agreed on beforehand",
         "jobs/runtime/world.py",
         "TCPStore(address, 0, size, is_master=True",
@@ -166,9 +180,9 @@ FAULTS = [
     ),
     Fault(
         "each process draws the first share of the batch",
-        "jobs/runtime/world.py",
-        "return self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size",
-        "return 0, batch_size // self.size",
+        "jobs/train/state.py",
+        "for shard in self._own_shards)\n",
+        "for shard in (0, self.shards // self.world.size))\n",
         "tests/jobs/test_parallel.py::test_any_number_of_processes_sees_the_same_bytes",
     ),
     Fault(
@@ -425,8 +439,8 @@ FAULTS = [
     Fault(
         "a batch that cannot be shared equally is accepted",
         "commands/train.py",
-        "if config.train.batch_size % processes:",
-        "if False:",
+        "and config.train.batch_size % processes:",
+        "and False:",
         "tests/test_launch.py::test_a_wrong_command_gets_one_sentence_and_writes_nothing",
     ),
     Fault(

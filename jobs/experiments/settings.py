@@ -35,6 +35,9 @@ class TrainSettings:
     """Examples in each update, over all GPUs."""
     micro_batch_size: int | None = field(default=None, metadata=FREE)
     """Examples that one GPU takes at a time, when its share of the batch does not fit; None is all of them."""
+    grad_shards: int | None = None
+    """Parts of the batch whose gradients are computed alone and added up in one order: on so many GPUs or fewer, the
+    bytes are the same. None is as many as there are GPUs at the first start."""
     lr: float
     """AdamW's highest learning rate, reached after the warm-up."""
     warmup_steps: int = 100
@@ -76,6 +79,12 @@ class TrainSettings:
             require(0 <= getattr(self, name) < 1, f"{_flag(name)} must lie in [0, 1)", getattr(self, name))
         micro = self.micro_batch_size
         require(micro is None or micro >= 1, "train.micro-batch-size must be at least 1", micro)
+        shards = self.grad_shards
+        require(
+            shards is None or (shards >= 1 and self.batch_size % shards == 0),
+            f"train.grad-shards must divide train.batch-size, {self.batch_size}",
+            shards,
+        )
         require(self.warmup_steps >= 0, "train.warmup-steps must be at least 0", self.warmup_steps)
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)

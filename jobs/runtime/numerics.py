@@ -17,7 +17,7 @@ Asked = Literal["auto", "bf16", "tf32", "fp32"]
 
 DEV = Path("/dev")
 """Where a Linux machine shows its NVIDIA GPUs, as nvidia0, nvidia1, ..."""
-SAME_BYTES = ("device", "gpu", "precision", "processes", "torch", "cuda", "cudnn", "nccl")
+SAME_BYTES = ("device", "gpu", "precision", "grad_shards", "torch", "cuda", "cudnn", "nccl")
 """Two starts of a run compute the same bytes if these facts agree; on a CPU, `SAME_BYTES_OF_CPUS` must agree too."""
 SAME_BYTES_OF_CPUS = ("cpu", "threads")
 
@@ -108,8 +108,8 @@ def lacking(precision: Asked, kind: Kind) -> str | None:
     return None
 
 
-def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
-    """Sets all that equal bytes depend on, for every job, before a GPU computes; `compiles` is for torch.compile.
+def set_numerics(precision: Precision) -> None:
+    """Sets all that equal bytes depend on, for every job, before a GPU computes.
 
     fp32 is IEEE fp32 in matrix products and convolutions alike: TF32, which keeps 10 bits of the mantissa, has a name
     of its own. cuDNN is kept to algorithms that add in a fixed order, and cuBLAS to a fixed workspace, on whose size
@@ -122,12 +122,6 @@ def set_numerics(precision: Precision, *, compiles: bool = False) -> None:
         warnings.simplefilter("ignore")  # torch 2.9 alone calls these two names old
         torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    if compiles:
-        import torch._dynamo.config as dynamo  # here, because it takes seconds to import
-
-        # DDP's own optimizer cuts the graph at each bucket of gradients, and at each function with a backward pass of
-        # its own: 46 fragments of the U-Net instead of one.
-        dynamo.optimize_ddp = False
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in its __all__
 
 from jobs.runtime.job import JobError, process_rank
@@ -44,17 +44,12 @@ class World:
         # With several processes Accelerate calls it cpu:0, which no tensor's device equals: each `to` would copy.
         return torch.device("cpu") if device.type == "cpu" else device
 
-    def share(self, batch_size: int) -> tuple[int, int]:
-        """Returns [start, stop) of this process's examples in a global batch."""
-        return self.rank * batch_size // self.size, (self.rank + 1) * batch_size // self.size
-
-    def mean(self, values: torch.Tensor) -> list[float]:
-        """Averages each of the values [n] over all processes; every process must call it."""
-        values = values.detach().double()
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums values of any shape over all processes, in float64; every process must call it."""
+        values = values.detach().to(torch.float64, copy=True)
         if self.size > 1:
             dist.all_reduce(values)
-            values = values / self.size
-        return list(values.tolist())
+        return values
 
     def of_first(self, value: T) -> T:
         """Returns the first process's value on all of them; every process must call it."""
@@ -105,12 +100,7 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[
-            # Without it DDP reorders its gradient buckets after the first backward pass, so that the first step after a
-            # resume would sum in another order than the same step of an uninterrupted run.
-            DistributedDataParallelKwargs(find_unused_parameters=True),
-            InitProcessGroupKwargs(timeout=TIMEOUT),
-        ],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
     )
     if accelerator.num_processes != processes:
         raise RuntimeError(

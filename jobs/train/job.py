@@ -1,6 +1,5 @@
 """A training as a job, for the place where it runs. Importable without torch, picklable."""
 
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,8 +31,6 @@ class TrainJob:
     device: "Kind"
 
     def __call__(self, requeue: Requeue | None = None) -> int:
-        # DDP's C++ code warns about find_unused_parameters, which is set on purpose (see jobs/runtime/world.py).
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         keep_freed_memory()
         # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
         with undisturbed(), SignalWatch() as signals:

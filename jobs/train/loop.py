@@ -20,7 +20,7 @@ from jobs.terminal.console import Console
 from jobs.terminal.tables import short
 from jobs.train.ema import decay_at
 from jobs.train.recorder import NoRecorder, Recorder, RunRecorder
-from jobs.train.state import NotFinite, Training, Update, band_sums
+from jobs.train.state import NotFinite, Training, Update
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -47,7 +47,13 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     recorder: Recorder = NoRecorder()
     if world.rank == 0:
         advise(training, EXPERIMENTS[experiment].cpu_advice, console)
-        machine = {"processes": processes, "precision": precision, **facts(world.device)}
+        machine = {
+            "processes": processes,
+            "grad_shards": training.shards,
+            "precision": precision,
+            **facts(world.device),
+        }
+        before = {"grad_shards": before.get("processes"), **before}  # as older versions cut the batch
         if step and (differences := changes(before, machine)):
             console.say(differences)
         recorder = RunRecorder(run, training, owner, console, requeue is not None, machine)
@@ -110,12 +116,11 @@ def logged(training: Training, update: Update) -> dict[str, Any] | None:
     settings, step = training.settings, training.step
     if not (step % settings.log_every == 0 or step == settings.steps or update.skipped):
         return None
-    sums, counts = band_sums(update.losses, update.t, len(training.raw.alphas_cumprod))
-    loss, *means = training.world.mean(torch.cat([update.loss[None].double(), sums, counts]))
-    bands = [s / n if n else math.nan for s, n in zip(means[: len(sums)], means[len(sums) :], strict=True)]
+    loss, *bands = training.sums(update)
+    means = [s / n if n else math.nan for s, n in zip(*(values.tolist() for values in bands), strict=True)]
     values = {
         "loss": loss,
-        **{f"loss_t{band}": value for band, value in enumerate(bands)},
+        **{f"loss_t{band}": value for band, value in enumerate(means)},
         "lr": update.lr,
         "grad_norm": update.grad_norm,
         "clipped": int(update.grad_norm > settings.max_grad_norm and not update.skipped),

@@ -215,7 +215,7 @@ class RunRecorder(Recorder):
         step_s = (self._clock.time - last.time) / steps
         data_s = (self._clock.data_s - last.data_s) / steps
         checkpoint_s = (self._clock.checkpoint_s - last.checkpoint_s) / steps
-        communication_s = self._training.communication_s
+        communication_s = (self._clock.communication_s - last.communication_s) / steps
         compute_s = max(0.0, step_s - data_s - checkpoint_s - communication_s)
         timing = {
             "event": "progress",
@@ -231,8 +231,8 @@ class RunRecorder(Recorder):
         append_timing(self._run, timing)
 
     def _read_clock(self) -> "_Clock":
-        checkpoint_s = self._writer.waited_s + self._snapshot_s
-        return _Clock(time.monotonic(), self._training.step, self._training.data_s, checkpoint_s)
+        training, checkpoint_s = self._training, self._writer.waited_s + self._snapshot_s
+        return _Clock(time.monotonic(), training.step, training.data_s, checkpoint_s, training.communication_s)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -246,12 +246,13 @@ class RunRecorder(Recorder):
 
 @dataclass(frozen=True)
 class _Clock:
-    """A moment of a training, with the seconds spent on data and on checkpoints so far."""
+    """A moment of a training, with the seconds spent so far on data, on checkpoints and on exchanging gradients."""
 
     time: float
     step: int
     data_s: float
     checkpoint_s: float
+    communication_s: float
 
 
 def _memory_mb(device: torch.device) -> int:

@@ -3,14 +3,13 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.process.model import DiffusionModel, Experiment, timesteps
 from diffusion.process.randomness import Stream, generator, normal, stratified
@@ -18,12 +17,12 @@ from diffusion.process.transfer import sent
 from jobs.experiments.settings import TrainSettings
 from jobs.runtime.cuda_graphs import Captured
 from jobs.runtime.job import JobError
-from jobs.runtime.numerics import set_numerics
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.world import World
 from jobs.storage.checkpoints import Snapshot
 from jobs.train.ema import Ema, decay_at
 from jobs.train.flat_weights import ALIGNMENT, Flat, FlatAdamW
+from jobs.train.shards import ShardSum, share
 
 LOSS_BANDS = 4
 """The timesteps are cut into this many equal parts; the loss of each is logged."""
@@ -37,15 +36,18 @@ class NotFinite(JobError):
 class Update:
     """What one step did. Most of it stays in tensors, because reading a tensor would wait for the device."""
 
-    loss: Tensor
-    """The mean loss of this process's share of the batch."""
     losses: Tensor
-    """The loss of each of its examples, [n]."""
+    """The loss of each example of this process's share of the batch, [n]."""
     t: Tensor
     """Their timesteps, [n]."""
     grad_norm: float
     """The norm of the whole batch's gradient before clipping; it is the same on every process."""
     lr: float
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean loss of this process's share of the batch."""
+        return self.losses.mean()
 
     @property
     def skipped(self) -> bool:
@@ -83,7 +85,12 @@ class Training:
         self._gradient = flat.place_gradients()
         self.ema = Ema(self.raw.network, flat.weights)
         # The model is on its device already. Placement by Accelerate would copy the parameters out of the flat tensor.
-        self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False)
+        # In evaluation mode it adds autocast alone: gradients are summed in an order of our own (jobs/train/shards.py).
+        self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False, evaluation_mode=True)
+        # More processes than shards cut the batch more finely; then bytes differ from those of fewer processes.
+        self.shards = max(settings.grad_shards or 1, world.size)
+        self._own_shards = share(world.rank, world.size, self.shards)
+        self._sum_shards = ShardSum(self._gradient, self.shards, world.rank, world.size)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Prefetch(self._draw_noise)
         self._next: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -100,24 +107,25 @@ class Training:
         examples, lr = self._examples_of(self.step), lr_at(self.step, self.settings)
         self.optimizer.set_lr(lr)
         self._ema_share.fill_(1 - decay_at(self.step, self.settings.ema_decay))
-        loss, losses, norm = (self._captured or self._advance)(*examples)
+        losses, norm = (self._captured or self._advance)(*examples)
         if self.step == self.settings.steps:
             self._captured = None  # the memory that it keeps is for the figures now
         elif self.world.device.type == "cuda":
             # The GPU still computes this step while its host draws the examples of the next one.
             self._next = self.step + 1, self.examples(self.step + 1)
-        return Update(loss, losses, examples[1], float(norm), lr)
+        return Update(losses, examples[1], float(norm), lr)
 
-    def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes the step itself; returns the loss, the loss of each example, and the gradient's norm.
+    def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the step itself; returns the loss of each example, and the gradient's norm.
 
         The host decides nothing in here, so that a GPU can replay it. So whether weights move is a tensor, too: they
         move if the norm is below `_norm_below`, which is infinity for a step and 0 for one that must change nothing.
         A norm that is NaN or infinite is never below it.
         """
-        parts = self._parts(x0, t, eps)
-        # DDP sums gradients over processes in a backward pass. Once is enough: in that of the last part.
-        losses = torch.cat([self._pass(part, len(x0), sum_up=part is parts[-1]) for part in parts])
+        losses: list[Tensor] = []
+        shards = self._by_shard(x0, t, eps)
+        first, _ = self._own_shards
+        self._sum_shards(lambda shard: losses.extend(map(self._pass, self._parts(*shards[shard - first]))))
         # The norm of 16 rows' norms, because one fp32 sum of ten million squares is wrong in its fourth digit.
         norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._gradient.view(ALIGNMENT, -1), dim=1))
         moves = (norm < self._norm_below).to(norm.dtype)
@@ -127,17 +135,21 @@ class Training:
         self.optimizer.step()
         self.ema.update(self._ema_share * moves)
         self.optimizer.zero_grad()
-        return losses.sum() / len(x0), losses, norm
+        return torch.cat(losses), norm
 
-    def _pass(self, part: tuple[Tensor, ...], n: int, *, sum_up: bool) -> Tensor:
-        """Returns the losses of a part of the n examples, and adds the gradient of that part."""
-        with nullcontext() if sum_up else self.world.accelerator.no_sync(self.model):
-            losses: Tensor = self.model(*part)
-            self.world.accelerator.backward(losses.sum() / n)
+    def _pass(self, part: tuple[Tensor, ...]) -> Tensor:
+        """Returns the losses of some examples of the batch, and adds their part of the batch's gradient."""
+        losses: Tensor = self.model(*part)
+        self.world.accelerator.backward(losses.sum() / self.settings.batch_size)
         return losses.detach()
 
+    def _by_shard(self, *examples: Tensor) -> list[tuple[Tensor, ...]]:
+        """Cuts this process's examples into its shards."""
+        size = self.settings.batch_size // self.shards
+        return list(zip(*(tensor.split(size) for tensor in examples), strict=True))
+
     def _parts(self, *examples: Tensor) -> list[tuple[Tensor, ...]]:
-        """Cuts examples into the parts that go through the network together; the last part may be smaller."""
+        """Cuts a shard into the parts that go through the network together; the last part may be smaller."""
         micro = self.settings.micro_batch_size or len(examples[0])
         return list(zip(*(tensor.split(micro) for tensor in examples), strict=True))
 
@@ -161,7 +173,6 @@ class Training:
         from torch._inductor import config as inductor
 
         started = time.perf_counter()
-        set_numerics(self.world.precision, compiles=True)
         # Inductor would time kernels at each start and take the fastest; older versions have no such switch. It is an
         # option because that holds for backward passes, too: torch resets the module's variable after each graph.
         self.raw.network.compile(options={"deterministic": True} if hasattr(inductor, "deterministic") else None)
@@ -183,11 +194,8 @@ class Training:
 
     @property
     def communication_s(self) -> float:
-        """Seconds that a step waits for the other processes' gradients after its own; DDP measures it now and then."""
-        if not isinstance(self.model, DistributedDataParallel):
-            return 0.0
-        measured = self.model._get_ddp_logging_data()
-        return (measured["avg_backward_comm_time"] - measured["avg_backward_compute_comm_overlap_time"]) / 1e9
+        """The seconds that exchanging gradients has taken so far, with waiting for processes that are slower."""
+        return self._sum_shards.exchange_s
 
     def _examples_of(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns a step's examples; if they are not drawn yet, the device waits, and `data_s` counts that time."""
@@ -202,19 +210,37 @@ class Training:
     def examples(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Draws this process's share of a step's global batch: x0 [n, *sample_shape], t [n], eps like x0."""
         seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
-        start, stop = self.world.share(batch_size)
+        start, stop = self._share()
         x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
         t, eps = (sent(drawn, device) for drawn in self._noise.of(step))
         self._noise.begin(step + 1)
         return x0, t, eps
 
+    def _share(self) -> tuple[int, int]:
+        """Returns [start, stop) of this process's examples in the global batch."""
+        start, stop = (shard * self.settings.batch_size // self.shards for shard in self._own_shards)
+        return start, stop
+
     def _draw_noise(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Draws timesteps [n] and noise [n, *sample_shape] of this process's share."""
         seed, batch_size = self.settings.seed, self.settings.batch_size
-        start, stop = self.world.share(batch_size)
+        start, stop = self._share()
         u = stratified(seed, Stream.TIMESTEP, step, start, stop, batch_size)
         eps = normal(seed, Stream.NOISE, step, start, stop, self.experiment.sample_shape)
         return timesteps(u, len(self.raw.alphas_cumprod)), eps
+
+    def sums(self, update: Update) -> tuple[float, Tensor, Tensor]:
+        """Returns the step's mean loss, and `band_sums`, over the whole batch; every process must call it.
+
+        Each shard is summed alone, as its gradient is, so that the numbers do not depend on the number of processes.
+        """
+        rows = torch.zeros(self.shards, 1 + 2 * LOSS_BANDS, dtype=torch.float64, device=self.world.device)
+        for shard, (losses, t) in enumerate(self._by_shard(update.losses, update.t), self._own_shards[0]):
+            bands = band_sums(losses, t, len(self.raw.alphas_cumprod))
+            rows[shard] = torch.cat([losses.double().sum()[None], *bands])
+        # Of each row one process has the numbers and the others zeros, which can be added in any order.
+        loss, sums, counts = self.world.sum(rows).sum(0).cpu().split([1, LOSS_BANDS, LOSS_BANDS])
+        return float(loss) / self.settings.batch_size, sums, counts
 
     def ema_model(self) -> DiffusionModel:
         """Builds a model whose network has the averaged weights."""

@@ -73,7 +73,6 @@ def test_gradients_stay_where_the_optimizer_finds_them() -> None:
     expected(torch.ones(1, 3, 6, 6)).sum().backward()
     for part, parameter, single in zip(flat.split(gradient), module.parameters(), expected.parameters(), strict=True):
         assert parameter.grad is not None and parameter.grad.data_ptr() == part.data_ptr()
-        # The strides of DDP's buckets are those of the parameters.
         assert parameter.grad.stride() == parameter.stride()
         torch.testing.assert_close(part, single.grad)
     torch.testing.assert_close(flat.join(flat.split(gradient)), gradient, rtol=0, atol=0)

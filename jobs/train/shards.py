@@ -1,0 +1,128 @@
+"""Adds up the gradients of a batch's shards in one order, so that bytes do not depend on the number of processes.
+
+A sum of floating-point numbers depends on its order. Here shards are the leaves of a binary tree over their index, and
+a gradient is always the sum of the two halves below it. A process computes neighbouring shards, so it adds up whole
+subtrees alone. For what lies above them, each process adds up one piece of all subtrees' gradients, and then all
+collect the pieces: the traffic of a ring all-reduce, whose order would depend on the number of processes.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+Node = tuple[int, int]
+"""A subtree: the shards [start, stop)."""
+
+
+def halves(node: Node) -> tuple[Node, Node]:
+    """Returns the two subtrees below a node; the first one is the largest full tree that leaves something over."""
+    start, stop = node
+    middle = start + (1 << (stop - start - 1).bit_length() - 1)
+    return (start, middle), (middle, stop)
+
+
+def share(rank: int, processes: int, shards: int) -> Node:
+    """Returns the shards of a process, [start, stop)."""
+    return rank * shards // processes, (rank + 1) * shards // processes
+
+
+def subtrees(shards: Node, root: Node) -> list[Node]:
+    """Returns the largest subtrees of `root` that lie within `shards`, in order."""
+    if shards[0] <= root[0] and root[1] <= shards[1]:
+        return [root]
+    if root[1] <= shards[0] or shards[1] <= root[0]:
+        return []
+    return [node for half in halves(root) for node in subtrees(shards, half)]
+
+
+def fold(root: Node, known: Mapping[Node, Tensor]) -> Tensor:
+    """Returns the sum at `root`, from the sums of subtrees that cover it."""
+    if root in known:
+        return known[root]
+    left, right = halves(root)
+    return fold(left, known) + fold(right, known)
+
+
+class ShardSum:
+    """Sums the gradients of all shards into one flat gradient [n], on every process; all processes must call it."""
+
+    def __init__(self, gradient: Tensor, shards: int, rank: int, processes: int) -> None:
+        self._gradient, self._root, self._processes = gradient, (0, shards), processes
+        self._nodes = [subtrees(share(other, processes, shards), self._root) for other in range(processes)]
+        self._own = self._nodes[rank]
+        self._piece = -(-len(gradient) // processes)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gradient.is_cuda else None
+        self._pending = False
+        self._exchange_s = 0.0
+
+    def __call__(self, add_gradient: Callable[[int], None]) -> None:
+        """Turns the gradient, which is zero, into the sum over all shards.
+
+        `add_gradient(shard)` adds the gradient of one of this process's shards; it is called for each, in order.
+        """
+        if self._processes == 1:
+            self._grow(self._root, add_gradient)
+            return
+        sums = []
+        for node in self._own:
+            self._grow(node, add_gradient)
+            if len(self._own) > 1:
+                sums.append(self._gradient.clone())
+                self._gradient.zero_()
+        self._measured(self._exchange, sums or [self._gradient])
+
+    def _grow(self, node: Node, add_gradient: Callable[[int], None]) -> None:
+        """Turns the gradient, which is zero, into the sum at `node`."""
+        if node[1] - node[0] == 1:
+            add_gradient(node[0])
+            return
+        left, right = halves(node)
+        self._grow(left, add_gradient)
+        first = self._gradient.clone()
+        self._gradient.zero_()
+        self._grow(right, add_gradient)
+        self._gradient.add_(first)
+
+    def _exchange(self, sums: list[Tensor]) -> None:
+        """Turns the processes' sums at their own subtrees into the sum at the root, on every process."""
+        processes, piece, counts = self._processes, self._piece, [len(nodes) for nodes in self._nodes]
+        padding = processes * piece - len(self._gradient)
+        pieces = [(F.pad(tensor, (0, padding)) if padding else tensor).view(processes, piece) for tensor in sums]
+        sent = pieces[0] if len(pieces) == 1 else torch.stack(pieces, dim=1)  # [processes, own subtrees, piece]
+        received = self._gradient.new_empty(sum(counts), piece)
+        sizes = [n * piece for n in counts], [len(sums) * piece] * processes
+        dist.all_to_all_single(received.flatten(), sent.flatten(), *sizes)
+        total = fold(self._root, dict(zip(chain(*self._nodes), received, strict=True)))
+        whole = self._gradient if not padding else self._gradient.new_empty(processes * piece)
+        dist.all_gather_into_tensor(whole, total)
+        if padding:
+            self._gradient.copy_(whole[: len(self._gradient)])
+
+    def _measured(self, exchange: Callable[[list[Tensor]], None], sums: list[Tensor]) -> None:
+        if self._events is None:
+            started = time.perf_counter()
+            exchange(sums)
+            self._exchange_s += time.perf_counter() - started
+            return
+        self._collect()
+        self._events[0].record()
+        exchange(sums)
+        self._events[1].record()
+        self._pending = True
+
+    def _collect(self) -> None:
+        if self._events is not None and self._pending:
+            self._events[1].synchronize()
+            self._exchange_s += self._events[0].elapsed_time(self._events[1]) / 1000
+            self._pending = False
+
+    @property
+    def exchange_s(self) -> float:
+        """The seconds that exchanges have taken so far, with waiting for processes that are slower."""
+        self._collect()
+        return self._exchange_s

@@ -1,0 +1,96 @@
+"""The gradient's shards are added up in one order: any number of processes that is not larger gives the same bytes."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.train.shards import fold, halves, share, subtrees
+from tests.jobs.test_resume import result
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, steps_logged, wait_until
+
+KINDS = {
+    "fp32": ("1d", *TINY, "--train.batch-size", "60", "--train.steps", "300", "--train.checkpoint-every", "100"),
+    "bf16": (
+        *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
+        *("--train.batch-size", "12", "--train.steps", "8", "--train.log-every", "1", "--train.precision", "bf16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3, 4, 7, 8, 12])
+def test_whoever_adds_up_the_shards_gets_the_same_sum(shards: int) -> None:
+    leaves = {(i, i + 1): torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(shards)}
+    whole = fold((0, shards), leaves)
+    torch.testing.assert_close(whole, torch.stack(list(leaves.values())).sum(0))
+    for processes in range(1, shards + 1):
+        parts = [subtrees(share(rank, processes, shards), (0, shards)) for rank in range(processes)]
+        nodes = [node for part in parts for node in part]
+        assert all(left[1] == right[0] for left, right in pairwise(nodes))
+        assert (nodes[0][0], nodes[-1][1]) == (0, shards)
+        assert torch.equal(fold((0, shards), {node: fold(node, leaves) for node in nodes}), whole)
+
+
+def test_a_process_with_a_power_of_two_of_the_shards_sends_one_sum() -> None:
+    assert [subtrees(share(rank, 4, 16), (0, 16)) for rank in range(4)] == [[(0, 4)], [(4, 8)], [(8, 12)], [(12, 16)]]
+    assert halves((0, 6)) == ((0, 4), (4, 6))
+
+
+def command(kind: str, name: str, processes: int, *more: str) -> tuple[str, ...]:
+    return ("train", *KINDS[kind], "--name", name, "--device", "cpu", "--gpus", str(processes), *more)
+
+
+@pytest.mark.parametrize(("kind", "others"), [("fp32", (2, 3, 4)), ("bf16", (2, 4))])
+def test_any_number_of_processes_trains_the_same_bytes(
+    kind: str, others: tuple[int, ...], tmp_path: Path, mnist_root: Path
+) -> None:
+    env = {"MNIST_ROOT": str(mnist_root), **NO_FIGURES}
+    runs = tmp_path / "runs" / KINDS[kind][0]
+    done(*command(kind, "one", 1, "--train.grad-shards", "4"), cwd=tmp_path, **env)
+    expected = result(runs / "one")
+    for processes in others:
+        done(*command(kind, f"on-{processes}", processes, "--train.grad-shards", "4"), cwd=tmp_path, **env)
+        assert result(runs / f"on-{processes}") == expected
+    if kind == "fp32":  # what this is about: another order gives other bytes
+        done(*command(kind, "whole", 1), cwd=tmp_path, **env)
+        assert result(runs / "whole") != expected
+
+
+def kill_after(lines: int, *arguments: object, cwd: Path) -> None:
+    """Starts a command and kills it when the run `moved` has logged so many steps."""
+    process = start(*arguments, cwd=cwd, **NO_FIGURES)
+    wait_until(lambda: steps_logged(cwd / "runs" / "1d" / "moved") >= lines)
+    process.kill()
+    assert finish(process).code == -9
+
+
+def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: Path) -> None:
+    runs = tmp_path / "runs" / "1d"
+    more = ("--train.steps", "120", "--train.checkpoint-every", "20")
+    done(*command("fp32", "still", 4, *more), cwd=tmp_path, **NO_FIGURES)
+    assert json.loads((runs / "still" / "experiment.json").read_text())["train"]["grad_shards"] == 4
+    kill_after(30, *command("fp32", "moved", 4, *more), cwd=tmp_path)
+    kill_after(70, "resume", "1d/moved", "--device", "cpu", "--gpus", 1, cwd=tmp_path)
+    done("resume", "1d/moved", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
+    assert result(runs / "moved") == result(runs / "still")
+    assert "bytes may differ" not in (runs / "moved" / "log.txt").read_text()
+
+
+def test_more_processes_than_shards_cut_the_batch_more_finely_and_say_so(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    done(*command("fp32", "a", 1, "--train.steps", "20"), cwd=tmp_path, **NO_FIGURES)
+    more = ("--train.steps", "30", "--device", "cpu", "--gpus", "2")
+    on_two = done("resume", "1d/a", *more, cwd=tmp_path, **NO_FIGURES)
+    assert "bytes may differ from those of an uninterrupted run: grad_shards 1 before, 2 now" in on_two.out
+    losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 30 and np.isfinite(losses).all()
+
+
+def test_shards_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
+    refused = launch(*command("fp32", "a", 1, "--train.grad-shards", "7"), cwd=tmp_path)
+    assert refused.code == 2
+    assert "train.grad-shards must divide train.batch-size, 60; got 7" in refused.err
+    assert list(tmp_path.iterdir()) == []
