@@ -84,7 +84,7 @@ class Where:
     """auto is a GPU where there is one."""
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
-    profile: Annotated[str | None, optional("NAME", "none")] = None
+    profile: Annotated[str | None, optional("NAME", "the default one")] = None
     """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
     slurm: Annotated[Any, arg(constructor=SlurmChanges)] = field(default_factory=SlurmChanges)
     """What to ask Slurm for; replaces what the profile says."""
@@ -92,6 +92,8 @@ class Where:
     def __post_init__(self) -> None:
         if self.gpus is not None and self.gpus < 1:
             raise UserError(f"--gpus must be at least 1; got {self.gpus}")
+        if self.profile is not None or given(self.slurm):
+            self._site()  # also where nothing runs: a wrong word must not be noticed only when it counts
 
     @property
     def processes(self) -> int:
@@ -99,10 +101,13 @@ class Where:
 
     def place(self, run: RunFolder) -> Here | OnSlurm:
         """Where a job of the run is to run; raises UserError where that cannot be."""
+        site = self._site()
         if not self.on_slurm():
             return Here(self.processes)
-        site = load_profile(self.profile, given(self.slurm))
         return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", code_folder(run.path))
+
+    def _site(self) -> Profile:
+        return load_profile(self.profile, given(self.slurm))
 
     def copy_code(self, place: Here | OnSlurm) -> None:
         """Makes sure that a job on Slurm finds its copy of the code; says so if the run began with other code."""

@@ -1,5 +1,6 @@
 """Settings of a site: partition, account, resources. They come from a TOML file and from the command line."""
 
+import os
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -46,11 +47,12 @@ class Profile:
 
 
 def load(name: str | None, overrides: dict[str, Any]) -> Profile:
-    """The profile of this name (a file in slurm/profiles) or path, None being the defaults, with fields replaced.
+    """The profile of this name (a file in slurm/profiles) or path, None being the default one, with fields replaced.
 
     Raises UserError naming what is wrong.
     """
-    return replace(read(_path(name)) if name is not None else Profile(), **overrides)
+    path = _default() if name is None else _path(name, "--profile")
+    return replace(read(path) if path is not None else Profile(), **overrides)
 
 
 def read(path: Path) -> Profile:
@@ -70,13 +72,22 @@ def read(path: Path) -> Profile:
     return Profile(**values)
 
 
-def _path(name: str) -> Path:
+def _default() -> Path | None:
+    """Finds the profile that holds where none is named; None if there is none, or the variable is empty."""
+    if (name := os.environ.get("DIFFUSION_PROFILE")) is not None:
+        return _path(name, "DIFFUSION_PROFILE") if name else None
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
+    places = (FOLDER / "default.toml", home / "diffusion-launcher" / "default.toml")
+    return next((path for path in places if path.exists()), None)
+
+
+def _path(name: str, asked_by: str) -> Path:
     known = sorted(path.stem for path in FOLDER.glob("*.toml"))
     if name in known:
         return FOLDER / f"{name}.toml"
-    if Path(name).is_file():
-        return Path(name)
-    raise UserError(f"--profile must be a TOML file or one of {', '.join(known)}; got {name}")
+    if (path := Path(name).expanduser()).is_file():
+        return path
+    raise UserError(f"{asked_by} must be a TOML file or one of {', '.join(known)}; got {name}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

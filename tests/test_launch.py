@@ -52,6 +52,8 @@ from tests.launching import (
         (["train", "1d", "--device", "cuda"], ["--device cuda needs a CUDA GPU"]),
         (["train", "1d", "--gpus", "2"], ["--gpus", "2", "--device cpu --gpus 2"]),
         (["train", "1d", "--gpus", "0"], ["--gpus must be at least 1", "0"]),
+        (["train", "1d", "--cluster", "local", "--profile", "no-such"], ["--profile must be a TOML file", "no-such"]),
+        (["train", "1d", "--cluster", "local", "--slurm.time-min", "0"], ["slurm.time-min must be at least 1", "0"]),
         (
             ["train", "1d", "--train.steps", "1", "--device", "cpu", "--gpus", "3"],
             ["multiple of the number of GPUs", "2048", "3"],
@@ -69,6 +71,13 @@ def test_a_wrong_command_gets_one_sentence_and_writes_nothing(
     said = sentence(ended.err)
     for word in words:
         assert word in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_default_profile_is_named_by_a_local_run_too(tmp_path: Path) -> None:
+    ended = launch("train", "1d", "--cluster", "local", cwd=tmp_path, DIFFUSION_PROFILE="no-such")
+    assert ended.code == 2, ended
+    assert "DIFFUSION_PROFILE must be a TOML file" in sentence(ended.err)
     assert list(tmp_path.iterdir()) == []
 
 
