@@ -13,7 +13,7 @@ from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
-from slurm.profile import Profile
+from slurm.profile import ONLY_IN_FILES, Profile
 from slurm.profile import load as load_profile
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def _metavar(kind: Any) -> str:
 
 def _of_the_profile(known: Field[Any]) -> str | None:
     """What a setting of Slurm is unless it is given; None for what only a profile can say."""
-    if known.name in ("setup", "environment"):
+    if known.name in ONLY_IN_FILES:
         return None
-    return "the profile's" if known.default is None else f"the profile's, or {known.default}"
+    return "the profile's" if known.default in (None, "") else f"the profile's, or {known.default}"
 
 
 SlurmChanges = changes(Profile, _of_the_profile)

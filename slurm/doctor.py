@@ -46,7 +46,7 @@ def examine(place: OnSlurm, job: Job) -> Iterator[Finding]:
     yield _requeue(config)
     yield _array_size(config)
     partition = _partition(place.profile.partition)
-    yield from _stopping(config, partition or {}, place.profile)
+    yield from _stopping(config, partition or {})
     if partition is None:
         yield _no_partition(place.profile)
         return
@@ -108,7 +108,7 @@ def _array_size(config: dict[str, str]) -> Finding:
     return Finding("ok", f"MaxArraySize={size}")
 
 
-def _stopping(config: dict[str, str], partition: dict[str, str], profile: Profile) -> Iterator[Finding]:
+def _stopping(config: dict[str, str], partition: dict[str, str]) -> Iterator[Finding]:
     """Says how jobs are told to stop, and how long they then have."""
     kill_wait = _number(config.get("KillWait", "30"))
     grace = _number(partition.get("GraceTime", "0"))
@@ -140,13 +140,6 @@ def _stopping(config: dict[str, str], partition: dict[str, str], profile: Profil
         )
     else:
         yield Finding("ok", f"KillWait={kill_wait}: a cancelled job has {kill_wait} s to save")
-    if profile.signal_delay_s >= 60 * profile.time_min:
-        yield Finding(
-            "problem",
-            f"signal_delay_s={profile.signal_delay_s} is not less than the time limit of {profile.time_min} minutes",
-            "a job would be told to stop before it starts",
-            "a longer --slurm.time-min or a shorter --slurm.signal-delay-s",
-        )
 
 
 def _no_partition(profile: Profile) -> Finding:

@@ -481,9 +481,23 @@ FAULTS = [
     Fault(
         "a profile may have keys that nobody reads",
         "slurm/profile.py",
-        "if key not in hints:",
+        "if key not in keys:",
         "if False:",
         "tests/slurm/test_profile.py::test_a_wrong_key_or_value_is_named",
+    ),
+    Fault(
+        "the job that merges samples asks the GPUs' partition for no GPU",
+        "slurm/submit.py",
+        "return self.profile if self.on_gpus else self.profile.without_gpus()",
+        "return self.profile",
+        "tests/slurm/test_scripts.py::test_jobs_without_gpus_are_asked_for_as_the_table_cpu_says",
+    ),
+    Fault(
+        "a cluster's name is forgotten when a job is cancelled",
+        "slurm/queue.py",
+        "ask(tool, *of_cluster(cluster), *arguments, *numbers)",
+        "ask(tool, *arguments, *numbers)",
+        "tests/slurm/test_scripts.py::test_all_questions_go_to_the_cluster_of_the_job",
     ),
     Fault(
         "a job of several nodes may leave GPUs idle",
@@ -511,8 +525,8 @@ FAULTS = [
     Fault(
         "a job forbids to be queued again",
         "slurm/submit.py",
-        '{"requeue": True,',
-        '{"no-requeue": True,',
+        '"requeue": True,',
+        '"no-requeue": True,',
         "tests/slurm/test_survival.py::test_scontrol_requeue",
         slurm=True,
     ),
@@ -527,7 +541,7 @@ FAULTS = [
     Fault(
         "samples are put together before they are drawn",
         "slurm/place.py",
-        'after = ":".join(job_ids) if job_ids else None',
+        'after = ":".join(map(queue.number_of, job_ids)) if job_ids else None',
         "after = None",
         "tests/slurm/test_arrays.py::test_sampling_through_slurm_writes_the_same_bytes_as_here",
         slurm=True,

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jobs.experiments.experiment_json import MAY_CHANGE
-from slurm.profile import Profile
+from slurm.profile import ONLY_IN_FILES, Profile
 from tests.launching import (
     NO_FIGURES,
     ROOT,
@@ -111,12 +111,13 @@ def test_a_sentence_for_the_user_and_a_traceback_for_us(raised: str, code: int |
 def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -> None:
     shown = " ".join(sentence(done("resume", "--help", cwd=tmp_path).out).split())
     slurm = {f"slurm.{f.name.replace('_', '-')}": f.default for f in fields(Profile)}
-    del slurm["slurm.setup"], slurm["slurm.environment"]
+    for name in ONLY_IN_FILES:
+        del slurm[f"slurm.{name.replace('_', '-')}"]
     offered = set(re.findall(r"(?<= --)(?:train|tracking|slurm)\.[a-z-]+", shown))
     assert offered == MAY_CHANGE - {"data.root"} | {"train.steps", "train.precision"} | slurm.keys()
-    defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or (\d+))?\)", shown)
-    assert dict(defaults) == {flag: str(default or "") for flag, default in slurm.items()}
-    assert "Memory of a job on each of its nodes, in GB." in shown
+    defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or ([\w-]+))?\)", shown)
+    assert dict(defaults) == {flag: "" if default is None else str(default) for flag, default in slurm.items()}
+    assert "Memory of a job on each of its nodes, in GB; 0 is" in shown
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
