@@ -84,6 +84,10 @@ class OnSlurm:
         print(f"Log: {self.folder}/{queue.number_of(job_id)}_0_log.out", flush=True)
         return job_id
 
+    def elements(self, wanted: int) -> int:
+        """Returns how many elements an array may have that another job follows, where the site limits jobs."""
+        return wanted if self.profile.max_jobs is None else min(wanted, self.profile.max_jobs - 1)
+
     def describe_array(self, jobs: Sequence[Job], at_once: int | None = None, then: Job | None = None) -> str:
         """Returns the scripts that `run_array` would submit."""
         arrays = [self._array(chunk, at_once).script() for chunk in self._chunks(jobs)]

@@ -68,6 +68,8 @@ class Profile:
     """Memory for each CPU core, in GB."""
     ntasks: bool = False
     """Say --ntasks, too, where the site insists on it."""
+    max_jobs: int | None = None
+    """Jobs that you may have in the queue at once, elements of arrays included; arrays are kept smaller."""
     time_min: int = 60
     """Time limit in minutes. A job that needs longer saves itself before the limit and is queued again."""
     signal_delay_s: int = 120
@@ -90,11 +92,12 @@ class Profile:
     """Keys that differ for jobs without GPUs, such as the one that merges samples; false takes one away."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus_per_node", "cpus_per_gpu", "mem_per_gpu_gb", "mem_per_cpu_gb", "time_min", "signal_delay_s"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{_flag(name)} must be at least 1; got {value}")
-        if self.mem_gb is not None and self.mem_gb < 0:
-            raise UserError(f"slurm.mem-gb must be at least 0, which is all memory of a node; got {self.mem_gb}")
+        # mem_gb=0 is all memory of a node; an array and the job that follows it are two jobs.
+        least = {"mem_gb": 0, "max_jobs": 2, **dict.fromkeys(("mem_per_gpu_gb", "mem_per_cpu_gb"), 1)}
+        least |= dict.fromkeys(("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s"), 1)
+        for name, minimum in least.items():
+            if (value := getattr(self, name)) is not None and value < minimum:
+                raise UserError(f"{_flag(name)} must be at least {minimum}; got {value}")
         if (
             len(said := [f"{_flag(name)}={getattr(self, name)}" for name in MEMORY if getattr(self, name) is not None])
             > 1

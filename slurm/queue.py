@@ -49,7 +49,10 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
 def last_words(text: str) -> str:
     """Finds why a command of Slurm has failed: the last line that mentions an error, among notices and banners."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no answer"]
-    return ([line for line in lines if re.search("error|fail", line, re.IGNORECASE)] or lines)[-1]
+    *before, last = [line for line in lines if re.search("error|fail", line, re.IGNORECASE)] or lines
+    if last.endswith("Unspecified error") and before:  # the site's own rules have refused it, in words of their own
+        return " ".join(line.removeprefix("sbatch: error: ") for line in before)
+    return last
 
 
 def submitted_id(shown: str) -> str | None:

@@ -539,6 +539,22 @@ FAULTS = [
         slurm=True,
     ),
     Fault(
+        "a profile is written that Slurm has refused",
+        "slurm/site.py",
+        "            refusal = refusal or error\n            continue\n",
+        "            refusal = refusal or error\n",
+        "tests/slurm/test_sites.py::test_the_plain_commands_are_accepted_with_the_profile_that_the_doctor_writes",
+        slurm=True,
+    ),
+    Fault(
+        "a site's limit on jobs in the queue does not bound an array",
+        "slurm/place.py",
+        "min(wanted, self.profile.max_jobs - 1)",
+        "wanted",
+        "tests/slurm/test_sites.py::test_a_site_that_limits_submissions",
+        slurm=True,
+    ),
+    Fault(
         "samples are put together before they are drawn",
         "slurm/place.py",
         'after = ":".join(map(queue.number_of, job_ids)) if job_ids else None',

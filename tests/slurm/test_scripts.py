@@ -16,6 +16,7 @@ from slurm import queue
 from slurm.environment import network
 from slurm.profile import Profile
 from slurm.submit import Submission
+from tests.slurm.site import asks
 
 TWO_NODES = ("--gpus", "8")
 
@@ -46,14 +47,6 @@ def run(profile: str, *arguments: str) -> int:
         return launch.main()
     finally:
         sys.argv = before
-
-
-def asks(script: str) -> dict[str, str | None]:
-    """The flags of a script; None is the value of those that have none."""
-    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
-    flags = [line.partition("=") for line in lines]
-    assert len({flag for flag, _, _ in flags}) == len(flags), script
-    return {flag: shlex.split(value)[0] if equals else None for flag, equals, value in flags}
 
 
 FOUR = "gpus_per_node = 4\n"
