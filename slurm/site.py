@@ -63,6 +63,9 @@ def describe(place: OnSlurm, job: Job, given: dict[str, Any]) -> Described:
     names = list(dict.fromkeys(kind.partition for kind in kinds))
     if given.get("partition", next(iter(names), None)) not in names:
         raise UserError(f"a profile needs a partition that is up, one of {', '.join(names) or 'none'}")
+    # The profile is not for this one command alone, which may have been told --device cpu.
+    on_gpus = any(kind.gpus for kind in kinds if given.get("partition") in (None, kind.partition))
+    place = replace(place, on_gpus=on_gpus)
     known = rights(cluster)
     refusal = None
     for asked, profile in enumerate(_candidates(kinds, known, given), 1):

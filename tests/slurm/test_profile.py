@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.storage import provenance
 from slurm import profile
 from slurm.errors import UserError
 from slurm.profile import Profile
@@ -67,6 +68,25 @@ def test_the_default_profile_is_the_first_that_is_there(tmp_path: Path, monkeypa
     monkeypatch.setenv("DIFFUSION_PROFILE", "nonsense")
     with pytest.raises(UserError, match="DIFFUSION_PROFILE must be a TOML file or one of default, west; got nonsense"):
         profile.load(None, {})
+
+
+def test_a_profile_is_no_code_so_that_a_run_need_not_copy_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "checkout"
+    root.mkdir()
+    for name in provenance.CODE:
+        if name.endswith(".py"):
+            (root / name).write_text("")
+        else:
+            (root / name / "profiles").mkdir(parents=True)
+            (root / name / "code.py").write_text("")
+    monkeypatch.setattr(provenance, "ROOT", root)
+    provenance.save_code(tmp_path / "code")
+    (root / "slurm" / "profiles" / "default.toml").write_text("time_min = 30")
+    assert provenance.code_folder(tmp_path) == tmp_path / "code"
+    (root / "slurm" / "code.py").write_text("changed = True")
+    assert provenance.code_folder(tmp_path) != tmp_path / "code"
 
 
 def test_overrides_are_checked_too() -> None:

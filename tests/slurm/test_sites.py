@@ -130,6 +130,7 @@ def test_a_site_where_jobs_without_gpus_go_elsewhere_to_the_end(desk: Desk) -> N
     """The dev cluster's GPUs are pretended, so only jobs without them can run to their ends."""
     desk.cluster.set_rules(SITES["jobs without GPUs go elsewhere"][0])
     tried = desk.write_profile("--submit", "--device", "cpu", "--gpus", 2, "--slurm.cpus-per-gpu", 1)
+    assert profile.read(desk.profile).cpu == {"partition": "high"}
     assert "a job of 2 tasks ran on n1" in [finding["what"] for finding in tried]
     trains = desk.launch(
         "train", "1d", *TINY, "--train.steps", 20, "--device", "cpu", "--gpus", 2, "--name", "b", "--wait"
