@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import platform
 import shutil
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from commands.where import Where
+from commands.where import Where, given, optional
 from diffusion.errors import UserError
 from diffusion.problems.mnist import MnistProblem
 from jobs.storage import provenance, run_folder
@@ -33,6 +34,9 @@ class Doctor:
 
     submit: bool = False
     """Submit a short job with the --gpus asked for, which tries out GPUs, network and the folder of runs."""
+    write_profile: Annotated[str | None, optional("NAME", "none")] = None
+    """Write a profile of this cluster into slurm/profiles, or to a path that ends in .toml: what it says of itself, and
+    the plainest form of request that it takes. What is given with --slurm.FIELD is kept."""
     json: bool = False
     """Print it for scripts."""
     where: Annotated[Where, arg(name="")] = field(default_factory=Where)
@@ -52,10 +56,14 @@ class Doctor:
         from jobs.doctor import machine
         from jobs.doctor.trial_job import DoctorJob
         from slurm import doctor as slurm_doctor
+        from slurm import site
 
         on_slurm = self.where.on_slurm()
         if self.submit and not on_slurm:
             raise UserError("--submit needs a Slurm that answers; there is none here")
+        if self.write_profile is not None and not on_slurm:
+            raise UserError("--write-profile needs a Slurm that answers; there is none here")
+        path = None if self.write_profile is None else site.profile_path(self.write_profile)
         run = RunFolder(self.where.runs_dir / f".doctor-{run_folder.new_name(self.where.runs_dir)}")
         place = self.where.place(run)
         job = DoctorJob(run.path, self.where.processes, "cpu" if self.where.device == "cpu" else "cuda")
@@ -64,6 +72,13 @@ class Doctor:
             if not queue.has_slurm():
                 yield slurm_doctor.unreachable()
             return
+        if path is not None:
+            found = site.describe(place, job, given(self.where.slurm))
+            place = replace(place, profile=found.profile)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            command = f"`doctor --write-profile {self.write_profile}` on {platform.node()}"
+            path.write_text(site.text(found, f"Written by {command}. docs/slurm.md says what else a profile may say."))
+            yield from slurm_doctor.written(found, path)
         yield from slurm_doctor.examine(place, job)
         if self.submit:
             run.path.mkdir(parents=True)

@@ -108,7 +108,7 @@ class Evaluate:
         place, processes = self.where.place(RunFolder(asked.samples.run)), self.where.processes
         job = EvaluateJob(asked, (0, processes), self.where.resolve_device(place), merge=True)
         if isinstance(place, OnSlurm):
-            place = replace(place, processes=1)
+            place, processes = replace(place, processes=1), place.elements(processes)
         return place, job, [replace(job, share=(i, processes), merge=False) for i in range(processes)]
 
     def _describe(self, asked: Evaluation) -> str:

@@ -88,6 +88,8 @@ class Sample:
         )
         # On Slurm an array; with more elements than GPUs, so that a slow or late one holds up less.
         count = min(4 * self.where.processes, len(missing))
+        if isinstance(place, OnSlurm):
+            count = place.elements(count)
         elements = [replace(job, shards=missing[i::count], processes=1, merge=False) for i in range(count)]
         if self.where.dry_run:
             what = place.describe(job)

@@ -67,6 +67,11 @@ class Sweep:
                 if codes[-1] == 130:  # whoever interrupts one run means the sweep
                     break
             return max(codes)
+        if (most := place.profile.max_jobs) is not None and len(jobs) > most:
+            print(
+                f"Only {most} of {len(jobs)} runs are submitted, as max_jobs says; the same command later submits more."
+            )
+            jobs = jobs[:most]
         place = replace(place, code=provenance.code_folder(jobs[0][0].run))
         self.where.copy_code(place)
         job_ids = place.run_array(

@@ -13,7 +13,7 @@ from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import Here, OnSlurm
-from slurm.profile import Profile
+from slurm.profile import ONLY_IN_FILES, Profile
 from slurm.profile import load as load_profile
 
 if TYPE_CHECKING:
@@ -63,9 +63,9 @@ def _metavar(kind: Any) -> str:
 
 def _of_the_profile(known: Field[Any]) -> str | None:
     """What a setting of Slurm is unless it is given; None for what only a profile can say."""
-    if known.name in ("setup", "environment"):
+    if known.name in ONLY_IN_FILES:
         return None
-    return "the profile's" if known.default is None else f"the profile's, or {known.default}"
+    return "the profile's" if known.default in (None, "") else f"the profile's, or {known.default}"
 
 
 SlurmChanges = changes(Profile, _of_the_profile)
@@ -84,7 +84,7 @@ class Where:
     """auto is a GPU where there is one."""
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
-    profile: Annotated[str | None, optional("NAME", "none")] = None
+    profile: Annotated[str | None, optional("NAME", "the default one")] = None
     """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
     slurm: Annotated[Any, arg(constructor=SlurmChanges)] = field(default_factory=SlurmChanges)
     """What to ask Slurm for; replaces what the profile says."""
@@ -92,6 +92,8 @@ class Where:
     def __post_init__(self) -> None:
         if self.gpus is not None and self.gpus < 1:
             raise UserError(f"--gpus must be at least 1; got {self.gpus}")
+        if self.profile is not None or given(self.slurm):
+            self._site()  # also where nothing runs: a wrong word must not be noticed only when it counts
 
     @property
     def processes(self) -> int:
@@ -99,10 +101,13 @@ class Where:
 
     def place(self, run: RunFolder) -> Here | OnSlurm:
         """Where a job of the run is to run; raises UserError where that cannot be."""
+        site = self._site()
         if not self.on_slurm():
             return Here(self.processes)
-        site = load_profile(self.profile, given(self.slurm))
         return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", code_folder(run.path))
+
+    def _site(self) -> Profile:
+        return load_profile(self.profile, given(self.slurm))
 
     def copy_code(self, place: Here | OnSlurm) -> None:
         """Makes sure that a job on Slurm finds its copy of the code; says so if the run began with other code."""

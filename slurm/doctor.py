@@ -3,9 +3,11 @@
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
-from slurm import queue
+from slurm import queue, site
 from slurm.errors import UserError
 from slurm.place import Job, OnSlurm
 from slurm.profile import Profile
@@ -40,18 +42,37 @@ def unreachable() -> Finding:
 
 def examine(place: OnSlurm, job: Job) -> Iterator[Finding]:
     """Yields findings about the cluster, and about the resources that the job asks for."""
-    config = queue.config()
+    profile = place.profile if place.on_gpus else place.profile.without_gpus()
+    config = queue.config(cluster=profile.cluster)
     yield _version(config)
     yield _accounting(config)
     yield _requeue(config)
     yield _array_size(config)
-    partition = _partition(place.profile.partition)
-    yield from _stopping(config, partition or {}, place.profile)
-    if partition is None:
-        yield _no_partition(place.profile)
+    partition = _partition(profile)
+    yield from _stopping(config, partition or {})
+    accepted = _acceptance(place, job)
+    if partition is not None:
+        yield from _limits(place, profile, partition)
+    elif accepted.level != "ok":  # some sites choose it themselves
+        yield _no_partition(profile)
         return
-    yield from _limits(place, partition)
-    yield _acceptance(place, job)
+    yield accepted
+    if place.on_gpus:
+        yield _merging(place, job)
+
+
+def written(found: site.Described, path: Path) -> Iterator[Finding]:
+    """Says what was found out for a profile, and what was not."""
+    count = found.requests
+    yield Finding("ok", f"wrote {path}, after Slurm was asked about {count} request{'s' if count > 1 else ''}")
+    for note in found.notes[:-1]:
+        yield Finding("ok", note)
+    yield Finding(
+        "warning",
+        found.notes[-1],
+        "a job may lack what the profile does not say",
+        f"edit {path}; --submit with more --gpus than a node has tries the network",
+    )
 
 
 def _version(config: dict[str, str]) -> Finding:
@@ -108,7 +129,7 @@ def _array_size(config: dict[str, str]) -> Finding:
     return Finding("ok", f"MaxArraySize={size}")
 
 
-def _stopping(config: dict[str, str], partition: dict[str, str], profile: Profile) -> Iterator[Finding]:
+def _stopping(config: dict[str, str], partition: dict[str, str]) -> Iterator[Finding]:
     """Says how jobs are told to stop, and how long they then have."""
     kill_wait = _number(config.get("KillWait", "30"))
     grace = _number(partition.get("GraceTime", "0"))
@@ -140,17 +161,10 @@ def _stopping(config: dict[str, str], partition: dict[str, str], profile: Profil
         )
     else:
         yield Finding("ok", f"KillWait={kill_wait}: a cancelled job has {kill_wait} s to save")
-    if profile.signal_delay_s >= 60 * profile.time_min:
-        yield Finding(
-            "problem",
-            f"signal_delay_s={profile.signal_delay_s} is not less than the time limit of {profile.time_min} minutes",
-            "a job would be told to stop before it starts",
-            "a longer --slurm.time-min or a shorter --slurm.signal-delay-s",
-        )
 
 
 def _no_partition(profile: Profile) -> Finding:
-    names = ", ".join(sorted(_partitions())) or "none"
+    names = ", ".join(sorted(site.partitions(profile.cluster))) or "none"
     if profile.partition is None:
         return Finding(
             "problem", "there is no default partition", "jobs must name one", f"--slurm.partition, one of {names}"
@@ -163,14 +177,14 @@ def _no_partition(profile: Profile) -> Finding:
     )
 
 
-def _limits(place: OnSlurm, partition: dict[str, str]) -> Iterator[Finding]:
+def _limits(place: OnSlurm, profile: Profile, partition: dict[str, str]) -> Iterator[Finding]:
     """Says whether jobs of this shape fit into the partition."""
-    profile, name = place.profile, partition["PartitionName"]
+    name = partition["PartitionName"]
     if partition.get("State") != "UP":
         yield Finding(
             "problem", f"partition {name} is {partition.get('State')}", "jobs wait in it", "choose another one"
         )
-    longest = _minutes(partition.get("MaxTime", "UNLIMITED"))
+    longest = site.minutes(partition.get("MaxTime", "UNLIMITED"))
     if longest is not None and profile.time_min > longest:
         yield Finding(
             "problem",
@@ -178,9 +192,16 @@ def _limits(place: OnSlurm, partition: dict[str, str]) -> Iterator[Finding]:
             "the job would wait forever",
             f"--slurm.time-min {longest}: longer runs are queued again as often as they need",
         )
-    shown = queue.ask("sinfo", "--noheader", "--Node", f"--partition={name}", "--format=%c|%m|%G|%t").stdout
+    shown = queue.ask(
+        "sinfo",
+        *queue.of_cluster(profile.cluster),
+        "--noheader",
+        "--Node",
+        f"--partition={name}",
+        "--format=%c|%m|%G|%t",
+    ).stdout
     rows = re.findall(r"^ *(\d+)\+? *\| *(\d+)\+? *\|(.*)\| *(\S+) *$", shown, re.MULTILINE)
-    nodes = [(int(cpus), int(mem), _gpus(gres)) for cpus, mem, gres, _ in rows]
+    nodes = [(int(cpus), int(mem), sum(site.gpus(gres).values())) for cpus, mem, gres, _ in rows]
     alive = [state for *_, state in rows if not state.startswith(("down", "drain", "drng", "fail", "unk"))]
     cpus, mem_mb, gpus = (max(column) for column in zip(*nodes, strict=True)) if nodes else (0, 0, 0)
     shape = Shape.of(place.processes, profile.gpus_per_node)
@@ -210,46 +231,34 @@ def _fits(what: str, there: int, asked: int, flag: str | None) -> Finding:
 def _acceptance(place: OnSlurm, job: Job) -> Finding:
     """Asks Slurm itself, which also knows accounts, qualities of service and constraints."""
     try:
-        place.check(job)
+        start = place.check(job)
     except UserError as error:
-        cure = "`sacctmgr show assoc user=$USER` lists your accounts and qos"
+        cure = "`sacctmgr show assoc user=$USER` lists your accounts and qos; --write-profile tries other forms"
         return Finding("problem", str(error), "it would refuse every job of this kind", cure)
-    return Finding(
-        "ok",
-        f"Slurm would take a job of {place.processes} task{'s' if place.processes > 1 else ''} with these settings",
-    )
+    tasks = f"{place.processes} task{'s' if place.processes > 1 else ''}"
+    when = f"; it would start at {start}" if start else ""
+    return Finding("ok", f"Slurm would take a job of {tasks} with these settings{when}")
 
 
-def _partition(name: str | None) -> dict[str, str] | None:
-    """Returns the partition of this name, or the default one; None if there is none."""
-    partitions = _partitions()
-    if name is not None:
-        return partitions.get(name)
-    return next((fields for fields in partitions.values() if fields.get("Default") == "YES"), None)
+def _merging(place: OnSlurm, job: Job) -> Finding:
+    """Asks Slurm about a job without GPUs, such as the one that follows an array."""
+    try:
+        replace(place, processes=1, on_gpus=False).check(job)
+    except UserError as error:
+        cure = "another partition in the profile's table [cpu]"
+        return Finding("problem", f"without GPUs: {error}", "samples could not be merged", cure)
+    return Finding("ok", "Slurm would take a job without GPUs, which merges samples")
 
 
-def _partitions() -> dict[str, dict[str, str]]:
-    lines = queue.ask("scontrol", "--oneliner", "show", "partition").stdout.splitlines()
-    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
-    return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
-
-
-def _gpus(gres: str) -> int:
-    """Reads the number of GPUs from a node's resources, such as gpu:a100:4(S:0-1),gpu:2."""
-    bare = re.sub(r"\([^)]*\)", "", gres)
-    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,]+)?:(\d+)", bare))
+def _partition(profile: Profile) -> dict[str, str] | None:
+    """Returns the profile's partition, or the default one; None if there is none."""
+    found = site.partitions(profile.cluster)
+    if profile.partition is not None:
+        return found.get(profile.partition)
+    return next((about for about in found.values() if about.get("Default") == "YES"), None)
 
 
 def _number(text: str) -> int:
     """Reads the number at the start of a value such as `30 sec`."""
     found = re.match(r"\d+", text)
     return int(found[0]) if found else 0
-
-
-def _minutes(limit: str) -> int | None:
-    """Reads a time limit such as 7-00:00:00 in minutes; None if there is no limit."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):\d+", limit)
-    if found is None:
-        return None
-    days, hours, minutes = (int(part or 0) for part in found.groups())
-    return (24 * days + hours) * 60 + minutes

@@ -1,8 +1,11 @@
-"""The environment that new jobs are submitted from."""
+"""The environment that new jobs are submitted from, and what a job's own says of the network."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from slurm.profile import INTERFACES
 
 _ABOUT_THIS_JOB = ("SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
 """Slurm sets these; all other SBATCH_ variables are the user's own, such as SBATCH_ACCOUNT."""
@@ -28,3 +31,21 @@ def outside_any_job() -> Iterator[None]:
     with clean_env():
         os.environ.update(kept)
         yield
+
+
+def network(interface: str, devices: Path = Path("/sys/class/net")) -> dict[str, str]:
+    """Returns the variables that name a network interface; auto is the first fast one that is up, {} without one.
+
+    Fast is InfiniBand (type 32 of Linux) and Slingshot, whose interfaces are called hsn0, hsn1, ...
+    """
+    if interface == "auto":
+        fast = [
+            device.name
+            for device in sorted(devices.iterdir())
+            if (device / "operstate").read_text().strip() == "up"
+            and (device.name.startswith("hsn") or (device / "type").read_text().strip() == "32")
+        ]
+        if not fast:
+            return {}
+        interface = fast[0]
+    return dict.fromkeys(INTERFACES, interface)

@@ -35,8 +35,9 @@ class Here:
 
     processes: int
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Job) -> str:
         """Accepts any job."""
+        return ""
 
     def describe(self, job: Job) -> str:
         """Says what `run` would do."""
@@ -66,9 +67,9 @@ class OnSlurm:
     code: Path
     """The copy of the code that the job runs."""
 
-    def check(self, job: Job) -> None:
-        """Raises UserError with Slurm's own words if it would refuse the job."""
-        self._submission(job).check()
+    def check(self, job: Job) -> str:
+        """Returns when Slurm would start the job, if it says so; UserError with its words if it would refuse it."""
+        return self._submission(job).check()
 
     def describe(self, job: Job) -> str:
         """Returns the script that `run` would submit."""
@@ -80,8 +81,12 @@ class OnSlurm:
         job_id = job.submitted(submission.submit)
         shape = submission.shape
         print(f"Submitted {self.name} as job {job_id}: {shape.tasks} tasks on {shape.nodes} nodes.")
-        print(f"Log: {self.folder}/{job_id}_0_log.out", flush=True)
+        print(f"Log: {self.folder}/{queue.number_of(job_id)}_0_log.out", flush=True)
         return job_id
+
+    def elements(self, wanted: int) -> int:
+        """Returns how many elements an array may have that another job follows, where the site limits jobs."""
+        return wanted if self.profile.max_jobs is None else min(wanted, self.profile.max_jobs - 1)
 
     def describe_array(self, jobs: Sequence[Job], at_once: int | None = None, then: Job | None = None) -> str:
         """Returns the scripts that `run_array` would submit."""
@@ -111,14 +116,14 @@ class OnSlurm:
             time.sleep(1)
 
     def _chunks(self, jobs: Sequence[J]) -> list[Sequence[J]]:
-        limit = queue.max_array_size()
+        limit = queue.max_array_size(self.profile.cluster)
         return [jobs[i : i + limit] for i in range(0, len(jobs), limit)]
 
     def _array(self, jobs: Sequence[Job], at_once: int | None) -> Submission:
         return replace(self._submission(*jobs), at_once=at_once or len(jobs))
 
     def _last(self, job: Job, job_ids: Sequence[str]) -> Submission:
-        after = ":".join(job_ids) if job_ids else None
+        after = ":".join(map(queue.number_of, job_ids)) if job_ids else None
         return replace(self._submission(job), gpus=1, on_gpus=False, after=after)
 
     def _submission(self, *jobs: Job) -> Submission:

@@ -49,7 +49,10 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
 def last_words(text: str) -> str:
     """Finds why a command of Slurm has failed: the last line that mentions an error, among notices and banners."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no answer"]
-    return ([line for line in lines if re.search("error|fail", line, re.IGNORECASE)] or lines)[-1]
+    *before, last = [line for line in lines if re.search("error|fail", line, re.IGNORECASE)] or lines
+    if last.endswith("Unspecified error") and before:  # the site's own rules have refused it, in words of their own
+        return " ".join(line.removeprefix("sbatch: error: ") for line in before)
+    return last
 
 
 def submitted_id(shown: str) -> str | None:
@@ -60,18 +63,41 @@ def submitted_id(shown: str) -> str | None:
 
 def array_of(job_id: str) -> str:
     """The array that a job is an element of, whose id is then ARRAY_INDEX; the job itself if it is none."""
-    return job_id.partition("_")[0]
+    return re.sub(r"_\d+$", "", job_id)
 
 
-def config(timeout_s: float | None = 30) -> dict[str, str]:
+def on_cluster(cluster: str | None, number: str) -> str:
+    """Returns the id of a job for this launcher: CLUSTER:NUMBER where the profile names a cluster."""
+    return number if cluster is None else f"{cluster}:{number}"
+
+
+def number_of(job_id: str) -> str:
+    """Returns the id of a job for Slurm, without the name of its cluster."""
+    return job_id.rpartition(":")[2]
+
+
+def of_cluster(cluster: str | None) -> list[str]:
+    """Returns the flag by which Slurm's commands ask this cluster; the usual one needs none."""
+    return [] if not cluster else [f"--clusters={cluster}"]
+
+
+def _by_cluster(job_ids: Iterable[str]) -> dict[str, list[str]]:
+    """Sorts the numbers of jobs by the names of their clusters; the usual one has none."""
+    found: dict[str, list[str]] = {}
+    for job_id in sorted(job_ids):
+        found.setdefault(job_id.rpartition(":")[0], []).append(number_of(job_id))
+    return found
+
+
+def config(timeout_s: float | None = 30, cluster: str | None = None) -> dict[str, str]:
     """What `scontrol show config` says, by name; {} if there is no answer, SlurmError if there is none in time."""
-    shown = ask("scontrol", "show", "config", timeout_s=timeout_s).stdout
+    shown = ask("scontrol", *of_cluster(cluster), "show", "config", timeout_s=timeout_s).stdout
     return dict(re.findall(r"^(\w+) *= (.*?) *$", shown, re.MULTILINE))
 
 
-def max_array_size() -> int:
+def max_array_size(cluster: str | None = None) -> int:
     """Returns how many elements an array may have (MaxArraySize, usually 1001)."""
-    size = config().get("MaxArraySize", "")
+    size = config(cluster=cluster).get("MaxArraySize", "")
     return int(size) if size.isdecimal() else 1001
 
 
@@ -85,7 +111,9 @@ def active(job_ids: Iterable[str]) -> dict[str, str]:
         return {}
     # All of the user's jobs: asked for single ones, squeue fails if it has forgotten one of them.
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T"]
-    return {job_id: state for job_id, state in _rows(command, rf"{_ID}{_STATE}", 30) if _stands_for(job_id, wanted)}
+    return {
+        job_id: state for job_id, state in _rows(command, rf"{_ID}{_STATE}", 30, wanted) if _stands_for(job_id, wanted)
+    }
 
 
 class JobState(NamedTuple):
@@ -125,7 +153,9 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
     columns = "JobArrayID:40|,State:20|,Reason:80|,exit_code:12|,NodeList:400"
     command = ["squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}"]
     found = {}
-    for job_id, state, reason, exit_code, nodes in _rows(command, rf"{_ID}{_STATE}\|(.*)\|{_CODE}\|(.*)", timeout_s):
+    for job_id, state, reason, exit_code, nodes in _rows(
+        command, rf"{_ID}{_STATE}\|(.*)\|{_CODE}\|(.*)", timeout_s, wanted
+    ):
         why = reason if state in _WAITING and reason != "None" else ""
         found[job_id] = JobState(state, why, nodes, _signal(exit_code))
     found = {job_id: job for job_id, job in found.items() if _stands_for(job_id, wanted)}
@@ -135,34 +165,35 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
 
 def warn(job_id: str) -> None:
     """Sends the signal that precedes the time limit or a preemption."""
-    _control("scancel", "--signal=USR2", job_id)
+    _control("scancel", "--signal=USR2", job_ids=[job_id])
 
 
 def requeue(job_id: str) -> None:
     """Stops a job and puts it back into the queue, as an administrator may."""
-    _control("scontrol", "requeue", job_id)
+    _control("scontrol", "requeue", job_ids=[job_id])
 
 
-def _control(*command: str) -> None:
-    done = ask(*command)
-    if done.returncode != 0:
-        raise SlurmError(f"{command[0]} refuses: {last_words(done.stderr)}")
+def _control(tool: str, *arguments: str, job_ids: Iterable[str]) -> None:
+    for cluster, numbers in _by_cluster(job_ids).items():
+        done = ask(tool, *of_cluster(cluster), *arguments, *numbers)
+        if done.returncode != 0:
+            raise SlurmError(f"{tool} refuses: {last_words(done.stderr)}")
 
 
 def cancel(job_ids: Iterable[str]) -> None:
     """Cancels jobs and whole arrays, waiting and running ones alike. SlurmError with scancel's words if it cannot."""
-    _control("scancel", *job_ids)
+    _control("scancel", job_ids=job_ids)
 
 
 def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
     """Returns what the accounting remembers of ended jobs; {} where there is none or it does not answer."""
-    command = ["sacct", "--noheader", "--parsable2", "--format=JobID,State,ExitCode,NodeList"]
-    command.append(f"--jobs={','.join(sorted(job_ids))}")
+    numbers = ",".join(sorted(map(number_of, job_ids)))
+    command = ["sacct", "--noheader", "--parsable2", "--format=JobID,State,ExitCode,NodeList", f"--jobs={numbers}"]
     # A step is called JOB.STEP; a cancelled job also says by whom: CANCELLED by 1000.
     row = rf"{_ID}(\.\S+)?{_STATE}(?: by .*)?\|{_CODE}\|(.*)"
     found: dict[str, JobState] = {}
     with suppress(SlurmError):
-        for job_id, step, state, exit_code, nodes in _rows(command, row, timeout_s):
+        for job_id, step, state, exit_code, nodes in _rows(command, row, timeout_s, job_ids):
             number = _signal(exit_code)
             known = found.get(job_id)
             if known is None:
@@ -177,20 +208,22 @@ def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
 _ID, _STATE, _CODE = r" *(\d+(?:_\d+)?)", r" *\| *([A-Z_]+) *", r" *(\d+(?::\d+)?) *"
 
 
-def _rows(command: list[str], pattern: str, timeout_s: float) -> Iterator[list[str]]:
-    """Yields the groups of the pattern in each line that matches; skips others, such as a site's notices.
+def _rows(command: list[str], pattern: str, timeout_s: float, job_ids: Iterable[str]) -> Iterator[list[str]]:
+    """Asks each cluster of the jobs, and yields the groups of the pattern in each line that matches.
 
-    Raises SlurmError if the command fails.
+    Skips other lines, such as a site's notices. Raises SlurmError if the command fails. The first group is a job's id.
     """
-    try:
-        done = ask(*command, timeout_s=timeout_s)
-    except FileNotFoundError:
-        raise SlurmError(f"there is no {command[0]} on this machine") from None
-    if done.returncode != 0:
-        raise SlurmError(f"{command[0]} does not answer: {last_words(done.stderr)}")
-    for line in done.stdout.splitlines():
-        if found := re.fullmatch(pattern, line):
-            yield [(cell or "").strip() for cell in found.groups()]
+    for cluster in _by_cluster(job_ids):
+        try:
+            done = ask(command[0], *of_cluster(cluster), *command[1:], timeout_s=timeout_s)
+        except FileNotFoundError:
+            raise SlurmError(f"there is no {command[0]} on this machine") from None
+        if done.returncode != 0:
+            raise SlurmError(f"{command[0]} does not answer: {last_words(done.stderr)}")
+        for line in done.stdout.splitlines():
+            if found := re.fullmatch(pattern, line):
+                number, *cells = ((cell or "").strip() for cell in found.groups())
+                yield [on_cluster(cluster or None, number), *cells]
 
 
 def _stands_for(job_id: str, wanted: set[str]) -> bool:

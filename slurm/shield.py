@@ -1,4 +1,4 @@
-"""`python -S -m slurm.shield COMMAND...` runs the command while the signals that mean "save" are blocked.
+"""`python -S -m slurm.shield ARGUMENTS...` runs Python with these while the signals that mean "save" are blocked.
 
 Slurm may send USR2 in the first second of a job, which is still importing and would be killed by it. A blocked signal
 is not lost: it waits, also through exec, until the job's handlers are there (`jobs.runtime.signals.SignalWatch`).
@@ -11,4 +11,4 @@ import sys
 from slurm.signals import SAVE
 
 signal.pthread_sigmask(signal.SIG_BLOCK, SAVE)
-os.execv(sys.argv[1], sys.argv[1:])
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])

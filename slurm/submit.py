@@ -1,23 +1,20 @@
 """Submits jobs to Slurm through submitit."""
 
+import re
 import shlex
 import shutil
 import sys
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from slurm import queue
 from slurm.environment import outside_any_job
 from slurm.errors import SlurmError, UserError
 from slurm.profile import Profile
 from slurm.task import SlurmTask, Work
-
-if TYPE_CHECKING:
-    from submitit.slurm.slurm import SlurmExecutor
-
-_PYTHON = f"{shlex.quote(sys.executable)} -S -m slurm.shield {shlex.quote(sys.executable)}"
 
 
 @dataclass(frozen=True)
@@ -64,90 +61,131 @@ class Submission:
     """A job or array that must end first, well or badly."""
 
     @property
+    def asked(self) -> Profile:
+        """What to ask for: a job that needs no GPU may have a partition of its own."""
+        return self.profile if self.on_gpus else self.profile.without_gpus()
+
+    @property
     def shape(self) -> Shape:
-        return Shape.of(self.gpus, self.profile.gpus_per_node)
+        return Shape.of(self.gpus, self.asked.gpus_per_node)
 
     def script(self) -> str:
         """Returns the sbatch script that `submit` submits; writes nothing."""
         from submitit.slurm.slurm import _make_sbatch_string
 
-        command = f"{_PYTHON} -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
+        python = self.asked.python or shlex.quote(sys.executable)
+        command = f"{python} -S -m slurm.shield -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         elements = len(self.works) if len(self.works) > 1 else None
         script: str = _make_sbatch_string(command, self.folder, map_count=elements, **self._parameters())
         return script
 
-    def check(self) -> None:
-        """Raises UserError with Slurm's own words if it would refuse the job; nothing is submitted or written."""
+    def check(self) -> str:
+        """Returns when the job would start, as Slurm says ("" if it does not); nothing is submitted or written.
+
+        Raises UserError with Slurm's own words if it would refuse the job.
+        """
         if shutil.which("srun") is None:
             raise UserError("a job on Slurm needs srun beside sbatch; there is none on this machine")
         with outside_any_job():
             asked = queue.ask("sbatch", "--test-only", input=self.script())
         if asked.returncode != 0:
             raise UserError(f"Slurm refuses the job: {queue.last_words(asked.stderr)}")
+        start = re.search(r" to start at (\d{4}-\S+)", asked.stderr + asked.stdout)
+        return start[1] if start else ""
 
     def submit(self) -> str:
         """Submits and returns the id of the job or the array; SlurmError with Slurm's own words if it refuses."""
-        from submitit.core.utils import FailedJobError, FailedSubmissionError
+        from submitit.core.utils import DelayedSubmission
 
         self.folder.mkdir(parents=True, exist_ok=True)  # before Slurm 23.02 logs are lost if it is not there
-        executor = _executor(self.folder)
-        executor.update_parameters(**self._parameters())
-        try:
-            with outside_any_job():
-                working_s = 60 * self.profile.time_min - self.profile.signal_delay_s
-                tasks = [SlurmTask(work, working_s) for work in self.works]
-                if len(tasks) == 1:
-                    return str(executor.submit(tasks[0]).job_id)
-                with executor.batch():
-                    elements = [executor.submit(task) for task in tasks]
-            return queue.array_of(elements[0].job_id)
-        except (FailedJobError, FailedSubmissionError) as error:
-            raise SlurmError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None
+        asked, mark = self.asked, uuid.uuid4().hex
+        working_s = 60 * asked.time_min - asked.signal_delay_s
+        script, pickles = self.folder / f".{mark}.sh", []
+        script.write_text(self.script())
+        for i, work in enumerate(self.works):
+            task = SlurmTask(work, working_s, asked.cluster, asked.host_suffix, asked.interface)
+            pickles.append(self.folder / f".{mark}-{i}.pkl")
+            DelayedSubmission(task).dump(pickles[-1])
+        with outside_any_job():
+            done = queue.ask("sbatch", "--parsable", str(script), timeout_s=None)
+        number = queue.submitted_id(done.stdout) if done.returncode == 0 else None
+        if number is None:
+            for path in (script, *pickles):
+                path.unlink()
+            raise SlurmError(f"Slurm refuses the job: {queue.last_words(done.stdout + done.stderr)}")
+        # The names under which each task looks for its pickle, for up to a minute.
+        script.rename(self.folder / f"{number}_submission.sh")
+        for i, path in enumerate(pickles):
+            path.rename(self.folder / f"{number if len(pickles) == 1 else f'{number}_{i}'}_submitted.pkl")
+        return queue.on_cluster(asked.cluster, number)
 
     def _parameters(self) -> dict[str, Any]:
-        profile, shape = self.profile, self.shape
-        exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
-        return {
-            "job_name": self.name,
-            "partition": profile.partition,
-            "account": profile.account,
-            "qos": profile.qos,
-            "constraint": profile.constraint,
-            "time": profile.time_min,
+        """Returns what submitit makes a script of."""
+        asked, shape = self.asked, self.shape
+        exports = [f"export {name}={shlex.quote(value)}" for name, value in asked.environment.items()]
+        flags: dict[str, Any] = {
+            "job-name": self.name,
+            "partition": asked.partition,
+            "account": asked.account,
+            "qos": asked.qos,
+            "constraint": asked.constraint,
+            "exclude": asked.exclude,
+            "clusters": asked.cluster,
+            "time": asked.time_min,
             "nodes": shape.nodes,
-            "ntasks_per_node": shape.tasks_per_node,
-            "gpus_per_node": shape.tasks_per_node if self.on_gpus else None,
-            "cpus_per_task": profile.cpus_per_gpu,
-            "mem": f"{profile.mem_gb}GB" if profile.mem_gb is not None else None,
+            "ntasks": shape.tasks if asked.ntasks else None,
+            "ntasks-per-node": shape.tasks_per_node,
+            "cpus-per-task": asked.cpus_per_gpu,
             "dependency": f"afterany:{self.after}" if self.after is not None else None,
+            "requeue": True,  # a site with JobRequeue=0 would refuse it
+            "chdir": str(self.code),  # there `python -m` looks for modules first
+            **self._memory(),
+        }
+        further = {
+            flag: value.replace("{gpus}", str(shape.tasks_per_node)) if isinstance(value, str) else value
+            for flag, value in asked.sbatch.items()
+            if self.on_gpus or "{gpus}" not in str(value)
+        }
+        flags |= further
+        if self.on_gpus:
+            flags |= self._gpus()
+        # --cpus-per-task: Slurm 22.05 and later do not hand it on to srun. --kill-on-bad-exit: one failed task must
+        # end the others. --wait=0: after the first has ended well, the others may take long, whatever the site's
+        # WaitTime. --distribution: neighbours in rank share a node, and a socket.
+        cpus = [f"--cpus-per-task={asked.cpus_per_gpu}"] if flags["cpus-per-task"] else []
+        return {
             "array_parallelism": self.at_once,
-            "signal_delay_s": profile.signal_delay_s,
+            "signal_delay_s": asked.signal_delay_s,
             "stderr_to_stdout": True,
-            "setup": [*profile.setup, *exports],
-            # --cpus-per-task: Slurm 22.05 and later do not hand it on to srun. --kill-on-bad-exit: one failed task must
-            # end the others. --wait=0: after the first has ended well, the others may take long, whatever the site's
-            # WaitTime. --distribution: neighbours in rank share a node, and a socket.
+            "setup": [*asked.setup, *exports],
             "srun_args": [
-                *(f"--cpus-per-task={profile.cpus_per_gpu}", "--kill-on-bad-exit=1"),
-                *("--wait=0", "--distribution=block:block"),
+                *(*cpus, "--kill-on-bad-exit=1"),
+                *("--wait=0", "--distribution=block:block", *asked.srun_args),
             ],
-            # requeue: a site with JobRequeue=0 would refuse it. chdir: there `python -m` looks for modules first.
-            "additional_parameters": {"requeue": True, "chdir": str(self.code)},
+            # submitit's own values for these, which it calls by other names, would be given twice.
+            **dict.fromkeys(("job_name", "nodes", "time", "wckey")),
+            "additional_parameters": {k: v for k, v in flags.items() if v is not None and v is not False},
         }
 
+    def _gpus(self) -> dict[str, str]:
+        """Returns the flag that asks for GPUs in the site's form."""
+        kind = f"{self.asked.gpu_type}:" if self.asked.gpu_type is not None else ""
+        match self.asked.gpu_request:
+            case "gpus-per-node":
+                return {"gpus-per-node": f"{kind}{self.shape.tasks_per_node}"}
+            case "gpus-per-task":
+                return {"gpus-per-task": f"{kind}1"}
+            case "gres":
+                others = self.asked.sbatch.get("gres")
+                return {"gres": f"gpu:{kind}{self.shape.tasks_per_node}" + (f",{others}" if others else "")}
+            case "none":
+                return {}
 
-def _executor(folder: Path) -> "SlurmExecutor":
-    from submitit.core.utils import FailedSubmissionError
-    from submitit.slurm.slurm import SlurmExecutor
-
-    class Executor(SlurmExecutor):
-        """Finds the job's id among other words; submitit would take the first "job NUMBER", even in a site's notice."""
-
-        @staticmethod
-        def _get_job_id_from_submission_command(string: str | bytes) -> str:
-            text = string if isinstance(string, str) else string.decode(errors="replace")
-            if (job_id := queue.submitted_id(text)) is None:
-                raise FailedSubmissionError(f"sbatch names no job: {queue.last_words(text)}")
-            return job_id
-
-    return Executor(folder, python=_PYTHON)
+    def _memory(self) -> dict[str, str | None]:
+        """Returns the flag that asks for memory; a job without GPUs asks for as much as it would with them."""
+        asked = self.asked
+        mem, per_gpu = asked.mem_gb, asked.mem_per_gpu_gb
+        if per_gpu is not None and not self.on_gpus:
+            mem, per_gpu = per_gpu * self.shape.tasks_per_node, None
+        sizes = {"mem": mem, "mem-per-gpu": per_gpu, "mem-per-cpu": asked.mem_per_cpu_gb}
+        return {flag: f"{size}GB" if size else "0" for flag, size in sizes.items() if size is not None}

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slurm import queue
-from slurm.environment import outside_any_job
+from slurm.environment import network, outside_any_job
 
 
 class Requeue:
     """Queues the job of this task again when it is called, unless the job has been cancelled."""
 
-    def __init__(self, working_s: float) -> None:
-        self._working_s, self._started = working_s, time.monotonic()
+    def __init__(self, working_s: float, cluster: str | None = None) -> None:
+        self._working_s, self._started, self._cluster = working_s, time.monotonic(), cluster
         self.came_back = False
 
     def __call__(self) -> str | None:
         """Returns the id under which the job comes back, None if it does not."""
         job_id = requeue()
         self.came_back |= job_id is not None
-        return job_id
+        return None if job_id is None else queue.on_cluster(self._cluster, job_id)
 
     def had_its_time(self) -> bool:
         """Whether the job stops because its time limit is near, rather than to make room for another one.
@@ -52,6 +52,12 @@ class SlurmTask:
     work: Work
     working_s: float
     """Seconds from the job's start until its time limit makes it save."""
+    cluster: str | None = None
+    """The cluster by name, where there are several."""
+    host_suffix: str = ""
+    """What makes a node's name that of its fast network."""
+    interface: str | None = None
+    """The network interface to use; auto is the first fast one."""
 
     def __call__(self) -> None:
         from submitit.helpers import TorchDistributedEnvironment
@@ -59,9 +65,12 @@ class SlurmTask:
         os.environ["MASTER_PORT_FILE"] = _port_file()
         # All GPUs of the node stay visible to each task, as Slurm gave them: Accelerate picks by LOCAL_RANK.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        os.environ["MASTER_ADDR"] += self.host_suffix
+        if self.interface is not None:
+            os.environ.update(network(self.interface))
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         _keep_evidence()
-        again = Requeue(self.working_s)
+        again = Requeue(self.working_s, self.cluster)
         code = self.work(again)
         # Not after a failure: if Slurm starts the job again, that may help.
         if os.environ["SLURM_PROCID"] == "0" and code in (0, 130) and not again.came_back:

@@ -57,6 +57,7 @@ def start(
         "OMP_NUM_THREADS": "1",
         "COLUMNS": "200",
         "WANDB_MODE": "disabled",
+        "DIFFUSION_PROFILE": "",
         "LAUNCHED_AS": mark,
         **({} if see_gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         **env,

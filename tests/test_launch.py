@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jobs.experiments.experiment_json import MAY_CHANGE
-from slurm.profile import Profile
+from slurm.profile import ONLY_IN_FILES, Profile
 from tests.launching import (
     NO_FIGURES,
     ROOT,
@@ -52,6 +52,8 @@ from tests.launching import (
         (["train", "1d", "--device", "cuda"], ["--device cuda needs a CUDA GPU"]),
         (["train", "1d", "--gpus", "2"], ["--gpus", "2", "--device cpu --gpus 2"]),
         (["train", "1d", "--gpus", "0"], ["--gpus must be at least 1", "0"]),
+        (["train", "1d", "--cluster", "local", "--profile", "no-such"], ["--profile must be a TOML file", "no-such"]),
+        (["train", "1d", "--cluster", "local", "--slurm.time-min", "0"], ["slurm.time-min must be at least 1", "0"]),
         (
             ["train", "1d", "--train.steps", "1", "--device", "cpu", "--gpus", "3"],
             ["multiple of the number of GPUs", "2048", "3"],
@@ -69,6 +71,13 @@ def test_a_wrong_command_gets_one_sentence_and_writes_nothing(
     said = sentence(ended.err)
     for word in words:
         assert word in said, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_default_profile_is_named_by_a_local_run_too(tmp_path: Path) -> None:
+    ended = launch("train", "1d", "--cluster", "local", cwd=tmp_path, DIFFUSION_PROFILE="no-such")
+    assert ended.code == 2, ended
+    assert "DIFFUSION_PROFILE must be a TOML file" in sentence(ended.err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -102,12 +111,13 @@ def test_a_sentence_for_the_user_and_a_traceback_for_us(raised: str, code: int |
 def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -> None:
     shown = " ".join(sentence(done("resume", "--help", cwd=tmp_path).out).split())
     slurm = {f"slurm.{f.name.replace('_', '-')}": f.default for f in fields(Profile)}
-    del slurm["slurm.setup"], slurm["slurm.environment"]
+    for name in ONLY_IN_FILES:
+        del slurm[f"slurm.{name.replace('_', '-')}"]
     offered = set(re.findall(r"(?<= --)(?:train|tracking|slurm)\.[a-z-]+", shown))
     assert offered == MAY_CHANGE - {"data.root"} | {"train.steps", "train.precision"} | slurm.keys()
-    defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or (\d+))?\)", shown)
-    assert dict(defaults) == {flag: str(default or "") for flag, default in slurm.items()}
-    assert "Memory of a job on each of its nodes, in GB." in shown
+    defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or ([\w-]+))?\)", shown)
+    assert dict(defaults) == {flag: "" if default is None else str(default) for flag, default in slurm.items()}
+    assert "Memory of a job on each of its nodes, in GB; 0 is" in shown
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -132,9 +132,7 @@ class DoctorJob:
         traces = [str(found["traceback"]) for rank in missing if (found := self._read(f"failed-{rank}"))]
         if traces:
             last = traces[0].strip().splitlines()[-1]
-            cure = (
-                "NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME in the profile's environment, where the network is to blame"
-            )
+            cure = 'interface = "auto", or host_suffix, in the profile, where the network is to blame'
             return Finding("problem", f"the test job failed: {last}", "a training would, too", cure)
         return Finding(
             "problem",

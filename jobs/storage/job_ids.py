@@ -1,4 +1,4 @@
-"""Ids of Slurm jobs as a run remembers them: an element of an array is called ARRAY_INDEX, as in 17_3."""
+"""Ids of Slurm jobs as a run remembers them: 17, an element of an array 17_3, with a cluster's name west:17_3."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,12 @@ def element(array: str, index: int) -> str:
 
 
 def is_element(job_id: str) -> bool:
-    return "_" in job_id
+    return "_" in number(job_id)
+
+
+def number(job_id: str) -> str:
+    """Returns the id without the name of a cluster: files of the job are called so."""
+    return job_id.rpartition(":")[2]
 
 
 def elements(array: str, known: Iterable[str]) -> list[str]:

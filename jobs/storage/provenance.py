@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from diffusion.errors import OutsideError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = ("launch.py", "commands", "diffusion", "jobs", "slurm")
+NOT_CODE = ("__pycache__", ".*", "profiles")
+"""Left out of a copy: what Python makes, what editors leave, and the profiles of sites, which only a launcher reads."""
 PACKAGES = ("torch", "torchvision", "numpy", "denoising-diffusion-pytorch", "accelerate", "submitit", "wandb")
 
 
@@ -66,7 +69,7 @@ def save_code(folder: Path) -> None:
     try:
         for name in CODE:
             if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, made / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+                shutil.copytree(ROOT / name, made / name, ignore=shutil.ignore_patterns(*NOT_CODE))
             else:
                 shutil.copy2(ROOT / name, made / name)
         if folder.name not in ("code", f"code-{_digest(made)[:8]}"):
@@ -86,7 +89,7 @@ def _digest(root: Path) -> str:
     hashed = hashlib.sha256()
     for file in files:
         name = file.relative_to(root)
-        if file.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in name.parts):
+        if file.is_file() and not any(fnmatch(part, pattern) for part in name.parts for pattern in NOT_CODE):
             hashed.update(f"{name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
     return hashed.hexdigest()
 

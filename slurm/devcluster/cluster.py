@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from slurm.devcluster.config import Options, write_config
+from slurm.devcluster.config import RULES, Options, write_config
 from slurm.devcluster.machine import (
     MARKER,
     add_hosts,
@@ -113,6 +113,16 @@ class DevCluster:
         send_signal(controllers(), signal.SIGTERM)
         wait_for(lambda: not controllers(), "the end of slurmctld")
         self._start("slurmctld", "slurmctld", "-D", ready=self._controller_answers)
+
+    def set_rules(self, lua: str | None) -> None:
+        """Refuses jobs from now on as the body of a Lua function of `job` says, which returns why; None takes all."""
+        rules = self.dir / RULES
+        if lua is None:
+            rules.unlink(missing_ok=True)
+        else:
+            made = rules.with_suffix(".tmp")
+            made.write_text(f"return function(job, partitions, user)\n{lua}\nend\n")
+            made.rename(rules)  # whole, since the controller may be reading it
 
     def run(self, *command: str, input: str | None = None) -> str:
         """Runs a command, such as squeue, against this cluster and returns what it prints; RuntimeError if it fails."""

@@ -12,6 +12,25 @@ from typing import Annotated
 # Jobs draw torch's port from 20000 on (slurm/task.py), the kernel its own from 32768 on: keep out of both.
 PORT_RANGE = range(10_000, 20_000)
 DATABASE = "slurm_acct_db"
+RULES = "rules.lua"
+"""A file that returns a function of a job (Slurm's job_desc), which returns why the job is refused, or nil."""
+JOB_SUBMIT = """\
+function slurm_job_submit(job, partitions, user)
+   local rules = loadfile("{rules}")
+   local refusal = rules and rules()(job, partitions, user)
+   if refusal then
+      slurm.log_user(refusal)
+      return slurm.ERROR
+   end
+   return slurm.SUCCESS
+end
+
+function slurm_job_modify(job, record, partitions, user)
+   return slurm.SUCCESS
+end
+
+return slurm.SUCCESS
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +45,10 @@ class Options:
     job_requeue: Annotated[bool, "batch jobs may be requeued unless they say otherwise (JobRequeue)"] = True
     max_array_size: Annotated[int, "array indices end before this (MaxArraySize)"] = 1001
     grace_time_s: Annotated[int, "seconds from the preemption signal to SIGTERM and the kill"] = 30
+    gpu_type: Annotated[str, "type of the GPUs, such as a100; none by default"] = ""
+    job_submit: Annotated[
+        bool, "ask rules.lua in the cluster's folder about each job, as sites do (job_submit/lua)"
+    ] = False
     node_prefix: Annotated[str, "nodes are called n1, n2, ...; change it where those names are taken"] = "n"
 
     def __post_init__(self) -> None:
@@ -33,6 +56,8 @@ class Options:
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}; got {getattr(self, name)}")
+        if not re.fullmatch("[a-z0-9]*", self.gpu_type):
+            raise ValueError(f"gpu_type must be lower-case letters and digits; got {self.gpu_type!r}")
         if not re.fullmatch("[a-z]+", self.node_prefix):
             raise ValueError(f"node_prefix must be lower-case letters; got {self.node_prefix!r}")
 
@@ -53,6 +78,8 @@ def write_config(dir: Path, options: Options) -> None:
     _write(dir / "init.sql", f"CREATE DATABASE IF NOT EXISTS {DATABASE};\n".encode())
     _write(dir / "slurmdbd.conf", render_slurmdbd_conf(dir, ports[1]).encode())
     _write(dir / "slurm.conf", render_slurm_conf(dir, options, ports).encode(), mode=0o644)
+    if options.job_submit:
+        _write(dir / "job_submit.lua", JOB_SUBMIT.format(rules=dir / RULES).encode())
     _write(dir / "gres.conf", render_gres_conf(dir, options).encode(), mode=0o644)
 
 
@@ -79,7 +106,8 @@ def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
     """Writes slurm.conf for ports = [slurmctld, slurmdbd, slurmd of each node ...]."""
     host = socket.gethostname().split(".")[0]
     ctld_port, dbd_port, *node_ports = ports
-    gres = f" Gres=gpu:{options.gpus_per_node}" if options.gpus_per_node else ""
+    kind = f"{options.gpu_type}:" if options.gpu_type else ""
+    gres = f" Gres=gpu:{kind}{options.gpus_per_node}" if options.gpus_per_node else ""
     lines = [
         "ClusterName=devcluster",
         f"SlurmctldHost={host}(127.0.0.1)",
@@ -116,6 +144,8 @@ def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
     ]
     if options.user_signal:
         lines += ["SlurmctldParameters=preempt_send_user_signal"]
+    if options.job_submit:
+        lines += ["JobSubmitPlugins=lua"]
     if options.accounting:
         lines += [
             "AccountingStorageType=accounting_storage/slurmdbd",
@@ -139,7 +169,8 @@ def render_gres_conf(dir: Path, options: Options) -> str:
     if not options.gpus_per_node:
         return ""
     names = ",".join(options.node_names)
-    return f"NodeName={names} Name=gpu File={dir}/gpu/gpu[0-{options.gpus_per_node - 1}]\n"
+    kind = f" Type={options.gpu_type}" if options.gpu_type else ""
+    return f"NodeName={names} Name=gpu{kind} File={dir}/gpu/gpu[0-{options.gpus_per_node - 1}]\n"
 
 
 def render_slurmdbd_conf(dir: Path, port: int) -> str:

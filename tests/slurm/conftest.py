@@ -14,12 +14,13 @@ from tests.slurm.site import Site, tidied
 def cluster() -> Iterator[DevCluster]:
     """Two nodes with four pretended GPUs each, accounting, and preemption by the job's own signal.
 
-    Without Slurm the tests fail, as they should: `-m "not slurm"` leaves them out.
+    test_sites.py has it refuse jobs by a site's rules. Without Slurm the tests fail, as they should: `-m "not slurm"`
+    leaves them out.
     """
     # A short path, since sockets lie below it. The cluster itself removes it, unless it cannot start.
     with (
         tempfile.TemporaryDirectory(prefix="devcluster-", ignore_cleanup_errors=True) as dir,
-        DevCluster.start(dir, accounting=True, user_signal=True) as cluster,
+        DevCluster.start(dir, accounting=True, user_signal=True, gpu_type="a100", job_submit=True) as cluster,
     ):
         yield cluster
 

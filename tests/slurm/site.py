@@ -1,6 +1,7 @@
 """A folder and a real Slurm to submit trainings from, and what the tests ask of them."""
 
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,14 @@ class Site:
         wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=300)
         assert state(run) == "finished", self.log(run)
         self.cluster.wait_for_job(self.job_id(run), "COMPLETED")
+
+
+def asks(script: str) -> dict[str, str | None]:
+    """The flags of a script; None is the value of those that have none."""
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+    flags = [line.partition("=") for line in lines]
+    assert len({flag for flag, _, _ in flags}) == len(flags), script
+    return {flag: shlex.split(value)[0] if equals else None for flag, equals, value in flags}
 
 
 @contextmanager

@@ -218,7 +218,6 @@ def test_the_doctor_on_a_cluster_with_faults(poor_site: Site) -> None:
         (("--gpus", "4", "--slurm.gpus-per-node", "2", "--slurm.cpus-per-gpu", "8"), "CPUs of a node in low: 4"),
         (("--gpus", "12", "--slurm.gpus-per-node", "4", "--slurm.cpus-per-gpu", "1"), "nodes of low that are up: 2"),
         (("--slurm.account", "a", "--slurm.constraint", "a100"), "Slurm refuses the job"),
-        (("--slurm.time-min", "2", "--slurm.signal-delay-s", "120"), "not less than the time limit"),
     ],
 )
 def test_the_doctor_on_a_profile_with_faults(flags: tuple[str, ...], words: str, poor_site: Site) -> None:

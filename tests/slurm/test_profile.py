@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.storage import provenance
 from slurm import profile
 from slurm.errors import UserError
 from slurm.profile import Profile
@@ -41,10 +42,56 @@ def test_an_unknown_profile_is_refused_with_the_known_ones() -> None:
         profile.load("nonsense", {})
 
 
+def test_the_default_profile_is_the_first_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, partition: str) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"partition = '{partition}'")
+        return path
+
+    monkeypatch.delenv("DIFFUSION_PROFILE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(profile, "FOLDER", tmp_path / "profiles")
+    found = [profile.load(None, {}).partition]
+    write(tmp_path / "config" / "diffusion-launcher" / "default.toml", "own")
+    found.append(profile.load(None, {}).partition)
+    write(tmp_path / "profiles" / "default.toml", "checkout")
+    found.append(profile.load(None, {}).partition)
+    write(tmp_path / "profiles" / "west.toml", "west")
+    monkeypatch.setenv("DIFFUSION_PROFILE", "west")
+    found.append(profile.load(None, {}).partition)
+    monkeypatch.setenv("DIFFUSION_PROFILE", str(write(tmp_path / "east.toml", "east")))
+    found.append(profile.load(None, {}).partition)
+    found.append(profile.load("default", {}).partition)
+    assert found == [None, "own", "checkout", "west", "east", "checkout"]
+    monkeypatch.setenv("DIFFUSION_PROFILE", "")
+    assert profile.load(None, {}) == Profile()
+    monkeypatch.setenv("DIFFUSION_PROFILE", "nonsense")
+    with pytest.raises(UserError, match="DIFFUSION_PROFILE must be a TOML file or one of default, west; got nonsense"):
+        profile.load(None, {})
+
+
+def test_a_profile_is_no_code_so_that_a_run_need_not_copy_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "checkout"
+    root.mkdir()
+    for name in provenance.CODE:
+        if name.endswith(".py"):
+            (root / name).write_text("")
+        else:
+            (root / name / "profiles").mkdir(parents=True)
+            (root / name / "code.py").write_text("")
+    monkeypatch.setattr(provenance, "ROOT", root)
+    provenance.save_code(tmp_path / "code")
+    (root / "slurm" / "profiles" / "default.toml").write_text("time_min = 30")
+    assert provenance.code_folder(tmp_path) == tmp_path / "code"
+    (root / "slurm" / "code.py").write_text("changed = True")
+    assert provenance.code_folder(tmp_path) != tmp_path / "code"
+
+
 def test_overrides_are_checked_too() -> None:
     with pytest.raises(UserError, match="gpus-per-node must be at least 1; got 0"):
         profile.load(None, {"gpus_per_node": 0})
-    assert profile.load(None, {}) == Profile()
 
 
 @pytest.mark.parametrize(("gpus", "shape"), [(1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (8, (2, 4)), (12, (3, 4))])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, launch
-from tests.slurm.site import TRAINING, Site
+from tests.launching import ROOT, launch, wait_until
+from tests.slurm.site import TRAINING, Site, state
 
 pytestmark = pytest.mark.slurm
 
@@ -56,6 +56,22 @@ def test_a_job_submitted_from_within_an_salloc_gets_what_it_asks_for(site: Site)
     command = ["env", "WANDB_MODE=disabled", "OMP_NUM_THREADS=1", sys.executable, ROOT / "launch.py", *arguments]
     site.cluster.run("salloc", f"--chdir={site.root}", "--mem-per-cpu=100", *map(str, command))
     site.finish(site.root / "runs" / "1d" / "a")
+
+
+def test_a_cluster_that_is_named_is_asked_for_its_jobs(site: Site) -> None:
+    named = ("--slurm.cluster", "devcluster")
+    run = site.train("a", 2, *named, steps=50)
+    assert site.job_id(run).startswith("devcluster:")
+    wait_until(lambda: state(run) == "finished", timeout_s=120)
+    sampling = ("sample", run, "--num-samples", 20_000, "--gpus", 2, "--device", "cpu", "--slurm.cpus-per-gpu", 1)
+    drawn = site.launch(*sampling, "--cluster", "slurm", "--wait", *named)
+    assert drawn.code == 0, drawn
+    assert "20,000 samples are in" in drawn.out
+    endless = site.train("b", 1, *named, steps=10**6)
+    ended = site.launch("cancel", endless)
+    assert ended.code == 0, ended
+    number = site.job_id(endless).removeprefix("devcluster:")
+    assert site.cluster.wait_for_job(number, "CANCELLED")
 
 
 def test_submitting_does_not_import_torch(site: Site) -> None:

@@ -35,11 +35,14 @@ def submit(work: Work, folder: Path, cluster: DevCluster, profile: Profile, patc
 def test_tasks_keep_evidence_of_what_goes_wrong(
     tidy: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    profile = Profile(gpus_per_node=2, cpus_per_gpu=1, environment={"NCCL_DEBUG": "INFO"})
+    network = {"host_suffix": "-ib", "interface": "lo"}
+    profile = Profile(gpus_per_node=2, cpus_per_gpu=1, environment={"NCCL_DEBUG": "INFO"}, **network)
     job_id = submit(works.write_environment, tmp_path, tidy, profile, monkeypatch)
     tidy.wait_for_job(job_id, "COMPLETED", timeout_s=60)
     first, second = (json.loads((tmp_path / f"environment-{rank}.json").read_text()) for rank in (0, 1))
     assert first["MASTER_PORT_FILE"] == second["MASTER_PORT_FILE"] == f"{tmp_path}/{job_id}_port_0_0"
+    assert [first[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")] == ["lo", "lo"]
+    assert first["MASTER_ADDR"] == second["MASTER_ADDR"] == f"{first['SLURMD_NODENAME']}-ib"
     names = ("NCCL_DEBUG", "TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT")
     assert [first[name] for name in names] == ["INFO", "2000", "1"]
     files = {first[name] for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")}

@@ -159,7 +159,6 @@ def test_sbatch_of_several_clusters_and_of_none(shown: str, expected: str | None
 @either
 def test_a_submission_among_notices(version: str, tools: Tools, tmp_path: Path) -> None:
     tools.replay(version, notice=True)
-    (tools.folder / "notice").write_text(NOTICE)  # submitit takes nothing but UTF-8
     submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
     assert submission.submit() == "9"
     assert (tmp_path / "slurm" / "9_submitted.pkl").exists()
