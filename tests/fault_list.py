@@ -271,6 +271,13 @@ FAULTS = [
         "tests/jobs/test_checkpoints.py::test_a_damaged_checkpoint_is_named_and_the_newest_good_one_is_used[flip_a_byte]",
     ),
     Fault(
+        "a checkpoint that samples are still drawn from is deleted",
+        "jobs/storage/checkpoints.py",
+        "        if step not in needed:\n",
+        "        if True:\n",
+        "tests/jobs/test_checkpoints.py::test_a_checkpoint_that_samples_are_still_drawn_from_is_kept",
+    ),
+    Fault(
         "one checkpoint too many is deleted",
         "jobs/storage/checkpoints.py",
         "steps(folder)[keep:]",
@@ -316,8 +323,8 @@ FAULTS = [
     Fault(
         "samples are drawn with weights that have changed since the job was planned",
         "jobs/sample/draw.py",
-        "or sha256(path) != settings.weights_sha256",
-        "",
+        "if hashlib.sha256(content).hexdigest() != settings.weights_sha256:",
+        "if not content:",
         "tests/jobs/test_samples.py::test_a_job_draws_with_the_weights_that_were_planned[flip a byte]",
     ),
     Fault(

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -148,10 +148,11 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints."""
+def prune(folder: Path, keep: int, needed: Collection[int] = ()) -> None:
+    """Deletes all but the newest `keep` checkpoints and those of the steps that are `needed`."""
     for step in steps(folder)[keep:]:
-        _remove(folder / folder_name(step))
+        if step not in needed:
+            _remove(folder / folder_name(step))
 
 
 def clean(folder: Path) -> None:
@@ -179,13 +180,21 @@ def _remove(path: Path) -> None:
 class Writer:
     """Writes checkpoints in a thread, one at a time, so that training does not wait for the disk."""
 
-    def __init__(self, folder: Path, keep: int, newest: int, may_write: Callable[[], None], say: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        newest: int,
+        may_write: Callable[[], None],
+        say: Callable[[str], None],
+        needed: Callable[[], Collection[int]] = tuple,
+    ) -> None:
         self.newest = newest
         """The step of the newest checkpoint that is safely on the disk, 0 before the first."""
         self.waited_s = 0.0
         """Seconds that training has waited for the disk."""
         self._folder, self._keep = folder, keep
-        self._may_write, self._say = may_write, say
+        self._may_write, self._say, self._needed = may_write, say, needed
         self._thread: threading.Thread | None = None
         self._begun, self._told = 0.0, False
         self._error: BaseException | None = None
@@ -232,6 +241,6 @@ class Writer:
         try:
             save(self._folder, snapshot, self._may_write)
             self.newest = snapshot.step
-            prune(self._folder, self._keep)
+            prune(self._folder, self._keep, self._needed())
         except BaseException as error:  # raised in the training thread by wait()
             self._error = error

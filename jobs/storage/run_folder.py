@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -154,6 +155,16 @@ class RunFolder:
     def read_samples(self, name: str) -> dict[str, Any]:
         """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
         return _read_json(self.samples / name / "manifest.json")
+
+    def drawn_steps(self) -> set[int]:
+        """The steps of the checkpoints that sets of samples still need: a job that draws them may wait for hours."""
+        found: set[int] = set()
+        for path in self.samples.glob("*/manifest.json"):
+            with suppress(OSError, UserError, KeyError):  # it is damaged, or is just being deleted
+                manifest = self.read_samples(path.parent.name)
+                if not manifest["complete"]:
+                    found.add(manifest["step"])
+        return found
 
     def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
         """Remembers a Slurm job of the run; `cancel` and `status` need its id."""

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from diffusion.errors import UserError
+from jobs.files import write_json
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, Snapshot
+from jobs.storage.run_folder import RunFolder
 
 
 def snapshot(step: int) -> Snapshot:
@@ -181,6 +183,23 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     save(tmp_path, 10, 20, 30, 40)
     checkpoints.prune(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["step-00000030", "step-00000040"]
+
+
+def test_a_checkpoint_that_samples_are_still_drawn_from_is_kept(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for name, step, complete in (("waits", 10, False), ("is drawn", 20, True)):
+        write_json(made(run.samples / name) / "manifest.json", {"step": step, "complete": complete})
+    (made(run.samples / "is damaged") / "manifest.json").write_text("{")
+    writer = checkpoints.Writer(run.checkpoints, 2, 0, ours, pytest.fail, run.drawn_steps)
+    for step in (10, 20, 30, 40):
+        writer.write(snapshot(step))
+    writer.wait()
+    assert checkpoints.steps(run.checkpoints) == [40, 30, 10]
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
 
 
 def test_who_does_not_own_the_run_writes_nothing(tmp_path: Path) -> None:
