@@ -1,5 +1,6 @@
 """The commands `train` and `resume`: they make a run or take one up again, and start its job."""
 
+import sys
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Union
@@ -13,7 +14,8 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import ownership, provenance, run_folder
+from jobs.storage import checkpoints, ownership, provenance, run_folder
+from jobs.storage.checkpoints import CorruptCheckpoint
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
@@ -174,7 +176,14 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
 
 
 def is_finished(run: RunFolder, config: ExperimentConfig) -> bool:
-    """Whether nothing is left to do: all steps are made, and their figures are drawn."""
+    """Whether nothing is left to do: all steps are made, their figures are drawn, and the last checkpoint is good."""
     status = run.read_status() if run.exists() else {}
     is_trained = status.get("state") == State.FINISHED and status["step"] >= config.train.steps
-    return is_trained and status.get("missing") is None
+    if not is_trained or status.get("missing") is not None:
+        return False
+    try:
+        checkpoints.verify(run.checkpoints, status["step"])
+    except CorruptCheckpoint as error:
+        print(f"{run} has finished, but {error}: the steps since the last good one are made again.", file=sys.stderr)
+        return False
+    return True

@@ -430,6 +430,13 @@ FAULTS = [
         "tests/test_launch.py::test_a_wrong_command_gets_one_sentence_and_writes_nothing",
     ),
     Fault(
+        "a run without its last checkpoint is finished",
+        "commands/train.py",
+        '        checkpoints.verify(run.checkpoints, status["step"])\n',
+        "        pass\n",
+        "tests/jobs/test_starts.py::test_a_run_is_not_finished_without_its_last_checkpoint",
+    ),
+    Fault(
         "a run may be continued with other settings",
         "commands/train.py",
         "            check_same_settings(run, experiment, config)\n            if run.state()",
