@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.where import Launch, Run, changes, given, optional, show
+from commands.where import Data, Launch, Run, changes, given, optional, show
 from diffusion.errors import UserError
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
@@ -74,6 +74,7 @@ class Resume:
     run: Run
     train: Annotated[Any, arg(constructor=TrainChanges)] = field(default_factory=TrainChanges)
     """Settings of a run that may change when it is continued."""
+    data: Data = field(default_factory=Data)
     tracking: Annotated[Any, arg(constructor=TrackingChanges)] = field(default_factory=TrackingChanges)
     """Where curves and pictures go besides the run's folder."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
@@ -87,7 +88,8 @@ class Resume:
         if changed.get("precision") == "auto":
             raise UserError("--train.precision of a run that goes on must be bf16, tf32 or fp32; got auto")
         train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
-        return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where, is_new=False)
+        config = replace(config.moved(self.data.root), train=train, tracking=tracking)
+        return run_training(run, experiment, config, self.where, is_new=False)
 
 
 class NameTaken(UserError):

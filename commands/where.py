@@ -31,6 +31,14 @@ Run = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the data of a run lie now."""
+
+    root: Annotated[str | None, optional("DIR", "where it was")] = None
+    """Folder of the data set, if it has moved."""
+
+
 def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
     """Makes a class with an option for each field of `settings` for which `hint` returns what None means in the help.
 

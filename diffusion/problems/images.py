@@ -61,6 +61,13 @@ class ImageProblem(Problem):
     def absolute(self) -> Self:
         return replace(self, root=str(Path(self.root).absolute()))
 
+    def moved(self, root: str | None) -> Self:
+        if root is not None:
+            return replace(self, root=root).absolute()
+        where = f"--data.root must say where {self.data_set.name} lies now, or where to fetch it to"
+        require(Path(self.root).is_dir(), where, f"none, and {self.root} is gone")
+        return self
+
     def prepare(self, say: Say) -> None:
         self.data_set.fetch(Path(self.root), say=say)
 
