@@ -12,6 +12,7 @@ from diffusion.errors import UserError
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
+from slurm.environment import copies
 from slurm.place import Here, OnSlurm
 from slurm.profile import Profile
 from slurm.profile import load as load_profile
@@ -107,6 +108,11 @@ class Where:
 
     def place(self, run: RunFolder) -> Here | OnSlurm:
         """Where a job of the run is to run; raises UserError where that cannot be."""
+        if (started := copies()) > 1:
+            raise UserError(
+                f"this command must be started once, and by itself: --gpus {started} starts {started} processes; "
+                f"torchrun or mpirun has started it {started} times"
+            )
         if not self.on_slurm():
             return Here(self.processes)
         site = load_profile(self.profile, given(self.slurm))

@@ -430,6 +430,20 @@ FAULTS = [
         "tests/test_launch.py::test_a_wrong_command_gets_one_sentence_and_writes_nothing",
     ),
     Fault(
+        "one process waits for those of another launcher",
+        "slurm/place.py",
+        "            forget_other_launchers()\n",
+        "",
+        "tests/jobs/test_surroundings.py::test_variables_of_other_launchers_change_nothing",
+    ),
+    Fault(
+        "variables of Accelerate change the results",
+        "jobs/runtime/surroundings.py",
+        "        del os.environ[name]\n",
+        "        pass\n",
+        "tests/jobs/test_surroundings.py::test_variables_of_other_launchers_change_nothing",
+    ),
+    Fault(
         "a run without its last checkpoint is finished",
         "commands/train.py",
         '        checkpoints.verify(run.checkpoints, status["step"])\n',
