@@ -42,7 +42,8 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
         for child in children:
             child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in signals.SAVE}
+    nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    previous = {number: signal.signal(number, forward) for number in set(signals.SAVE) - nohup}
     try:
         return _wait(children)
     finally:

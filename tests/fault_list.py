@@ -179,6 +179,13 @@ FAULTS = [
         "tests/jobs/test_cancel.py::test_a_running_run_is_cancelled_with_a_last_checkpoint[1]",
     ),
     Fault(
+        "a closed terminal ends a run unsaved",
+        "jobs/runtime/signals.py",
+        "    signal.SIGHUP: Stop.INTERRUPT,\n",
+        "",
+        "tests/jobs/test_stop.py::test_a_closed_terminal_saves[1]",
+    ),
+    Fault(
         "a second Ctrl-C waits like the first",
         "jobs/runtime/signals.py",
         "self.requested == Stop.INTERRUPT:",

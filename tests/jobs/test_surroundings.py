@@ -13,7 +13,7 @@ import pytest
 from commands.where import Launch
 from diffusion.errors import UserError
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, status
+from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, finish, start, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device", "cpu")
 NOTEBOOK = {"MPLBACKEND": "module://a_backend_that_is_not_installed"}
@@ -87,7 +87,7 @@ def test_variables_of_other_launchers_change_nothing(tmp_path: Path) -> None:
     """With them, the training would wait for another process for ever, or be a traceback."""
     run = tmp_path / "runs" / "1d" / "a"
     plain = done(*A_RUN[:-4], "--name", "b", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
-    ended = done(*A_RUN, cwd=tmp_path, **NO_FIGURES, **OF_OTHER_LAUNCHERS)
+    ended = finish(start(*A_RUN, cwd=tmp_path, **NO_FIGURES, **OF_OTHER_LAUNCHERS), timeout_s=60)
     assert ended.out.replace("1d/a", "1d/b") == plain.out
     checkpoint = Path("checkpoints", "step-00000030", "manifest.json")
     assert (run / checkpoint).read_bytes() == (run.with_name("b") / checkpoint).read_bytes()
