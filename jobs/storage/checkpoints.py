@@ -128,9 +128,12 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(snapshot.model, temporary / MODEL)
-        save_file(snapshot.ema, temporary / EMA)
-        torch.save(snapshot.optimizer, temporary / OPTIMIZER)
+        try:
+            save_file(snapshot.model, temporary / MODEL)
+            save_file(snapshot.ema, temporary / EMA)
+            torch.save(snapshot.optimizer, temporary / OPTIMIZER)
+        except (SafetensorError, RuntimeError) as error:  # their words for a disk that takes no more
+            raise OSError(f"the disk takes no more ({str(error).splitlines()[0]})") from error
         for file in (MODEL, EMA):  # safetensors keeps its files to their user; the umask says who may read ours
             (temporary / file).chmod((temporary / OPTIMIZER).stat().st_mode)
         recorded = {}
@@ -230,7 +233,7 @@ class Writer:
             self._thread = None
         self.waited_s += time.perf_counter() - started
         error, self._error = self._error, None
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError):
             self._say(
                 f"WARNING: a checkpoint could not be written: {error}; the last good one is of step {self.newest}"
             )

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -230,6 +231,27 @@ def test_the_writer_reports_a_refusing_disk_and_writes_the_next_one(tmp_path: Pa
     writer.write(snapshot(20))
     writer.wait()
     assert (writer.newest, checkpoints.steps(tmp_path)) == (20, [20])
+
+
+@pytest.mark.parametrize("full_at", ["model", "ema", "optimizer"])
+def test_the_writer_reports_a_disk_that_is_full_in_the_middle(full_at: str, tmp_path: Path) -> None:
+    """Each library has its own word for that."""
+    big, small = {"w": torch.zeros(100_000)}, {"w": torch.zeros(10)}
+    sizes = {name: big if name == full_at else small for name in ("model", "ema", "optimizer")}
+    said: list[str] = []
+    writer = checkpoints.Writer(tmp_path, 2, 0, ours, said.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        writer.write(Snapshot(10, **sizes))  # type: ignore[arg-type]
+        writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "WARNING: a checkpoint could not be written" in said[0]
+    assert os.listdir(tmp_path) == []
+    writer.write(Snapshot(20, **sizes))  # type: ignore[arg-type]
+    writer.wait()
+    assert checkpoints.steps(tmp_path) == [20]
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
