@@ -22,6 +22,12 @@ from jobs.runtime.surroundings import open_standard_streams, undisturbed
 from slurm import errors as slurm_errors
 
 
+def _at_home(word: str) -> str:
+    """Puts the home folder in the place of a ~ that the shell has left alone, as in --runs-dir=~/runs."""
+    flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(path) if path.startswith("~") else word
+
+
 def main() -> int:
     """Reads the command line and runs the command; returns the exit code."""
     choice = Union[  # noqa: UP007
@@ -43,6 +49,7 @@ def main() -> int:
         command: Callable[[], int] = tyro.cli(
             commands,
             prog="launch.py",
+            args=[_at_home(word) for word in sys.argv[1:]],
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
             config=(CascadeSubcommandArgs,),
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion.problems.mnist import MnistProblem
 from jobs.experiments.experiment_json import MAY_CHANGE
 from slurm.profile import Profile
 from tests.launching import (
@@ -108,6 +109,17 @@ def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -
     defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or (\d+))?\)", shown)
     assert dict(defaults) == {flag: str(default or "") for flag, default in slurm.items()}
     assert "Memory of a job on each of its nodes, in GB." in shown
+
+
+def test_a_tilde_is_the_home_folder_also_where_the_shell_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (["--runs-dir=~/elsewhere"], ["--runs-dir", "~/elsewhere"]):
+        ended = done("status", *arguments, cwd=tmp_path, HOME=str(tmp_path))
+        assert ended.out == f"There are no runs in {tmp_path}/elsewhere.\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MNIST_ROOT", "~/digits")
+    assert MnistProblem().absolute().root == f"{tmp_path}/digits"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
