@@ -130,7 +130,7 @@ def _locks(folder: Path) -> Finding:
 def file_system(folder: Path) -> str:
     """Returns the type of the file system that a folder lies on, such as nfs4."""
     kinds = {}
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
         _, mount, kind, *_ = line.split()
         kinds[Path(mount)] = kind
     folder = folder.resolve()

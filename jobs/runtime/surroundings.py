@@ -34,7 +34,10 @@ def undisturbed() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for a stream that a shell has closed with `>&-`, or the next opened file would become it."""
+    """Opens /dev/null for a stream that a shell has closed with `>&-`, or the next opened file would become it.
+
+    Letters that the terminal does not have, of a folder's name for example, are replaced.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -42,6 +45,8 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def decorate(what: str, draw: Callable[[], None], say: Say, log: Say | None = None) -> str | None:

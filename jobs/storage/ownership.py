@@ -80,7 +80,7 @@ def holders(run: Path) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if any(os.readlink(descriptor) in files for descriptor in (folder / "fd").iterdir()):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(folder.name)] = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
         except OSError:  # another user's process, or one that has just ended
             continue
     return [pid for pid, parent in parents.items() if parent not in parents]

@@ -92,9 +92,12 @@ def _digest(root: Path) -> str:
 
 
 def _git(*arguments: str) -> str:
-    """Returns what git prints, and nothing where there is no git or no repository."""
+    """Returns what git prints, and nothing where there is no git or no repository.
+
+    Its bytes may be text in any encoding; the surrogates of `os.fsdecode` keep those that are not ours.
+    """
     try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""
