@@ -17,7 +17,7 @@ from commands.sweep import Sweep
 from commands.train import Resume, Train
 from commands.watch import Cancel, Logs, Status
 from commands.where import Launch
-from diffusion.errors import OutsideError, UserError
+from diffusion.errors import OutsideError, UserError, reason
 from jobs.runtime.surroundings import open_standard_streams, undisturbed
 from slurm import errors as slurm_errors
 
@@ -70,7 +70,7 @@ def main() -> int:
     except OSError as error:  # a file that cannot be read or written
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 2
 
 

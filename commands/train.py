@@ -8,7 +8,7 @@ from typing import Annotated, Any, Union
 from tyro.conf import arg, subcommand
 
 from commands.where import Data, Launch, Run, changes, given, optional, show
-from diffusion.errors import UserError
+from diffusion.errors import UserError, reason
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
@@ -143,7 +143,7 @@ def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dic
     except FileExistsError:
         raise NameTaken(f"{run} has just been made by another command; the same command again continues it") from None
     except OSError as error:
-        raise UserError(f"{run} must be a folder that can be written: {error.strerror}") from error
+        raise UserError(f"{run} cannot be made: {reason(error)}") from error
 
 
 def check_batch(config: ExperimentConfig, processes: int) -> None:

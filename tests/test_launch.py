@@ -179,7 +179,8 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
     ended = launch("train", "1d", cwd=tmp_path)
     assert ended.code == 2
-    assert "must be a folder that can be written" in sentence(ended.err)
+    assert "cannot be made: " in sentence(ended.err)
+    assert "runs/1d: Not a directory" in sentence(ended.err)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

@@ -64,11 +64,9 @@ def save_code(folder: Path) -> None:
     made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     made.mkdir()
     try:
-        for name in CODE:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, made / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-            else:
-                shutil.copy2(ROOT / name, made / name)
+        for name in _files(ROOT):
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, made / name)  # without its mode: the umask says who may read and delete it
         if folder.name not in ("code", f"code-{_digest(made)[:8]}"):
             raise OutsideError("the code was edited while it was copied for the job; start the job again")
         made.rename(folder)
@@ -81,14 +79,18 @@ def save_code(folder: Path) -> None:
 
 def _digest(root: Path) -> str:
     """A hash of all files of the code below a folder, and of their names."""
-    paths = [root / name for name in CODE]
-    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
     hashed = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(root)
-        if file.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in name.parts):
-            hashed.update(f"{name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for name in _files(root):
+        hashed.update(f"{name}\0".encode() + hashlib.sha256((root / name).read_bytes()).digest())
     return hashed.hexdigest()
+
+
+def _files(root: Path) -> list[Path]:
+    """The names of all files of the code below a folder, sorted; a link that leads nowhere is none."""
+    paths = [root / name for name in CODE]
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    names = [file.relative_to(root) for file in files]
+    return [name for name in names if not any(part == "__pycache__" or part.startswith(".") for part in name.parts)]
 
 
 def _git(*arguments: str) -> str:
