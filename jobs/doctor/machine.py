@@ -14,6 +14,7 @@ from diffusion.data.idx import WrongData
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from jobs.storage import provenance
+from jobs.storage.ownership import LOCKS
 from jobs.tracking.dashboard import why_not_online
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
@@ -122,8 +123,7 @@ def _locks(folder: Path) -> Finding:
         except BlockingIOError:
             return Finding("ok", f"{folder} can be written and locked")
         except OSError as error:
-            cure = "another file system for --runs-dir; Lustre needs the mount option flock"
-            return Finding("problem", f"files in {folder} cannot be locked: {error.strerror}", why, cure)
+            return Finding("problem", f"files in {folder} cannot be locked: {error.strerror}", why, LOCKS)
     return Finding("problem", f"locks in {folder} keep nobody out", why, "another file system for --runs-dir")
 
 
