@@ -101,7 +101,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
 
     A run that `is_new` is never another command's: NameTaken if there is one of its name by now.
     """
-    check_batch(config, where.processes)
+    check_settings(config, where.processes)
     if is_finished(run, config):
         print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
         return 0
@@ -146,8 +146,9 @@ def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dic
         raise UserError(f"{run} cannot be made: {reason(error)}") from error
 
 
-def check_batch(config: ExperimentConfig, processes: int) -> None:
-    """Raises UserError if the processes' shares of the batch would not be equal."""
+def check_settings(config: ExperimentConfig, processes: int) -> None:
+    """Raises UserError if the processes' shares of the batch would not be equal, or wandb would refuse the project."""
+    config.tracking.check()
     if config.train.batch_size % processes:
         raise UserError(
             "train.batch-size must be a multiple of the number of GPUs; "

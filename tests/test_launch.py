@@ -57,6 +57,7 @@ from tests.launching import (
             ["train", "1d", "--train.steps", "1", "--device", "cpu", "--gpus", "3"],
             ["multiple of the number of GPUs", "2048", "3"],
         ),
+        (["train", "1d", "--tracking.project", "a/b"], ["tracking.project must have at most 128 characters", "a/b"]),
         (["resume", "nowhere"], ["nowhere", "1d, mnist, mnist-small"]),
         (["resume", "1d"], ["no run of 1d"]),
         (["sample", "1d/a"], ["1d/a"]),

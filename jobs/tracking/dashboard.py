@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jobs.tracking.identity import Identity
+from jobs.tracking.identity import Identity, short
 
 Say = Callable[[str], None]
 Mode = Literal["online", "offline", "disabled"]
@@ -89,7 +89,7 @@ class Wandb(Dashboard):
         self._run.log({"step": step, **images})
 
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
-        artifact = self._wandb.Artifact(name, kind)
+        artifact = self._wandb.Artifact(short(name), kind)
         for path in files:
             policy: Literal["immutable", "mutable"] = "immutable" if in_place else "mutable"
             artifact.add_file(str(path), name=str(path.relative_to(root)), skip_cache=True, policy=policy)
@@ -142,6 +142,10 @@ def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
         asked = MODES.get(habit, asked)
     if asked == "disabled":
         return NoDashboard()
+    if wrong := _take_out_wrong_variables():
+        # Not online: one of them may have named the server.
+        say(f"wandb is offline: it does not take the value of {', '.join(wrong)}. {_offline(identity.folder)}")
+        asked = "offline"
     if asked == "auto":
         import wandb
 
@@ -151,6 +155,20 @@ def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
         asked = "online" if problem is None else "offline"
     os.environ["WANDB_MODE"] = asked  # for a second attempt of this process
     return Wandb(identity, MODES[asked], say)
+
+
+def _take_out_wrong_variables() -> list[str]:
+    """Takes variables out of the environment with whose values wandb does not start at all; returns their names."""
+    import wandb
+
+    wrong = []
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        try:
+            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+        except Exception:
+            wrong.append(name)
+            del os.environ[name]
+    return wrong
 
 
 def why_not_online(base_url: str) -> str | None:
