@@ -15,7 +15,7 @@ from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from jobs.storage import provenance
 from jobs.storage.ownership import LOCKS
-from jobs.tracking.dashboard import why_not_online
+from jobs.tracking.dashboard import public, why_not_online
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
 """Below the first, disk space is a problem, below the second a warning: a run of mnist takes about 0.5 GB."""
@@ -140,7 +140,7 @@ def file_system(folder: Path) -> str:
 def _wandb() -> Finding:
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if (problem := why_not_online(server)) is None:
-        return Finding("ok", f"{server} answers and accepts the key")
+        return Finding("ok", f"{public(server)} answers and accepts the key")
     return Finding(
         "warning",
         f"wandb is offline: {problem}",

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -175,7 +176,7 @@ def why_not_online(base_url: str) -> str | None:
     """Asks the server who we are; returns what is wrong or None, within `ANSWER_S`."""
     import requests
 
-    netrc = requests.utils.get_netrc_auth(base_url)
+    server, netrc = public(base_url), requests.utils.get_netrc_auth(base_url)
     key = os.environ.get("WANDB_API_KEY") or (netrc and netrc[1])
     if not key:
         return "there is no key, which `wandb login` would store"
@@ -192,11 +193,16 @@ def why_not_online(base_url: str) -> str | None:
     thread.start()
     thread.join(ANSWER_S)
     if not answers:
-        return f"{base_url} does not answer within {ANSWER_S:.0f} s"
+        return f"{server} does not answer within {ANSWER_S:.0f} s"
     answer = answers[0]
     if answer.status_code in (401, 403) or (answer.ok and '"viewer":null' in answer.text.replace(" ", "")):
-        return f"{base_url} does not accept the key"
-    return None if answer.ok else f"{base_url} answers with error {answer.status_code}"
+        return f"{server} does not accept the key"
+    return None if answer.ok else f"{server} answers with error {answer.status_code}"
+
+
+def public(text: str) -> str:
+    """The text without users and passwords in its addresses, as in http://USER:PASSWORD@HOST."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def _offline(folder: Path) -> str:
