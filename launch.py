@@ -17,9 +17,15 @@ from commands.sweep import Sweep
 from commands.train import Resume, Train
 from commands.watch import Cancel, Logs, Status
 from commands.where import Launch
-from diffusion.errors import OutsideError, UserError
+from diffusion.errors import OutsideError, UserError, reason
 from jobs.runtime.surroundings import open_standard_streams, undisturbed
 from slurm import errors as slurm_errors
+
+
+def _at_home(word: str) -> str:
+    """Puts the home folder in the place of a ~ that the shell has left alone, as in --runs-dir=~/runs."""
+    flag, equals, path = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(path) if path.startswith("~") else word
 
 
 def main() -> int:
@@ -43,6 +49,7 @@ def main() -> int:
         command: Callable[[], int] = tyro.cli(
             commands,
             prog="launch.py",
+            args=[_at_home(word) for word in sys.argv[1:]],
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
             config=(CascadeSubcommandArgs,),
         )
@@ -63,7 +70,7 @@ def main() -> int:
     except OSError as error:  # a file that cannot be read or written
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"error: {reason(error)}", file=sys.stderr)
         return 2
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.where import Launch, optional, show
+from commands.where import Data, Launch, optional, show
 from diffusion.errors import UserError
 from jobs.evaluate import plan, report
 from jobs.evaluate.job import EvaluateJob, EvaluateMergeJob
@@ -52,6 +52,7 @@ class Evaluate:
     """Also compute Inception FID (images only; its weights file must be on this machine)."""
     json: bool = False
     """Print it for scripts."""
+    data: Data = field(default_factory=Data)
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
@@ -78,8 +79,10 @@ class Evaluate:
         """The evaluations that the user means; raises UserError where there are none."""
         found = [self._find(name) for name in (self.run, self.other) if name is not None]
         if self.all:
-            return self._all(found[0][0])
-        return [plan.plan(run, name or self.samples, self.inception_fid) for run, name in found]
+            asked = self._all(found[0][0])
+        else:
+            asked = [plan.plan(run, name or self.samples, self.inception_fid) for run, name in found]
+        return [replace(evaluation, data_root=self.data.root) for evaluation in asked]
 
     def _all(self, run: RunFolder) -> list[Evaluation]:
         """Finds the sets that can be compared with the newest one: of the same weights, with enough samples."""
@@ -124,8 +127,7 @@ class Evaluate:
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
         place.check(job)
-        _, config = run.read_experiment()
-        config.prepare(print)
+        asked.config().prepare(print)
         print(f"Evaluating {report.title(asked)}", flush=True)
         if isinstance(place, Here):
             with ownership.sampling(run.path) as descriptor:

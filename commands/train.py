@@ -1,19 +1,21 @@
 """The commands `train` and `resume`: they make a run or take one up again, and start its job."""
 
+import sys
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.where import Launch, Run, changes, given, optional, show
-from diffusion.errors import UserError
+from commands.where import Data, Launch, Run, changes, given, optional, show
+from diffusion.errors import UserError, reason
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import ownership, provenance, run_folder
+from jobs.storage import checkpoints, ownership, provenance, run_folder
+from jobs.storage.checkpoints import CorruptCheckpoint
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
@@ -73,6 +75,7 @@ class Resume:
     run: Run
     train: Annotated[Any, arg(constructor=TrainChanges)] = field(default_factory=TrainChanges)
     """Settings of a run that may change when it is continued."""
+    data: Data = field(default_factory=Data)
     tracking: Annotated[Any, arg(constructor=TrackingChanges)] = field(default_factory=TrackingChanges)
     """Where curves and pictures go besides the run's folder."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
@@ -86,7 +89,8 @@ class Resume:
         if changed.get("precision") == "auto":
             raise UserError("--train.precision of a run that goes on must be bf16, tf32 or fp32; got auto")
         train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
-        return run_training(run, experiment, replace(config, train=train, tracking=tracking), self.where, is_new=False)
+        config = replace(config.moved(self.data.root), train=train, tracking=tracking)
+        return run_training(run, experiment, config, self.where, is_new=False)
 
 
 class NameTaken(UserError):
@@ -98,7 +102,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
 
     A run that `is_new` is never another command's: NameTaken if there is one of its name by now.
     """
-    check_batch(config, where.processes)
+    check_settings(config, where.processes)
     if is_finished(run, config):
         print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
         return 0
@@ -140,11 +144,12 @@ def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dic
     except FileExistsError:
         raise NameTaken(f"{run} has just been made by another command; the same command again continues it") from None
     except OSError as error:
-        raise UserError(f"{run} must be a folder that can be written: {error.strerror}") from error
+        raise UserError(f"{run} cannot be made: {reason(error)}") from error
 
 
-def check_batch(config: ExperimentConfig, processes: int) -> None:
-    """Raises UserError if the batch cannot be cut into a shard for each process."""
+def check_settings(config: ExperimentConfig, processes: int) -> None:
+    """Raises UserError if the batch cannot be cut into a shard for each process, or wandb would refuse the project."""
+    config.tracking.check()
     if processes > (config.train.grad_shards or 1) and config.train.batch_size % processes:
         raise UserError(
             "train.batch-size must be a multiple of the number of GPUs; "
@@ -154,7 +159,7 @@ def check_batch(config: ExperimentConfig, processes: int) -> None:
 
 def with_shards(run: RunFolder, config: ExperimentConfig, processes: int) -> ExperimentConfig:
     """Returns the settings with the shards of the gradient decided: the run's own, or one for each of its processes."""
-    check_batch(config, processes)
+    check_settings(config, processes)
     if config.train.grad_shards is not None:
         return config
     shards = run.read_experiment()[1].train.grad_shards if run.exists() else processes
@@ -184,7 +189,14 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
 
 
 def is_finished(run: RunFolder, config: ExperimentConfig) -> bool:
-    """Whether nothing is left to do: all steps are made, and their figures are drawn."""
+    """Whether nothing is left to do: all steps are made, their figures are drawn, and the last checkpoint is good."""
     status = run.read_status() if run.exists() else {}
     is_trained = status.get("state") == State.FINISHED and status["step"] >= config.train.steps
-    return is_trained and status.get("missing") is None
+    if not is_trained or status.get("missing") is not None:
+        return False
+    try:
+        checkpoints.verify(run.checkpoints, status["step"])
+    except CorruptCheckpoint as error:
+        print(f"{run} has finished, but {error}: the steps since the last good one are made again.", file=sys.stderr)
+        return False
+    return True

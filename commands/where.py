@@ -12,6 +12,7 @@ from diffusion.errors import UserError
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
+from slurm.environment import copies
 from slurm.place import Here, OnSlurm
 from slurm.profile import ONLY_IN_FILES, Profile
 from slurm.profile import load as load_profile
@@ -29,6 +30,14 @@ Run = Annotated[
     Positional[str],
     arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the data of a run lie now."""
+
+    root: Annotated[str | None, optional("DIR", "where it was")] = None
+    """Folder of the data set, if it has moved."""
 
 
 def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
@@ -102,6 +111,11 @@ class Where:
     def place(self, run: RunFolder) -> Here | OnSlurm:
         """Where a job of the run is to run; raises UserError where that cannot be."""
         site = self._site()
+        if (started := copies()) > 1:
+            raise UserError(
+                f"this command must be started once, and by itself: --gpus {started} starts {started} processes; "
+                f"torchrun or mpirun has started it {started} times"
+            )
         if not self.on_slurm():
             return Here(self.processes)
         return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", code_folder(run.path))

@@ -3,6 +3,8 @@
 They live at the bottom, because all rooms raise them. slurm/, which imports none of these rooms, has a pair of its own.
 """
 
+import os
+
 
 class UserError(Exception):
     """The user asks for what cannot be; the sentence says what would be right. Exit code 2.
@@ -13,3 +15,9 @@ class UserError(Exception):
 
 class OutsideError(Exception):
     """Something outside this program fails, whatever the user has asked for. Exit code 1."""
+
+
+def reason(error: OSError) -> str:
+    """Says which file it is about, where that is known, and what the system says."""
+    said = str(error.strerror or error)
+    return said if error.filename is None else f"{os.fsdecode(error.filename)}: {said}"

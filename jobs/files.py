@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -46,8 +47,15 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the folder's entries are on the disk, and so the renames in it."""
-    sync_file(folder)
+    """Waits until the folder's entries are on the disk, and so the renames in it.
+
+    Some network file systems cannot do that for a folder, and say EINVAL.
+    """
+    try:
+        sync_file(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The environment that new jobs are submitted from, and what a job's own says of the network."""
+"""The environment of a job: new ones are submitted from one, a single process here starts in one; and its network."""
 
 import os
 from collections.abc import Iterator
@@ -9,6 +9,24 @@ from slurm.profile import INTERFACES
 
 _ABOUT_THIS_JOB = ("SBATCH_CPU_BIND", "SBATCH_MEM_BIND")
 """Slurm sets these; all other SBATCH_ variables are the user's own, such as SBATCH_ACCOUNT."""
+
+_OF_LAUNCHERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+    *("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "MPI_LOCAL"),
+)
+"""By variables that begin so, torchrun, mpirun and pods tell their processes of each other."""
+
+
+def copies() -> int:
+    """Returns how many copies of this command torchrun or mpirun has started."""
+    sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else [])]
+    return max([1, *(int(size) for name in sizes if (size := os.environ.get(name, "")).isdecimal())])
+
+
+def forget_other_launchers() -> None:
+    """Takes out what would make a job of one process look for others, and wait for them for ever."""
+    for name in [name for name in os.environ if name.startswith(_OF_LAUNCHERS)]:
+        del os.environ[name]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -40,10 +41,10 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
         children = _start(pickle.dumps(job), processes, keep_open, f"{meeting}/port")
 
         def forward(number: int, frame: FrameType | None) -> None:
-            for child in children:
-                child.send_signal(number)
+            _send(children, number)
 
-        previous = {number: signal.signal(number, forward) for number in signals.SAVE}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        previous = {number: signal.signal(number, forward) for number in set(signals.SAVE) - nohup}
         try:
             return _wait(children)
         finally:
@@ -72,7 +73,8 @@ def _start(job: bytes, processes: int, keep_open: Sequence[int], port_file: str)
     children = []
     for rank in range(processes):
         child = subprocess.Popen(
-            [sys.executable, "-u", "-m", "slurm.worker"],
+            # -P: the user's folder may hold a slurm.py or a queue.py, too.
+            [sys.executable, "-u", "-P", "-m", "slurm.worker"],
             env=environment(rank, processes, port_file),
             stdin=subprocess.PIPE,
             stdout=None if rank == 0 else subprocess.DEVNULL,
@@ -83,8 +85,9 @@ def _start(job: bytes, processes: int, keep_open: Sequence[int], port_file: str)
         children.append(child)
     for child in children:
         assert child.stdin is not None
-        child.stdin.write(len(job).to_bytes(8, "big") + job)
-        child.stdin.flush()  # it stays open: the worker terminates when it closes
+        with suppress(BrokenPipeError):  # it has died already, which `_wait` will see
+            child.stdin.write(len(job).to_bytes(8, "big") + job)
+            child.stdin.flush()  # it stays open: the worker terminates when it closes
     return children
 
 
@@ -93,7 +96,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
     ranks = {child.pid: rank for rank, child in enumerate(children)}
     codes: dict[int, int] = {}
     failure: Outcome | None = None
-    killer = threading.Timer(GRACE_S, _kill, [children])
+    killer = threading.Timer(GRACE_S, _send, [children, signal.SIGKILL])
     while ranks:
         pid, status = os.wait()
         if pid not in ranks:
@@ -102,16 +105,18 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
         codes[rank] = children[rank].returncode = code
         if code not in (0, 130) and failure is None:
             failure = Outcome(1, rank, signal.Signals(-code).name if code < 0 else None)
-            for child in children:
-                child.terminate()
+            _send(children, signal.SIGTERM)
             killer.start()
     killer.cancel()
     for child in children:
         assert child.stdin is not None
-        child.stdin.close()
+        with suppress(BrokenPipeError):
+            child.stdin.close()
     return failure or Outcome(max(codes.values()))
 
 
-def _kill(children: list[subprocess.Popen[bytes]]) -> None:
+def _send(children: list[subprocess.Popen[bytes]], number: int) -> None:
+    """Signals those that `_wait` has not seen the end of; Popen's own methods would take the end of one from it."""
     for child in children:
-        child.kill()
+        if child.returncode is None:
+            os.kill(child.pid, number)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from slurm import local, queue
+from slurm.environment import forget_other_launchers
 from slurm.profile import Profile
 from slurm.submit import Submission
 from slurm.task import Requeue
@@ -46,6 +47,7 @@ class Here:
     def run(self, job: Job, keep_open: int | None = None) -> int:
         """Runs the job to its end and returns its exit code; child processes inherit the descriptor `keep_open`."""
         if self.processes == 1:
+            forget_other_launchers()
             return job()
         outcome = local.run(job, self.processes, keep_open=[] if keep_open is None else [keep_open])
         if outcome.signal is not None:

@@ -200,6 +200,13 @@ FAULTS = [
         "tests/jobs/test_cancel.py::test_a_running_run_is_cancelled_with_a_last_checkpoint[1]",
     ),
     Fault(
+        "a closed terminal ends a run unsaved",
+        "jobs/runtime/signals.py",
+        "    signal.SIGHUP: Stop.INTERRUPT,\n",
+        "",
+        "tests/jobs/test_stop.py::test_a_closed_terminal_saves[1]",
+    ),
+    Fault(
         "a second Ctrl-C waits like the first",
         "jobs/runtime/signals.py",
         "self.requested == Stop.INTERRUPT:",
@@ -292,6 +299,13 @@ FAULTS = [
         "tests/jobs/test_checkpoints.py::test_a_damaged_checkpoint_is_named_and_the_newest_good_one_is_used[flip_a_byte]",
     ),
     Fault(
+        "a checkpoint that samples are still drawn from is deleted",
+        "jobs/storage/checkpoints.py",
+        "        if step not in needed:\n",
+        "        if True:\n",
+        "tests/jobs/test_checkpoints.py::test_a_checkpoint_that_samples_are_still_drawn_from_is_kept",
+    ),
+    Fault(
         "one checkpoint too many is deleted",
         "jobs/storage/checkpoints.py",
         "steps(folder)[keep:]",
@@ -337,8 +351,8 @@ FAULTS = [
     Fault(
         "samples are drawn with weights that have changed since the job was planned",
         "jobs/sample/draw.py",
-        "or sha256(path) != settings.weights_sha256",
-        "",
+        "if hashlib.sha256(content).hexdigest() != settings.weights_sha256:",
+        "if not content:",
         "tests/jobs/test_samples.py::test_a_job_draws_with_the_weights_that_were_planned[flip a byte]",
     ),
     Fault(
@@ -442,6 +456,34 @@ FAULTS = [
         "and config.train.batch_size % processes:",
         "and False:",
         "tests/test_launch.py::test_a_wrong_command_gets_one_sentence_and_writes_nothing",
+    ),
+    Fault(
+        "one process waits for those of another launcher",
+        "slurm/place.py",
+        "            forget_other_launchers()\n",
+        "",
+        "tests/jobs/test_surroundings.py::test_variables_of_other_launchers_change_nothing",
+    ),
+    Fault(
+        "variables of Accelerate change the results",
+        "jobs/runtime/surroundings.py",
+        "        del os.environ[name]\n",
+        "        pass\n",
+        "tests/jobs/test_surroundings.py::test_variables_of_other_launchers_change_nothing",
+    ),
+    Fault(
+        "the password of wandb's server is printed and kept in the log",
+        "jobs/tracking/dashboard.py",
+        '    return re.sub(r"(?<=://)[^/@\\s]+@", "", text)\n',
+        "    return text\n",
+        "tests/jobs/test_secrets.py::test_a_run_holds_no_secret[auto]",
+    ),
+    Fault(
+        "a run without its last checkpoint is finished",
+        "commands/train.py",
+        '        checkpoints.verify(run.checkpoints, status["step"])\n',
+        "        pass\n",
+        "tests/jobs/test_starts.py::test_a_run_is_not_finished_without_its_last_checkpoint",
     ),
     Fault(
         "a run may be continued with other settings",

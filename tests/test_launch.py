@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusion.problems.mnist import MnistProblem
 from jobs.experiments.experiment_json import MAY_CHANGE
 from slurm.profile import ONLY_IN_FILES, Profile
 from tests.launching import (
@@ -58,6 +59,7 @@ from tests.launching import (
             ["train", "1d", "--train.steps", "1", "--device", "cpu", "--gpus", "3"],
             ["multiple of the number of GPUs", "2048", "3"],
         ),
+        (["train", "1d", "--tracking.project", "a/b"], ["tracking.project must have at most 128 characters", "a/b"]),
         (["resume", "nowhere"], ["nowhere", "1d, mnist, mnist-small"]),
         (["resume", "1d"], ["no run of 1d"]),
         (["sample", "1d/a"], ["1d/a"]),
@@ -109,15 +111,26 @@ def test_a_sentence_for_the_user_and_a_traceback_for_us(raised: str, code: int |
 
 
 def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -> None:
-    shown = " ".join(sentence(done("resume", "--help", cwd=tmp_path).out).split())
+    shown = " ".join(sentence(done("resume", "--help", cwd=tmp_path, COLUMNS="100").out).split())
     slurm = {f"slurm.{f.name.replace('_', '-')}": f.default for f in fields(Profile)}
     for name in ONLY_IN_FILES:
         del slurm[f"slurm.{name.replace('_', '-')}"]
-    offered = set(re.findall(r"(?<= --)(?:train|tracking|slurm)\.[a-z-]+", shown))
-    assert offered == MAY_CHANGE - {"data.root"} | {"train.steps", "train.precision"} | slurm.keys()
+    offered = set(re.findall(r"(?<= --)(?:train|tracking|data|slurm)\.[a-z-]+", shown))
+    assert offered == MAY_CHANGE | {"train.steps", "train.precision"} | slurm.keys()
     defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or ([\w-]+))?\)", shown)
     assert dict(defaults) == {flag: "" if default is None else str(default) for flag, default in slurm.items()}
     assert "Memory of a job on each of its nodes, in GB; 0 is" in shown
+
+
+def test_a_tilde_is_the_home_folder_also_where_the_shell_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments in (["--runs-dir=~/elsewhere"], ["--runs-dir", "~/elsewhere"]):
+        ended = done("status", *arguments, cwd=tmp_path, HOME=str(tmp_path))
+        assert ended.out == f"There are no runs in {tmp_path}/elsewhere.\n"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MNIST_ROOT", "~/digits")
+    assert MnistProblem().absolute().root == f"{tmp_path}/digits"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
@@ -177,7 +190,8 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file where the folder should be")
     ended = launch("train", "1d", cwd=tmp_path)
     assert ended.code == 2
-    assert "must be a folder that can be written" in sentence(ended.err)
+    assert "cannot be made: " in sentence(ended.err)
+    assert "runs/1d: Not a directory" in sentence(ended.err)
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

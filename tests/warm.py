@@ -220,7 +220,7 @@ def forkable(args: Any) -> list[str] | None:
     command = [*map(str, args)] if isinstance(args, (list, tuple)) else []
     if command[:1] != [sys.executable]:
         return None
-    command = [word for word in command[1:] if word != "-u"]
+    command = [word for word in command[1:] if word not in ("-u", "-P")]
     return command if command[:1] == [str(ROOT / "launch.py")] or command == ["-m", "slurm.worker"] else None
 
 

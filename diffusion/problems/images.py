@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,7 +60,14 @@ class ImageProblem(Problem):
         require(height % 2**halvings == width % 2**halvings == 0, rule, model.dim_mults)
 
     def absolute(self) -> Self:
-        return replace(self, root=str(Path(self.root).absolute()))
+        return replace(self, root=str(Path(os.path.expanduser(self.root)).absolute()))
+
+    def moved(self, root: str | None) -> Self:
+        if root is not None:
+            return replace(self, root=root).absolute()
+        where = f"--data.root must say where {self.data_set.name} lies now, or where to fetch it to"
+        require(Path(self.root).is_dir(), where, f"none, and {self.root} is gone")
+        return self
 
     def prepare(self, say: Say) -> None:
         self.data_set.fetch(Path(self.root), say=say)

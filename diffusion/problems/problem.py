@@ -4,9 +4,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from diffusion.settings import DiffusionSettings, ModelSettings
+from diffusion.settings import DiffusionSettings, ModelSettings, require
 
 if TYPE_CHECKING:
     from diffusion.process.model import Experiment
@@ -55,8 +55,16 @@ class Problem(ABC):
     def check(self, model: ModelSettings) -> None:
         """Raises SettingsError if the model does not fit the data."""
 
-    def absolute(self) -> "Problem":
+    def absolute(self) -> Self:
         """Returns the same settings where another working folder must find the same files."""
+        return self
+
+    def moved(self, root: str | None) -> Self:
+        """Returns the same settings with the data in the folder `root`, None being where they were.
+
+        Raises SettingsError if they are not in files, or if the folder where they were is gone.
+        """
+        require(root is None, "data.root is for data that lie in files", root)
         return self
 
     @abstractmethod

@@ -14,7 +14,8 @@ from diffusion.data.idx import WrongData
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from jobs.storage import provenance
-from jobs.tracking.dashboard import why_not_online
+from jobs.storage.ownership import LOCKS
+from jobs.tracking.dashboard import public, why_not_online
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
 """Below the first, disk space is a problem, below the second a warning: a run of mnist takes about 0.5 GB."""
@@ -122,15 +123,14 @@ def _locks(folder: Path) -> Finding:
         except BlockingIOError:
             return Finding("ok", f"{folder} can be written and locked")
         except OSError as error:
-            cure = "another file system for --runs-dir; Lustre needs the mount option flock"
-            return Finding("problem", f"files in {folder} cannot be locked: {error.strerror}", why, cure)
+            return Finding("problem", f"files in {folder} cannot be locked: {error.strerror}", why, LOCKS)
     return Finding("problem", f"locks in {folder} keep nobody out", why, "another file system for --runs-dir")
 
 
 def file_system(folder: Path) -> str:
     """Returns the type of the file system that a folder lies on, such as nfs4."""
     kinds = {}
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
         _, mount, kind, *_ = line.split()
         kinds[Path(mount)] = kind
     folder = folder.resolve()
@@ -140,7 +140,7 @@ def file_system(folder: Path) -> str:
 def _wandb() -> Finding:
     server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     if (problem := why_not_online(server)) is None:
-        return Finding("ok", f"{server} answers and accepts the key")
+        return Finding("ok", f"{public(server)} answers and accepts the key")
     return Finding(
         "warning",
         f"wandb is offline: {problem}",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion.errors import UserError
 from diffusion.problems.problem import SampleFormat
+from jobs.experiments.configs import ExperimentConfig
 from jobs.files import sha256, write_atomically, write_json
 from jobs.sample import sample_set
 from jobs.sample.sample_set import SampleSet
@@ -42,6 +43,8 @@ class Evaluation:
     samples: SampleSet
     protocol: Mapping[str, Any]
     """What determines the results: numbers, seeds, and the hashes of samples, weights, data and features."""
+    data_root: str | None = None
+    """Where the data lie, if not where the run has found them."""
 
     @property
     def folder(self) -> Path:
@@ -61,6 +64,10 @@ class Evaluation:
     def has_weights(self) -> bool:
         """Whether the weights that drew the samples still exist."""
         return bool(self.protocol["weights_are_there"])
+
+    def config(self) -> ExperimentConfig:
+        """The run's settings, with the data where they lie now."""
+        return RunFolder(self.samples.run).read_experiment()[1].moved(self.data_root)
 
     def result_path(self, unit: str, of: Literal["samples", "weights"]) -> Path:
         """Returns where the result of a unit lies; another protocol has other paths."""

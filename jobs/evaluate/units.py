@@ -23,8 +23,7 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     """The experiment's evaluator."""
     samples = evaluation.samples
     run = RunFolder(samples.run)
-    _, config = run.read_experiment()
-    model = None
+    config, model = evaluation.config(), None
     set_numerics("fp32")
     if evaluation.has_weights:
         _, model = load_model(run, samples.settings, own_device(device))

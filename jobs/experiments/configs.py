@@ -29,6 +29,10 @@ class ExperimentConfig:
         """Returns the same settings where another working folder must find the same files."""
         return replace(self, data=self.data.absolute())
 
+    def moved(self, root: str | None) -> "ExperimentConfig":
+        """Returns the same settings with the data in the folder `root`, None being where they were."""
+        return replace(self, data=self.data.moved(root))
+
     def prepare(self, say: Say) -> None:
         """Fetches what is missing of the data; raises UserError when they are wrong or cannot be had."""
         self.data.prepare(say)

@@ -11,10 +11,13 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 
+FORMAT = 2
+"""Raise it when a setting comes, goes or changes its meaning. 1 had no number."""
+
 
 def write(experiment: str, config: ExperimentConfig) -> str:
     """The content of experiment.json."""
-    return json.dumps({"experiment": experiment, **dataclasses.asdict(config)}, indent=2) + "\n"
+    return json.dumps({"format": FORMAT, "experiment": experiment, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
 def read(text: str) -> tuple[str, ExperimentConfig]:
@@ -22,11 +25,18 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise UserError(f"experiment.json must hold an object; got {type(values).__name__}")
+    if (number := values.pop("format", 1)) not in range(1, FORMAT + 1):
+        raise UserError(
+            f"experiment.json is of a newer version of this program: its format is {number}, and this version reads "
+            f"up to {FORMAT}"
+        )
     experiment = values.pop("experiment", None)
     if experiment not in EXPERIMENTS:
         raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")
     preset = EXPERIMENTS[experiment].preset
-    return experiment, _from_dict(ExperimentConfig, values, {"data": type(preset.data), "model": type(preset.model)})
+    return experiment, _from_dict(
+        ExperimentConfig, values, "", {"data": type(preset.data), "model": type(preset.model)}
+    )
 
 
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:
@@ -50,34 +60,40 @@ Where its data lie is one of them, because what they are is checked by their has
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        name = prefix + key.replace("_", "-")
+        name = prefix + _hyphens(key)
         flat.update(_flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat
+
+
+def _hyphens(name: str) -> str:
+    """The name of a setting as on the command line."""
+    return name.replace("_", "-")
 
 
 C = TypeVar("C")
 
 
-def _from_dict(cls: type[C], values: Any, narrower: Mapping[str, type] = MappingProxyType({})) -> C:
+def _from_dict(cls: type[C], values: Any, prefix: str, narrower: Mapping[str, type] = MappingProxyType({})) -> C:
     """Builds nested dataclasses from JSON; raises UserError where names or types do not fit.
 
-    `narrower` holds the types of fields that are annotated with a base class.
+    `prefix` stands before the names of settings, as in `train.lr`. `narrower` holds the types of fields that are
+    annotated with a base class.
     """
     types = {**get_type_hints(cls), **narrower}
     hints = {f.name: types[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise UserError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
     for name in sorted(values.keys() - hints.keys()):
-        raise UserError(f"experiment.json holds a setting that this version does not know: {name}")
+        raise UserError(f"experiment.json holds a setting that this version no longer has: {prefix}{_hyphens(name)}")
     # A setting that is newer than the run has its default.
     missing = dataclasses.MISSING
     needed = {f.name for f in dataclasses.fields(cls) if f.default is missing and f.default_factory is missing}  # type: ignore[arg-type]
     for name in sorted(needed - values.keys()):
-        raise UserError(f"experiment.json lacks the setting {name}")
+        raise UserError(f"experiment.json lacks the setting {prefix}{_hyphens(name)}")
     built: dict[str, Any] = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            built[name] = _from_dict(hints[name], value)
+            built[name] = _from_dict(hints[name], value, f"{prefix}{name}.")
         else:
             built[name] = tuple(value) if isinstance(value, list) else value
     try:

@@ -109,6 +109,11 @@ class TrackingSettings:
         require(bool(self.project), "tracking.project must not be empty", repr(self.project))
         require(self.samples_every >= 0, "tracking.samples-every must be at least 0", self.samples_every)
 
+    def check(self) -> None:
+        """Raises SettingsError for a project that wandb does not take; a run of an earlier version may have one."""
+        rule = "tracking.project must have at most 128 characters and none of /\\#?%:"
+        require(len(self.project) <= 128 and not set("/\\#?%:") & set(self.project), rule, self.project)
+
 
 def _flag(field: str) -> str:
     return f"train.{field.replace('_', '-')}"

@@ -18,7 +18,7 @@ class Stop(IntEnum):
     TERMINATE = 2
     """SIGTERM: cancelled, or preempted by a cluster that queues the job again itself. Save."""
     INTERRUPT = 3
-    """Ctrl-C. Save."""
+    """Ctrl-C, or the terminal is gone (SIGHUP). Save."""
 
 
 class Stopped(Exception):
@@ -30,6 +30,7 @@ SIGNALS = {
     signal.SIGUSR2: Stop.REQUEUE,
     signal.SIGTERM: Stop.TERMINATE,
     signal.SIGINT: Stop.INTERRUPT,
+    signal.SIGHUP: Stop.INTERRUPT,
 }
 
 
@@ -44,7 +45,8 @@ class SignalWatch:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalWatch":
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS.keys() - nohup}
         # On Slurm they are held back until now (slurm/shield.py).
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self

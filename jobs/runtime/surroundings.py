@@ -10,14 +10,19 @@ from typing import Any, TextIO, cast
 
 Say = Callable[[str], None]
 
+_CHANGES_RESULTS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+"""Variables that begin so change what is computed, behind the settings' back; `accelerate launch` sets many of them."""
+
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """While entered, neither a stdout that cannot be written nor a notebook's backend of figures can stop the work.
+    """While entered, neither a stdout that cannot be written nor variables meant for others touch the work.
 
     If the terminal is gone, the disk is full or the pipe is closed, whatever is printed from then on is dropped.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook hands down a backend that may not be installed here
+    for name in [name for name in os.environ if name.startswith(_CHANGES_RESULTS)]:
+        del os.environ[name]
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (cast(TextIO, _Lenient(stream)) for stream in before)
     try:
@@ -29,7 +34,10 @@ def undisturbed() -> Iterator[None]:
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for a stream that a shell has closed with `>&-`, or the next opened file would become it."""
+    """Opens /dev/null for a stream that a shell has closed with `>&-`, or the next opened file would become it.
+
+    Letters that the terminal does not have, of a folder's name for example, are replaced.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -37,6 +45,8 @@ def open_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def decorate(what: str, draw: Callable[[], None], say: Say, log: Say | None = None) -> str | None:

@@ -1,5 +1,6 @@
 """The sampling job: draws shards of a set of samples, and merges them when all are there."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
@@ -7,13 +8,14 @@ from io import BytesIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load
 from torch import Tensor
 
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
 from diffusion.process.transfer import sent
-from jobs.files import sha256, write_atomically
+from jobs.files import write_atomically
 from jobs.runtime.cuda_graphs import in_one_launch
 from jobs.runtime.job import JobError
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
@@ -94,10 +96,18 @@ def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -
     experiment = config.build()
     model = experiment.build_model()
     path = run.checkpoints / checkpoints.folder_name(settings.step) / checkpoints.weights_file(settings.weights)
-    if not path.exists() or sha256(path) != settings.weights_sha256:  # it was verified when the job was planned
-        raise JobError(f"{path} is not the file that these samples are drawn with: it is gone, or has changed")
-    snapshot = checkpoints.load(run.checkpoints, settings.step)
-    model.network.load_state_dict(snapshot.ema if settings.weights == "ema" else snapshot.model)
+    try:
+        content = path.read_bytes()  # once: a training that goes on may delete it at any moment
+    except FileNotFoundError:
+        content = b""
+    except OSError as error:
+        raise JobError(f"{path} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != settings.weights_sha256:  # it was verified when the job was planned
+        raise JobError(
+            f"{path} is not the file that these samples are drawn with: it is gone, or has changed. "
+            "The same command again does what can be done without it"
+        )
+    model.network.load_state_dict(load(content))
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return experiment, model.eval()
 

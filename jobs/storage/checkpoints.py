@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -128,9 +128,12 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(snapshot.model, temporary / MODEL)
-        save_file(snapshot.ema, temporary / EMA)
-        torch.save(snapshot.optimizer, temporary / OPTIMIZER)
+        try:
+            save_file(snapshot.model, temporary / MODEL)
+            save_file(snapshot.ema, temporary / EMA)
+            torch.save(snapshot.optimizer, temporary / OPTIMIZER)
+        except (SafetensorError, RuntimeError) as error:  # their words for a disk that takes no more
+            raise OSError(f"the disk takes no more ({str(error).splitlines()[0]})") from error
         for file in (MODEL, EMA):  # safetensors keeps its files to their user; the umask says who may read ours
             (temporary / file).chmod((temporary / OPTIMIZER).stat().st_mode)
         recorded = {}
@@ -148,10 +151,11 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints."""
+def prune(folder: Path, keep: int, needed: Collection[int] = ()) -> None:
+    """Deletes all but the newest `keep` checkpoints and those of the steps that are `needed`."""
     for step in steps(folder)[keep:]:
-        _remove(folder / folder_name(step))
+        if step not in needed:
+            _remove(folder / folder_name(step))
 
 
 def clean(folder: Path) -> None:
@@ -179,13 +183,21 @@ def _remove(path: Path) -> None:
 class Writer:
     """Writes checkpoints in a thread, one at a time, so that training does not wait for the disk."""
 
-    def __init__(self, folder: Path, keep: int, newest: int, may_write: Callable[[], None], say: Callable[[str], None]):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        newest: int,
+        may_write: Callable[[], None],
+        say: Callable[[str], None],
+        needed: Callable[[], Collection[int]] = tuple,
+    ) -> None:
         self.newest = newest
         """The step of the newest checkpoint that is safely on the disk, 0 before the first."""
         self.waited_s = 0.0
         """Seconds that training has waited for the disk."""
         self._folder, self._keep = folder, keep
-        self._may_write, self._say = may_write, say
+        self._may_write, self._say, self._needed = may_write, say, needed
         self._thread: threading.Thread | None = None
         self._begun, self._told = 0.0, False
         self._error: BaseException | None = None
@@ -221,7 +233,7 @@ class Writer:
             self._thread = None
         self.waited_s += time.perf_counter() - started
         error, self._error = self._error, None
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError):
             self._say(
                 f"WARNING: a checkpoint could not be written: {error}; the last good one is of step {self.newest}"
             )
@@ -232,6 +244,6 @@ class Writer:
         try:
             save(self._folder, snapshot, self._may_write)
             self.newest = snapshot.step
-            prune(self._folder, self._keep)
+            prune(self._folder, self._keep, self._needed())
         except BaseException as error:  # raised in the training thread by wait()
             self._error = error

@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusion.errors import OutsideError
+from diffusion.errors import OutsideError, UserError
 from jobs.files import write_json
+
+LOCKS = "another file system for --runs-dir; Lustre needs the mount option flock"
+"""What helps where files cannot be locked."""
 
 
 class Superseded(OutsideError):
@@ -24,7 +27,7 @@ class Superseded(OutsideError):
 
 @contextmanager
 def locked(run: Path) -> Iterator[int | None]:
-    """Locks the folder for this machine; yields None if a living process has it locked.
+    """Locks the folder for this machine; yields None if a living process has it locked, UserError if nobody can.
 
     Yields a file descriptor; child processes that inherit it keep the lock. The kernel drops the lock when the last
     process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
@@ -32,7 +35,7 @@ def locked(run: Path) -> Iterator[int | None]:
     descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well.
     try:
-        yield descriptor if _try_lock(descriptor) else None
+        yield descriptor if _try_lock(descriptor, run) else None
     finally:
         os.close(descriptor)
 
@@ -47,27 +50,33 @@ def sampling(run: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, run: Path) -> bool:
     for _ in range(2):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.01)  # it may have been `is_locked`, which looks for a moment
+        except OSError as error:
+            raise UserError(f"files in {run} cannot be locked: {error.strerror}; what helps is {LOCKS}") from None
         else:
             return True
     return False
 
 
-def is_locked(run: Path) -> bool:
-    """Whether a living process has the folder locked; nothing is written."""
+def is_locked(run: Path) -> bool | None:
+    """Whether a living process has the folder locked, None if that cannot be found out; nothing is written."""
     try:
         descriptor = os.open(run / ".lock", os.O_RDONLY)
     except FileNotFoundError:
         return False
+    except OSError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    except OSError:
+        return None
     finally:
         os.close(descriptor)
     return False
@@ -80,7 +89,7 @@ def holders(run: Path) -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if any(os.readlink(descriptor) in files for descriptor in (folder / "fd").iterdir()):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(folder.name)] = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
         except OSError:  # another user's process, or one that has just ended
             continue
     return [pid for pid, parent in parents.items() if parent not in parents]

@@ -67,11 +67,9 @@ def save_code(folder: Path) -> None:
     made = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     made.mkdir()
     try:
-        for name in CODE:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, made / name, ignore=shutil.ignore_patterns(*NOT_CODE))
-            else:
-                shutil.copy2(ROOT / name, made / name)
+        for name in _files(ROOT):
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, made / name)  # without its mode: the umask says who may read and delete it
         if folder.name not in ("code", f"code-{_digest(made)[:8]}"):
             raise OutsideError("the code was edited while it was copied for the job; start the job again")
         made.rename(folder)
@@ -84,20 +82,27 @@ def save_code(folder: Path) -> None:
 
 def _digest(root: Path) -> str:
     """A hash of all files of the code below a folder, and of their names."""
-    paths = [root / name for name in CODE]
-    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
     hashed = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(root)
-        if file.is_file() and not any(fnmatch(part, pattern) for part in name.parts for pattern in NOT_CODE):
-            hashed.update(f"{name}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
+    for name in _files(root):
+        hashed.update(f"{name}\0".encode() + hashlib.sha256((root / name).read_bytes()).digest())
     return hashed.hexdigest()
 
 
+def _files(root: Path) -> list[Path]:
+    """The names of all files of the code below a folder, sorted; a link that leads nowhere is none."""
+    paths = [root / name for name in CODE]
+    files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    names = [file.relative_to(root) for file in files]
+    return [name for name in names if not any(fnmatch(part, unwanted) for part in name.parts for unwanted in NOT_CODE)]
+
+
 def _git(*arguments: str) -> str:
-    """Returns what git prints, and nothing where there is no git or no repository."""
+    """Returns what git prints, and nothing where there is no git or no repository.
+
+    Its bytes may be text in any encoding; the surrogates of `os.fsdecode` keep those that are not ours.
+    """
     try:
-        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout if done.returncode == 0 else ""
+    return done.stdout.decode(errors="surrogateescape") if done.returncode == 0 else ""

@@ -43,7 +43,7 @@ class Metrics:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a file of lines, [] if it is not there; skips lines that a kill or a full disk has cut."""
-    return _objects(path.read_text())[0] if path.exists() else []
+    return _objects(path.read_text(errors="replace"))[0] if path.exists() else []
 
 
 def last_start(run: RunFolder) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Tail:
         if self._file is None:
             if not self._path.exists():
                 return []
-            self._file = self._path.open()
+            self._file = self._path.open(errors="replace")
         objects, self._rest = _objects(self._rest + self._file.read())
         return objects
 

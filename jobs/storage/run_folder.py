@@ -6,6 +6,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -16,6 +17,7 @@ from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import write_atomically, write_json
+from jobs.storage import ownership
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SAMPLES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # `+` for dpm++
@@ -75,6 +77,8 @@ class RunFolder:
             made.mkdir()
             for folder in ("checkpoints", "figures", "samples"):
                 (made / folder).mkdir()
+            with ownership.locked(made):
+                pass  # it raises UserError where files cannot be locked
             save_code(made / "code")
             write_json(made / "launch.json", {**launch, "folder": str(self.path)})
             write_atomically(made / "experiment.json", experiment_json.write(experiment, config))
@@ -116,8 +120,10 @@ class RunFolder:
             os.link(mine, path)  # only one of several processes can make it, and its file is complete already
         except FileExistsError:
             return False
+        except OSError:  # a file system without links: then there may be two first ones
+            mine.replace(path)
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
         write_json(self.status, {**self.read_status(), **self.read_failure()})
         return True
 
@@ -154,6 +160,16 @@ class RunFolder:
     def read_samples(self, name: str) -> dict[str, Any]:
         """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
         return _read_json(self.samples / name / "manifest.json")
+
+    def drawn_steps(self) -> set[int]:
+        """The steps of the checkpoints that sets of samples still need: a job that draws them may wait for hours."""
+        found: set[int] = set()
+        for path in self.samples.glob("*/manifest.json"):
+            with suppress(OSError, UserError, KeyError):  # it is damaged, or is just being deleted
+                manifest = self.read_samples(path.parent.name)
+                if not manifest["complete"]:
+                    found.add(manifest["step"])
+        return found
 
     def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
         """Remembers a Slurm job of the run; `cancel` and `status` need its id."""
@@ -199,10 +215,18 @@ def find(run: str, runs_dir: Path) -> RunFolder:
         runs = [RunFolder(path.parent) for path in (runs_dir / run).glob("[!.]*/experiment.json")]
         if not runs:
             raise UserError(f"there is no run of {run} in {runs_dir} yet; start one with: python launch.py train {run}")
-        return max(runs, key=lambda found: str(found.read_launch().get("created", "")))
+        return max(runs, key=_created)
     if Path(run).is_dir():
         raise UserError(f"a run folder holds experiment.json; {run} does not")
     raise UserError(f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}; got {run!r}")
+
+
+def _created(run: RunFolder) -> str:
+    """When the run was created; a run whose launch.json cannot be read counts as the oldest."""
+    try:
+        return str(run.read_launch().get("created", ""))
+    except (OSError, UserError):
+        return ""
 
 
 def read_job_ids(path: Path, own: Collection[str]) -> list[str]:

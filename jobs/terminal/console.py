@@ -21,5 +21,5 @@ class Console:
     def log(self, text: str) -> None:
         """Writes to the file only; if the disk is full, the line is lost."""
         if self._log is not None:
-            with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+            with contextlib.suppress(OSError), self._log.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(text + "\n")

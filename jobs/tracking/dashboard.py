@@ -2,13 +2,14 @@
 
 import contextlib
 import os
+import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jobs.tracking.identity import Identity
+from jobs.tracking.identity import Identity, short
 
 Say = Callable[[str], None]
 Mode = Literal["online", "offline", "disabled"]
@@ -89,7 +90,7 @@ class Wandb(Dashboard):
         self._run.log({"step": step, **images})
 
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
-        artifact = self._wandb.Artifact(name, kind)
+        artifact = self._wandb.Artifact(short(name), kind)
         for path in files:
             policy: Literal["immutable", "mutable"] = "immutable" if in_place else "mutable"
             artifact.add_file(str(path), name=str(path.relative_to(root)), skip_cache=True, policy=policy)
@@ -142,6 +143,10 @@ def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
         asked = MODES.get(habit, asked)
     if asked == "disabled":
         return NoDashboard()
+    if wrong := _take_out_wrong_variables():
+        # Not online: one of them may have named the server.
+        say(f"wandb is offline: it does not take the value of {', '.join(wrong)}. {_offline(identity.folder)}")
+        asked = "offline"
     if asked == "auto":
         import wandb
 
@@ -153,11 +158,25 @@ def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
     return Wandb(identity, MODES[asked], say)
 
 
+def _take_out_wrong_variables() -> list[str]:
+    """Takes variables out of the environment with whose values wandb does not start at all; returns their names."""
+    import wandb
+
+    wrong = []
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        try:
+            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+        except Exception:
+            wrong.append(name)
+            del os.environ[name]
+    return wrong
+
+
 def why_not_online(base_url: str) -> str | None:
     """Asks the server who we are; returns what is wrong or None, within `ANSWER_S`."""
     import requests
 
-    netrc = requests.utils.get_netrc_auth(base_url)
+    server, netrc = public(base_url), requests.utils.get_netrc_auth(base_url)
     key = os.environ.get("WANDB_API_KEY") or (netrc and netrc[1])
     if not key:
         return "there is no key, which `wandb login` would store"
@@ -174,11 +193,16 @@ def why_not_online(base_url: str) -> str | None:
     thread.start()
     thread.join(ANSWER_S)
     if not answers:
-        return f"{base_url} does not answer within {ANSWER_S:.0f} s"
+        return f"{server} does not answer within {ANSWER_S:.0f} s"
     answer = answers[0]
     if answer.status_code in (401, 403) or (answer.ok and '"viewer":null' in answer.text.replace(" ", "")):
-        return f"{base_url} does not accept the key"
-    return None if answer.ok else f"{base_url} answers with error {answer.status_code}"
+        return f"{server} does not accept the key"
+    return None if answer.ok else f"{server} answers with error {answer.status_code}"
+
+
+def public(text: str) -> str:
+    """The text without users and passwords in its addresses, as in http://USER:PASSWORD@HOST."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
 
 
 def _offline(folder: Path) -> str:

@@ -27,6 +27,15 @@ class Identity:
     """Settings and facts; wandb shows them under the names of the command line."""
 
 
+MAX_NAME = 128
+"""wandb refuses longer names."""
+
+
+def short(name: str) -> str:
+    """The name as wandb takes it: of one that is too long the beginning, and a hash of the whole."""
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
 def ensure_id(run: RunFolder) -> None:
     """Gives the run an id in wandb if launch.json has none: it was lost, or is older than tracking."""
     if "wandb_id" not in run.read_launch():
@@ -44,7 +53,7 @@ def of_training(run: RunFolder, start: Mapping[str, Any]) -> Identity:
         folder=run.path,
         run_id=launch["wandb_id"],
         project=settings.tracking.project,
-        name=run.label,
+        name=short(run.label),
         group=_group(run),
         job_type="train",
         tags=[experiment, str(start.get("device", ""))],
@@ -59,7 +68,7 @@ def of_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any])
         folder=run.path,
         run_id=f"{run.read_launch()['wandb_id']}-{hashlib.sha256(part.encode()).hexdigest()[:6]}",
         project=settings.tracking.project,
-        name=f"{run.label}/{part}",
+        name=short(f"{run.label}/{part}"),
         group=_group(run),
         job_type=job_type,
         tags=[experiment],
@@ -69,4 +78,4 @@ def of_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any])
 
 def _group(run: RunFolder) -> str:
     """Returns the group of a training, its samples and its evaluations: the sweep, or the training itself."""
-    return run.read_launch().get("sweep") or run.label
+    return short(run.read_launch().get("sweep") or run.label)

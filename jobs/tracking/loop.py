@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.dashboard import Dashboard, first_line, open_dashboard
+from jobs.tracking.dashboard import Dashboard, first_line, open_dashboard, public
 from jobs.tracking.identity import of_part
 
 LOOK_S = 1.0
@@ -34,7 +34,7 @@ class Followed(Protocol):
 def say(text: str) -> None:
     """Prints what the job relays to its terminal and log."""
     with contextlib.suppress(OSError):  # the job may be gone
-        print(text, flush=True)
+        print(public(text), flush=True)
 
 
 def open_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any]) -> Dashboard:

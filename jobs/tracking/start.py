@@ -40,6 +40,7 @@ class FollowerProcess:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
                 text=True,
+                errors="replace",
             )
         except OSError as error:
             say(f"The job is not tracked, because no process could be started for it: {error}")

@@ -94,8 +94,9 @@ class RunRecorder(Recorder):
         self._run, self._training, self._console, self._facts = run, training, console, facts
         self._owner = owner
         self._status = Status(run, owner, settings.steps, on_slurm)
-        keep = settings.keep_checkpoints
-        self._writer = checkpoints.Writer(run.checkpoints, keep, training.step, owner.check, console.say)
+        self._writer = checkpoints.Writer(
+            run.checkpoints, settings.keep_checkpoints, training.step, owner.check, console.say, run.drawn_steps
+        )
         self._metrics = Metrics(run.metrics, training.step)
         self._progress = Progress(console, "train", settings.steps, training.step, "images", settings.batch_size)
         self._started = self._saved_at = time.monotonic()

@@ -82,10 +82,12 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     host = launch.get("host")
     if status.get("on_slurm") is False and status["state"] != State.QUEUED:  # whatever jobs it had before
         host, job = status["host"], job if job is not None and job.phase != "ended" else None
-    if ownership.is_locked(run.path):
+    is_held = ownership.is_locked(run.path)
+    if is_held:
         state, reason = _judge_held(status)
     else:
-        state, reason = _judge(status, job, host, is_known=job_id is None or jobs is not None)
+        unseen = host if is_held is None or host != platform.node() else None
+        state, reason = _judge(status, job, unseen, is_known=job_id is None or jobs is not None)
     alive = state == State.RUNNING
     return Overview(
         run=run.label,
@@ -120,8 +122,11 @@ def _judge_held(status: dict[str, Any]) -> tuple[str, str]:
     return State.RUNNING, _silence(status)
 
 
-def _judge(status: dict[str, Any], job: SlurmJob | None, host: str | None, is_known: bool) -> tuple[str, str]:
-    """(state, reason) of a run that nobody on this machine holds: what status.json says, corrected by who is alive."""
+def _judge(status: dict[str, Any], job: SlurmJob | None, unseen: str | None, is_known: bool) -> tuple[str, str]:
+    """(state, reason) of a run that nobody is seen to hold: what status.json says, corrected by who is alive.
+
+    `unseen` is the machine where it may be held all the same, None if there is none.
+    """
     state = status.get("state", State.CREATED)
     age_s = _age_s(status)
     if job is not None and job.phase == "waiting":
@@ -137,8 +142,8 @@ def _judge(status: dict[str, Any], job: SlurmJob | None, host: str | None, is_kn
     if state == State.QUEUED and age_s is not None and age_s < SUBMITTING_S:
         return state, "being submitted"
     # Not every file system shows here that a process on another machine holds the lock.
-    if job is None and host not in (None, platform.node()) and age_s is not None and age_s < SILENT_S:
-        return state, f"on {host}"
+    if job is None and unseen is not None and age_s is not None and age_s < SILENT_S:
+        return state, f"on {unseen}"
     return _death(job)
 
 

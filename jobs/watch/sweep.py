@@ -17,7 +17,8 @@ def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
     if not NAME.fullmatch(name) or folder.startswith("/"):
         return []
     found = [RunFolder(path.parent) for path in runs_dir.glob(f"{folder or '*'}/{name}-[0-9]*/launch.json")]
-    return sorted((run for run in found if run.read_launch().get("sweep") == name), key=lambda run: run.path.name)
+    mine = (run for run in found if states.read_launch(run).get("sweep") == name)
+    return sorted(mine, key=lambda run: run.path.name)
 
 
 def by_loss(runs: Sequence[RunFolder], jobs: states.Jobs | None) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from diffusion.errors import UserError
+from jobs.files import write_json
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, Snapshot
+from jobs.storage.run_folder import RunFolder
 
 
 def snapshot(step: int) -> Snapshot:
@@ -183,6 +186,23 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["step-00000030", "step-00000040"]
 
 
+def test_a_checkpoint_that_samples_are_still_drawn_from_is_kept(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for name, step, complete in (("waits", 10, False), ("is drawn", 20, True)):
+        write_json(made(run.samples / name) / "manifest.json", {"step": step, "complete": complete})
+    (made(run.samples / "is damaged") / "manifest.json").write_text("{")
+    writer = checkpoints.Writer(run.checkpoints, 2, 0, ours, pytest.fail, run.drawn_steps)
+    for step in (10, 20, 30, 40):
+        writer.write(snapshot(step))
+    writer.wait()
+    assert checkpoints.steps(run.checkpoints) == [40, 30, 10]
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
 def test_who_does_not_own_the_run_writes_nothing(tmp_path: Path) -> None:
     save(tmp_path, 10)
 
@@ -211,6 +231,27 @@ def test_the_writer_reports_a_refusing_disk_and_writes_the_next_one(tmp_path: Pa
     writer.write(snapshot(20))
     writer.wait()
     assert (writer.newest, checkpoints.steps(tmp_path)) == (20, [20])
+
+
+@pytest.mark.parametrize("full_at", ["model", "ema", "optimizer"])
+def test_the_writer_reports_a_disk_that_is_full_in_the_middle(full_at: str, tmp_path: Path) -> None:
+    """Each library has its own word for that."""
+    big, small = {"w": torch.zeros(100_000)}, {"w": torch.zeros(10)}
+    sizes = {name: big if name == full_at else small for name in ("model", "ema", "optimizer")}
+    said: list[str] = []
+    writer = checkpoints.Writer(tmp_path, 2, 0, ours, said.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        writer.write(Snapshot(10, **sizes))  # type: ignore[arg-type]
+        writer.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "WARNING: a checkpoint could not be written" in said[0]
+    assert os.listdir(tmp_path) == []
+    writer.write(Snapshot(20, **sizes))  # type: ignore[arg-type]
+    writer.wait()
+    assert checkpoints.steps(tmp_path) == [20]
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:

@@ -1,11 +1,18 @@
-"""A copied run folder is another run; a moved one, or one with two paths, is the same."""
+"""A copied run folder is another run; a moved one, or one with two paths, is the same. Its data may move, too."""
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from commands.train import Resume
+from commands.where import Data, Launch
+from diffusion.errors import UserError
+from jobs.evaluate.plan import Evaluation
 from jobs.experiments.table import EXPERIMENTS
+from jobs.sample.sample_set import SampleSet
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.identity import ensure_id
 
@@ -56,3 +63,21 @@ def test_a_moved_run_is_the_same(run: RunFolder) -> None:
 def test_a_run_with_two_paths_is_one(run: RunFolder, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(run.path.parent)
     assert RunFolder(tmp_path / "link" / "a").read_launch() == run.read_launch()
+
+
+def test_data_may_move(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path / "mnist-small" / "a")
+    config = EXPERIMENTS["mnist-small"].preset.moved(str(tmp_path / "before"))
+    run.create("mnist-small", config, {}, lambda code: code.mkdir())
+    asked = Resume(run=str(run.path), where=Launch(cluster="local", device="cpu", dry_run=True))
+    evaluation = Evaluation(SampleSet(run.path, "s", None, 1, 1), {})  # type: ignore[arg-type]
+    for use in (asked, evaluation.config):
+        with pytest.raises(UserError, match=r"--data\.root must say where MNIST lies now.*before is gone"):
+            use()
+    assert not (tmp_path / "before").exists()
+    assert replace(asked, data=Data(root=str(tmp_path / "now")))() == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown[: shown.index("\n}") + 2])["data"]["root"] == str(tmp_path / "now")
+    assert replace(evaluation, data_root=str(tmp_path / "now")).config().data == config.moved(f"{tmp_path}/now").data
+    with pytest.raises(UserError, match=r"data\.root is for data that lie in files; got /now"):
+        EXPERIMENTS["1d"].preset.moved("/now")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from diffusion.errors import UserError
-from jobs.experiments.experiment_json import read, write
+from jobs.experiments.experiment_json import FORMAT, read, write
 from jobs.experiments.table import EXPERIMENTS
 
 
@@ -25,8 +25,8 @@ def test_a_setting_that_came_later_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda train: train.pop("steps"), "lacks the setting steps"),
-        (lambda train: train.update(stepps=3), "does not know: stepps"),
+        (lambda train: train.pop("steps"), r"lacks the setting train\.steps"),
+        (lambda train: train.update(grad_norm=3), r"holds a setting that this version no longer has: train\.grad-norm"),
         (lambda train: train.update(steps="many"), "wrong type"),
     ],
 )
@@ -35,3 +35,12 @@ def test_what_does_not_fit_is_named(change: object, words: str) -> None:
     change(values["train"])  # type: ignore[operator]
     with pytest.raises(UserError, match=words):
         read(json.dumps(values))
+
+
+def test_the_format_has_a_number() -> None:
+    values = json.loads(write("1d", EXPERIMENTS["1d"].preset))
+    assert values["format"] == FORMAT
+    with pytest.raises(UserError, match=f"of a newer version .* its format is {FORMAT + 1}, .* up to {FORMAT}"):
+        read(json.dumps({**values, "format": FORMAT + 1, "train": {**values["train"], "new": 3}}))
+    del values["format"]  # as before it had one
+    assert read(json.dumps(values)) == ("1d", EXPERIMENTS["1d"].preset)

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -22,6 +23,18 @@ def test_a_file_is_the_old_one_until_the_new_one_is_on_the_disk(
     write_atomically(path, "new")
     # First its bytes, then its name in the folder.
     assert synced == [(path.stat().st_ino, "old"), (tmp_path.stat().st_ino, "new")]
+
+
+def test_a_file_system_that_cannot_sync_a_folder_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sync(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == tmp_path.stat().st_ino:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_atomically(tmp_path / "status.json", "new")
+    assert (tmp_path / "status.json").read_text() == "new"
 
 
 def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(

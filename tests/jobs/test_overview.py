@@ -1,5 +1,7 @@
 """What `status` says of runs: true whatever status.json says, quick, and 80 columns wide."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -13,11 +15,12 @@ from typing import Any
 
 import pytest
 
+from diffusion.errors import UserError
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import ownership
-from jobs.storage.run_folder import RunFolder
-from jobs.watch import listing, states
+from jobs.storage.run_folder import RunFolder, find
+from jobs.watch import listing, states, sweep
 from slurm.queue import JobState
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
 
@@ -121,6 +124,53 @@ def test_a_damaged_status_file_spoils_one_line_and_not_the_table(make: Callable[
     state, reason = seen(bad)
     assert state == "failed"
     assert "is not JSON" in reason
+
+
+@pytest.mark.parametrize("cause", ["no locks", "cannot be opened"])
+def test_a_lock_that_cannot_be_tried_spoils_one_line_at_most(
+    cause: str, make: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    living, dead = make("a", age_s=5, state="running"), make("b", age_s=600, state="running")
+    for run in (living, dead):
+        if cause == "cannot be opened":
+            (run.path / ".lock").symlink_to(".lock")
+        else:
+            (run.path / ".lock").touch()
+            monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert seen(living) == ("running", f"on {os.uname().nodename}")
+    assert seen(dead) == ("failed", "died without a word")
+
+
+def without_locks(descriptor: int, operation: int) -> None:
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+
+def test_a_run_is_not_made_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    run = RunFolder(tmp_path / "1d" / "a")
+    with pytest.raises(UserError, match=r"cannot be locked: No locks available; what helps is another file system for"):
+        run.create("1d", EXPERIMENTS["1d"].preset, {}, lambda code: code.mkdir())
+    assert list(run.path.parent.iterdir()) == []
+
+
+def test_a_damaged_launch_file_does_not_hide_the_newest_run(make: Callable[..., RunFolder]) -> None:
+    runs = [make("a", age_s=5), make("b", age_s=600), make("c")]
+    (runs[2].path / "launch.json").write_text('{"created"')
+    assert find("mnist", runs[0].path.parent.parent).path == runs[0].path
+    assert sweep.runs_of("mnist/x", runs[0].path.parent.parent) == []
+
+
+def test_a_failure_is_recorded_where_files_cannot_be_linked(
+    make: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refuse)
+    run = make("a", state="running")
+    assert run.write_failure(1, "broken")
+    assert seen(run) == ("failed", "broken")
+    assert run.read_failure()["failed_rank"] == 1
 
 
 def test_looking_leaves_no_trace_and_keeps_nobody_out(make: Callable[..., RunFolder]) -> None:

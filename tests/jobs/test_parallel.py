@@ -4,6 +4,9 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 
 from jobs.runtime import world
 from jobs.storage import checkpoints
+from slurm import local
 from tests.jobs.parallel import ExamplesJob, FailJob, SkipJob, run
 from tests.launching import TINY, finish, start, status, steps_logged, wait_until, workers
 
@@ -63,6 +67,27 @@ def test_a_failing_process_ends_the_others(tmp_path: Path) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_processes_that_die_together_are_each_seen() -> None:
+    children = [subprocess.Popen(["sh", "-c", "kill -9 $$"], stdin=subprocess.PIPE) for _ in range(2)]
+    for child in children:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    outcome = local._wait(children)
+    assert (outcome.exit_code, outcome.signal) == (1, "SIGKILL")
+
+
+def test_processes_that_die_at_once_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    job = partial(len, bytes(1_000_000))  # more than fits into a pipe
+    assert local.run(job, 2).exit_code == 1
+
+
+def test_modules_of_the_working_folder_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("slurm", "jobs", "queue", "types"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path)
+    assert local.run(int, 2).exit_code == 0
 
 
 def test_processes_that_believe_themselves_alone_are_an_error() -> None:

@@ -1,15 +1,19 @@
 """Who starts a run, under which name, and how often: no two commands train one run, and nobody is locked out."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from commands.train import NameTaken, run_training
+from commands.train import NameTaken, is_finished, run_training
 from commands.where import Launch
 from jobs.experiments.table import EXPERIMENTS
+from jobs.files import write_json
+from jobs.storage import checkpoints
+from jobs.storage.checkpoints import Snapshot
 from jobs.storage.run_folder import RunFolder
 from tests.launching import (
     NO_FIGURES,
@@ -80,6 +84,18 @@ def test_the_same_command_continues_and_other_settings_are_refused(tmp_path: Pat
     misplaced = launch("train", "mnist", "--name", "a", cwd=tmp_path)
     assert misplaced.code == 2
     assert "runs/mnist/a is a run of 1d, not of mnist" in sentence(misplaced.err)
+
+
+def test_a_run_is_not_finished_without_its_last_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, preset = RunFolder(tmp_path / "1d" / "a"), EXPERIMENTS["1d"].preset
+    run.create("1d", preset, {}, lambda code: code.mkdir())
+    write_json(run.status, {"state": "finished", "step": preset.train.steps})
+    checkpoints.save(run.checkpoints, Snapshot(preset.train.steps, {}, {}, {}), lambda: None)
+    assert is_finished(run, preset)
+    assert capsys.readouterr() == ("", "")
+    shutil.rmtree(run.checkpoints)
+    assert not is_finished(run, preset)
+    assert "the steps since the last good one are made again" in capsys.readouterr().err
 
 
 def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from jobs.runtime.signals import SignalWatch, Stop
-from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status
+from jobs.storage import checkpoints
+from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status, steps_logged, wait_until
 
 TWO_CTRL_CS = """
 import signal, sys
@@ -35,11 +38,35 @@ def test_the_strongest_reason_holds_whatever_comes_first() -> None:
             (signal.SIGUSR1, Stop.REQUEUE),
             (signal.SIGTERM, Stop.TERMINATE),
             (signal.SIGUSR2, Stop.TERMINATE),
-            (signal.SIGINT, Stop.INTERRUPT),
+            (signal.SIGHUP, Stop.INTERRUPT),
+            (signal.SIGHUP, Stop.INTERRUPT),
             (signal.SIGTERM, Stop.INTERRUPT),
         ):
             signal.raise_signal(number)
             assert signals.requested is reason
+
+
+def test_nohup_holds() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalWatch() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.requested is Stop.NO
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_closed_terminal_saves(processes: int, tmp_path: Path) -> None:
+    where = ("--device", "cpu", "--gpus", processes)
+    process = start("train", "1d", *TINY, "--train.steps", 1000000, "--name", "a", *where, cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) > 10)
+    process.send_signal(signal.SIGHUP)
+    assert finish(process, timeout_s=60).code == 130
+    assert status(run)["state"] == "interrupted"
+    assert checkpoints.steps(run / "checkpoints") == [status(run)["step"]]
 
 
 def test_a_job_that_gets_nowhere_is_queued_again_unless_it_has_had_two_whole_time_limits(tmp_path: Path) -> None:

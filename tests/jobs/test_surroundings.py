@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, status
+from commands.where import Launch
+from diffusion.errors import UserError
+from jobs.storage.run_folder import RunFolder
+from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, finish, start, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device", "cpu")
 NOTEBOOK = {"MPLBACKEND": "module://a_backend_that_is_not_installed"}
@@ -64,6 +67,42 @@ def test_a_notebooks_backend_is_not_asked_for(tmp_path: Path) -> None:
     ended = done(*A_RUN, cwd=tmp_path, **NOTEBOOK)
     assert "WARNING" not in ended.out
     assert (tmp_path / "runs" / "1d" / "a" / "figures" / "samples.png").exists()
+
+
+OF_OTHER_LAUNCHERS = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "9",
+    "MV2_COMM_WORLD_SIZE": "2",
+    "PMI_RANK": "1",
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DYNAMO_BACKEND": "inductor",
+    "ACCELERATE_MIXED_PRECISION": "x",
+}
+
+
+def test_variables_of_other_launchers_change_nothing(tmp_path: Path) -> None:
+    """With them, the training would wait for another process for ever, or be a traceback."""
+    run = tmp_path / "runs" / "1d" / "a"
+    plain = done(*A_RUN[:-4], "--name", "b", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
+    ended = finish(start(*A_RUN, cwd=tmp_path, **NO_FIGURES, **OF_OTHER_LAUNCHERS), timeout_s=60)
+    assert ended.out.replace("1d/a", "1d/b") == plain.out
+    checkpoint = Path("checkpoints", "step-00000030", "manifest.json")
+    assert (run / checkpoint).read_bytes() == (run.with_name("b") / checkpoint).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "variables", [{"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_SIZE": "2"}]
+)
+def test_copies_that_torchrun_has_started_are_refused(
+    variables: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="must be started once, and by itself: --gpus 2 starts 2 processes"):
+        Launch(cluster="local").place(RunFolder(tmp_path))
 
 
 def in_a_shell(redirection: str, cwd: Path) -> Finished:

@@ -23,7 +23,19 @@ from jobs.storage.run_folder import RunFolder
 from jobs.tracking.dashboard import why_not_online
 from jobs.tracking.follow_training import Curves
 from jobs.train.state import LOSS_BANDS, band_sums
-from tests.launching import TINY, Finished, done, finish, interrupt, relatives, start, status, steps_logged, wait_until
+from tests.launching import (
+    NO_FIGURES,
+    TINY,
+    Finished,
+    done,
+    finish,
+    interrupt,
+    relatives,
+    start,
+    status,
+    steps_logged,
+    wait_until,
+)
 
 WANDB = Path(sys.executable).with_name("wandb")
 KEY = "0123456789" * 4
@@ -187,6 +199,17 @@ def absent() -> Iterator[str]:
         server.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
     yield address
+
+
+def test_a_wrong_variable_and_long_names_leave_it_offline(tmp_path: Path) -> None:
+    """wandb would start neither online nor offline, and would refuse the names of the artifacts."""
+    name = 200 * "n"
+    wrong = {"WANDB_MODE": "online", "WANDB_API_KEY": KEY, "WANDB_HTTP_TIMEOUT": "soon", "WANDB_CONSOLE": "loud"}
+    small = ("--train.steps", 20, "--name", name, "--device", "cpu")
+    ended = done("train", "1d", *TINY, *small, cwd=tmp_path, **wrong, **NO_FIGURES)
+    assert "wandb is offline: it does not take the value of WANDB_HTTP_TIMEOUT, WANDB_CONSOLE." in ended.out
+    assert "Tracking" not in ended.out  # has stopped
+    assert_one_curve(tmp_path / "runs" / "1d" / name)
 
 
 def test_auto_is_offline_within_three_seconds_where_online_cannot_work(
