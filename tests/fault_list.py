@@ -306,6 +306,20 @@ FAULTS = [
         "tests/jobs/test_starts.py::test_the_same_command_continues_and_other_settings_are_refused",
     ),
     Fault(
+        "steps of a killed job that were not saved count as useful when they come again",
+        "jobs/storage/account.py",
+        "max(0, step - self._highest)",
+        "step - self._step",
+        "tests/jobs/test_account.py::test_the_time_of_a_killed_and_continued_run",
+    ),
+    Fault(
+        "time lost to a hang counts as useful",
+        "jobs/storage/account.py",
+        'self._begin("hung", time - line["seconds"])',
+        'self._begin("steps", time - line["seconds"])',
+        "tests/jobs/test_account.py::test_a_history_with_everything",
+    ),
+    Fault(
         "MNIST's files are not compared with their hashes",
         "diffusion/data/idx.py",
         "elif (sha256 := hashlib.sha256(content).hexdigest()) != self.sha256[name]:",
