@@ -63,6 +63,11 @@ def array_of(job_id: str) -> str:
     return job_id.partition("_")[0]
 
 
+def elements_of(job_id: str, count: int) -> list[str]:
+    """The ids of an array's elements; one element alone is no array."""
+    return [job_id] if count == 1 else [f"{job_id}_{i}" for i in range(count)]
+
+
 def config(timeout_s: float | None = 30) -> dict[str, str]:
     """What `scontrol show config` says, by name; {} if there is no answer, SlurmError if there is none in time."""
     shown = ask("scontrol", "show", "config", timeout_s=timeout_s).stdout
