@@ -134,9 +134,10 @@ class Evaluate:
                 return place.run(job, keep_open=descriptor)
         self.where.copy_code(place)
         merge = EvaluateMergeJob(asked)
-        job_ids = place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
-        if self.where.wait:
-            place.wait(job_ids)
+        place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
+        # Again, because the last job submits more if elements were lost.
+        while self.where.wait and queue.active(asked.job_ids()):
+            place.wait(asked.job_ids())
         return 0
 
     def _show(self, asked: list[Evaluation]) -> None:

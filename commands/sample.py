@@ -105,10 +105,12 @@ class Sample:
         if isinstance(place, OnSlurm):
             self.where.copy_code(place)
             single, merge = replace(place, processes=1), SampleMergeJob(asked)
-            job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
+            single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
             if not self.where.wait:
                 return 0
-            place.wait(job_ids)
+            # Again, because the last job submits more if elements were lost.
+            while queue.active(asked.job_ids()):
+                place.wait(asked.job_ids())
             code = 0 if asked.is_complete() else 1
         else:
             with ownership.sampling(run.path) as descriptor:

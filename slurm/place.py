@@ -1,16 +1,18 @@
 """Places where a job can run: this machine, or Slurm with the settings of a site."""
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from slurm import local, queue
 from slurm.environment import forget_other_launchers
+from slurm.errors import SlurmError
 from slurm.profile import Profile
 from slurm.submit import Submission
-from slurm.task import Requeue
+from slurm.task import Requeue, Work
 
 
 class Job(Protocol):
@@ -26,7 +28,16 @@ class Job(Protocol):
         """Submits with `submit`, which returns the id of the Slurm job, and records it; returns the id."""
 
 
+class Merge(Job, Protocol):
+    """What follows an array of jobs; it fails if they have left something undone."""
+
+    def lost(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        """Returns jobs that do what these have left undone."""
+
+
 J = TypeVar("J", bound=Job)
+ROUNDS = 2
+"""So often an array makes up by itself for elements that were killed, or lost with their nodes."""
 Submitted = Callable[[Sequence[J], Callable[[], str]], str]
 
 
@@ -83,32 +94,43 @@ class OnSlurm:
         job_id = job.submitted(submission.submit)
         shape = submission.shape
         print(f"Submitted {self.name} as job {job_id}: {shape.tasks} tasks on {shape.nodes} nodes.")
-        print(f"Log: {self.folder}/{queue.number_of(job_id)}_0_log.out", flush=True)
+        print(f"Log: {self.folder}/{queue.log_of(job_id)}", flush=True)
         return job_id
 
     def elements(self, wanted: int) -> int:
         """Returns how many elements an array may have that another job follows, where the site limits jobs."""
         return wanted if self.profile.max_jobs is None else min(wanted, self.profile.max_jobs - 1)
 
-    def describe_array(self, jobs: Sequence[Job], at_once: int | None = None, then: Job | None = None) -> str:
+    def describe_array(self, jobs: Sequence[Job], at_once: int | None = None, then: Merge | None = None) -> str:
         """Returns the scripts that `run_array` would submit."""
         arrays = [self._array(chunk, at_once).script() for chunk in self._chunks(jobs)]
         last = [] if then is None else [self._last(then, ["ARRAY"] * len(arrays)).script()]
         return "\n".join([*arrays, *last])
 
     def run_array(
-        self, jobs: Sequence[J], submitted: Submitted[J], at_once: int | None = None, then: Job | None = None
+        self,
+        jobs: Sequence[J],
+        submitted: Submitted[J],
+        at_once: int | None = None,
+        then: Merge | None = None,
+        rounds: int = ROUNDS,
     ) -> list[str]:
         """Submits the jobs as an array, at most `at_once` of them running at a time, and `then` to follow.
+
+        What the jobs leave undone is submitted again before `then` gives up, `rounds` times at most.
 
         There are several arrays if Slurm's MaxArraySize makes it necessary. `submitted(jobs, submit)` must call
         `submit`, which returns the array's id, and record and return it. Returns the ids of all arrays and of `then`.
         """
-        job_ids = [submitted(chunk, self._array(chunk, at_once).submit) for chunk in self._chunks(jobs)]
+        chunks = self._chunks(jobs)
+        job_ids = [submitted(chunk, self._array(chunk, at_once).submit) for chunk in chunks]
         if jobs:
             print(f"Submitted {self.name} as an array of {len(jobs)} jobs: {', '.join(job_ids)}.", flush=True)
         if then is not None:
-            job_ids.append(then.submitted(self._last(then, job_ids).submit))
+            sizes = zip(job_ids, map(len, chunks), strict=True)
+            own = [element for job_id, size in sizes for element in queue.elements_of(job_id, size)]
+            last = AfterArray(self, jobs, own, submitted, at_once, then, rounds)
+            job_ids.append(then.submitted(self._last(last, job_ids).submit))
             print(f"Job {job_ids[-1]} then merges the results.", flush=True)
         return job_ids
 
@@ -124,9 +146,64 @@ class OnSlurm:
     def _array(self, jobs: Sequence[Job], at_once: int | None) -> Submission:
         return replace(self._submission(*jobs), at_once=at_once or len(jobs))
 
-    def _last(self, job: Job, job_ids: Sequence[str]) -> Submission:
+    def _last(self, job: Work, job_ids: Sequence[str]) -> Submission:
         after = ":".join(map(queue.number_of, job_ids)) if job_ids else None
         return replace(self._submission(job), gpus=1, on_gpus=False, after=after)
 
-    def _submission(self, *jobs: Job) -> Submission:
+    def _submission(self, *jobs: Work) -> Submission:
         return Submission(self.name, jobs, self.profile, self.processes, self.on_gpus, self.folder, self.code)
+
+
+@dataclass(frozen=True)
+class AfterArray:
+    """Runs in the job after an array: merges, or first has done again what elements of the array have left undone."""
+
+    place: OnSlurm
+    jobs: Sequence[Any]
+    job_ids: Sequence[str]
+    """Of each of the jobs."""
+    submitted: Submitted[Any]
+    at_once: int | None
+    then: Merge
+    rounds: int
+
+    def __call__(self, requeue: Requeue) -> int:
+        code = self.then(requeue)
+        if code in (0, 130) or not (lost := self.then.lost(self.jobs)):
+            return code
+        if self.rounds > 0 and not self._was_cancelled():
+            if self._submit(lost):
+                return 0
+            if not self.place.on_gpus:  # this job has none itself
+                for job in lost:
+                    if (code := job(requeue)) != 0 or requeue.came_back:
+                        return code
+                return self.then(requeue)
+        print("Run the same command again.", flush=True)
+        return code
+
+    def _submit(self, lost: Sequence[Any]) -> bool:
+        """Submits lost jobs again, and their merge; returns whether that is possible from this node."""
+        if shutil.which("sbatch") is None:
+            return False
+        try:
+            self.place.run_array(lost, self.submitted, self.at_once, self.then, self.rounds - 1)
+        except SlurmError as error:
+            print(error, flush=True)
+            return False
+        return True
+
+    def _was_cancelled(self) -> bool:
+        """Whether somebody has cancelled elements of the array: then they stay away."""
+        try:
+            known = queue.look(self.job_ids)
+        except SlurmError:
+            known = {}
+        # Slurm itself forgets an element at once that is cancelled while it waits; but then it has no log.
+        begun = {path.name for path in self.place.folder.glob("*_log.out")}
+        unknown = [
+            job_id
+            for job_id in self.job_ids
+            if job_id not in known and f"{queue.number_of(job_id)}_0_log.out" not in begun
+        ]
+        return bool(unknown) or any(job.state == "CANCELLED" for job in known.values())

@@ -66,6 +66,11 @@ def array_of(job_id: str) -> str:
     return re.sub(r"_\d+$", "", job_id)
 
 
+def elements_of(job_id: str, count: int) -> list[str]:
+    """The ids of an array's elements; one element alone is no array."""
+    return [job_id] if count == 1 else [f"{job_id}_{i}" for i in range(count)]
+
+
 def on_cluster(cluster: str | None, number: str) -> str:
     """Returns the id of a job for this launcher: CLUSTER:NUMBER where the profile names a cluster."""
     return number if cluster is None else f"{cluster}:{number}"
@@ -74,6 +79,11 @@ def on_cluster(cluster: str | None, number: str) -> str:
 def number_of(job_id: str) -> str:
     """Returns the id of a job for Slurm, without the name of its cluster."""
     return job_id.rpartition(":")[2]
+
+
+def log_of(job_id: str) -> str:
+    """Returns the name of the file that submitit writes a job's output to."""
+    return f"{number_of(job_id)}_0_log.out"
 
 
 def of_cluster(cluster: str | None) -> list[str]:

@@ -1,12 +1,14 @@
 """Evaluating samples as a job, for the place where it runs. Importable without torch, picklable."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from diffusion.errors import UserError
 from jobs.evaluate.plan import Evaluation
-from jobs.runtime.job import IndependentJob, process_rank
+from jobs.runtime.job import IndependentJob, JobError, process_rank
 from jobs.runtime.signals import SignalWatch
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.start import follow_evaluation
@@ -54,9 +56,20 @@ class EvaluateMergeJob(IndependentJob):
         evaluator = open_evaluator(self.target, "cpu")
         lacking = missing(self.target, evaluator)
         if lacking:
-            print(f"{len(lacking)} units are missing ({', '.join(lacking)}): run the same `evaluate` command again.")
+            print(f"{len(lacking)} units are missing ({', '.join(lacking)}).", flush=True)
             return 1
         if not self.target.is_done():
             merge(self.target, evaluator)
             follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
         return 0
+
+    def lost(self, jobs: Sequence[EvaluateJob]) -> list[EvaluateJob]:
+        """Returns those of the jobs that have left a unit of their share undone."""
+        from jobs.evaluate.units import missing, open_evaluator
+
+        try:
+            evaluator = open_evaluator(self.target, "cpu")
+        except (UserError, JobError):  # `work` has said so
+            return []
+        units, lacking = list(evaluator.units()), set(missing(self.target, evaluator))
+        return [job for job in jobs if lacking & set(units[job.share[0] :: job.share[1]])]

@@ -1,7 +1,8 @@
 """Drawing a set of samples as a job, for the place where it runs. Importable without torch, picklable."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from jobs.runtime.job import IndependentJob, process_rank
@@ -58,8 +59,13 @@ class SampleMergeJob(IndependentJob):
 
         missing = self.target.missing()
         if missing:
-            shards = f"{len(missing)} of {self.target.num_shards} shards"
-            print(f"{shards} are missing: run the same `sample` command again.")
+            print(f"{len(missing)} of {self.target.num_shards} shards are missing.", flush=True)
             return 1
         merge(self.target)
         return 0
+
+    def lost(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
+        """Returns jobs that draw the shards that these have left undone, each its own."""
+        missing = set(self.target.missing())
+        shares = [tuple(shard for shard in job.shards if shard in missing) for job in jobs]
+        return [replace(job, shards=share) for job, share in zip(jobs, shares, strict=True) if share]

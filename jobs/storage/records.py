@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,9 +16,9 @@ from jobs.storage.run_folder import RunFolder, State
 HEARTBEAT_S = 2.0
 
 
-def now() -> str:
-    """Returns the time in UTC, as ISO 8601 writes it."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
+def now(ago_s: float = 0.0) -> str:
+    """Returns the time in UTC, or that of so many seconds ago, as ISO 8601 writes it."""
+    return (datetime.now(UTC) - timedelta(seconds=ago_s)).isoformat(timespec="milliseconds")
 
 
 class Metrics:
@@ -44,6 +44,12 @@ class Metrics:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a file of lines, [] if it is not there; skips lines that a kill or a full disk has cut."""
     return _objects(path.read_text(errors="replace"))[0] if path.exists() else []
+
+
+def last_step(metrics: Path) -> int:
+    """Returns the step of the last line of metrics.jsonl, 0 if there is none."""
+    lines = read_jsonl(metrics)
+    return int(lines[-1]["step"]) if lines else 0
 
 
 def last_start(run: RunFolder) -> dict[str, Any]:
@@ -103,7 +109,7 @@ class Status:
     def __init__(self, run: RunFolder, owner: Ownership, total: int, on_slurm: bool) -> None:
         self._run, self._owner = run, owner
         self._beat = -HEARTBEAT_S
-        previous = run.read_status()
+        self.previous = previous = run.read_status()
         self.values: dict[str, Any] = {
             "state": State.RUNNING,
             "step": 0,

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.files import write_json
-from jobs.storage import checkpoints
+from jobs.storage import account, checkpoints
+from jobs.storage.account import Account
 from jobs.storage.ownership import Ownership
 from jobs.storage.provenance import ROOT
-from jobs.storage.records import Tail, read_jsonl
+from jobs.storage.records import Tail, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.dashboard import FLUSH_S, open_dashboard
 from jobs.tracking.identity import of_training
@@ -74,6 +75,13 @@ def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
     if line["event"] == "start":
         return {"run/restarts": line["restarts"]}
     return {"run/requeues": requeues} if line["event"] == State.REQUEUED else {}
+
+
+def account_row(spent: Account) -> dict[str, Any]:
+    """Returns what the dashboard shows of how a run's time was spent."""
+    seconds = {f"time/{part}_s": round(value, 3) for part, value in spent.seconds.items()}
+    useful = {"time/useful_share": spent.seconds["useful"] / spent.whole_s} if spent.whole_s else {}
+    return {**seconds, **useful, "time/redone_steps": spent.redone_steps}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +159,7 @@ class TrainingFollower:
         self._curves = Curves(self._config.diffusion.timesteps, start.get("loss_floor"))
         self._sketches = Sketches(run, self._config.tracking.samples_every)
         self._drawn = time.monotonic() - DRAW_S / 2
+        self._booked = time.monotonic()
         self._kept = start["step"]
         self._dashboard = open_dashboard(of_training(run, start), self._config.tracking.mode, say)
 
@@ -173,6 +182,7 @@ class TrainingFollower:
         if self._dashboard.is_shown:
             self._show_checkpoints()
             self._remember()
+            self._show_time(DRAW_S)
         self.draw(DRAW_S)
 
     def draw(self, least_s: float) -> None:
@@ -192,6 +202,7 @@ class TrainingFollower:
     def end(self) -> None:
         """Sends the rest after the training has ended, and its results if it has reached its last step."""
         self.look()
+        self._show_time(0)
         self._sketches.close()
         state = self._timing[-1]["event"]
         if state == State.FINISHED:
@@ -218,6 +229,13 @@ class TrainingFollower:
             self._kept = newest
             folder = self._run.checkpoints / checkpoints.folder_name(newest)
             self._keep("checkpoint", sorted(folder.iterdir()), in_place=False)
+
+    def _show_time(self, least_s: float) -> None:
+        """Shows how the run's time was spent, if that was last done at least `least_s` ago."""
+        if time.monotonic() - self._booked >= least_s:
+            self._booked = time.monotonic()
+            spent = account.of_run(self._run, self._run.read_launch(), self._run.read_status(), now())
+            self._dashboard.log(spent.useful_steps, account_row(spent))
 
     def _keep(self, kind: str, files: list[Path], *, in_place: bool) -> None:
         name = f"{self._experiment}-{self._run.path.name}-{kind}"

@@ -15,7 +15,7 @@ from jobs.runtime.signals import SignalWatch
 from jobs.runtime.surroundings import undisturbed
 from jobs.storage import job_ids
 from jobs.storage.ownership import Superseded
-from jobs.storage.records import now
+from jobs.storage.records import append_timing, now
 from jobs.storage.run_folder import RunFolder, State
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
     runs = [RunFolder(folder) for folder in folders]
     before = [run.read_status() for run in runs]
     for run, status in zip(runs, before, strict=True):
+        append_timing(run, {"event": State.QUEUED, **({"heard": status["updated"]} if "updated" in status else {})})
         write_json(run.status, {**status, "state": State.QUEUED, "updated": now()})
     try:
         job_id = submit()

@@ -1,9 +1,11 @@
 """Checkpoints, metrics, status and messages of a training, which only its first process writes."""
 
+import os
 import resource
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from jobs.runtime.job import JobError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
-from jobs.storage.records import Metrics, Status, append_timing, read_jsonl
+from jobs.storage.records import Metrics, Status, append_timing, last_step, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
@@ -94,6 +96,8 @@ class RunRecorder(Recorder):
         self._run, self._training, self._console, self._facts = run, training, console, facts
         self._owner = owner
         self._status = Status(run, owner, settings.steps, on_slurm)
+        # Before Metrics cuts lines: how far a job has come that was killed.
+        self._reached = max(self._status.previous.get("step", 0), last_step(run.metrics))
         self._writer = checkpoints.Writer(
             run.checkpoints, settings.keep_checkpoints, training.step, owner.check, console.say, run.drawn_steps
         )
@@ -111,13 +115,16 @@ class RunRecorder(Recorder):
     def start(self) -> None:
         step, floor = self._training.step, self._training.experiment.loss_floor()
         marks = {"event": "start", "step": step, "restarts": self._status.values["restarts"], "loss_floor": floor}
-        append_timing(self._run, {**marks, **self._facts})
+        account = {"began": _began(), "on_slurm": self._status.values["on_slurm"], "reached": self._reached}
+        heard = {"heard": self._status.previous["updated"]} if "updated" in self._status.previous else {}
+        append_timing(self._run, {**marks, **account, **heard, **self._facts})
         self._status.write(step=step)
         self._follower = follow_training(self._run, self._owner, self._console.say)
 
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
             self._console.say(f"Compiled the network in {short(compile_s)} (--train.compile).")
+        append_timing(self._run, {"event": "begin", "step": self._training.step, "compile_s": round(compile_s or 0, 3)})
         # Rates count steps alone, so the clock starts after compiling.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)
@@ -169,14 +176,13 @@ class RunRecorder(Recorder):
         self._progress.close()
         self._ended = True
         elapsed = time.monotonic() - self._started
-        waited = self._writer.waited_s + self._snapshot_s
         images = (self._training.step - self._first_step) * self._training.settings.batch_size
         timing = {
             "event": state,
             "step": self._training.step,
             "seconds": round(elapsed, 3),
             "images_per_s": round(images / elapsed, 1),
-            "checkpoint_wait_s": round(waited, 4),
+            "checkpoint_wait_s": self._checkpoint_wait_s(),
             "memory_mb": _memory_mb(self._training.world.device),
         }
         append_timing(self._run, timing)
@@ -187,6 +193,8 @@ class RunRecorder(Recorder):
 
     def draw(self) -> None:
         self._progress.close()
+        mark = {"event": "figures", "step": self._training.step, "checkpoint_wait_s": self._checkpoint_wait_s()}
+        append_timing(self._run, mark)
         self._missing = decorate("figures and final numbers", self._draw, self._console.say, self._console.log)
 
     def _draw(self) -> None:
@@ -232,8 +240,13 @@ class RunRecorder(Recorder):
         append_timing(self._run, timing)
 
     def _read_clock(self) -> "_Clock":
-        training, checkpoint_s = self._training, self._writer.waited_s + self._snapshot_s
-        return _Clock(time.monotonic(), training.step, training.data_s, checkpoint_s, training.communication_s)
+        training = self._training
+        communication_s = training.communication_s
+        return _Clock(time.monotonic(), training.step, training.data_s, self._checkpoint_wait_s(), communication_s)
+
+    def _checkpoint_wait_s(self) -> float:
+        """How long this job's steps have waited for checkpoints so far."""
+        return round(self._writer.waited_s + self._snapshot_s, 6)
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -261,3 +274,10 @@ def _memory_mb(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10  # Linux counts in kB
+
+
+def _began() -> str:
+    """When this process began: long before its first step, because it had to import torch and to meet the others."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return now(ago_s=age_s)

@@ -9,7 +9,8 @@ from typing import Any
 from diffusion.errors import UserError
 from jobs.experiments import experiment_json
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import checkpoints, job_ids
+from jobs.storage import account, checkpoints, job_ids
+from jobs.storage.records import now
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 from jobs.watch import states
@@ -25,8 +26,12 @@ def all_jobs(run: RunFolder) -> list[str]:
 def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, Any]:
     """Describes the run for scripts; `jobs` is what Slurm says of `all_jobs`, None if it does not answer."""
     status, launch = states.read_status(run), states.read_launch(run)
+    overview = states.summarize(run, jobs)
+    until = now() if overview.state in states.UNSETTLED else None
+    time = account.of_run(run, launch, {**status, "state": overview.state}, until)
     return {
-        **asdict(states.summarize(run, jobs)),
+        **asdict(overview),
+        "time": {"whole_s": round(time.whole_s, 3), **asdict(time)},
         "settings": _settings(run),
         "checkpoints": checkpoints.steps(run.checkpoints),
         "samples": [_samples(run, path.parent) for path in sorted(run.path.glob("samples/*/manifest.json"))],
@@ -45,6 +50,7 @@ def render(detail: dict[str, Any], width: int) -> str:
     is_said_below = failed and detail["reason"] in detail["traceback"]
     reason = "" if is_said_below or not detail["reason"] else f" ({detail['reason']})"
     lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]
+    lines += _line("time", *_time(detail["time"]))
     lines += _line("missing", detail["missing"]) if detail["missing"] else []
     lines += _line("settings", *(f"{flag} {value}" for flag, value in detail["settings"].items()))
     lines += _line("checkpoints", *(f"{step}" for step in detail["checkpoints"]))
@@ -74,6 +80,14 @@ def _progress(detail: dict[str, Any]) -> str:
         f"last heard of {tables.short(age_s)} ago" if silent else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _time(time: dict[str, Any]) -> list[str]:
+    """Says how the time since the first submission was spent, without the parts that took none of it."""
+    whole_s, redone = time["whole_s"], time["redone_steps"]
+    parts = [(name, time["seconds"][part]) for part, name in account.PARTS.items()]
+    shares = [f"{name} {tables.short(spent)} ({spent / whole_s:.0%})" for name, spent in parts if spent >= 0.5]
+    return [f"{tables.short(whole_s)} in all", *shares, *([f"{redone:,} steps redone"] if redone else [])]
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

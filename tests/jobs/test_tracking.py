@@ -103,6 +103,9 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     restarts = [row for segment in segments(moved) for row in history(segment, "run/restarts")]
     assert sorted({count for _, count in restarts}) == [0, 1, 2, 3]
     assert (moved / "figures" / "training.png").stat().st_size > 10_000
+    times = json.loads(done("status", moved, "--json", cwd=tmp_path).out)["time"]
+    rows = [history(segments(moved)[-1], name)[-1][1] for name in ("time/redone_steps", "time/useful_s")]
+    assert rows == [times["redone_steps"], pytest.approx(times["seconds"]["useful"], rel=0.01)]
 
 
 def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures(tmp_path: Path) -> None:

@@ -56,6 +56,10 @@ def job_ids(root: Path) -> list[str]:
     return ids
 
 
+def merge_log(root: Path, job_id: str) -> str:
+    return (root / "runs" / "1d" / "a" / "slurm" / f"{job_id}_0_log.out").read_text()
+
+
 def elements(root: Path) -> list[int]:
     """Processes of the array's running tasks."""
     found = []
@@ -123,6 +127,28 @@ def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, ro
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
+def test_an_array_makes_up_for_a_killed_element_by_itself(tidy: DevCluster, root: Path) -> None:
+    on_slurm(root, tidy)
+    wait_until(lambda: bool(elements(root)), timeout_s=120)
+    os.kill(elements(root)[0], signal.SIGKILL)
+    wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
+    _, merge, _, last = job_ids(root)
+    assert "1 of 5 shards are missing." in merge_log(root, merge)
+    assert tidy.wait_for_job(last, "COMPLETED")
+    assert_same_samples(root)
+
+
+@pytest.mark.parametrize("element", [0, 4])
+def test_a_cancelled_element_stays_away(element: int, tidy: DevCluster, root: Path) -> None:
+    on_slurm(root, tidy)  # two elements run at once, so the last one waits
+    array, merge = job_ids(root)
+    wait_until(lambda: bool(elements(root)), timeout_s=120)
+    tidy.run("scancel", f"{array}_{element}")
+    wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
+    assert job_ids(root) == [array, merge]
+    assert "1 of 5 shards are missing.\nRun the same command again." in merge_log(root, merge)
+
+
 def test_preempted_tasks_come_back_alone(tidy: DevCluster, root: Path) -> None:
     on_slurm(root, tidy)
     wait_until(lambda: len(shards(root)) >= 1, timeout_s=120)
@@ -142,10 +168,7 @@ def test_a_dead_node_takes_only_its_own_tasks_along(tidy: DevCluster, root: Path
         tidy.wait_for_node(busy[0], "DOWN", timeout_s=90)
     finally:
         tidy.start_node(busy[0])
-    _, merge = job_ids(root)
-    tidy.wait_for_job(merge, "COMPLETED", "FAILED", timeout_s=240)
-    ended = on_slurm(root, tidy, "--wait")
-    assert ended.code == 0, ended
+    wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
     assert_same_samples(root)
 
 
