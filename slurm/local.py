@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +28,8 @@ class Outcome:
     """The first process that failed, if one did."""
     signal: str | None = None
     """The name of the signal that ended it, if one did."""
+    was_told_to_stop: bool = False
+    """Whether this process has been sent a signal that means "save"."""
 
 
 def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()) -> Outcome:
@@ -37,14 +39,16 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
     They inherit the file descriptors `keep_open`.
     """
     children = _start(pickle.dumps(job), processes, keep_open)
+    told: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        told.append(number)
         for child in children:
             child.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in signals.SAVE}
     try:
-        return _wait(children)
+        return replace(_wait(children), was_told_to_stop=bool(told))
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -67,13 +71,18 @@ def environment(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
+def _alone(port: int) -> dict[str, str]:
+    """Returns the environment of a process that has no others to find: as if it were this one."""
+    return {**os.environ, "PYTHONPATH": environment(0, 1, port)["PYTHONPATH"]}
+
+
 def _start(job: bytes, processes: int, keep_open: Sequence[int]) -> list[subprocess.Popen[bytes]]:
     port = _free_port()
     children = []
     for rank in range(processes):
         child = subprocess.Popen(
             [sys.executable, "-u", "-m", "slurm.worker"],
-            env=environment(rank, processes, port),
+            env=environment(rank, processes, port) if processes > 1 else _alone(port),
             stdin=subprocess.PIPE,
             stdout=None if rank == 0 else subprocess.DEVNULL,
             # In a session of its own, so that Ctrl-C on the terminal reaches the parent alone, which passes it on.

@@ -12,7 +12,7 @@ from slurm import queue
 from slurm.environment import outside_any_job
 from slurm.errors import SlurmError, UserError
 from slurm.profile import Profile
-from slurm.task import SlurmTask, Work
+from slurm.task import Retried, SlurmTask, Work
 
 if TYPE_CHECKING:
     from submitit.slurm.slurm import SlurmExecutor
@@ -104,6 +104,10 @@ class Submission:
         except (FailedJobError, FailedSubmissionError) as error:
             raise SlurmError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None
 
+    @property
+    def _is_retried(self) -> bool:
+        return any(isinstance(work, Retried) and work.retries > 0 for work in self.works)
+
     def _parameters(self) -> dict[str, Any]:
         profile, shape = self.profile, self.shape
         exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.environment.items()]
@@ -123,7 +127,8 @@ class Submission:
             "array_parallelism": self.at_once,
             "signal_delay_s": profile.signal_delay_s,
             "stderr_to_stdout": True,
-            "setup": [*profile.setup, *exports],
+            "setup": [*profile.setup, *exports, *([_LOG_START] if self._is_retried else [])],
+            "teardown": [_after(self.folder)] if self._is_retried else None,
             # --cpus-per-task: Slurm 22.05 and later do not hand it on to srun. --kill-on-bad-exit: one failed task must
             # end the others. --wait=0: after the first has ended well, the others may take long, whatever the site's
             # WaitTime. --distribution: neighbours in rank share a node, and a socket.
@@ -134,6 +139,16 @@ class Submission:
             # requeue: a site with JobRequeue=0 would refuse it. chdir: there `python -m` looks for modules first.
             "additional_parameters": {"requeue": True, "chdir": str(self.code)},
         }
+
+
+_LOG_START = "log_start=$(stat --dereference --format=%s /proc/self/fd/2)"
+"""The size of the job's log before this attempt, which is appended to those before it."""
+
+
+def _after(folder: Path) -> str:
+    """Returns a line of the script: what is done when srun has failed. It says how the job ends, too."""
+    after = f"{shlex.quote(sys.executable)} -m slurm.after {shlex.quote(str(folder))} $code $log_start"
+    return f"code=$?; [ $code = 0 ] || exec {after}"
 
 
 def _executor(folder: Path) -> "SlurmExecutor":

@@ -451,6 +451,20 @@ FAULTS = [
         "tests/jobs/test_parallel.py::test_a_failing_process_ends_the_others",
     ),
     Fault(
+        "a budget of new starts is never whole again",
+        "jobs/storage/faults.py",
+        "[fault for fault in past if fault.checkpoint == checkpoint]",
+        "past",
+        "tests/jobs/test_retries.py::test_the_budget_is_for_tries_without_progress",
+    ),
+    Fault(
+        "a fault of the code is tried again like one of the machine",
+        "jobs/storage/faults.py",
+        "again = first is None and len",
+        "again = len",
+        "tests/jobs/test_retries.py::test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebacks",
+    ),
+    Fault(
         "SIGTERM is not passed on to the processes of a job",
         "slurm/signals.py",
         "SAVE = (signal.SIGINT, signal.SIGTERM,",
@@ -522,6 +536,14 @@ FAULTS = [
         '"--kill-on-bad-exit=1"',
         '"--kill-on-bad-exit=0"',
         "tests/slurm/test_task.py::test_a_task_that_fails_ends_the_others",
+        slurm=True,
+    ),
+    Fault(
+        "a job whose task is killed stays dead",
+        "slurm/submit.py",
+        'return f"code=$?; [ $code = 0 ] || exec {after}"',
+        'return "true"',
+        "tests/slurm/test_survival.py::test_a_job_whose_task_is_killed_is_queued_again",
         slurm=True,
     ),
     Fault(

@@ -6,21 +6,24 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UserError
 from jobs.files import write_json
-from jobs.runtime.job import JobError, Requeue, process_rank
+from jobs.runtime.job import JobError, MachineError, Requeue, is_outside, process_node, process_rank
 from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch
 from jobs.runtime.surroundings import undisturbed
-from jobs.storage import job_ids
+from jobs.storage import faults, job_ids
 from jobs.storage.ownership import Superseded
 from jobs.storage.records import now
 from jobs.storage.run_folder import RunFolder, State
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
+
+ComeBack = Callable[[Sequence[str]], str | None]
+"""Starts a job again, without the nodes that are named; returns its id on Slurm, "" here, None if that fails."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class TrainJob:
     run: Path
     processes: int
     device: "Kind"
+    retries: int = 0
+    """How often it is tried again after a fault that is not its own, without progress between."""
 
     def __call__(self, requeue: Requeue | None = None) -> int:
         # DDP's C++ code warns about find_unused_parameters, which is set on purpose (see jobs/runtime/world.py).
@@ -43,15 +48,40 @@ class TrainJob:
                 return train(RunFolder(self.run), self.processes, self.device, signals, requeue)
             except Superseded as error:
                 print(error, file=sys.stderr)
+            except MachineError as error:
+                self._failed_here(str(error), outside=True)
             except (UserError, JobError) as error:
                 self.failed(process_rank(), str(error))
-            except Exception:
-                self.failed(process_rank(), traceback.format_exc())
+            except Exception as error:
+                at = error.__dict__.pop("__notes__", [])  # first, because the last line is to say what it is
+                self._failed_here("\n".join([*at, traceback.format_exc()]), outside=is_outside(error))
         return 1
 
     def failed(self, rank: int, trace: str) -> None:
+        self._record(rank, trace, state=State.FAILED)
+
+    def _failed_here(self, trace: str, *, outside: bool) -> None:
+        """Records a failure of this process; `ended` decides what follows from it, if the job may be tried again."""
+        for_good = {} if self.retries else {"state": State.FAILED}
+        self._record(process_rank(), trace, outside=outside, node=process_node(), **for_good)
+
+    def ended(self, cause: str | None, node: str | None, come_back: ComeBack) -> bool:
+        run = RunFolder(self.run)
+        fault = faults.judge(run, self.retries, cause, node)
+        if fault is None or not fault.again:
+            return False
+        where = f" on {fault.node}" if fault.node is not None else ""
+        print(f"{fault.cause}{where}. The job is tried again.", file=sys.stderr, flush=True)
+        job_id = come_back(fault.left_out)
+        if job_id is None:
+            faults.fail(run, f"{fault.traceback or ''}\n{fault.cause}; the job could not be queued again".lstrip())
+        elif job_id and job_id not in run.read_launch().get("job_ids", []):
+            run.add_job("job_ids", job_id)
+        return job_id is not None
+
+    def _record(self, rank: int, trace: str, **facts: Any) -> None:
         try:
-            first = RunFolder(self.run).write_failure(rank, trace)
+            first = RunFolder(self.run).write_failure(rank, trace, **facts)
         except OSError as error:  # the disk may be full; then the terminal must do
             first, trace = True, f"{trace}\n(not recorded: {error})"
         # Later failures follow from the first one, so only the first traceback is printed.

@@ -66,9 +66,10 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     except NotFinite as error:
         good = next(iter(checkpoints.steps(run.checkpoints)), "0, the beginning")
         raise NotFinite(f"{error}; the last good checkpoint is of step {good}") from None
-    except Exception:
+    except Exception as error:
         # A process that fails because its run has been taken over must not mark the new job's run as failed.
         owner.check()
+        error.add_note(f"At step {training.step:,}.")  # by which it is known again if it comes twice
         raise
     finally:
         recorder.close()

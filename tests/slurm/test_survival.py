@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.storage import faults
+from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
@@ -194,26 +196,31 @@ def test_scancel_ends_a_run_for_good_with_a_last_checkpoint(site: Site) -> None:
     assert site.cluster.job(site.job_id(run))["Restarts"] == "0"
 
 
-def test_a_crash_of_one_rank_ends_the_job_with_its_traceback_and_does_not_loop(site: Site) -> None:
-    run = site.train("a", 4, steps=100_000)
-    site.wait_for_step(run, 100)
+def test_a_job_whose_task_is_killed_is_queued_again(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
+    expected = undisturbed(2)
+    run = site.train("a", 2, slow=True)
+    site.wait_for_step(run, 120)
+    node = site.cluster.job(site.job_id(run))["NodeList"]
     pids = task_pids(run)
-    assert len(pids) == 4
-    os.kill(pids[2], signal.SIGKILL)
-    site.wait_for_state(run, "failed", timeout_s=60)
-    job = site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
-    assert job["Restarts"] == "0"
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
     wait_until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()])
+    site.finish(run)
+    (fault,) = faults.read(RunFolder(run))
+    assert (fault.cause, fault.node, fault.again) == ("task 1 was ended: Killed", node, True)
+    assert status(run)["restarts"] == 1
+    assert_equal(run, expected)
 
 
-def test_a_failing_rank_puts_its_own_traceback_into_the_status(site: Site) -> None:
-    """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone."""
+def test_a_rank_that_fails_twice_at_the_same_step_puts_its_own_tracebacks_into_the_status(site: Site) -> None:
+    """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone, and so once more."""
     run = site.train("a", 2, "--slurm.partition", "low", steps=100_000)
     breakage = "        import os\n        assert os.environ['RANK'] != '1' or self.step < 50, 'broken on purpose'\n"
     change(run / "code" / "jobs" / "train" / "state.py", UPDATE, UPDATE + breakage)
     site.wait_for_state(run, "failed", timeout_s=120)
     assert status(run)["failed_rank"] == 1
-    assert "broken on purpose" in status(run)["traceback"]
+    assert status(run)["traceback"].count("AssertionError: broken on purpose") == 2
+    assert restarts(run) == 1
     site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
 
 

@@ -1,0 +1,118 @@
+"""faults.jsonl: what has stopped a run without anybody's wish, and whether it was tried again.
+
+A step is a pure function. So the same exception at the same step twice is the code's fault and ends the run. Anything
+else may be the machine's (a killed process, a lost node, a failing network or disk), and the run is tried again, as
+often as its budget allows without progress. Progress is a newer checkpoint.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.files import write_json
+from jobs.storage import checkpoints
+from jobs.storage.records import now, read_jsonl
+from jobs.storage.run_folder import RunFolder, State
+
+TWICE = 2
+"""A node on which so many jobs of a run have died without progress is left out."""
+WITHOUT_A_WORD = "died without a word"
+"""The cause where nobody knows one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One end that nobody wished."""
+
+    time: str
+    cause: str
+    """One line."""
+    node: str | None
+    """Where it began, if that is known."""
+    checkpoint: int
+    """The step of the newest checkpoint at that time."""
+    again: bool
+    """Whether the run was tried again."""
+    left_out: Sequence[str] = ()
+    """Nodes that are left out from then on."""
+    traceback: str | None = None
+
+
+def read(run: RunFolder) -> list[Fault]:
+    """Reads all faults since a person has started or continued the run."""
+    lines: list[dict[str, Any]] = []
+    for line in read_jsonl(_path(run)):
+        lines = [] if "continued" in line else [*lines, line]
+    return [Fault(**line) for line in lines]
+
+
+def forgive(run: RunFolder) -> None:
+    """Gives the run a new budget, because a person continues it."""
+    if _path(run).exists():
+        _append(run, {"continued": now()})
+
+
+def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> Fault | None:
+    """Decides whether a run is tried again whose processes have ended badly, and writes that down.
+
+    `cause` is what is known from outside, such as a signal that has ended a process, and `node` where. Returns None if
+    the end is no such fault: the run has come to an end of its own, or was used wrongly.
+    """
+    status, failure = run.read_status(), run.read_failure()
+    if "state" in failure or run.state() not in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED):
+        return None
+    trace: str | None = failure.get("traceback")
+    past, checkpoint = read(run), next(iter(checkpoints.steps(run.checkpoints)), 0)
+    tries = [fault for fault in past if fault.checkpoint == checkpoint]
+    if cause is None:
+        cause = trace.strip().splitlines()[-1] if trace is not None else WITHOUT_A_WORD
+        node = failure.get("node", node)
+        # What the machine does may come twice at the same step, too: its budget decides.
+        first = None if failure.get("outside") else next((f for f in past if _same(f.traceback, trace)), None)
+    else:
+        first = None
+    nodes = [fault.node for fault in tries] + [node]
+    dead = {node for node in nodes if node is not None and nodes.count(node) >= TWICE}
+    left_out = sorted(dead.union(*(fault.left_out for fault in past)))
+    again = first is None and len(tries) < budget
+    fault = Fault(
+        time=now(), cause=cause, node=node, checkpoint=checkpoint, again=again, left_out=left_out, traceback=trace
+    )
+    _append(run, asdict(fault))
+    if again:
+        run.clear_failure()  # the next job may die before it does that
+        write_json(run.status, {**status, "state": State.REQUEUED, "updated": now()})
+    elif first is not None:
+        fail(run, f"{first.traceback}\nAnd after a new start, at the same step again:\n\n{trace}")
+    else:
+        count = f"{len(tries)} new start{'s' if len(tries) != 1 else ''}"
+        fail(run, f"{trace or ''}\n{cause}; {count} brought no progress".lstrip())
+    return fault
+
+
+def fail(run: RunFolder, trace: str) -> None:
+    """Writes down that the run has failed for good."""
+    rank = run.read_failure().get("failed_rank")
+    status = {**run.read_status(), "state": State.FAILED, "failed_rank": rank, "traceback": trace, "updated": now()}
+    write_json(run.status, status)
+
+
+def _same(trace: str | None, other: str | None) -> bool:
+    """Whether two tracebacks, which name the step, are of one and the same exception; addresses may differ."""
+    return trace is not None and other is not None and _plain(trace) == _plain(other)
+
+
+def _plain(trace: str) -> str:
+    return re.sub(r"0x[0-9a-f]+", "0x", trace)
+
+
+def _path(run: RunFolder) -> Path:
+    return run.path / "faults.jsonl"
+
+
+def _append(run: RunFolder, values: dict[str, Any]) -> None:
+    with _path(run).open("a") as file:
+        file.write(json.dumps(values) + "\n")
