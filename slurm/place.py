@@ -48,8 +48,8 @@ class Here:
 
         A job that may be tried again is a child even if it is alone, because somebody must outlive it.
         """
-        retried = job if isinstance(job, Retried) and job.retries > 0 else None
-        if self.processes == 1 and retried is None:
+        retried = job if isinstance(job, Retried) else None
+        if self.processes == 1 and (retried is None or retried.retries == 0):
             return job()
         while True:
             outcome = local.run(job, self.processes, keep_open=[] if keep_open is None else [keep_open])

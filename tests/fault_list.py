@@ -465,6 +465,20 @@ FAULTS = [
         "tests/jobs/test_retries.py::test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebacks",
     ),
     Fault(
+        "a process that hangs is left alone",
+        "jobs/health/watcher.py",
+        "    os.kill(worker, signal.SIGKILL)\n",
+        "    os.kill(worker, signal.SIGCONT)\n",
+        "tests/jobs/test_hangs.py::test_a_call_that_lets_no_other_python_thread_run_is_noticed_too",
+    ),
+    Fault(
+        "a machine that sleeps is taken for a hang",
+        "jobs/health/watcher.py",
+        "min(time.monotonic() - before, 2 * TICK_S)",
+        "time.monotonic() - before",
+        "tests/jobs/test_hangs.py::test_a_pause_within_the_patience_and_a_job_that_is_paused_as_a_whole_go_on",
+    ),
+    Fault(
         "SIGTERM is not passed on to the processes of a job",
         "slurm/signals.py",
         "SAVE = (signal.SIGINT, signal.SIGTERM,",

@@ -19,6 +19,12 @@ from jobs.storage.run_folder import RunFolder, State
 
 TWICE = 2
 """A node on which so many jobs of a run have died without progress is left out."""
+HANG = "hang"
+"""The folder below the run's for the stacks of processes that hung."""
+HUNG = re.compile(
+    r"process \d+ on (?P<node>\S+): no progress for \d+ s in (?:step (?P<step>\d+)|[^,]+)(?P<state>, .+)?"
+)
+"""The first line of each of these files (jobs/health/watcher.py)."""
 WITHOUT_A_WORD = "died without a word"
 """The cause where nobody knows one."""
 
@@ -39,6 +45,8 @@ class Fault:
     left_out: Sequence[str] = ()
     """Nodes that are left out from then on."""
     traceback: str | None = None
+    hang: str | None = None
+    """The folder below the run's where the stacks of its processes are, if they hung."""
 
 
 def read(run: RunFolder) -> list[Fault]:
@@ -51,8 +59,9 @@ def read(run: RunFolder) -> list[Fault]:
 
 def forgive(run: RunFolder) -> None:
     """Gives the run a new budget, because a person continues it."""
-    if _path(run).exists():
-        _append(run, {"continued": now()})
+    seen = [folder.name for folder in _hangs(run)]
+    if _path(run).exists() or seen:
+        _append(run, {"continued": now(), "hangs": seen})
 
 
 def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> Fault | None:
@@ -67,19 +76,28 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> F
     trace: str | None = failure.get("traceback")
     past, checkpoint = read(run), next(iter(checkpoints.steps(run.checkpoints)), 0)
     tries = [fault for fault in past if fault.checkpoint == checkpoint]
-    if cause is None:
+    hang = new_hang(run)
+    first = None
+    if hang is not None:
+        cause, node = describe_hang(hang)
+    elif cause is None:
         cause = trace.strip().splitlines()[-1] if trace is not None else WITHOUT_A_WORD
         node = failure.get("node", node)
         # What the machine does may come twice at the same step, too: its budget decides.
         first = None if failure.get("outside") else next((f for f in past if _same(f.traceback, trace)), None)
-    else:
-        first = None
     nodes = [fault.node for fault in tries] + [node]
     dead = {node for node in nodes if node is not None and nodes.count(node) >= TWICE}
     left_out = sorted(dead.union(*(fault.left_out for fault in past)))
     again = first is None and len(tries) < budget
     fault = Fault(
-        time=now(), cause=cause, node=node, checkpoint=checkpoint, again=again, left_out=left_out, traceback=trace
+        time=now(),
+        cause=cause,
+        node=node,
+        checkpoint=checkpoint,
+        again=again,
+        left_out=left_out,
+        traceback=trace,
+        hang=None if hang is None else f"{HANG}/{hang.name}",
     )
     _append(run, asdict(fault))
     if again:
@@ -88,9 +106,32 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> F
     elif first is not None:
         fail(run, f"{first.traceback}\nAnd after a new start, at the same step again:\n\n{trace}")
     else:
-        count = f"{len(tries)} new start{'s' if len(tries) != 1 else ''}"
-        fail(run, f"{trace or ''}\n{cause}; {count} brought no progress".lstrip())
+        count = f"; {len(tries)} new start{'s' if len(tries) > 1 else ''} brought no progress" if tries else ""
+        fail(run, f"{trace or ''}\n{cause}{count}".lstrip())
     return fault
+
+
+def new_hang(run: RunFolder) -> Path | None:
+    """Returns the folder of stacks of a job that has hung, if nobody has taken note of it yet."""
+    lines = read_jsonl(_path(run))
+    known = {Path(line["hang"]).name for line in lines if line.get("hang")}.union(*(x.get("hangs", ()) for x in lines))
+    return next((folder for folder in _hangs(run) if folder.name not in known), None)
+
+
+def _hangs(run: RunFolder) -> list[Path]:
+    """Returns all folders of stacks, newest first."""
+    return sorted((run.path / HANG).glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def describe_hang(folder: Path) -> tuple[str, str | None]:
+    """Says which process of a job that hung is behind, and on which node: one that is stopped, or has done least."""
+    heads = [path.read_text().partition("\n")[0] for path in sorted(folder.glob("process-*.txt"))]
+    found = [match for head in heads if (match := HUNG.fullmatch(head)) is not None]
+    if not found:
+        return "a process hung", None
+    doing = [int(match["step"]) if match["step"] else -1 for match in found]
+    behind = min(range(len(found)), key=lambda i: (found[i]["state"] is None, doing[i]))
+    return f"hung: {found[behind][0]}", found[behind]["node"]
 
 
 def fail(run: RunFolder, trace: str) -> None:

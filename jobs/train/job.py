@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UserError
 from jobs.files import write_json
+from jobs.health.watchdog import Watchdog
 from jobs.runtime.job import JobError, MachineError, Requeue, is_outside, process_node, process_rank
 from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch
@@ -41,11 +42,11 @@ class TrainJob:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         keep_freed_memory()
         # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
-        with undisturbed(), SignalWatch() as signals:
+        with undisturbed(), SignalWatch() as signals, Watchdog(self.run / faults.HANG, self._advice) as watchdog:
             try:
                 from jobs.train.loop import train
 
-                return train(RunFolder(self.run), self.processes, self.device, signals, requeue)
+                return train(RunFolder(self.run), self.processes, self.device, signals, watchdog, requeue)
             except Superseded as error:
                 print(error, file=sys.stderr)
             except MachineError as error:
@@ -53,9 +54,14 @@ class TrainJob:
             except (UserError, JobError) as error:
                 self.failed(process_rank(), str(error))
             except Exception as error:
-                at = error.__dict__.pop("__notes__", [])  # first, because the last line is to say what it is
-                self._failed_here("\n".join([*at, traceback.format_exc()]), outside=is_outside(error))
+                # By what was being done the exception is known again if it comes twice.
+                self._failed_here(f"In {watchdog.doing}:\n{traceback.format_exc()}", outside=is_outside(error))
         return 1
+
+    @property
+    def _advice(self) -> str:
+        """What a person is told if the job hangs: nothing if it is tried again."""
+        return "" if self.retries else f"Continue with: python launch.py resume {RunFolder(self.run)}"
 
     def failed(self, rank: int, trace: str) -> None:
         self._record(rank, trace, state=State.FAILED)
@@ -68,10 +74,12 @@ class TrainJob:
     def ended(self, cause: str | None, node: str | None, come_back: ComeBack) -> bool:
         run = RunFolder(self.run)
         fault = faults.judge(run, self.retries, cause, node)
-        if fault is None or not fault.again:
+        if fault is None:
             return False
-        where = f" on {fault.node}" if fault.node is not None else ""
-        print(f"{fault.cause}{where}. The job is tried again.", file=sys.stderr, flush=True)
+        then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"
+        print(f"{fault.cause}. {then}", file=sys.stderr, flush=True)
+        if not fault.again:
+            return False
         job_id = come_back(fault.left_out)
         if job_id is None:
             faults.fail(run, f"{fault.traceback or ''}\n{fault.cause}; the job could not be queued again".lstrip())

@@ -60,7 +60,9 @@ def render(detail: dict[str, Any], width: int) -> str:
             lines += _line(label, f"{job_id} {state}")
     for fault in detail["faults"][-SHOWN_FAULTS:]:
         where = f" on {fault['node']}" if fault["node"] is not None else ""
-        then = "tried again" if fault["again"] else "not tried again"
+        then = ("tried again" if fault["again"] else "not tried again") + (
+            f", stacks in {fault['hang']}" if fault["hang"] else ""
+        )
         lines += _line("fault", f"{fault['time'][:19]} after step {fault['checkpoint']}: {fault['cause']}{where}", then)
     if detail["faults"] and (left_out := detail["faults"][-1]["left_out"]):
         lines += _line("left out", *left_out)

@@ -212,6 +212,24 @@ def test_a_job_whose_task_is_killed_is_queued_again(site: Site, undisturbed: Cal
     assert_equal(run, expected)
 
 
+def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]], tmp_path: Path
+) -> None:
+    expected = undisturbed(4)
+    profile = tmp_path / "hasty.toml"
+    profile.write_text('[environment]\nWATCHDOG_S = "5"\n')
+    run = site.train("a", 4, "--profile", profile, slow=True)
+    site.wait_for_step(run, 120)
+    os.kill(task_pids(run)[3], signal.SIGSTOP)
+    site.finish(run)
+    (fault,) = faults.read(RunFolder(run))
+    assert fault.cause.startswith("hung: process 3 on n")
+    assert fault.cause.endswith(", stopped")
+    assert fault.cause.split()[4].rstrip(":") == fault.node
+    assert len(list((run / str(fault.hang)).iterdir())) == 4
+    assert_equal(run, expected)
+
+
 def test_a_rank_that_fails_twice_at_the_same_step_puts_its_own_tracebacks_into_the_status(site: Site) -> None:
     """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone, and so once more."""
     run = site.train("a", 2, "--slurm.partition", "low", steps=100_000)
