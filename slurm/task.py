@@ -143,7 +143,9 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
     came_back = after.get("Restarts") != before.get("Restarts") or after.get("JobState") == "PENDING"
     if not came_back:
         return _resubmit(job_id, left_out)
-    if left_out and _has_enough_without(left_out, before):
+    if left_out and not _has_enough_without(left_out, before):
+        print(f"{', '.join(left_out)} cannot be left out: the partition has too few other nodes", flush=True)
+    elif left_out:
         # Only now, because Slurm changes this of a waiting job alone.
         subprocess.run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(left_out)}"], check=False)
     return job_id
@@ -151,9 +153,8 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
 
 def _has_enough_without(left_out: Sequence[str], job: dict[str, str]) -> bool:
     """Whether the job's partition has enough nodes besides these; if not, the job would wait for ever."""
-    shown = queue.ask(
-        "sinfo", "--noheader", "--Node", f"--partition={job.get('Partition')}", "--format=%N", timeout_s=None
-    ).stdout
+    command = ["sinfo", "--noheader", "--Node", "--responding", f"--partition={job.get('Partition')}", "--format=%N"]
+    shown = queue.ask(*command, timeout_s=None).stdout
     return len(set(shown.split()) - set(left_out)) >= int(job.get("NumNodes", "1").partition("-")[0])
 
 

@@ -22,8 +22,12 @@ LEAST_S = 60.0
 """Seconds that a step may take at least."""
 USUAL = 10.0
 """A step may take so many times as long as usual."""
-START, COMPILING, SAVING, FIGURES, END = 15, 30, 15, 15, 60
-"""How many times `LEAST_S` other work may take. At the end, processes wait for the one that saves and draws."""
+START, COMPILING, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 15, 15, 60, 60
+"""How many times `LEAST_S` other work may take.
+
+DRAWING is from one evaluation of a sampler to the next, or to the end of a shard, and UNIT a unit of an evaluation. At
+the END, processes wait for the one that saves and draws.
+"""
 DUMP = signal.SIGRTMIN + 7
 """This signal makes a process write the stacks of all its threads, even where Python itself does not run any more."""
 FOR_THE_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)

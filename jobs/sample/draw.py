@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
+from itertools import count
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Predict
 from diffusion.process.transfer import sent
 from jobs.files import sha256, write_atomically
+from jobs.health.watchdog import DRAWING, Watchdog
 from jobs.runtime.cuda_graphs import in_one_launch
 from jobs.runtime.job import JobError
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
@@ -27,7 +29,14 @@ from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 
 
-def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, show_progress: bool) -> None:
+def sample(
+    samples: SampleSet,
+    shards: Sequence[int],
+    device: Kind,
+    signals: SignalWatch,
+    watchdog: Watchdog,
+    show_progress: bool,
+) -> None:
     """Draws these shards; raises Stopped when a signal comes."""
     run = RunFolder(samples.run)
     precision = resolve_precision(samples.settings.precision, device)
@@ -40,9 +49,13 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
     console = Console(run.log)
     evaluate = in_one_launch(model.predict, console.say) if device == "cuda" else model.predict
 
+    evaluations = count(1)
+
     def predict(xt: Tensor, t: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
+        # A GPU may have much to do after the host has launched the last one.
+        watchdog.phase(f"evaluation {next(evaluations)} of the network", DRAWING)
         return evaluate(xt, t)
 
     progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)

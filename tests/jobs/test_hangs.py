@@ -58,6 +58,20 @@ def test_a_process_that_hangs_alone_is_ended_and_says_how_to_continue(tmp_path: 
     done("resume", run, "--train.steps", 1_000_001, "--dry-run", cwd=tmp_path)
 
 
+def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path) -> None:
+    done(*COMMAND, "--train.steps", 50, cwd=tmp_path, **NO_FIGURES)
+    run = tmp_path / "runs" / "1d" / "a"
+    sampling = ("sample", run, "--device", "cpu", "--name", "s", "--sampler", "ddpm", "--num-samples")
+    process = start(*sampling, 10_000_000, cwd=tmp_path, **{VARIABLE: "0.2"})
+    wait_until(lambda: len([*run.glob("samples/s/shard-*")]) > 0)
+    process.send_signal(signal.SIGSTOP)
+    ended = finish(process)
+    assert ended.code == -signal.SIGKILL
+    assert "no progress for 3 s in evaluation" in ended.err
+    assert ended.err.endswith("The same command draws what is missing.\n")
+    assert len([*run.glob("samples/s/hang/*/process-0.txt")]) == 1
+
+
 def test_a_pause_within_the_patience_and_a_job_that_is_paused_as_a_whole_go_on(tmp_path: Path) -> None:
     process = start(*COMMAND, "--train.steps", 1_000_000, cwd=tmp_path, **{**HASTY, VARIABLE: "2"})
     run = tmp_path / "runs" / "1d" / "a"

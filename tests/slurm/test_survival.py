@@ -230,6 +230,22 @@ def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
     assert_equal(run, expected)
 
 
+def test_a_node_on_which_a_run_dies_twice_without_progress_is_left_out(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]]
+) -> None:
+    expected = undisturbed(2)
+    bad, good = site.cluster.nodes
+    run = site.train("a", 2)
+    dies = f"        import os\n        if self.step == 50 and os.environ['SLURMD_NODENAME'] == '{bad}':\n"
+    change(run / "code" / "jobs" / "train" / "state.py", UPDATE, f"{UPDATE}{dies}            os.kill(os.getpid(), 9)\n")
+    site.finish(run)
+    found = faults.read(RunFolder(run))
+    assert [(fault.node, list(fault.left_out)) for fault in found] == [(bad, []), (bad, [bad])]
+    job = site.cluster.job(site.job_id(run))
+    assert (job["ExcNodeList"], job["NodeList"]) == (bad, good)
+    assert_equal(run, expected)
+
+
 def test_a_rank_that_fails_twice_at_the_same_step_puts_its_own_tracebacks_into_the_status(site: Site) -> None:
     """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone, and so once more."""
     run = site.train("a", 2, "--slurm.partition", "low", steps=100_000)
