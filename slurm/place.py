@@ -62,7 +62,7 @@ class Here:
                 if cause is not None:
                     job.failed(outcome.failed_rank, cause)
                 return outcome.exit_code
-            if not retried.ended(cause, platform.node(), lambda left_out: ""):
+            if not retried.ended(cause, platform.node(), None):
                 return outcome.exit_code
 
 

@@ -127,7 +127,7 @@ class Submission:
             "array_parallelism": self.at_once,
             "signal_delay_s": profile.signal_delay_s,
             "stderr_to_stdout": True,
-            "setup": [*profile.setup, *exports, *([_LOG_START] if self._is_retried else [])],
+            "setup": [*([_LOG_START] if self._is_retried else []), *profile.setup, *exports],
             "teardown": [_after(self.folder)] if self._is_retried else None,
             # --cpus-per-task: Slurm 22.05 and later do not hand it on to srun. --kill-on-bad-exit: one failed task must
             # end the others. --wait=0: after the first has ended well, the others may take long, whatever the site's

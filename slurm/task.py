@@ -46,11 +46,14 @@ class Retried(Protocol):
     retries: int
     """How often, without progress between; 0 is never."""
 
-    def ended(self, cause: str | None, node: str | None, come_back: Callable[[Sequence[str]], str | None]) -> bool:
+    def ended(
+        self, cause: str | None, node: str | None, come_back: Callable[[Sequence[str]], str | None] | None
+    ) -> bool:
         """Decides whether the job is tried again, records why, and if so calls `come_back`; returns whether it is.
 
         `cause` is what is known of the end from outside, and `node` where it began. `come_back` is given the nodes that
-        are to be left out; it returns the job's new id, "" if it has none, and None if the job cannot come back.
+        are to be left out; it returns the job's new id, and None if the job cannot come back. It is None itself where
+        whoever asks starts the job again.
         """
 
 

@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
+from diffusion.errors import UserError
+
 VARIABLE = "WATCHDOG_S"
 """The environment variable that replaces `LEAST_S`, and so changes all patience in proportion; 0 switches it off."""
 LEAST_S = 60.0
@@ -44,7 +46,11 @@ class Watchdog:
         """`advice` is a sentence for whoever sees the process end."""
         self.doing = "the start"
         self._folder, self._advice = folder, advice
-        self._least_s = float(os.environ.get(VARIABLE, LEAST_S))
+        given = os.environ.get(VARIABLE, str(LEAST_S))
+        try:
+            self._least_s = float(given)
+        except ValueError:
+            raise UserError(f"{VARIABLE} must be a number of seconds; got {given!r}") from None
         self._beats, self._first, self._steps = 0, 0.0, 0
         self._memory: mmap.mmap | None = None
         self._watcher: subprocess.Popen[bytes] | None = None

@@ -77,14 +77,14 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> F
     past, checkpoint = read(run), next(iter(checkpoints.steps(run.checkpoints)), 0)
     tries = [fault for fault in past if fault.checkpoint == checkpoint]
     hang = new_hang(run)
-    first = None
+    # What the machine does may come twice at the same step, too: its budget decides.
+    own = trace if hang is None and not failure.get("outside") else None
+    first = next((fault for fault in past if _same(fault.traceback, own)), None)
     if hang is not None:
         cause, node = describe_hang(hang)
-    elif cause is None:
+    elif own is not None or cause is None:
         cause = trace.strip().splitlines()[-1] if trace is not None else WITHOUT_A_WORD
         node = failure.get("node", node)
-        # What the machine does may come twice at the same step, too: its budget decides.
-        first = None if failure.get("outside") else next((f for f in past if _same(f.traceback, trace)), None)
     nodes = [fault.node for fault in tries] + [node]
     dead = {node for node in nodes if node is not None and nodes.count(node) >= TWICE}
     left_out = sorted(dead.union(*(fault.left_out for fault in past)))
@@ -99,15 +99,17 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> F
         traceback=trace,
         hang=None if hang is None else f"{HANG}/{hang.name}",
     )
-    _append(run, asdict(fault))
+    # Nothing is counted before all else is written: if the disk is full, all of this is done again.
     if again:
-        run.clear_failure()  # the next job may die before it does that
         write_json(run.status, {**status, "state": State.REQUEUED, "updated": now()})
     elif first is not None:
         fail(run, f"{first.traceback}\nAnd after a new start, at the same step again:\n\n{trace}")
     else:
         count = f"; {len(tries)} new start{'s' if len(tries) > 1 else ''} brought no progress" if tries else ""
         fail(run, f"{trace or ''}\n{cause}{count}".lstrip())
+    _append(run, asdict(fault))
+    if again:
+        run.clear_failure()  # the next job may die before it does that
     return fault
 
 

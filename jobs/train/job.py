@@ -1,7 +1,9 @@
 """A training as a job, for the place where it runs. Importable without torch, picklable."""
 
 import os
+import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
 
 ComeBack = Callable[[Sequence[str]], str | None]
-"""Starts a job again, without the nodes that are named; returns its id on Slurm, "" here, None if that fails."""
+"""Queues a job again, without the nodes that are named; returns its id, None if that fails."""
+FULL_S = (10, 60, 300)
+"""Pauses before what follows a fault is written once more, if the disk is full."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +75,32 @@ class TrainJob:
         for_good = {} if self.retries else {"state": State.FAILED}
         self._record(process_rank(), trace, outside=outside, node=process_node(), **for_good)
 
-    def ended(self, cause: str | None, node: str | None, come_back: ComeBack) -> bool:
+    def ended(self, cause: str | None, node: str | None, come_back: ComeBack | None) -> bool:
         run = RunFolder(self.run)
-        fault = faults.judge(run, self.retries, cause, node)
+        if _has_been_taken_over(run, on_slurm=come_back is not None):
+            return False
+        fault = self._judged(run, cause, node)
         if fault is None:
             return False
         then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"
         print(f"{fault.cause}. {then}", file=sys.stderr, flush=True)
-        if not fault.again:
-            return False
+        if not fault.again or come_back is None:
+            return fault.again
         job_id = come_back(fault.left_out)
         if job_id is None:
             faults.fail(run, f"{fault.traceback or ''}\n{fault.cause}; the job could not be queued again".lstrip())
-        elif job_id and job_id not in run.read_launch().get("job_ids", []):
+        elif job_id not in run.read_launch().get("job_ids", []):
             run.add_job("job_ids", job_id)
         return job_id is not None
+
+    def _judged(self, run: RunFolder, cause: str | None, node: str | None) -> faults.Fault | None:
+        for pause_s in FULL_S:
+            try:
+                return faults.judge(run, self.retries, cause, node)
+            except OSError as error:
+                print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
+                time.sleep(pause_s)
+        return faults.judge(run, self.retries, cause, node)
 
     def _record(self, rank: int, trace: str, **facts: Any) -> None:
         try:
@@ -98,6 +113,14 @@ class TrainJob:
 
     def submitted(self, submit: Callable[[], str]) -> str:
         return submit_runs([self.run], submit)
+
+
+def _has_been_taken_over(run: RunFolder, *, on_slurm: bool) -> bool:
+    """Whether a job somewhere else goes on with the run, so that this one must not come back."""
+    status = run.read_status()
+    if status.get("state") != State.RUNNING:
+        return False
+    return status["on_slurm"] != on_slurm or (not on_slurm and status["host"] != platform.node())
 
 
 def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:

@@ -2,15 +2,19 @@
 
 import json
 import os
+import platform
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from jobs.files import write_json
+from jobs.runtime.job import JobError, MachineError, is_outside
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
+from jobs.train.job import TrainJob
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until, workers
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
@@ -110,6 +114,35 @@ def test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebac
 
 def test_what_the_machine_does_may_come_twice_at_the_same_step(run: RunFolder) -> None:
     assert [fail(run, "OSError: [Errno 5]", outside=True).again for _ in range(4)] == [True, True, True, False]
+
+
+def test_whose_fault_an_exception_is() -> None:
+    theirs = (OSError(28, "No space left on device"), DistNetworkError("the other end"), MachineError("no GPU"))
+    gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    ecc = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    assert [is_outside(error) for error in (*theirs, gloo, ecc)] == [True] * 5
+    ours = (ValueError("connection"), RuntimeError("The size of tensor a (3) must match"), JobError("loss is NaN"))
+    assert [is_outside(error) for error in ours] == [False] * 3
+
+
+def test_an_exception_of_the_code_counts_even_if_another_process_is_killed_because_of_it(run: RunFolder) -> None:
+    for again in (True, False):
+        run.write_failure(1, "In step 50:\nValueError: why", outside=False, node="n1")
+        fault = die(run, cause="task 0 was ended: Aborted", node="n2")
+        assert (fault.cause, fault.node, fault.again) == ("ValueError: why", "n1", again)
+
+
+def test_a_job_whose_run_goes_on_elsewhere_does_not_come_back(run: RunFolder) -> None:
+    job = TrainJob(run.path, 1, "cpu", retries=3)
+    for where in ({"on_slurm": True, "host": platform.node()}, {"on_slurm": False, "host": "elsewhere"}):
+        write_json(run.status, {"state": State.RUNNING, **where})
+        assert not job.ended("process 0 was ended by SIGKILL", None, None)
+        assert faults.read(run) == []
+    assert not job.ended(
+        "task 0 was ended: Killed", None, lambda left_out: "17"
+    )  # the last one runs here, not on Slurm
+    write_json(run.status, {"state": State.RUNNING, "on_slurm": False, "host": platform.node()})
+    assert job.ended("process 0 was ended by SIGKILL", None, None)
 
 
 def test_a_run_that_has_ended_well_is_not_started_again(run: RunFolder) -> None:

@@ -212,6 +212,28 @@ def test_a_job_whose_task_is_killed_is_queued_again(site: Site, undisturbed: Cal
     assert_equal(run, expected)
 
 
+def test_a_node_that_dies_with_all_its_processes(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
+    """The survivors fail, because they lose the others: the job would be over before Slurm knows why."""
+    expected = undisturbed(4)
+    run = site.train("a", 4, slow=True)
+    site.wait_for_step(run, 120)
+    first, second = site.cluster.nodes
+    pids = task_pids(run)
+    assert len(pids) == 4
+    site.cluster.kill_node(second)
+    try:
+        for pid in pids[2:]:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(parent, signal.SIGKILL)  # slurmstepd
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids[:2]), timeout_s=120)
+    finally:
+        site.cluster.start_node(second)
+    site.finish(run)
+    assert status(run)["restarts"] == 1
+    assert_equal(run, expected)
+
+
 def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
     site: Site, undisturbed: Callable[[int], dict[str, bytes]], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
-from slurm import doctor, queue, task
+from slurm import after, doctor, queue, task
 from slurm.errors import UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
@@ -232,3 +232,21 @@ def test_ports_are_below_those_that_the_kernel_hands_out(monkeypatch: pytest.Mon
     assert 20_000 <= min(ports) < 20_500
     assert 32_000 < max(ports) < 32_768
     assert len(ports) > 900
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("srun: error: n1: task 1: Killed\nsrun: error: n2: task 2: Exited with exit code 1\n", ("Killed", "n1")),
+        (
+            "slurmstepd: error: Detected 1 oom_kill event\nsrun: error: c-17: tasks 0-3: Out Of Memory\n",
+            ("Out", "c-17"),
+        ),
+        ("loss 0.3\nsrun: error: n2: task 2: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n", (None, "n2")),
+        ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n", (None, None)),
+    ],
+)
+def test_which_task_died_first(log: str, expected: tuple[str | None, str | None]) -> None:
+    cause, node = after.first_end(log)
+    assert node == expected[1]
+    assert cause is None if expected[0] is None else expected[0] in str(cause)
