@@ -92,9 +92,11 @@ def sampling_phase(run: Path, device: "Kind") -> Measurements:
     from diffusion.gaussian1d.distances import wasserstein1
     from diffusion.gaussian1d.mixture import Mixture
     from diffusion.problems.gaussian1d import Gaussian1dProblem
+    from jobs.health.watchdog import Watchdog
     from jobs.runtime.malloc import keep_freed_memory
     from jobs.runtime.signals import SignalWatch
     from jobs.sample.draw import sample
+    from jobs.storage.faults import HANG
     from jobs.storage.run_folder import RunFolder
 
     keep_freed_memory()
@@ -105,7 +107,7 @@ def sampling_phase(run: Path, device: "Kind") -> Measurements:
     asked.write_manifest()
     with SignalWatch() as signals:
         started = time.perf_counter()
-        sample(asked, asked.missing(), device, signals, show_progress=False)
+        sample(asked, asked.missing(), device, signals, Watchdog(run / HANG), show_progress=False)
         seconds = time.perf_counter() - started
     drawn = np.concatenate([np.load(asked.shard_path(shard)) for shard in range(asked.num_shards)])
     assert len(drawn) == SAMPLES_1D

@@ -10,7 +10,7 @@ from commands.train import check_same_settings, choice, create, is_finished, run
 from commands.where import Launch, show
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import provenance, run_folder
+from jobs.storage import faults, provenance, run_folder
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob, submit_runs
 from slurm import queue
@@ -33,7 +33,7 @@ class Sweep:
         experiment, base = self.chosen.experiment, self.chosen.config.absolute()
         folder = self.where.runs_dir / experiment
         place = self.where.place(RunFolder(folder / run_folder.check_name(self.name)))
-        device = self.where.resolve_device(place)
+        device, retries = self.where.resolve_device(place), self.where.retries_at(place)
         jobs = []
         for i, point in enumerate(grid.points(self.grid)):
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
@@ -42,7 +42,7 @@ class Sweep:
             if run.exists():
                 check_same_settings(run, experiment, config)
             if not is_finished(run, config) and not queue.active(run.read_launch().get("job_ids", [])):
-                jobs.append((TrainJob(run.path, self.where.processes, device), config, point))
+                jobs.append((TrainJob(run.path, self.where.processes, device, retries), config, point))
         if not jobs:
             print(f"All runs of {self.name} are finished or on their way: `status {self.name}`.")
             return 0
@@ -74,6 +74,9 @@ class Sweep:
             jobs = jobs[:most]
         place = replace(place, code=provenance.code_folder(jobs[0][0].run))
         self.where.copy_code(place)
+        for job, _, _ in jobs:
+            RunFolder(job.run).clear_failure()
+            faults.forgive(RunFolder(job.run))
         job_ids = place.run_array(
             [job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit)
         )

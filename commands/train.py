@@ -14,7 +14,7 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import checkpoints, ownership, provenance, run_folder
+from jobs.storage import checkpoints, faults, ownership, provenance, run_folder
 from jobs.storage.checkpoints import CorruptCheckpoint
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder, State
@@ -108,7 +108,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         return 0
     place = where.place(run)
     precision = precision_of(run, config.train.precision, "auto")
-    job = TrainJob(run.path, where.processes, where.resolve_device(place, precision))
+    job = TrainJob(run.path, where.processes, where.resolve_device(place, precision), where.retries_at(place))
     if where.dry_run:
         return show({"experiment": experiment, **asdict(config)}, place.describe(job))
     _check_idle(run)
@@ -127,6 +127,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         _check_idle(run)  # again: another command may have submitted it in the meantime
         run.write_experiment(experiment, config)
         run.clear_failure()
+        faults.forgive(run)
         if isinstance(place, Here):
             return place.run(job, keep_open=descriptor)
         where.copy_code(place)

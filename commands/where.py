@@ -161,6 +161,19 @@ class Launch(Where):
     """Show the settings and, for Slurm, the script; touch nothing."""
     wait: bool = False
     """Stay until the Slurm job has ended."""
+    retries: Annotated[int | None, optional("INT", "3 on Slurm, 0 here")] = None
+    """How often a training is tried again after a fault of the machine, without progress between."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retries is not None and self.retries < 0:
+            raise UserError(f"--retries must be at least 0; got {self.retries}")
+
+    def retries_at(self, place: Here | OnSlurm) -> int:
+        """How often a training is tried again at this place."""
+        if self.retries is not None:
+            return self.retries
+        return 3 if isinstance(place, OnSlurm) else 0
 
 
 def given(changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +29,8 @@ class Outcome:
     """The first process that failed, if one did."""
     signal: str | None = None
     """The name of the signal that ended it, if one did."""
+    was_told_to_stop: bool = False
+    """Whether this process has been sent a signal that means "save"."""
 
 
 def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()) -> Outcome:
@@ -37,16 +39,18 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
     Signals are passed on to all of them. If one fails, the others are ended. If this process dies, they get SIGTERM.
     They inherit the file descriptors `keep_open`.
     """
+    told: list[int] = []
     with tempfile.TemporaryDirectory(prefix="meeting-") as meeting:
         children = _start(pickle.dumps(job), processes, keep_open, f"{meeting}/port")
 
         def forward(number: int, frame: FrameType | None) -> None:
+            told.append(number)
             _send(children, number)
 
         nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         previous = {number: signal.signal(number, forward) for number in set(signals.SAVE) - nohup}
         try:
-            return _wait(children)
+            return replace(_wait(children), was_told_to_stop=bool(told))
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -69,13 +73,18 @@ def environment(rank: int, processes: int, port_file: str) -> dict[str, str]:
     }
 
 
+def _alone() -> dict[str, str]:
+    """Returns the environment of a process that has no others to find: as if it were this one."""
+    return {**os.environ, "PYTHONPATH": environment(0, 1, "")["PYTHONPATH"]}
+
+
 def _start(job: bytes, processes: int, keep_open: Sequence[int], port_file: str) -> list[subprocess.Popen[bytes]]:
     children = []
     for rank in range(processes):
         child = subprocess.Popen(
             # -P: the user's folder may hold a slurm.py or a queue.py, too.
             [sys.executable, "-u", "-P", "-m", "slurm.worker"],
-            env=environment(rank, processes, port_file),
+            env=environment(rank, processes, port_file) if processes > 1 else _alone(),
             stdin=subprocess.PIPE,
             stdout=None if rank == 0 else subprocess.DEVNULL,
             # In a session of its own, so that Ctrl-C on the terminal reaches the parent alone, which passes it on.

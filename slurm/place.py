@@ -1,5 +1,6 @@
 """Places where a job can run: this machine, or Slurm with the settings of a site."""
 
+import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from slurm.environment import forget_other_launchers
 from slurm.errors import SlurmError
 from slurm.profile import Profile
 from slurm.submit import Submission
-from slurm.task import Requeue, Work
+from slurm.task import Requeue, Retried, Work
 
 
 class Job(Protocol):
@@ -56,14 +57,28 @@ class Here:
         return f"Would run on this machine in {self.processes} process{'es' if self.processes > 1 else ''}."
 
     def run(self, job: Job, keep_open: int | None = None) -> int:
-        """Runs the job to its end and returns its exit code; child processes inherit the descriptor `keep_open`."""
+        """Runs the job to its end and returns its exit code; child processes inherit the descriptor `keep_open`.
+
+        A job that may be tried again is a child even if it is alone, because somebody must outlive it.
+        """
+        retried = job if isinstance(job, Retried) else None
         if self.processes == 1:
             forget_other_launchers()
+        if self.processes == 1 and (retried is None or retried.retries == 0):
             return job()
-        outcome = local.run(job, self.processes, keep_open=[] if keep_open is None else [keep_open])
-        if outcome.signal is not None:
-            job.failed(outcome.failed_rank, f"process {outcome.failed_rank} was ended by {outcome.signal}")
-        return outcome.exit_code
+        while True:
+            outcome = local.run(job, self.processes, keep_open=[] if keep_open is None else [keep_open])
+            if outcome.exit_code in (0, 130):
+                return outcome.exit_code
+            cause = None
+            if outcome.signal is not None:
+                cause = f"process {outcome.failed_rank} was ended by {outcome.signal}"
+            if retried is None or outcome.was_told_to_stop:
+                if cause is not None:
+                    job.failed(outcome.failed_rank, cause)
+                return outcome.exit_code
+            if not retried.ended(cause, platform.node(), None):
+                return outcome.exit_code
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from slurm import queue
 from slurm.environment import outside_any_job
 from slurm.errors import SlurmError, UserError
 from slurm.profile import Profile
-from slurm.task import SlurmTask, Work
+from slurm.task import Retried, SlurmTask, Work
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,10 @@ class Submission:
             path.rename(self.folder / f"{number if len(pickles) == 1 else f'{number}_{i}'}_submitted.pkl")
         return queue.on_cluster(asked.cluster, number)
 
+    @property
+    def _is_retried(self) -> bool:
+        return any(isinstance(work, Retried) and work.retries > 0 for work in self.works)
+
     def _parameters(self) -> dict[str, Any]:
         """Returns what submitit makes a script of."""
         asked, shape = self.asked, self.shape
@@ -157,7 +161,8 @@ class Submission:
             "array_parallelism": self.at_once,
             "signal_delay_s": asked.signal_delay_s,
             "stderr_to_stdout": True,
-            "setup": [*asked.setup, *exports],
+            "setup": [*([_LOG_START] if self._is_retried else []), *asked.setup, *exports],
+            "teardown": [_after(self.folder)] if self._is_retried else None,
             "srun_args": [
                 *(*cpus, "--kill-on-bad-exit=1"),
                 *("--wait=0", "--distribution=block:block", *asked.srun_args),
@@ -189,3 +194,13 @@ class Submission:
             mem, per_gpu = per_gpu * self.shape.tasks_per_node, None
         sizes = {"mem": mem, "mem-per-gpu": per_gpu, "mem-per-cpu": asked.mem_per_cpu_gb}
         return {flag: f"{size}GB" if size else "0" for flag, size in sizes.items() if size is not None}
+
+
+_LOG_START = "log_start=$(stat --dereference --format=%s /proc/self/fd/2)"
+"""The size of the job's log before this attempt, which is appended to those before it."""
+
+
+def _after(folder: Path) -> str:
+    """Returns a line of the script: what is done when srun has failed. It says how the job ends, too."""
+    after = f"{shlex.quote(sys.executable)} -m slurm.after {shlex.quote(str(folder))} $code $log_start"
+    return f"code=$?; [ $code = 0 ] || exec {after}"

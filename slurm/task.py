@@ -5,9 +5,10 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from slurm import queue
 from slurm.environment import network, outside_any_job
@@ -35,6 +36,24 @@ class Requeue:
 
 
 Work = Callable[[Requeue], int]
+
+
+@runtime_checkable
+class Retried(Protocol):
+    """A job that may be tried again after its processes have ended badly."""
+
+    retries: int
+    """How often, without progress between; 0 is never."""
+
+    def ended(
+        self, cause: str | None, node: str | None, come_back: Callable[[Sequence[str]], str | None] | None
+    ) -> bool:
+        """Decides whether the job is tried again, records why, and if so calls `come_back`; returns whether it is.
+
+        `cause` is what is known of the end from outside, and `node` where it began. `come_back` is given the nodes that
+        are to be left out; it returns the job's new id, and None if the job cannot come back. It is None itself where
+        whoever asks starts the job again.
+        """
 
 
 class JobFailed(RuntimeError):
@@ -111,15 +130,17 @@ def _port_file() -> str:
     return f"{_folder()}/{_job_id()}_port_{'_'.join(start)}"
 
 
-def requeue() -> str | None:
+def requeue(left_out: Sequence[str] = ()) -> str | None:
     """Queues this job again unless it has been cancelled; returns the id it comes back under, None if it does not.
+
+    It does not come back to the nodes that are `left_out`, unless it could not run without them.
 
     Only one task calls it, while the job still runs, whichever signal has come: before Slurm 24.05, a job that ends by
     itself in the grace time of a preemption counts as completed, and Slurm does not queue it again.
     """
     job_id = _job_id()
     if shutil.which("scontrol") is None:
-        return _resubmit(job_id)
+        return _resubmit(job_id, left_out)
     before = _fields("job", job_id)
     if before.get("JobState") == "COMPLETING":
         # The job is ending already: Slurm itself has requeued it (then its end time is unknown), or it was cancelled.
@@ -130,7 +151,32 @@ def requeue() -> str | None:
     subprocess.run(["scontrol", "requeue", "incomplete", job_id], check=False)
     after = _fields("job", job_id)
     came_back = after.get("Restarts") != before.get("Restarts") or after.get("JobState") == "PENDING"
-    return job_id if came_back else _resubmit(job_id)
+    if not came_back:
+        return _resubmit(job_id, left_out)
+    if left_out and not _has_enough_without(left_out, before):
+        print(f"{', '.join(left_out)} cannot be left out: the partition has too few other nodes", flush=True)
+    elif left_out:
+        # Only now, because Slurm changes this of a waiting job alone.
+        subprocess.run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(left_out)}"], check=False)
+    return job_id
+
+
+def _has_enough_without(left_out: Sequence[str], job: dict[str, str]) -> bool:
+    """Whether the job's partition has enough nodes besides these; if not, the job would wait for ever."""
+    command = ["sinfo", "--noheader", "--Node", "--responding", f"--partition={job.get('Partition')}", "--format=%N"]
+    shown = queue.ask(*command, timeout_s=None).stdout
+    return len(set(shown.split()) - set(left_out)) >= int(job.get("NumNodes", "1").partition("-")[0])
+
+
+def is_current() -> bool:
+    """Whether this job runs as Slurm knows it: not cancelled, not queued again, not started a second time elsewhere.
+
+    True where that cannot be asked.
+    """
+    if shutil.which("scontrol") is None:
+        return True
+    job = _fields("job", _job_id())
+    return job.get("JobState") == "RUNNING" and job.get("Restarts") == os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
 def _comes_back_by_itself(job: dict[str, str]) -> bool:
@@ -164,7 +210,7 @@ def stay_away() -> None:
         subprocess.run(["scontrol", "update", f"JobId={_job_id()}", "Requeue=0"], check=False)
 
 
-def _resubmit(job_id: str) -> str | None:
+def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
     """Submits the same job as a new one that waits for this one to end, where a job cannot be queued again.
 
     Returns the new job's id, None if that is not possible either.
@@ -174,7 +220,9 @@ def _resubmit(job_id: str) -> str | None:
         print("the job cannot be queued again: there is neither scontrol nor sbatch on this node", flush=True)
         return None
     with outside_any_job():
-        done = queue.ask("sbatch", "--parsable", f"--dependency=afterany:{job_id}", str(script), timeout_s=None)
+        without = [f"--exclude={','.join(left_out)}"] if left_out else []
+        command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", *without, str(script)]
+        done = queue.ask(*command, timeout_s=None)
     new_id = queue.submitted_id(done.stdout)
     if done.returncode != 0 or new_id is None:
         print(f"could not submit the job again: {queue.last_words(done.stdout + done.stderr)}", flush=True)

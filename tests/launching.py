@@ -144,10 +144,11 @@ def relatives(process: Process) -> list[int]:
 
 
 def workers(process: Process) -> list[int]:
-    """Those of its relatives that do the work: not the ones that only look on, for wandb."""
+    """Those of its relatives that do the work: not the ones that only look on."""
 
     def works(pid: int) -> bool:
-        return b"jobs.tracking" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"jobs.tracking" not in command and b"watcher.py" not in command
 
     return [pid for pid in relatives(process) if works(pid)]
 

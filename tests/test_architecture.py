@@ -42,17 +42,18 @@ ARROWS = {
     "diffusion.problems": {"diffusion"},
     "jobs.files": set(),
     "jobs.terminal": set(),
+    "jobs.health": set(),
     "jobs.runtime": set(),
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
     "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
     "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
-    "jobs.train": {"diffusion.process", "diffusion.figures"}
+    "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
-    "jobs.sample": {"diffusion.settings", "diffusion.process"}
+    "jobs.sample": {"diffusion.settings", "diffusion.process", "jobs.health"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
-    "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.sample"}
+    "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.health", "jobs.sample"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
 }
 """What each room of diffusion/ and jobs/ may import of the others; only problems and experiments know all models."""

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UserError
 from jobs.evaluate.plan import Evaluation
+from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, JobError, process_rank
 from jobs.runtime.signals import SignalWatch
+from jobs.storage.faults import HANG
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.start import follow_evaluation
 
@@ -35,12 +37,15 @@ class EvaluateJob(IndependentJob):
         from jobs.evaluate.units import evaluate, merge, missing, open_evaluator
 
         first, step = self.share
-        evaluator = open_evaluator(self.target, self.device)
-        evaluate(self.target, evaluator, (first + process_rank(), step), signals)
-        # Two processes that end together merge twice, into the same bytes.
-        if self.merge and not missing(self.target, evaluator) and not self.target.is_done():
-            merge(self.target, evaluator)
-            follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
+        advice = "The same command computes what is missing."
+        with Watchdog(self.target.samples.folder / HANG, advice) as watchdog:
+            evaluator = open_evaluator(self.target, self.device)
+            evaluate(self.target, evaluator, (first + process_rank(), step), signals, watchdog)
+            # Two processes that end together merge twice, into the same bytes.
+            if self.merge and not missing(self.target, evaluator) and not self.target.is_done():
+                watchdog.phase("merging", END)
+                merge(self.target, evaluator)
+                follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
         return 0
 
 

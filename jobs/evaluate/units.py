@@ -10,6 +10,7 @@ from torch import nn
 from diffusion.statistics.bootstrap import Estimate
 from diffusion.statistics.evaluator import Drawn, Evaluator
 from jobs.evaluate.plan import Evaluation, load_samples, write_arrays
+from jobs.health.watchdog import UNIT, Watchdog
 from jobs.runtime.numerics import Kind, own_device, set_numerics
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import decorate
@@ -49,7 +50,9 @@ def stopping(signals: SignalWatch) -> Iterator[None]:
         hook.remove()
 
 
-def evaluate(evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int], signals: SignalWatch) -> None:
+def evaluate(
+    evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int], signals: SignalWatch, watchdog: Watchdog
+) -> None:
     """Computes every n-th unit from the i-th on, for share = (i, n), except those that are done already.
 
     Raises Stopped when a signal has come.
@@ -61,6 +64,7 @@ def evaluate(evaluation: Evaluation, evaluator: Evaluator, share: tuple[int, int
             raise Stopped
         path = evaluation.result_path(name, unit.of)
         if not path.exists():
+            watchdog.phase(f"unit {name}", UNIT)
             with stopping(signals):
                 result = unit.compute()
             write_arrays(path, result)

@@ -4,6 +4,8 @@ All have what `slurm.place.Job` asks for: a call that does the work, `failed` an
 """
 
 import os
+import platform
+import re
 import sys
 import traceback
 from abc import ABC, abstractmethod
@@ -28,7 +30,11 @@ class Requeue(Protocol):
 
 
 class JobError(OutsideError):
-    """A job's failure that one sentence explains; no traceback is printed."""
+    """A job's failure that one sentence explains; no traceback is printed. Another try would fail in the same way."""
+
+
+class MachineError(JobError):
+    """The machine fails, not the job: another try, perhaps on another node, may succeed."""
 
 
 class Target(Protocol):
@@ -84,6 +90,25 @@ def _stopped(reason: Stop, requeue: Requeue | None) -> int:
     if process_rank() == 0:
         print("Stopped; the same command goes on from here.", file=sys.stderr, flush=True)
     return 130
+
+
+OUTSIDE = re.compile(r"gloo|nccl|connection|socket|timed out|timeout|\bECC\b", re.IGNORECASE)
+"""Libraries say so in a RuntimeError where a network, another process or a GPU has failed."""
+
+
+def is_outside(error: Exception) -> bool:
+    """Whether an exception tells of the machine, or of another process, rather than of a fault in the code.
+
+    torch is not imported for that: its errors of communication are known by their name.
+    """
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
+    said = isinstance(error, RuntimeError) and OUTSIDE.search(str(error)) is not None
+    return isinstance(error, OSError | MachineError) or of_torch or said
+
+
+def process_node() -> str:
+    """Returns the name of the machine that this process runs on, as Slurm calls it."""
+    return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
 def process_rank() -> int:

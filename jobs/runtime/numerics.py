@@ -1,7 +1,6 @@
 """How a job computes: the device of a process, precision, and kernels that give the same bytes each time."""
 
 import os
-import platform
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from diffusion.errors import OutsideError, UserError
-from jobs.runtime.job import JobError
+from jobs.runtime.job import JobError, MachineError, process_node
 
 Kind = Literal["cuda", "cpu"]
 Precision = Literal["bf16", "tf32", "fp32"]
@@ -50,7 +49,7 @@ def resolve_device(device: Literal["auto", "cuda", "cpu"], gpus: int | None) -> 
 def own_device(kind: Kind) -> torch.device:
     """The device of this process: on a GPU machine that of its LOCAL_RANK, or the only one that it is shown.
 
-    Raises JobError where there is none for it: what was sent to a GPU must not compute on the CPU in silence.
+    Raises MachineError where there is none for it: what was sent to a GPU must not compute on the CPU in silence.
     """
     if kind == "cpu":
         return torch.device("cpu")
@@ -58,7 +57,9 @@ def own_device(kind: Kind) -> torch.device:
     try:
         torch.zeros(1, device=device)
     except RuntimeError as error:
-        raise JobError(f"{whereabouts()} cannot use its GPU {device.index}: {str(error).splitlines()[0]}") from error
+        raise MachineError(
+            f"{whereabouts()} cannot use its GPU {device.index}: {str(error).splitlines()[0]}"
+        ) from error
     return device
 
 
@@ -66,7 +67,7 @@ def _own_index() -> int:
     """The number of this process's GPU among those it is shown; computes nothing there. Raises as `own_device`."""
     found, rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
     if found == 0:
-        raise JobError(f"{whereabouts()} finds no GPU; the driver may be too old for torch {torch.__version__}")
+        raise MachineError(f"{whereabouts()} finds no GPU; the driver may be too old for torch {torch.__version__}")
     if rank >= found > 1:
         raise JobError(f"{whereabouts()} is number {rank} of its node and sees {found} GPUs; each needs one of its own")
     # A single one is this task's own where Slurm binds GPUs to tasks; if it is not, jobs/runtime/world.py finds out.
@@ -76,8 +77,7 @@ def _own_index() -> int:
 def whereabouts() -> str:
     """Says which process this is, where, and which GPUs it is shown."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
-    host = os.environ.get("SLURMD_NODENAME") or platform.node()
-    return f"process {os.environ.get('RANK', '0')} on {host}, CUDA_VISIBLE_DEVICES={visible},"
+    return f"process {os.environ.get('RANK', '0')} on {process_node()}, CUDA_VISIBLE_DEVICES={visible},"
 
 
 def resolve_precision(asked: Asked, kind: Kind) -> Precision:

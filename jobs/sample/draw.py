@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from io import BytesIO
+from itertools import count
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
 from diffusion.process.transfer import sent
 from jobs.files import write_atomically
+from jobs.health.watchdog import DRAWING, Watchdog
 from jobs.runtime.cuda_graphs import in_one_launch
 from jobs.runtime.job import JobError
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
@@ -29,7 +31,14 @@ from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 
 
-def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, show_progress: bool) -> None:
+def sample(
+    samples: SampleSet,
+    shards: Sequence[int],
+    device: Kind,
+    signals: SignalWatch,
+    watchdog: Watchdog,
+    show_progress: bool,
+) -> None:
     """Draws these shards; raises Stopped when a signal comes."""
     run = RunFolder(samples.run)
     precision = resolve_precision(samples.settings.precision, device)
@@ -42,9 +51,13 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
     console = Console(run.log)
     evaluate = in_one_launch(model.predict, console.say) if device == "cuda" else model.predict
 
+    evaluations = count(1)
+
     def predict(xt: Tensor, t: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
+        # A GPU may have much to do after the host has launched the last one.
+        watchdog.phase(f"evaluation {next(evaluations)} of the network", DRAWING)
         return evaluate(xt, t)
 
     progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)

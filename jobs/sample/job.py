@@ -5,8 +5,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, process_rank
 from jobs.runtime.signals import SignalWatch
+from jobs.storage.faults import HANG
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.start import following
 
@@ -38,10 +40,13 @@ class SampleJob(IndependentJob):
         from jobs.sample.draw import merge, sample
 
         mine = self.shards[process_rank() :: self.processes]
-        sample(self.target, mine, self.device, signals, show_progress=process_rank() == 0)
-        # Two processes that end together merge twice, into the same bytes.
-        if self.merge and not self.target.missing():
-            merge(self.target)
+        advice = "The same command draws what is missing."
+        with Watchdog(self.target.folder / HANG, advice) as watchdog:
+            sample(self.target, mine, self.device, signals, watchdog, show_progress=process_rank() == 0)
+            # Two processes that end together merge twice, into the same bytes.
+            if self.merge and not self.target.missing():
+                watchdog.phase("merging", END)
+                merge(self.target)
         return 0
 
 

@@ -136,4 +136,4 @@ class Status:
         self._owner.check()
         self._beat = time.monotonic()
         self.values.update(values, updated=now())
-        write_json(self._run.status, {**self.values, **self._run.read_failure()})
+        write_json(self._run.status, {**self.values, **self._run.final_failure()})

@@ -111,11 +111,14 @@ class RunFolder:
         word = self.read_status().get("state")
         return State(word) if word in list(State) else State.CREATED
 
-    def write_failure(self, rank: int, trace: str) -> bool:
-        """Records why a process failed, if it is the first of the job that did; returns whether it is."""
+    def write_failure(self, rank: int, trace: str, **facts: Any) -> bool:
+        """Records why a process failed, if it is the first of the job that did; returns whether it is.
+
+        With `state` among the facts, that is the run's state from now on. Without it, somebody is going to decide.
+        """
         path = self.path / ".failure.json"
         mine = path.with_name(f"{path.name}.{rank}")
-        write_json(mine, {"state": State.FAILED, "failed_rank": rank, "traceback": trace})
+        write_json(mine, {"failed_rank": rank, "traceback": trace, **facts})
         try:
             os.link(mine, path)  # only one of several processes can make it, and its file is complete already
         except FileExistsError:
@@ -124,12 +127,17 @@ class RunFolder:
             mine.replace(path)
         finally:
             mine.unlink(missing_ok=True)
-        write_json(self.status, {**self.read_status(), **self.read_failure()})
+        write_json(self.status, {**self.read_status(), **self.final_failure()})
         return True
 
     def read_failure(self) -> dict[str, Any]:
         """Reads what the first failing process wrote; {} if none has failed."""
         return _read_json(self.path / ".failure.json")
+
+    def final_failure(self) -> dict[str, Any]:
+        """Reads what status.json says of a failure for good; {} if there is none."""
+        failure = self.read_failure()
+        return {name: failure[name] for name in ("state", "failed_rank", "traceback")} if "state" in failure else {}
 
     def clear_failure(self) -> None:
         """Forgets the failure before the run is continued."""

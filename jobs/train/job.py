@@ -1,25 +1,33 @@
 """A training as a job, for the place where it runs. Importable without torch, picklable."""
 
+import platform
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UserError
 from jobs.files import write_json
-from jobs.runtime.job import JobError, Requeue, process_rank
+from jobs.health.watchdog import Watchdog
+from jobs.runtime.job import JobError, MachineError, Requeue, is_outside, process_node, process_rank
 from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch
 from jobs.runtime.surroundings import undisturbed
-from jobs.storage import job_ids
+from jobs.storage import faults, job_ids
 from jobs.storage.ownership import Superseded
 from jobs.storage.records import append_timing, now
 from jobs.storage.run_folder import RunFolder, State
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
+
+ComeBack = Callable[[Sequence[str]], str | None]
+"""Queues a job again, without the nodes that are named; returns its id, None if that fails."""
+FULL_S = (10, 60, 300)
+"""Pauses before what follows a fault is written once more, if the disk is full."""
 
 
 @dataclass(frozen=True)
@@ -29,26 +37,71 @@ class TrainJob:
     run: Path
     processes: int
     device: "Kind"
+    retries: int = 0
+    """How often it is tried again after a fault that is not its own, without progress between."""
 
     def __call__(self, requeue: Requeue | None = None) -> int:
         keep_freed_memory()
         # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
-        with undisturbed(), SignalWatch() as signals:
+        with undisturbed(), SignalWatch() as signals, Watchdog(self.run / faults.HANG, self._advice) as watchdog:
             try:
                 from jobs.train.loop import train
 
-                return train(RunFolder(self.run), self.processes, self.device, signals, requeue)
+                return train(RunFolder(self.run), self.processes, self.device, signals, watchdog, requeue)
             except Superseded as error:
                 print(error, file=sys.stderr)
+            except MachineError as error:
+                self._failed_here(str(error), outside=True)
             except (UserError, JobError) as error:
                 self.failed(process_rank(), str(error))
-            except Exception:
-                self.failed(process_rank(), traceback.format_exc())
+            except Exception as error:
+                # By what was being done the exception is known again if it comes twice.
+                self._failed_here(f"In {watchdog.doing}:\n{traceback.format_exc()}", outside=is_outside(error))
         return 1
 
+    @property
+    def _advice(self) -> str:
+        """What a person is told if the job hangs: nothing if it is tried again."""
+        return "" if self.retries else f"Continue with: python launch.py resume {RunFolder(self.run)}"
+
     def failed(self, rank: int, trace: str) -> None:
+        self._record(rank, trace, state=State.FAILED)
+
+    def _failed_here(self, trace: str, *, outside: bool) -> None:
+        """Records a failure of this process; `ended` decides what follows from it, if the job may be tried again."""
+        for_good = {} if self.retries else {"state": State.FAILED}
+        self._record(process_rank(), trace, outside=outside, node=process_node(), **for_good)
+
+    def ended(self, cause: str | None, node: str | None, come_back: ComeBack | None) -> bool:
+        run = RunFolder(self.run)
+        if _has_been_taken_over(run, on_slurm=come_back is not None):
+            return False
+        fault = self._judged(run, cause, node)
+        if fault is None:
+            return False
+        then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"
+        print(f"{fault.cause}. {then}", file=sys.stderr, flush=True)
+        if not fault.again or come_back is None:
+            return fault.again
+        job_id = come_back(fault.left_out)
+        if job_id is None:
+            faults.fail(run, f"{fault.traceback or ''}\n{fault.cause}; the job could not be queued again".lstrip())
+        elif job_id not in run.read_launch().get("job_ids", []):
+            run.add_job("job_ids", job_id)
+        return job_id is not None
+
+    def _judged(self, run: RunFolder, cause: str | None, node: str | None) -> faults.Fault | None:
+        for pause_s in FULL_S:
+            try:
+                return faults.judge(run, self.retries, cause, node)
+            except OSError as error:
+                print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
+                time.sleep(pause_s)
+        return faults.judge(run, self.retries, cause, node)
+
+    def _record(self, rank: int, trace: str, **facts: Any) -> None:
         try:
-            first = RunFolder(self.run).write_failure(rank, trace)
+            first = RunFolder(self.run).write_failure(rank, trace, **facts)
         except OSError as error:  # the disk may be full; then the terminal must do
             first, trace = True, f"{trace}\n(not recorded: {error})"
         # Later failures follow from the first one, so only the first traceback is printed.
@@ -57,6 +110,14 @@ class TrainJob:
 
     def submitted(self, submit: Callable[[], str]) -> str:
         return submit_runs([self.run], submit)
+
+
+def _has_been_taken_over(run: RunFolder, *, on_slurm: bool) -> bool:
+    """Whether a job somewhere else goes on with the run, so that this one must not come back."""
+    status = run.read_status()
+    if status.get("state") != State.RUNNING:
+        return False
+    return status["on_slurm"] != on_slurm or (not on_slurm and status["host"] != platform.node())
 
 
 def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:

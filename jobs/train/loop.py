@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from jobs.experiments.table import EXPERIMENTS
+from jobs.health import gpu_test
+from jobs.health.watchdog import COMPILING, END, FIGURES, SAVING, START, Watchdog
 from jobs.runtime.cuda_graphs import not_captured
-from jobs.runtime.job import JobError, Requeue
+from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, StopVote
 from jobs.runtime.world import start
@@ -25,7 +27,9 @@ from jobs.train.state import NotFinite, Training, Update
 MAX_SKIPPED_IN_A_ROW = 5
 
 
-def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, requeue: Requeue | None) -> int:
+def train(
+    run: RunFolder, processes: int, device: Kind, signals: SignalWatch, watchdog: Watchdog, requeue: Requeue | None
+) -> int:
     """Trains the run to its last step, or to the step at which all processes agree to stop; returns the exit code."""
     experiment, config = run.read_experiment()
     settings = config.train
@@ -34,6 +38,8 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     if unfit := lacking(precision, device):
         raise JobError(unfit)
     world = start(processes, device, precision)
+    if device == "cuda" and (fault := gpu_test.fault_of(world.device)):
+        raise MachineError(f"{whereabouts()} must not be used: {fault}")
     # Each process has asked its own hardware, and the nodes of a job may differ.
     if (first := world.of_first(precision)) != precision:
         raise JobError(
@@ -60,13 +66,19 @@ def train(run: RunFolder, processes: int, device: Kind, signals: SignalWatch, re
     try:
         recorder.start()
         if training.step < settings.steps:
+            watchdog.phase("compiling", COMPILING)
             compile_s = training.compile() if settings.compile else None
             capture(training, console)
             recorder.begin(compile_s)
-        reason = run_steps(training, recorder, signals)
-        recorder.save()
-        if training.step == settings.steps:
-            recorder.draw()
+        watchdog.phase("the first step", START)
+        reason = run_steps(training, recorder, signals, watchdog)
+        if world.rank == 0:
+            watchdog.phase("the last save", SAVING)
+            recorder.save()
+            watchdog.phase("figures and final numbers", FIGURES)
+            if training.step == settings.steps:
+                recorder.draw()
+        watchdog.phase("the end", END)
         world.close()
         return conclude(run, training, recorder, reason, requeue)
     except NotFinite as error:
@@ -91,7 +103,7 @@ def capture(training: Training, console: Console) -> None:
         console.say(not_captured(error))
 
 
-def run_steps(training: Training, recorder: Recorder, signals: SignalWatch) -> Stop:
+def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watchdog: Watchdog) -> Stop:
     """Runs steps to the last one (returns Stop.NO), or until all processes agree on a reason to stop."""
     settings, vote = training.settings, StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
@@ -100,6 +112,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch) -> S
     while reason is Stop.NO and training.step < settings.steps:
         update = training.update()
         recorder.after_step(logged(training, update))
+        watchdog.step(training.step)
         skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise NotFinite(

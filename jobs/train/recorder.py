@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from jobs.runtime.job import JobError, Requeue
+from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
@@ -43,7 +43,7 @@ class Recorder(ABC):
 
     @abstractmethod
     def save(self) -> None:
-        """Makes sure that a checkpoint of this step is on the disk; raises JobError if it cannot be."""
+        """Makes sure that a checkpoint of this step is on the disk; raises MachineError if it cannot be."""
 
     @abstractmethod
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
@@ -154,7 +154,7 @@ class RunRecorder(Recorder):
             self._writer.wait()
         if self._writer.newest != self._training.step:
             step, good = self._training.step, self._writer.newest
-            raise JobError(f"step {step} could not be saved; the last good checkpoint is of step {good}")
+            raise MachineError(f"step {step} could not be saved; the last good checkpoint is of step {good}")
 
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
         step = self._training.step

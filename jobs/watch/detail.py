@@ -9,12 +9,15 @@ from typing import Any
 from diffusion.errors import UserError
 from jobs.experiments import experiment_json
 from jobs.experiments.table import EXPERIMENTS
-from jobs.storage import account, checkpoints, job_ids
+from jobs.storage import account, checkpoints, faults, job_ids
 from jobs.storage.records import now
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 from jobs.watch import states
 from jobs.watch.states import SlurmJob
+
+SHOWN_FAULTS = 5
+"""`status` shows people the newest ones; all are in faults.jsonl."""
 
 
 def all_jobs(run: RunFolder) -> list[str]:
@@ -38,6 +41,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
         "jobs": {job_id: _job(job_id, jobs) for job_id in launch.get("job_ids", [])},
         "sample_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("sample_job_ids", [])},
         "evaluate_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("evaluate_job_ids", [])},
+        "faults": _faults(run),
         "missing": status.get("missing"),
         "failed_rank": status.get("failed_rank"),
         "traceback": status.get("traceback"),
@@ -60,6 +64,14 @@ def render(detail: dict[str, Any], width: int) -> str:
     for label, key in (("job", "jobs"), ("sampling", "sample_jobs"), ("evaluation", "evaluate_jobs")):
         for job_id, state in detail[key].items():
             lines += _line(label, f"{job_id} {state}")
+    for fault in detail["faults"][-SHOWN_FAULTS:]:
+        where = f" on {fault['node']}" if fault["node"] is not None else ""
+        then = ("tried again" if fault["again"] else "not tried again") + (
+            f", stacks in {fault['hang']}" if fault["hang"] else ""
+        )
+        lines += _line("fault", f"{fault['time'][:19]} after step {fault['checkpoint']}: {fault['cause']}{where}", then)
+    if detail["faults"] and (left_out := detail["faults"][-1]["left_out"]):
+        lines += _line("left out", *left_out)
     if failed:
         lines += _line("failure", f"process {detail['failed_rank']} failed first:")
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 15, break_on_hyphens=False) for line in lines]
@@ -100,6 +112,11 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     always = {"train.batch-size": train.batch_size, "train.lr": train.lr, "train.seed": train.seed}
     changed = experiment_json.differences(EXPERIMENTS[experiment].preset, config)
     return {**always, **{flag: value for flag, _, value in sorted(changed) if flag != "train.steps"}}
+
+
+def _faults(run: RunFolder) -> list[dict[str, Any]]:
+    """The faults of the machine since a person has started or continued the run, oldest first."""
+    return [asdict(fault) for fault in faults.read(run)]
 
 
 def _samples(run: RunFolder, folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from diffusion.errors import UserError
-from jobs.storage import ownership
+from jobs.storage import faults, ownership
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 
@@ -88,6 +88,8 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     else:
         unseen = host if is_held is None or host != platform.node() else None
         state, reason = _judge(status, job, unseen, is_known=job_id is None or jobs is not None)
+        if state == State.FAILED and state != status.get("state") and (hang := faults.new_hang(run)) is not None:
+            reason = f"{faults.describe_hang(hang)[0]}; stacks in {faults.HANG}/{hang.name}"
     alive = state == State.RUNNING
     return Overview(
         run=run.label,

@@ -6,11 +6,13 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from jobs.health.watchdog import VARIABLE
 from jobs.runtime.job import JobError
 from jobs.runtime.signals import SignalWatch
 from jobs.sample import draw, sample_set
@@ -80,10 +82,12 @@ def test_a_job_draws_with_the_weights_that_were_planned(change: str, root: Path)
         draw.load_model(run, samples.settings, torch.device("cpu"))
 
 
-def test_each_shard_is_drawn_by_one_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_shard_is_drawn_by_one_of_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn = []
+    monkeypatch.setenv(VARIABLE, "0")  # nobody looks on
+    target = SimpleNamespace(folder=tmp_path)
     monkeypatch.setattr(draw, "sample", lambda samples, shards, *rest, **options: drawn.append(shards))
-    job = SampleJob(target=None, shards=(0, 1, 4, 5, 6, 8), processes=4, device="cpu", merge=False)  # type: ignore[arg-type]
+    job = SampleJob(target=target, shards=(0, 1, 4, 5, 6, 8), processes=4, device="cpu", merge=False)  # type: ignore[arg-type]
     for rank in range(4):
         monkeypatch.setenv("RANK", str(rank))
         assert job.work(SignalWatch()) == 0

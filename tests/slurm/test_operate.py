@@ -137,7 +137,7 @@ def test_logs_follow_a_run_over_its_requeues(site: Site) -> None:
 @pytest.mark.parametrize("accounting", [True, False])
 def test_a_job_that_is_killed_without_a_word(accounting: bool, request: pytest.FixtureRequest) -> None:
     site: Site = request.getfixturevalue("site" if accounting else "poor_site")
-    run = site.train("a", 1, steps=ENDLESS)
+    run = site.train("a", 1, "--retries", 0, steps=ENDLESS)
     site.wait_for_step(run, 100)
     (pid,) = task_pids(run)
     os.kill(pid, signal.SIGKILL)  # as the kernel does where memory runs out

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.storage import faults
+from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
@@ -194,26 +196,87 @@ def test_scancel_ends_a_run_for_good_with_a_last_checkpoint(site: Site) -> None:
     assert site.cluster.job(site.job_id(run))["Restarts"] == "0"
 
 
-def test_a_crash_of_one_rank_ends_the_job_with_its_traceback_and_does_not_loop(site: Site) -> None:
-    run = site.train("a", 4, steps=100_000)
-    site.wait_for_step(run, 100)
+def test_a_job_whose_task_is_killed_is_queued_again(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
+    expected = undisturbed(2)
+    run = site.train("a", 2, slow=True)
+    site.wait_for_step(run, 120)
+    node = site.cluster.job(site.job_id(run))["NodeList"]
+    pids = task_pids(run)
+    assert len(pids) == 2
+    os.kill(pids[1], signal.SIGKILL)
+    wait_until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()])
+    site.finish(run)
+    (fault,) = faults.read(RunFolder(run))
+    assert (fault.cause, fault.node, fault.again) == ("task 1 was ended: Killed", node, True)
+    assert status(run)["restarts"] == 1
+    assert_equal(run, expected)
+
+
+def test_a_node_that_dies_with_all_its_processes(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
+    """The survivors fail, because they lose the others: the job would be over before Slurm knows why."""
+    expected = undisturbed(4)
+    run = site.train("a", 4, slow=True)
+    site.wait_for_step(run, 120)
+    second = site.cluster.nodes[1]
     pids = task_pids(run)
     assert len(pids) == 4
-    os.kill(pids[2], signal.SIGKILL)
-    site.wait_for_state(run, "failed", timeout_s=60)
-    job = site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
-    assert job["Restarts"] == "0"
-    wait_until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()])
+    site.cluster.kill_node(second)
+    try:
+        for pid in pids[2:]:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(parent, signal.SIGKILL)  # slurmstepd
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids[:2]), timeout_s=120)
+    finally:
+        site.cluster.start_node(second)
+    site.finish(run)
+    assert status(run)["restarts"] == 1
+    assert_equal(run, expected)
 
 
-def test_a_failing_rank_puts_its_own_traceback_into_the_status(site: Site) -> None:
-    """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone."""
+def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]], tmp_path: Path
+) -> None:
+    expected = undisturbed(4)
+    profile = tmp_path / "hasty.toml"
+    profile.write_text('[environment]\nWATCHDOG_S = "5"\n')
+    run = site.train("a", 4, "--profile", profile, slow=True)
+    site.wait_for_step(run, 120)
+    os.kill(task_pids(run)[3], signal.SIGSTOP)
+    site.finish(run)
+    (fault,) = faults.read(RunFolder(run))
+    assert fault.cause.startswith("hung: process 3 on n")
+    assert fault.cause.endswith(", stopped")
+    assert fault.cause.split()[4].rstrip(":") == fault.node
+    assert len(list((run / str(fault.hang)).iterdir())) == 4
+    assert_equal(run, expected)
+
+
+def test_a_node_on_which_a_run_dies_twice_without_progress_is_left_out(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]]
+) -> None:
+    expected = undisturbed(2)
+    bad, good = site.cluster.nodes
+    run = site.train("a", 2)
+    dies = f"        import os\n        if self.step == 50 and os.environ['SLURMD_NODENAME'] == '{bad}':\n"
+    change(run / "code" / "jobs" / "train" / "state.py", UPDATE, f"{UPDATE}{dies}            os.kill(os.getpid(), 9)\n")
+    site.finish(run)
+    found = faults.read(RunFolder(run))
+    assert [(fault.node, list(fault.left_out)) for fault in found] == [(bad, []), (bad, [bad])]
+    job = site.cluster.job(site.job_id(run))
+    assert (job["ExcNodeList"], job["NodeList"]) == (bad, good)
+    assert_equal(run, expected)
+
+
+def test_a_rank_that_fails_twice_at_the_same_step_puts_its_own_tracebacks_into_the_status(site: Site) -> None:
+    """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone, and so once more."""
     run = site.train("a", 2, "--slurm.partition", "low", steps=100_000)
     breakage = "        import os\n        assert os.environ['RANK'] != '1' or self.step < 50, 'broken on purpose'\n"
     change(run / "code" / "jobs" / "train" / "state.py", UPDATE, UPDATE + breakage)
     site.wait_for_state(run, "failed", timeout_s=120)
     assert status(run)["failed_rank"] == 1
-    assert "broken on purpose" in status(run)["traceback"]
+    assert status(run)["traceback"].count("AssertionError: broken on purpose") == 2
+    assert restarts(run) == 1
     site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
-from slurm import doctor, queue, task
+from slurm import after, doctor, queue, task
 from slurm.errors import UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
@@ -221,3 +221,21 @@ def test_what_people_set_for_their_eyes_does_not_count(tools: Tools, monkeypatch
     tools.write("squeue", f'[ -z "$SQUEUE_PARTITION" ] && cat {RECORDED}/24.11.5/squeue-active.txt')
     monkeypatch.setenv("SQUEUE_PARTITION", "mine")
     assert queue.active([RUNNING]) == {RUNNING: "RUNNING"}
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("srun: error: n1: task 1: Killed\nsrun: error: n2: task 2: Exited with exit code 1\n", ("Killed", "n1")),
+        (
+            "slurmstepd: error: Detected 1 oom_kill event\nsrun: error: c-17: tasks 0-3: Out Of Memory\n",
+            ("Out", "c-17"),
+        ),
+        ("loss 0.3\nsrun: error: n2: task 2: Exited with exit code 1\nsrun: error: n1: task 0: Killed\n", (None, "n2")),
+        ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.\n", (None, None)),
+    ],
+)
+def test_which_task_died_first(log: str, expected: tuple[str | None, str | None]) -> None:
+    cause, node = after.first_end(log)
+    assert node == expected[1]
+    assert cause is None if expected[0] is None else expected[0] in str(cause)

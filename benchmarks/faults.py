@@ -1,0 +1,103 @@
+"""How long a fault costs: `python -m benchmarks.faults [--cluster slurm]` prints the table of docs/faults.md.
+
+With `--cluster slurm` it needs the cluster on this machine that `python -m slurm.devcluster up` starts, because the
+processes that it harms must be here.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.commands import ROOT
+from jobs.doctor.drill import last_step
+from jobs.storage import faults
+from jobs.storage.records import read_jsonl
+from jobs.storage.run_folder import RunFolder
+
+EVERY = 500
+"""Steps between checkpoints."""
+TRAINING = (
+    *("train", "1d", "--train.steps", 10_000_000, "--train.checkpoint-every", EVERY, "--train.log-every", 10),
+    *("--device", "cpu", "--gpus", 2, "--retries", 3),
+)
+SLURM = ("--slurm.cpus-per-gpu", 1, "--slurm.gpus-per-node", 2)
+PATIENCE_S = 600
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cluster", choices=("local", "slurm"), default="local")
+    cluster = parser.parse_args().cluster
+    print("| fault | noticed after | at work again after | steps lost |\n|---|---|---|---|")
+    for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            noticed_s, working_s, lost = measured(number, Path(folder), cluster)
+        where = "here" if cluster == "local" else "on Slurm"
+        print(f"| {number.name} to one of two processes, {where} | {noticed_s:.0f} s | {working_s:.0f} s | {lost} |")
+
+
+def measured(number: signal.Signals, folder: Path, cluster: str) -> tuple[float, float, int]:
+    """Sends a signal to the second process; returns seconds until noticed, until at work again, and steps lost."""
+    command = [sys.executable, ROOT / "launch.py", *TRAINING, "--cluster", cluster, "--name", "a"]
+    command += SLURM if cluster == "slurm" else ()
+    run = RunFolder(folder / "runs" / "1d" / "a")
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        wait_until(lambda: last_step(run) > 2 * EVERY)
+        os.kill(second(run), number)
+        at, before = time.time(), last_step(run)
+        wait_until(lambda: len(starts(run)) == 2 and bool(faults.read(run)))
+        again = starts(run)[1]["step"]
+        wait_until(lambda: last_step(run) > again)
+        working_s = time.time() - at
+        (fault,) = faults.read(run)
+        return datetime.fromisoformat(fault.time).timestamp() - at, working_s, before - again
+    finally:
+        subprocess.run([sys.executable, ROOT / "launch.py", "cancel", run.path], stdout=subprocess.DEVNULL, check=False)
+        process.wait()
+
+
+def starts(run: RunFolder) -> list[dict[str, Any]]:
+    return [line for line in read_jsonl(run.timing) if line.get("event") == "start"]
+
+
+def second(run: RunFolder) -> int:
+    """Returns the second process of the job whose first one writes status.json."""
+    first = environment_of(run.read_status()["pid"])
+    rank, job = ("SLURM_PROCID", "SLURM_JOB_ID") if "SLURM_PROCID" in first else ("RANK", "MASTER_PORT")
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command, found = (path / "cmdline").read_bytes(), environment_of(int(path.name))
+        except OSError:  # another user's, or it has just ended
+            continue
+        works = b"slurm.worker" in command or (b"submitit.core._submit" in command and b"srun" not in command)
+        if works and found.get(rank) == "1" and found.get(job) == first[job]:
+            return int(path.name)
+    raise RuntimeError("there is no second process")
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the run did not come so far in time")
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Whether the processes of a job live, and whether their GPUs compute what they should."""

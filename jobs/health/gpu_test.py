@@ -1,0 +1,34 @@
+"""Whether a device computes what it should: a product whose every number is known, again and again for a second."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SIZE = 2048
+SECONDS = 1.0
+
+
+def fault_of(
+    device: torch.device,
+    seconds: float = SECONDS,
+    size: int = SIZE,
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
+) -> str | None:
+    """Says what is wrong with the device, None if nothing is found.
+
+    Entry (i, j) of the product of rows a_i = i mod 7 and columns b_j = j mod 5 is size * a_i * b_j: small integers,
+    which fp32 and TF32 give exactly, in whatever order they add.
+    """
+    rows = (torch.arange(size, device=device) % 7).float()
+    columns = (torch.arange(size, device=device) % 5).float()
+    left, right = rows[:, None].expand(size, size).contiguous(), columns[None].expand(size, size).contiguous()
+    expected = size * rows[:, None] * columns
+    deadline = time.monotonic() + seconds
+    while True:
+        wrong = int((product(left, right) != expected).sum())
+        if wrong:
+            return f"{device} computes wrongly: {wrong} of {size * size} numbers of a product are not what they must be"
+        if time.monotonic() >= deadline:
+            return None

@@ -1,0 +1,116 @@
+"""Ends a process that makes no progress any more, and keeps the stacks that show where it hangs.
+
+A process that hangs cannot be relied on to notice it: its threads may wait for one lock, or it may be stopped. So
+another process looks on (jobs/health/watcher.py), and reads from shared memory what this one is doing.
+"""
+
+import faulthandler
+import mmap
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from diffusion.errors import UserError
+
+VARIABLE = "WATCHDOG_S"
+"""The environment variable that replaces `LEAST_S`, and so changes all patience in proportion; 0 switches it off."""
+LEAST_S = 60.0
+"""Seconds that a step may take at least."""
+USUAL = 10.0
+"""A step may take so many times as long as usual."""
+START, COMPILING, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 15, 15, 60, 60
+"""How many times `LEAST_S` other work may take.
+
+DRAWING is from one evaluation of a sampler to the next, or to the end of a shard, and UNIT a unit of an evaluation. At
+the END, processes wait for the one that saves and draws.
+"""
+DUMP = signal.SIGRTMIN + 7
+"""This signal makes a process write the stacks of all its threads, even where Python itself does not run any more."""
+FOR_THE_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""These signals do not end the process that looks on; Slurm sends some to all processes of a job."""
+HEADER = struct.Struct("qd")
+"""What lies in the shared memory: a number that changes with all progress, the patience in seconds, and then a text."""
+SIZE = 4096
+
+
+class Watchdog:
+    """While entered, ends this process if what it is `doing` takes too long, and writes its stacks below `folder`."""
+
+    def __init__(self, folder: Path, advice: str = "") -> None:
+        """`advice` is a sentence for whoever sees the process end."""
+        self.doing = "the start"
+        self._folder, self._advice = folder, advice
+        given = os.environ.get(VARIABLE, str(LEAST_S))
+        try:
+            self._least_s = float(given)
+        except ValueError:
+            raise UserError(f"{VARIABLE} must be a number of seconds; got {given!r}") from None
+        self._beats, self._first, self._steps = 0, 0.0, 0
+        self._memory: mmap.mmap | None = None
+        self._watcher: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Watchdog":
+        if self._least_s > 0:
+            with suppress(OSError):  # a process too many, say: then nobody looks on
+                self._start()
+        return self
+
+    def _start(self) -> None:
+        shared = os.memfd_create("watchdog")
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_JOB)  # the watcher inherits that
+        try:
+            os.ftruncate(shared, SIZE)
+            self._memory = mmap.mmap(shared, SIZE)
+            self.phase(self.doing, START)
+            watcher = Path(__file__).with_name("watcher.py")
+            self._watcher = subprocess.Popen(
+                [sys.executable, "-S", str(watcher), str(shared), str(DUMP), str(self._folder), self._advice],
+                stdin=subprocess.PIPE,
+                pass_fds=[shared],
+                start_new_session=True,  # Ctrl-C is not for it
+            )
+        finally:
+            os.close(shared)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert self._watcher.stdin is not None
+        # Stacks are written into the pipe at whose end it waits for our end. If nobody reads them, they are dropped.
+        os.set_blocking(self._watcher.stdin.fileno(), False)
+        faulthandler.register(DUMP, self._watcher.stdin.fileno())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._watcher is not None:
+            assert self._watcher.stdin is not None
+            self._watcher.stdin.close()
+            self._watcher.wait()
+            faulthandler.unregister(DUMP)
+
+    def phase(self, doing: str, patience: float) -> None:
+        """Says what is done from now on, and how many times `LEAST_S` that may take."""
+        self._steps = 0
+        self._beat(doing, patience * self._least_s)
+
+    def step(self, done: int) -> None:
+        """Says that step `done` is done. The first may take long, because much is set up then."""
+        now = time.monotonic()
+        if self._steps == 0:
+            self._first = now
+        usual_s = (now - self._first) / max(1, self._steps)
+        self._steps += 1
+        self._beat(f"step {done + 1}", max(self._least_s, USUAL * usual_s))
+
+    def _beat(self, doing: str, patience_s: float) -> None:
+        self.doing = doing
+        if self._memory is None:
+            return
+        self._beats += 1
+        text = doing.encode()[: SIZE - HEADER.size - 1] + b"\0"
+        self._memory[HEADER.size : HEADER.size + len(text)] = text
+        HEADER.pack_into(self._memory, 0, self._beats, patience_s)

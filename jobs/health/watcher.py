@@ -1,0 +1,109 @@
+"""The process that looks on while another one works: `python -S watcher.py MEMORY SIGNAL FOLDER ADVICE`.
+
+It imports nothing but a few modules of Python's own, because each process of a job has one. Its stdin ends when the
+other process does. Only time in which it runs itself counts, so that a stopped job or a machine that sleeps is no hang.
+"""
+
+import mmap
+import os
+import platform
+import select
+import signal
+import struct
+import sys
+import threading
+import time
+from contextlib import suppress
+
+TICK_S = 0.5
+STACKS_S = 2.0
+"""Seconds for the stacks of this process, and then again for the other processes to write theirs."""
+PAUSE_S = 0.05
+"""After such a pause no more lines come."""
+STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or a network", "Z": "dead"}
+"""What /proc says of a process that does not run."""
+HEADER = struct.Struct("qd")
+
+
+def main() -> None:
+    memory = mmap.mmap(int(sys.argv[1]), 0, prot=mmap.PROT_READ)
+    dump, folder, advice = int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    worker = os.getppid()
+    folder = os.path.join(folder, attempt(worker))
+    others_hang = threading.Event()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A thread of its own, because a file system that hangs must not stop this process, too.
+        threading.Thread(target=look_for, args=(folder, others_hang), daemon=True).start()
+    silent_s, last = 0.0, -1
+    while True:
+        before = time.monotonic()
+        ended = bool(select.select([0], [], [], TICK_S)[0]) and not os.read(0, 65536)
+        if ended or os.getppid() != worker:
+            return
+        beats, patience_s = HEADER.unpack_from(memory)
+        if beats != last:
+            silent_s, last = 0.0, beats
+        else:
+            silent_s += min(time.monotonic() - before, 2 * TICK_S)
+        if silent_s >= patience_s or others_hang.is_set():
+            doing = memory[HEADER.size :].partition(b"\0")[0].decode(errors="replace")
+            with suppress(ProcessLookupError, FileNotFoundError):  # it may end by itself meanwhile
+                end(worker, dump, folder, advice, f"no progress for {silent_s:.0f} s in {doing}")
+            return
+
+
+def attempt(worker: int) -> str:
+    """Returns a name that all processes of a job share, and another job does not."""
+    return f"{os.environ.get('SLURM_JOB_ID', 'here')}-{os.environ.get('MASTER_PORT', worker)}"
+
+
+def look_for(folder: str, found: threading.Event) -> None:
+    """Waits for the folder that the first process makes whose work hangs."""
+    while not os.path.isdir(folder):
+        time.sleep(1)
+    found.set()
+
+
+def end(worker: int, dump: int, folder: str, advice: str, what: str) -> None:
+    """Writes the stacks of the worker, gives the other processes time to do the same, and kills it."""
+    state = state_of(worker)
+    rank = os.environ.get("RANK", "0")
+    node = os.environ.get("SLURMD_NODENAME") or platform.node()
+    headline = f"process {rank} on {node}: {what}" + (f", {STATES[state]}" if state in STATES else "")
+    os.kill(worker, dump)
+    os.kill(worker, signal.SIGCONT)  # a stopped process handles no signal
+    text = f"{headline}\n\n{stacks()}"
+    os.kill(worker, signal.SIGSTOP)  # what was stopped must not go on now, when the job is given up
+    writing = threading.Thread(target=write, args=(folder, f"process-{rank}.txt", text), daemon=True)
+    writing.start()
+    writing.join(STACKS_S)  # a file system that hangs must not keep the worker alive
+    print(f"{headline}. Its stacks are in {folder}. {advice}".rstrip(), file=sys.stderr, flush=True)
+    time.sleep(STACKS_S)
+    os.kill(worker, signal.SIGKILL)
+
+
+def state_of(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0]
+
+
+def stacks() -> str:
+    """Reads what the worker writes at the signal, until it writes no more."""
+    text, deadline = b"", time.monotonic() + STACKS_S
+    while (left := deadline - time.monotonic()) > 0:
+        if not select.select([0], [], [], min(left, PAUSE_S if text else left))[0]:
+            break
+        if not (part := os.read(0, 65536)):
+            break
+        text += part
+    return text.decode(errors="replace") or "It has not written its stacks.\n"
+
+
+def write(folder: str, name: str, text: str) -> None:
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, name), "w") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    main()

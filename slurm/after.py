@@ -1,0 +1,55 @@
+"""`python -m slurm.after FOLDER CODE LOG_START` is what a job's script runs after srun has failed with CODE.
+
+It outlives the tasks, so it decides for them whether the job is tried again, however they have died. LOG_START is the
+size that the log had before srun.
+"""
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from slurm import task
+from slurm.task import Retried
+
+END = re.compile(r"^srun: error: (\S+): tasks? ([\d,\- ]+): (.+)$", re.MULTILINE)
+"""How srun says that tasks have ended: `srun: error: n1: task 2: Killed`."""
+
+
+def main() -> int:
+    from submitit.core.job_environment import JobEnvironment
+    from submitit.core.utils import DelayedSubmission
+
+    folder, code, log_start = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to us as well
+    os.environ["SUBMITIT_FOLDER"] = folder
+    if not task.is_current():
+        return code
+    submitted: Any = DelayedSubmission.load(JobEnvironment().paths.submitted_pickle)
+    job = submitted.function.work
+    with Path("/proc/self/fd/2").open("rb") as log:
+        log.seek(log_start)
+        cause, node = first_end(log.read().decode(errors="replace"))
+    if isinstance(job, Retried):
+        job.ended(cause, node, task.requeue)
+    return code
+
+
+def first_end(log: str) -> tuple[str | None, str | None]:
+    """Returns which signal has ended a task first, and on which node; no signal if the task has ended by itself.
+
+    The tasks after the first are ended because of it.
+    """
+    found = END.search(log)
+    if found is None:
+        return None, None
+    node, tasks, how = found.groups()
+    if how.startswith("Exited"):
+        return None, node
+    return f"task {tasks} was ended: {how}", node
+
+
+if __name__ == "__main__":
+    sys.exit(main())

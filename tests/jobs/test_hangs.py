@@ -1,0 +1,147 @@
+"""A process that makes no progress is ended within its patience, with the stacks of all, and a slow one is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.health import gpu_test
+from jobs.health.watchdog import VARIABLE
+from jobs.storage import faults
+from jobs.storage.run_folder import RunFolder
+from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status, steps_logged, wait_until, workers
+
+COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
+HASTY = {VARIABLE: "3", **NO_FIGURES}
+
+
+def test_all_processes_leave_their_stacks_and_the_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    where = ("--gpus", 2, "--train.steps", 300)
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    done(*COMMAND, *where, cwd=calm, **NO_FIGURES)
+    process = start(*COMMAND, *where, "--retries", 1, cwd=tmp_path, **HASTY)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) >= 60)
+    os.kill(workers(process)[-1], signal.SIGSTOP)
+    ended = finish(process)
+    assert ended.code == 0, ended
+    (fault,) = faults.read(RunFolder(run))
+    assert fault.hang is not None
+    assert fault.cause.startswith("hung: process 1 on ")
+    assert fault.cause.endswith(", stopped")
+    stacks = [(run / fault.hang / f"process-{rank}.txt").read_text() for rank in range(2)]
+    for text in stacks:
+        assert "in run_steps" in text
+    for name in ["metrics.jsonl", *(f"checkpoints/step-00000300/{name}.safetensors" for name in ("model", "ema"))]:
+        assert (run / name).read_bytes() == (calm / "runs" / "1d" / "a" / name).read_bytes(), name
+    assert fault.hang in done("status", run, cwd=tmp_path).out
+
+
+def test_a_process_that_hangs_alone_is_ended_and_says_how_to_continue(tmp_path: Path) -> None:
+    process = start(*COMMAND, "--train.steps", 1_000_000, cwd=tmp_path, **HASTY)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) >= 60)
+    process.send_signal(signal.SIGSTOP)
+    ended = finish(process)
+    assert ended.code == -signal.SIGKILL
+    assert "no progress for 3 s in step" in ended.err
+    assert ended.err.endswith("Continue with: python launch.py resume runs/1d/a\n")
+    shown = done("status", run, cwd=tmp_path).out
+    assert "failed (hung: process 0 on " in shown
+    done("resume", run, "--train.steps", 1_000_001, "--dry-run", cwd=tmp_path)
+
+
+def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path) -> None:
+    done(*COMMAND, "--train.steps", 50, cwd=tmp_path, **NO_FIGURES)
+    run = tmp_path / "runs" / "1d" / "a"
+    sampling = ("sample", run, "--device", "cpu", "--name", "s", "--sampler", "ddpm", "--num-samples")
+    process = start(*sampling, 10_000_000, cwd=tmp_path, **{VARIABLE: "0.2"})
+    wait_until(lambda: len([*run.glob("samples/s/shard-*")]) > 0)
+    process.send_signal(signal.SIGSTOP)
+    ended = finish(process)
+    assert ended.code == -signal.SIGKILL
+    assert "no progress for 3 s in evaluation" in ended.err
+    assert ended.err.endswith("The same command draws what is missing.\n")
+    assert len([*run.glob("samples/s/hang/*/process-0.txt")]) == 1
+
+
+def test_a_pause_within_the_patience_and_a_job_that_is_paused_as_a_whole_go_on(tmp_path: Path) -> None:
+    process = start(*COMMAND, "--train.steps", 1_000_000, cwd=tmp_path, **{**HASTY, VARIABLE: "2"})
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) >= 60)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    process.send_signal(signal.SIGCONT)
+    (watcher,) = children(process.pid, "watcher.py")
+    # As a laptop that sleeps: both stand still, for longer than the patience.
+    os.kill(watcher, signal.SIGSTOP)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    os.kill(watcher, signal.SIGCONT)
+    process.send_signal(signal.SIGCONT)
+    lines = steps_logged(run)
+    wait_until(lambda: steps_logged(run) >= lines + 100)
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert status(run)["state"] == "interrupted"
+    assert not (run / "hang").exists()
+
+
+def children(pid: int, word: str) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if word in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+HOLDS_THE_INTERPRETER = """
+import ctypes, sys
+from pathlib import Path
+from jobs.health.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1])) as watchdog:
+    watchdog.step(7)
+    ctypes.PyDLL(None).sleep(1000)
+"""
+
+
+def test_a_call_that_lets_no_other_python_thread_run_is_noticed_too(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDS_THE_INTERPRETER, str(tmp_path)]
+    environment = {**os.environ, VARIABLE: "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == -signal.SIGKILL
+    (stacks,) = tmp_path.glob("*/process-0.txt")
+    assert "no progress for 1 s in step 8" in stacks.read_text()
+    assert 'File "<string>", line 7 in <module>' in stacks.read_text()
+
+
+def test_a_gpu_that_computes_one_wrong_number_is_found() -> None:
+    def wrong(left: Tensor, right: Tensor) -> Tensor:
+        product = left @ right
+        product[3, 5] += 1
+        return product
+
+    cpu = torch.device("cpu")
+    assert gpu_test.fault_of(cpu, seconds=0, size=64) is None
+    fault = gpu_test.fault_of(cpu, seconds=0, size=64, product=wrong)
+    assert fault == "cpu computes wrongly: 1 of 4096 numbers of a product are not what they must be"
+
+
+@pytest.mark.parametrize(
+    ("heads", "cause", "node"),
+    [
+        (["0 on n1: no progress for 61 s in step 9", "1 on n2: no progress for 60 s in step 8"], "process 1", "n2"),
+        (["0 on n1: no progress for 61 s in step 8, stopped", "1 on n2: no progress for 60 s in step 8"], "0 on", "n1"),
+        (["0 on n1: no progress for 9 s in the last save", "1 on n2: no progress for 9 s in the end"], "save", "n1"),
+    ],
+)
+def test_who_is_behind(heads: list[str], cause: str, node: str, tmp_path: Path) -> None:
+    for rank, head in enumerate(heads):
+        (tmp_path / f"process-{rank}.txt").write_text(f"process {head}\n\nstacks\n")
+    described = faults.describe_hang(tmp_path)
+    assert cause in described[0]
+    assert described[1] == node

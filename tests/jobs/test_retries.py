@@ -1,0 +1,158 @@
+"""A fault of the machine does not end a run, and a fault of its own does: `--retries`, here, with real processes."""
+
+import json
+import os
+import platform
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import DistNetworkError
+
+from jobs.files import write_json
+from jobs.runtime.job import JobError, MachineError, is_outside
+from jobs.storage import faults
+from jobs.storage.run_folder import RunFolder, State
+from jobs.train.job import TrainJob
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until, workers
+
+COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "faults.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_process_is_killed_goes_on_by_itself_to_the_same_bytes(processes: int, tmp_path: Path) -> None:
+    where = ("--gpus", processes, "--train.steps", 300)
+    calm = tmp_path / "calm"
+    calm.mkdir()
+    done(*COMMAND, *where, cwd=calm, **NO_FIGURES)
+    process = start(*COMMAND, *where, "--retries", 1, cwd=tmp_path, **NO_FIGURES)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) >= 60)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    ended = finish(process)
+    assert ended.code == 0, ended
+    (fault,) = lines(run)
+    assert fault["cause"] == f"process {processes - 1} was ended by SIGKILL"
+    assert fault["again"] is True
+    assert status(run)["restarts"] == 1
+    files = ["metrics.jsonl", *(f"checkpoints/step-00000300/{name}.safetensors" for name in ("model", "ema"))]
+    for name in files:
+        assert (run / name).read_bytes() == (calm / "runs" / "1d" / "a" / name).read_bytes(), name
+    shown = done("status", run, cwd=tmp_path).out
+    assert "was ended by SIGKILL" in shown
+    assert "tried again" in shown
+
+
+def test_wrong_use_is_not_tried_again(tmp_path: Path) -> None:
+    diverging = ("--train.lr", "1e30", "--train.warmup-steps", "0", "--train.steps", "200")
+    ended = launch(*COMMAND, *diverging, "--retries", 3, cwd=tmp_path, **NO_FIGURES)
+    run = tmp_path / "runs" / "1d" / "a"
+    assert ended.code == 1
+    assert (status(run)["state"], status(run)["restarts"]) == ("failed", 0)
+    assert not (run / "faults.jsonl").exists()
+
+
+def test_ctrl_c_is_obeyed_and_no_fault(tmp_path: Path) -> None:
+    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) >= 10)
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert status(run)["state"] == "interrupted"
+    assert not (run / "faults.jsonl").exists()
+
+
+def test_a_budget_below_zero_is_refused(tmp_path: Path) -> None:
+    ended = launch(*COMMAND, "--retries", -1, cwd=tmp_path)
+    assert (ended.code, ended.err) == (2, "error: --retries must be at least 0; got -1\n")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    found = RunFolder(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    write_json(found.status, {"state": State.RUNNING})
+    return found
+
+
+def die(run: RunFolder, cause: str | None = "task 0 was ended: Killed", node: str = "n1", budget: int = 3) -> Any:
+    write_json(run.status, {"state": State.RUNNING})
+    return faults.judge(run, budget, cause, node)
+
+
+def fail(run: RunFolder, trace: str, *, outside: bool = False) -> Any:
+    run.write_failure(1, trace, outside=outside, node="n1")
+    return die(run, cause=None)
+
+
+def test_the_budget_is_for_tries_without_progress(run: RunFolder) -> None:
+    assert [die(run, budget=2).again for _ in range(2)] == [True, True]
+    (run.checkpoints / "step-00000100").mkdir()
+    assert [die(run, budget=2).again for _ in range(3)] == [True, True, False]
+    assert run.state() is State.FAILED
+    assert "task 0 was ended: Killed; 2 new starts brought no progress" in run.read_status()["traceback"]
+    faults.forgive(run)  # a person continues it
+    assert die(run).again
+
+
+def test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebacks(run: RunFolder) -> None:
+    assert fail(run, "At step 50.\n<at 0x7f1>\nValueError: why").again
+    assert fail(run, "At step 60.\n<at 0x7f1>\nValueError: why").again
+    assert not fail(run, "At step 50.\n<at 0x8e2>\nValueError: why").again
+    assert run.state() is State.FAILED
+    trace = run.read_status()["traceback"]
+    assert "0x7f1" in trace
+    assert "0x8e2" in trace
+    assert run.read_status()["failed_rank"] == 1
+    assert trace.endswith("ValueError: why")
+
+
+def test_what_the_machine_does_may_come_twice_at_the_same_step(run: RunFolder) -> None:
+    assert [fail(run, "OSError: [Errno 5]", outside=True).again for _ in range(4)] == [True, True, True, False]
+
+
+def test_whose_fault_an_exception_is() -> None:
+    theirs = (OSError(28, "No space left on device"), DistNetworkError("the other end"), MachineError("no GPU"))
+    gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    ecc = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    assert [is_outside(error) for error in (*theirs, gloo, ecc)] == [True] * 5
+    ours = (ValueError("connection"), RuntimeError("The size of tensor a (3) must match"), JobError("loss is NaN"))
+    assert [is_outside(error) for error in ours] == [False] * 3
+
+
+def test_an_exception_of_the_code_counts_even_if_another_process_is_killed_because_of_it(run: RunFolder) -> None:
+    for again in (True, False):
+        run.write_failure(1, "In step 50:\nValueError: why", outside=False, node="n1")
+        fault = die(run, cause="task 0 was ended: Aborted", node="n2")
+        assert (fault.cause, fault.node, fault.again) == ("ValueError: why", "n1", again)
+
+
+def test_a_job_whose_run_goes_on_elsewhere_does_not_come_back(run: RunFolder) -> None:
+    job = TrainJob(run.path, 1, "cpu", retries=3)
+    for where in ({"on_slurm": True, "host": platform.node()}, {"on_slurm": False, "host": "elsewhere"}):
+        write_json(run.status, {"state": State.RUNNING, **where})
+        assert not job.ended("process 0 was ended by SIGKILL", None, None)
+        assert faults.read(run) == []
+    assert not job.ended(
+        "task 0 was ended: Killed", None, lambda left_out: "17"
+    )  # the last one runs here, not on Slurm
+    write_json(run.status, {"state": State.RUNNING, "on_slurm": False, "host": platform.node()})
+    assert job.ended("process 0 was ended by SIGKILL", None, None)
+
+
+def test_a_run_that_has_ended_well_is_not_started_again(run: RunFolder) -> None:
+    for state in (State.FINISHED, State.INTERRUPTED, State.CANCELLED, State.FAILED):
+        write_json(run.status, {"state": state})
+        assert faults.judge(run, 3, "task 1 was ended: Segmentation fault", "n1") is None
+        assert run.state() is state
+
+
+def test_a_node_on_which_a_run_has_died_twice_without_progress_is_left_out(run: RunFolder) -> None:
+    assert [list(die(run, node=node, budget=9).left_out) for node in ("n1", "n2", "n1")] == [[], [], ["n1"]]
+    (run.checkpoints / "step-00000100").mkdir()
+    assert [list(die(run, node=node).left_out) for node in ("n2", "n3", "n2")] == [["n1"], ["n1"], ["n1", "n2"]]
