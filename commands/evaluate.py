@@ -134,7 +134,7 @@ class Evaluate:
         merge = EvaluateMergeJob(asked)
         job_ids = place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
         if self.where.wait:
-            place.wait(job_ids)
+            place.wait(lambda: job_ids, lambda: False if asked.is_done() else None)
         return 0
 
     def _show(self, asked: list[Evaluation]) -> None:

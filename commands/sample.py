@@ -106,7 +106,7 @@ class Sample:
             job_ids = single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
             if not self.where.wait:
                 return 0
-            place.wait(job_ids)
+            place.wait(lambda: job_ids, lambda: False if asked.is_complete() else None)
             code = 0 if asked.is_complete() else 1
         else:
             with ownership.sampling(run.path) as descriptor:

@@ -13,6 +13,7 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob, submit_runs
+from jobs.watch import states
 from slurm import queue
 from slurm.place import Here, OnSlurm
 
@@ -69,10 +70,14 @@ class Sweep:
             return max(codes)
         place = replace(place, code=provenance.code_folder(jobs[0][0].run))
         self.where.copy_code(place)
-        job_ids = place.run_array(
-            [job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit)
-        )
+        place.run_array([job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit))
+        runs = [RunFolder(job.run) for job, _, _ in jobs]
         if self.where.wait:
-            place.wait(job_ids)
-        finished = all(RunFolder(job.run).state() is State.FINISHED for job, _, _ in jobs)
+
+            def lives() -> bool | None:
+                """What the first run says that has not ended: until that one has, the others do not matter."""
+                return next((sign for sign in map(states.lives, runs) if sign is not False), False)
+
+            place.wait(lambda: states.newest_jobs(runs), lives)
+        finished = all(run.state() is State.FINISHED for run in runs)
         return 0 if not self.where.wait or finished else 1

@@ -17,6 +17,7 @@ from jobs.storage import ownership, provenance, run_folder
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
+from jobs.watch import states
 from slurm import queue
 from slurm.place import Here
 
@@ -126,9 +127,9 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
             return place.run(job, keep_open=descriptor)
         where.copy_code(place)
         # The lock guards what the launcher writes, up to the job's id. The job takes the run over with a token.
-        job_id = place.run(job)
+        place.run(job)
     if where.wait:
-        place.wait([job_id])
+        place.wait(lambda: run.read_launch().get("job_ids", []), lambda: states.lives(run))
     return 0 if not where.wait or run.state() is State.FINISHED else 1
 
 

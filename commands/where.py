@@ -1,6 +1,7 @@
 """Where a job runs: the flags that are shared by all commands that start one."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -12,12 +13,21 @@ from diffusion.errors import UserError
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
+from slurm.errors import SlurmError
 from slurm.place import Here, OnSlurm
 from slurm.profile import Profile
 from slurm.profile import load as load_profile
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Asked
+
+
+PATIENCE_S = 30
+"""How long --cluster slurm waits for a controller that is slow to answer."""
+
+
+class SlurmSilent(UserError):
+    """The machine belongs to a cluster whose controller does not answer. Never a reason to train on a login node."""
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -77,7 +87,7 @@ class Where:
     """Where the job runs."""
 
     cluster: Literal["auto", "local", "slurm"] = "auto"
-    """auto is Slurm where it answers, but not from within a job."""
+    """auto is Slurm where there is one, but not from within a job."""
     gpus: Annotated[int | None, optional("INT", "one")] = None
     """Number of GPUs in all; with --device cpu, number of processes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -112,12 +122,19 @@ class Where:
             save_code(place.code)
 
     def on_slurm(self) -> bool:
-        """Whether the job goes to Slurm; raises UserError if it should and cannot."""
-        if self.cluster == "slurm" and not queue.has_slurm():
+        """Whether the job goes to Slurm; raises UserError if it should and cannot, SlurmSilent if nobody knows."""
+        if self.cluster == "local" or (self.cluster == "auto" and "SLURM_JOB_ID" in os.environ):
+            return False
+        try:
+            found = queue.has_slurm(patience_s=PATIENCE_S if self.cluster == "slurm" else 2)
+        except SlurmError as error:
+            ways = f"--cluster slurm waits {PATIENCE_S} s for an answer, " if self.cluster == "auto" else ""
+            raise SlurmSilent(f"{error}; {ways}--cluster local runs on this machine") from None
+        if self.cluster == "slurm" and not found:
             raise UserError(
                 "--cluster slurm needs sbatch and a controller that answers `scontrol ping`; there is none here"
             )
-        return self.cluster == "slurm" or (self.cluster == "auto" and queue.is_available())
+        return found
 
     def resolve_device(self, place: Here | OnSlurm, precision: "Asked" = "auto") -> Literal["cuda", "cpu"]:
         """The kind of device; raises UserError where GPUs or a precision are asked for that are not there."""

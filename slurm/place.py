@@ -1,5 +1,6 @@
 """Places where a job can run: this machine, or Slurm with the settings of a site."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from slurm import local, queue
+from slurm.errors import SlurmError
 from slurm.profile import Profile
 from slurm.submit import Submission
 from slurm.task import Requeue
@@ -105,9 +107,19 @@ class OnSlurm:
             print(f"Job {job_ids[-1]} then merges the results.", flush=True)
         return job_ids
 
-    def wait(self, job_ids: Sequence[str]) -> None:
-        """Returns when none of the jobs waits or runs any more."""
-        while queue.active(job_ids):
+    def wait(self, job_ids: Callable[[], Sequence[str]], lives: Callable[[], bool | None]) -> None:
+        """Returns when none of the jobs waits or runs any more.
+
+        `lives` is asked every second what the jobs' own files say (see `queue.Pace`), so that Slurm seldom has to be.
+        """
+        pace = queue.Pace(self.profile.poll_s)
+        while True:
+            if pace.is_due(lives()):
+                try:
+                    if not queue.active(job_ids()):
+                        return
+                except SlurmError as error:  # the jobs go on without it
+                    print(f"warning: {error}; it is asked again", file=sys.stderr, flush=True)
             time.sleep(1)
 
     def _chunks(self, jobs: Sequence[J]) -> list[Sequence[J]]:

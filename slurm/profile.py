@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from slurm import queue
 from slurm.errors import UserError
 
 FOLDER = Path(__file__).parent / "profiles"
@@ -32,13 +33,15 @@ class Profile:
     """Time limit in minutes. A job that needs longer saves itself before the limit and is queued again."""
     signal_delay_s: int = 120
     """Seconds before the time limit at which a job is told to save."""
+    poll_s: int = queue.POLL_S
+    """Most seconds between two questions to Slurm about a job that is waited for."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run before the job, such as `module load cuda`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the job."""
 
     def __post_init__(self) -> None:
-        for name in ("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s"):
+        for name in ("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s", "poll_s"):
             if getattr(self, name) < 1:
                 raise UserError(f"slurm.{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}")
         if self.mem_gb is not None and self.mem_gb < 1:

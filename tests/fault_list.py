@@ -465,6 +465,20 @@ FAULTS = [
         "tests/jobs/test_overview.py::test_the_parent_of_several_processes_dies_and_so_do_they",
     ),
     Fault(
+        "a slow controller means that there is no cluster",
+        "slurm/queue.py",
+        'if "SLURM_CONF" not in os.environ and "configuration source" in answer.stderr:',
+        "if True:",
+        "tests/slurm/test_words.py::test_a_silent_controller_never_means_the_login_node[down]",
+    ),
+    Fault(
+        "whoever waits for a job asks Slurm every two seconds",
+        "slurm/queue.py",
+        "self._pause_s = min(2 * self._pause_s, self._longest_s)",
+        "pass",
+        "tests/slurm/test_words.py::test_ten_minutes_of_waiting_are_few_questions",
+    ),
+    Fault(
         "a job that was killed in its shell was not killed",
         "slurm/queue.py",
         "signal.Signals(number or code - 128).name",

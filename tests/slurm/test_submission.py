@@ -45,7 +45,7 @@ def test_what_slurm_refuses_is_said_in_its_words_and_nothing_is_written(
 def test_an_salloc_runs_here_and_a_missing_controller_is_said(site: Site, tmp_path: Path) -> None:
     inside = launch("train", "1d", "--dry-run", "--device", "cpu", cwd=tmp_path, SLURM_JOB_ID="1", **site.cluster.env)
     assert "Would run on this machine" in inside.out
-    missing = launch("train", "1d", "--cluster", "slurm", cwd=tmp_path, SLURM_CONF="/nowhere/slurm.conf")
+    missing = launch("train", "1d", cwd=tmp_path, SLURM_CONF="/nowhere/slurm.conf")
     assert missing.code == 2
     assert "scontrol ping" in missing.err
 

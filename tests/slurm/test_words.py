@@ -16,7 +16,7 @@ from slurm.errors import UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Submission
-from tests.launching import launch
+from tests.launching import launch, sentence
 from tests.slurm.record import RECORDED
 
 DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING = map(str, range(1, 9))
@@ -137,6 +137,60 @@ def test_scontrol_and_sinfo(version: str, notice: bool, tools: Tools, tmp_path: 
     assert f"Slurm {version}" in found
     assert "GPUs of a node in low: 4, asked for 4" in found
     assert "nodes of low that are up: 2, asked for 1" in found
+
+
+def test_ten_minutes_of_waiting_are_few_questions() -> None:
+    time = [0.0]
+    pace = queue.Pace(clock=lambda: time[0])
+
+    def asked(seconds: int, lives: bool | None, about: object = "17") -> list[int]:
+        """The seconds, from now on, at which Slurm is asked by somebody who looks every second."""
+        begin = time[0]
+        for time[0] in (begin + second for second in range(seconds)):
+            if pace.is_due(lives, about):
+                yes.append(int(time[0] - begin))
+        time[0] += 1
+        return [yes.pop(0) for _ in range(len(yes))]
+
+    yes: list[int] = []
+    waiting = asked(600, None)
+    assert waiting[:6] == [0, 2, 6, 14, 30, 62]
+    assert len(waiting) < 15 and waiting[-1] > 540
+    assert asked(10_000, True) == []  # it beats
+    assert asked(20, False) == [0, 2, 6, 14]  # it has ended, Slurm may not know yet
+    assert asked(100, True) == []  # it is back
+    assert asked(10, False) == [0, 2, 6]
+    assert asked(10, False, about="18") == [0, 2, 6]  # queued again under another id
+    assert queue.Pace(300, clock=lambda: time[0]).is_due(True)  # nothing is known before the first question
+
+
+PING = "sleep {}; echo 'Slurmctld(primary) at here is UP'"
+UNCONFIGURED = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
+DOWN = "echo 'Slurmctld(primary) at here is DOWN'; exit 1"
+DRY = ("train", "1d", "--dry-run", "--device", "cpu")
+
+
+@pytest.mark.parametrize("scontrol", [PING.format(4), DOWN], ids=["slow", "down"])
+def test_a_silent_controller_never_means_the_login_node(scontrol: str, tools: Tools, tmp_path: Path) -> None:
+    tools.replay("24.11.5", notice=False)
+    tools.write("scontrol", scontrol)
+    refused = launch(*DRY, cwd=tmp_path, PATH=tools.path)
+    assert refused.code == 2 and refused.out == ""
+    assert all(words in sentence(refused.err) for words in ("--cluster slurm waits 30 s", "--cluster local"))
+    assert "Would run on this machine" in launch(*DRY, "--cluster", "local", cwd=tmp_path, PATH=tools.path).out
+    insisting = launch(*DRY, "--cluster", "slurm", cwd=tmp_path, PATH=tools.path)
+    assert insisting.code == (2 if scontrol == DOWN else 0)
+    assert ("#SBATCH" in insisting.out) == (scontrol != DOWN)
+    (finding,) = json.loads(launch("doctor", "--json", cwd=tmp_path, PATH=tools.path).out)
+    assert finding["level"] == "problem" and "--cluster local" in finding["why"]
+
+
+def test_packages_that_nobody_has_set_up_are_no_cluster(tools: Tools, tmp_path: Path) -> None:
+    tools.write("sbatch", "exit 1")
+    tools.write("scontrol", UNCONFIGURED)
+    assert "Would run on this machine" in launch(*DRY, cwd=tmp_path, PATH=tools.path).out
+    assert launch(*DRY, cwd=tmp_path, PATH=tools.path, SLURM_CONF="/nowhere/slurm.conf").code == 2
+    assert launch(*DRY, "--cluster", "slurm", cwd=tmp_path, PATH=tools.path).code == 2
 
 
 @pytest.mark.parametrize("shown", ["sbatch", "sbatch-parsable"])
