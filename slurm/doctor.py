@@ -231,9 +231,10 @@ def _partition(name: str | None) -> dict[str, str] | None:
 
 
 def _partitions() -> dict[str, dict[str, str]]:
-    lines = queue.ask("scontrol", "--oneliner", "show", "partition").stdout.splitlines()
-    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
-    return {fields["PartitionName"]: fields for fields in found if "PartitionName" in fields}
+    shown = queue.ask("scontrol", "--oneliner", "show", "partition").stdout
+    records = re.findall(r"^PartitionName=.*$", shown, re.MULTILINE)  # among a site's notices
+    found = [dict(re.findall(r"(\w+)=(\S*)", record)) for record in records]
+    return {fields["PartitionName"]: fields for fields in found}
 
 
 def _gpus(gres: str) -> int:

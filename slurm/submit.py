@@ -1,5 +1,6 @@
 """Submits jobs to Slurm through submitit."""
 
+import re
 import shlex
 import shutil
 import sys
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from submitit.slurm.slurm import SlurmExecutor
 
 _PYTHON = f"{shlex.quote(sys.executable)} -S -m slurm.shield {shlex.quote(sys.executable)}"
+
+
+_OURS = ("job-name", "output", "error", "open-mode", "chdir", "requeue", "signal", "dependency", "array")
+"""Flags of sbatch that every job of ours has, wherever it runs."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Submission:
         with outside_any_job():
             asked = queue.ask("sbatch", "--test-only", input=self.script())
         if asked.returncode != 0:
-            raise UserError(f"Slurm refuses the job: {queue.last_words(asked.stderr)}")
+            raise UserError(self._refusal(asked.stderr))
 
     def submit(self) -> str:
         """Submits and returns the id of the job or the array; SlurmError with Slurm's own words if it refuses."""
@@ -102,7 +107,13 @@ class Submission:
                     elements = [executor.submit(task) for task in tasks]
             return queue.array_of(elements[0].job_id)
         except (FailedJobError, FailedSubmissionError) as error:
-            raise SlurmError(f"Slurm refuses the job: {queue.last_words(str(error))}") from None
+            raise SlurmError(self._refusal(str(error))) from None
+
+    def _refusal(self, said: str) -> str:
+        """Puts what the site can have disliked beside Slurm's words, which seldom name it."""
+        flags = re.findall(r"^#SBATCH (--([\w-]+).*)$", self.script(), re.MULTILINE)
+        asked = " ".join(flag for flag, name in flags if name not in _OURS)
+        return f"Slurm refuses the job: {queue.last_words(said)}. It was asked for: {asked}"
 
     def _parameters(self) -> dict[str, Any]:
         profile, shape = self.profile, self.shape
@@ -141,7 +152,16 @@ def _executor(folder: Path) -> "SlurmExecutor":
     from submitit.slurm.slurm import SlurmExecutor
 
     class Executor(SlurmExecutor):
-        """Finds the job's id among other words; submitit would take the first "job NUMBER", even in a site's notice."""
+        """Finds the job's id among other words; submitit would take the first "job NUMBER", even in a site's notice.
+
+        It would also read sbatch's words as UTF-8, and where they are none, lose a job that is queued already.
+        """
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            done = queue.ask("sbatch", str(submission_file_path), timeout_s=None)
+            if done.returncode != 0:
+                raise FailedSubmissionError(done.stderr)
+            return ["echo", done.stdout]  # submitit runs a command and reads what it prints
 
         @staticmethod
         def _get_job_id_from_submission_command(string: str | bytes) -> str:

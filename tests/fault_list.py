@@ -465,6 +465,13 @@ FAULTS = [
         "tests/jobs/test_overview.py::test_the_parent_of_several_processes_dies_and_so_do_they",
     ),
     Fault(
+        "a notice in which words have values passes for a job's record",
+        "slurm/task.py",
+        'record = re.search(r"^(?:JobId|PartitionName)=.*$", shown, re.MULTILINE)',
+        'record = re.search("(?s).*", shown)',
+        "tests/slurm/test_words.py::test_scontrol_and_sinfo",
+    ),
+    Fault(
         "a slow controller means that there is no cluster",
         "slurm/queue.py",
         'if "SLURM_CONF" not in os.environ and "configuration source" in answer.stderr:',

@@ -12,7 +12,7 @@ import pytest
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from slurm import doctor, queue, task
-from slurm.errors import UserError
+from slurm.errors import SlurmError, UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Submission
@@ -29,6 +29,8 @@ CLUSTER: west
  | scratch | is | 98 | % full |
 your job 3 has priority = 12, of MaxArraySize
 1|RUNNING|and|so|on|
+Since May Requeue=0, Restarts=7, State=DOWN, PartitionName=old and JobState=COMPLETING mean nothing here.
+Everything is UP
 caf\u00e9
 """
 
@@ -213,7 +215,6 @@ def test_sbatch_of_several_clusters_and_of_none(shown: str, expected: str | None
 @either
 def test_a_submission_among_notices(version: str, tools: Tools, tmp_path: Path) -> None:
     tools.replay(version, notice=True)
-    (tools.folder / "notice").write_text(NOTICE)  # submitit takes nothing but UTF-8
     submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
     assert submission.submit() == "9"
     assert (tmp_path / "slurm" / "9_submitted.pkl").exists()
@@ -221,10 +222,16 @@ def test_a_submission_among_notices(version: str, tools: Tools, tmp_path: Path) 
 
 def test_a_refusal_among_notices(tools: Tools, tmp_path: Path) -> None:
     refusal = "sbatch: error: Batch job submission failed: Invalid account"
+    asked = "--cpus-per-task=4 --mem=8GB --nodes=1 --ntasks-per-node=1 --partition=gpu --time=60"
     tools.write("sbatch", f"(cat {tools.notice()}; echo {refusal}; echo See you.) >&2; exit 1")
-    submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
-    with pytest.raises(UserError, match=f"Slurm refuses the job: {refusal}$"):
+    profile = Profile(partition="gpu", mem_gb=8)
+    submission = Submission("a", [print], profile, 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
+    with pytest.raises(UserError, match=f"Slurm refuses the job: {refusal}. It was asked for: (.*)$") as refused:
         submission.check()
+    assert set(asked.split()) <= set(str(refused.value).partition("asked for: ")[2].split())
+    assert "--output" not in str(refused.value)
+    with pytest.raises(SlurmError, match=r"Invalid account\. It was asked for: .*--partition=gpu"):
+        submission.submit()
     tools.write("sbatch", "exit 1")
     with pytest.raises(UserError, match="Slurm refuses the job: no answer"):
         submission.check()
