@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from diffusion.errors import UserError
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
-from slurm import queue
+from slurm import allocation, queue
 from slurm.errors import SlurmError
 from slurm.place import Here, OnSlurm
 from slurm.profile import Profile
@@ -87,7 +87,7 @@ class Where:
     """Where the job runs."""
 
     cluster: Literal["auto", "local", "slurm"] = "auto"
-    """auto is Slurm where there is one, but not from within a job."""
+    """auto is Slurm where there is one; from within a job, such as an salloc, it is that job's nodes."""
     gpus: Annotated[int | None, optional("INT", "one")] = None
     """Number of GPUs in all; with --device cpu, number of processes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -110,9 +110,16 @@ class Where:
     def place(self, run: RunFolder) -> Here | OnSlurm:
         """Where a job of the run is to run; raises UserError where that cannot be."""
         if not self.on_slurm():
-            return Here(self.processes)
+            return Here(self.processes, self._step())
         site = load_profile(self.profile, given(self.slurm))
         return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", code_folder(run.path))
+
+    def _step(self) -> allocation.Step | None:
+        """The part of the allocation around this process that the job takes, None if it stays on this machine."""
+        around = allocation.around_us() if self.cluster == "auto" and self.processes > 1 else None
+        if around is None or (self.device == "cuda" and not around.gpus_per_node):
+            return None
+        return around.step(self.processes, on_gpus=self.device != "cpu" and around.gpus_per_node > 0)
 
     def copy_code(self, place: Here | OnSlurm) -> None:
         """Makes sure that a job on Slurm finds its copy of the code; says so if the run began with other code."""
@@ -140,6 +147,8 @@ class Where:
         """The kind of device; raises UserError where GPUs or a precision are asked for that are not there."""
         if isinstance(place, OnSlurm):
             return "cpu" if self.device == "cpu" else "cuda"
+        if place.step is not None:
+            return "cuda" if place.step.on_gpus else "cpu"
         from jobs.runtime.numerics import (  # imports torch, which this machine is about to use anyway
             lacking,
             resolve_device,

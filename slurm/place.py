@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from slurm import local, queue
+from slurm import allocation, local, queue
 from slurm.errors import SlurmError
 from slurm.profile import Profile
 from slurm.submit import Submission
@@ -33,22 +33,33 @@ Submitted = Callable[[Sequence[J], Callable[[], str]], str]
 
 @dataclass(frozen=True)
 class Here:
-    """This machine. A single process is this one, so that debuggers work; several are its children."""
+    """This machine, or the allocation that it is in. A single process is this one, so that debuggers work."""
 
     processes: int
+    step: allocation.Step | None = None
+    """Set if the processes need several nodes of the allocation that this one is in."""
 
     def check(self, job: Job) -> None:
         """Accepts any job."""
 
     def describe(self, job: Job) -> str:
         """Says what `run` would do."""
+        if self.step is not None:
+            shape = self.step.shape
+            return f"Would run in this allocation, {shape.tasks_per_node} processes on each of {shape.nodes} nodes."
         return f"Would run on this machine in {self.processes} process{'es' if self.processes > 1 else ''}."
 
     def run(self, job: Job, keep_open: int | None = None) -> int:
         """Runs the job to its end and returns its exit code; child processes inherit the descriptor `keep_open`."""
+        descriptors = [] if keep_open is None else [keep_open]
+        if self.step is not None:
+            code = allocation.run(job, self.step, keep_open=descriptors)
+            if code not in (0, 130):
+                job.failed(0, f"srun ended with exit code {code}: a process has failed without a word, or none started")
+            return code if code in (0, 130) else 1
         if self.processes == 1:
             return job()
-        outcome = local.run(job, self.processes, keep_open=[] if keep_open is None else [keep_open])
+        outcome = local.run(job, self.processes, keep_open=descriptors)
         if outcome.signal is not None:
             job.failed(outcome.failed_rank, f"process {outcome.failed_rank} was ended by {outcome.signal}")
         return outcome.exit_code

@@ -486,6 +486,14 @@ FAULTS = [
         "tests/slurm/test_words.py::test_ten_minutes_of_waiting_are_few_questions",
     ),
     Fault(
+        "in an allocation, the first process that has stopped ends those that are still saving",
+        "slurm/allocation.py",
+        "worker.leave(0 if code == 130 else code)",
+        "worker.leave(code)",
+        "tests/slurm/test_submission.py::test_a_plain_run_in_an_salloc_is_stopped[Ctrl-C]",
+        slurm=True,
+    ),
+    Fault(
         "a job that was killed in its shell was not killed",
         "slurm/queue.py",
         "signal.Signals(number or code - 128).name",

@@ -11,11 +11,11 @@ import pytest
 
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
-from slurm import doctor, queue, task
+from slurm import allocation, doctor, queue, task
 from slurm.errors import SlurmError, UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
-from slurm.submit import Submission
+from slurm.submit import Shape, Submission
 from tests.launching import launch, sentence
 from tests.slurm.record import RECORDED
 
@@ -193,6 +193,39 @@ def test_packages_that_nobody_has_set_up_are_no_cluster(tools: Tools, tmp_path: 
     assert "Would run on this machine" in launch(*DRY, cwd=tmp_path, PATH=tools.path).out
     assert launch(*DRY, cwd=tmp_path, PATH=tools.path, SLURM_CONF="/nowhere/slurm.conf").code == 2
     assert launch(*DRY, "--cluster", "slurm", cwd=tmp_path, PATH=tools.path).code == 2
+
+
+@either
+@quiet_or_not
+def test_the_allocation_around_a_command(
+    version: str, notice: bool, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.replay(version, notice)
+    assert allocation.around_us() is None
+    monkeypatch.setenv("SLURM_JOB_ID", RUNNING)
+    around = allocation.around_us()
+    assert around is not None
+    assert (around.nodes, around.tasks, around.gpus_per_node) == (2, 2, 0)
+    assert around.step(1, on_gpus=False) is None
+    step = around.step(2, on_gpus=False)
+    assert step is not None and step.shape == Shape(2, 1)
+    with pytest.raises(UserError, match="at most 2 in this allocation of 2 nodes, 1 on each; got 3"):
+        around.step(3, on_gpus=False)
+
+
+@pytest.mark.parametrize(
+    ("record", "gpus"),
+    [
+        (" TRES=cpu=8,node=2,billing=8,gres/gpu=8,gres/gpu:a100=8 ", 4),
+        (" AllocTRES=cpu=8,node=2,gres/gpu=2 TresPerNode=gres/gpu:1 ", 1),
+        (" TRES=cpu=8,node=2 TresPerNode=gres:gpu:4 ", 4),
+        (" TresPerNode=gres:gpu:a100:3 ", 3),
+        (" TresPerNode=gres/scratch:100,gres/gpu:v100:2 ", 2),
+        (" TRES=cpu=8,node=2 ", 0),
+    ],
+)
+def test_gpus_of_an_allocation_in_the_words_of_slurm(record: str, gpus: int) -> None:
+    assert allocation._gpus_per_node(record, 2) == gpus
 
 
 @pytest.mark.parametrize("shown", ["sbatch", "sbatch-parsable"])
