@@ -6,7 +6,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import arg
 
-from commands.train import check_batch, check_same_settings, choice, create, is_finished, run_training
+from commands.train import check_batch, check_same_settings, choice, create, is_finished, run_training, with_notify
 from commands.where import Launch, show
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
@@ -38,6 +38,7 @@ class Sweep:
         jobs = []
         for i, point in enumerate(grid.points(self.grid)):
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
+            config = with_notify(config, self.where)
             check_batch(config, self.where.processes)
             run = RunFolder(folder / grid.run_name(self.name, i))
             if run.exists():

@@ -68,12 +68,14 @@ def _metavar(kind: Any) -> str:
     names = {int: "INT", float: "FLOAT", str: "NAME", bool: "{True,False}"}
     if get_origin(kind) is Literal:
         return f"{{{','.join(get_args(kind))}}}"
-    return names.get(kind) or next(names[member] for member in get_args(kind) if member in names)
+    if get_origin(kind) is tuple:
+        return f"[{_metavar(get_args(kind)[0])} ...]"
+    return names.get(kind) or _metavar(next(member for member in get_args(kind) if member is not type(None)))
 
 
 def _of_the_profile(known: Field[Any]) -> str | None:
     """What a setting of Slurm is unless it is given; None for what only a profile can say."""
-    if known.name in ("setup", "environment"):
+    if known.name in ("setup", "environment", "notify"):
         return None
     return "the profile's" if known.default is None else f"the profile's, or {known.default}"
 

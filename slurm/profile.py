@@ -35,6 +35,8 @@ class Profile:
     """Seconds before the time limit at which a job is told to save."""
     poll_s: int = queue.POLL_S
     """Most seconds between two questions to Slurm about a job that is waited for."""
+    notify: tuple[str, ...] = ()
+    """How people are told that a run has finished, has failed or hangs, unless --tracking.notify says: mail, ..."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run before the job, such as `module load cuda`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -68,8 +70,7 @@ def read(path: Path) -> Profile:
             raise UserError(f"profile {path}: {key} is no key of a profile; they are {', '.join(hints)}")
         if not _fits(value, hints[key]):
             raise UserError(f"profile {path}: {key} must be {_describe(hints[key])}; got {value!r}")
-    if "setup" in values:
-        values["setup"] = tuple(values["setup"])
+    values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
     return Profile(**values)
 
 

@@ -378,6 +378,13 @@ FAULTS = [
         "tests/jobs/test_tracking.py::test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures",
     ),
     Fault(
+        "everybody who notices the end of a run tells people of it",
+        "jobs/notify.py",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL",
+        "os.O_WRONLY | os.O_CREAT",
+        "tests/jobs/test_notify.py::test_only_one_of_several_who_notice_tells",
+    ),
+    Fault(
         "a run that died without a word is shown as running",
         "jobs/watch/states.py",
         "    return _death(job)\n",

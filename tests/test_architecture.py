@@ -46,10 +46,19 @@ ARROWS = {
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
     "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
+    "jobs.notify": {"jobs.storage", "jobs.tracking"},
     "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
     "jobs.train": {"diffusion.process", "diffusion.figures"}
-    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    | {
+        "jobs.files",
+        "jobs.terminal",
+        "jobs.runtime",
+        "jobs.experiments",
+        "jobs.storage",
+        "jobs.tracking",
+        "jobs.notify",
+    },
     "jobs.sample": {"diffusion.settings", "diffusion.process"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.sample"}

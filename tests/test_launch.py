@@ -102,7 +102,7 @@ def test_a_sentence_for_the_user_and_a_traceback_for_us(raised: str, code: int |
 def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -> None:
     shown = " ".join(sentence(done("resume", "--help", cwd=tmp_path).out).split())
     slurm = {f"slurm.{f.name.replace('_', '-')}": f.default for f in fields(Profile)}
-    del slurm["slurm.setup"], slurm["slurm.environment"]
+    del slurm["slurm.setup"], slurm["slurm.environment"], slurm["slurm.notify"]
     offered = set(re.findall(r"(?<= --)(?:train|tracking|slurm)\.[a-z-]+", shown))
     assert offered == MAY_CHANGE - {"data.root"} | {"train.steps", "train.precision"} | slurm.keys()
     defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or (\d+))?\)", shown)
