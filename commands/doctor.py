@@ -6,7 +6,6 @@ import platform
 import shutil
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from commands.where import Where, given, optional
+from commands.where import SlurmSilent, Where, given, optional
 from diffusion.errors import UserError
 from diffusion.problems.mnist import MnistProblem
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
+from slurm.errors import SlurmError
 from slurm.place import OnSlurm
 
 if TYPE_CHECKING:
@@ -58,7 +58,13 @@ class Doctor:
         from slurm import doctor as slurm_doctor
         from slurm import site
 
-        on_slurm = self.where.on_slurm()
+        try:
+            on_slurm = self.where.on_slurm()
+        except SlurmSilent:
+            if self.submit or self.where.cluster == "slurm":
+                raise
+            yield slurm_doctor.silent()
+            return
         if self.submit and not on_slurm:
             raise UserError("--submit needs a Slurm that answers; there is none here")
         if self.write_profile is not None and not on_slurm:
@@ -69,8 +75,9 @@ class Doctor:
         job = DoctorJob(run.path, self.where.processes, "cpu" if self.where.device == "cpu" else "cuda")
         yield from machine.examine(self.where.runs_dir, Path(MnistProblem().root), is_shared=on_slurm)
         if not isinstance(place, OnSlurm):
-            if not queue.has_slurm():
-                yield slurm_doctor.unreachable()
+            with contextlib.suppress(SlurmError):
+                if not queue.has_slurm():
+                    yield slurm_doctor.absent()
             return
         if path is not None:
             found = site.describe(place, job, given(self.where.slurm))
@@ -96,8 +103,7 @@ def _submit_and_wait(place: OnSlurm, job: "DoctorJob") -> None:
     with contextlib.redirect_stdout(sys.stderr):  # what is printed for scripts is JSON alone
         job_id = replace(place, profile=profile).run(job)
     try:
-        while queue.active([job_id]):
-            time.sleep(1)
+        place.wait(lambda: [job_id], lambda: False if job.is_over() else None)
     except KeyboardInterrupt:
         queue.cancel([job_id])
         raise

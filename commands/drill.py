@@ -57,6 +57,6 @@ class Drill:
         batch_size, every = 64 * place.processes, max(1, self.steps // 8)
         settings = (
             f"--device {device} --gpus {place.processes} --train.batch-size {batch_size} --train.steps {self.steps} "
-            f"--train.log-every 1 --train.checkpoint-every {every} --tracking.mode disabled"
+            f"--train.log-every 1 --train.checkpoint-every {every} --tracking.mode disabled --tracking.notify"
         )
         return [*launch, *cluster, *profile, *slurm, *settings.split()]

@@ -135,9 +135,9 @@ class Evaluate:
         self.where.copy_code(place)
         merge = EvaluateMergeJob(asked)
         place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
-        # Again, because the last job submits more if elements were lost.
-        while self.where.wait and queue.active(asked.job_ids()):
-            place.wait(asked.job_ids())
+        if self.where.wait:
+            # What is asked for again and again, because the last job submits more if elements were lost.
+            place.wait(asked.job_ids, lambda: False if asked.is_done() else None)
         return 0
 
     def _show(self, asked: list[Evaluation]) -> None:

@@ -108,9 +108,8 @@ class Sample:
             single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
             if not self.where.wait:
                 return 0
-            # Again, because the last job submits more if elements were lost.
-            while queue.active(asked.job_ids()):
-                place.wait(asked.job_ids())
+            # The ids are asked for again and again, because the last job submits more if elements were lost.
+            place.wait(asked.job_ids, lambda: False if asked.is_complete() else None)
             code = 0 if asked.is_complete() else 1
         else:
             with ownership.sampling(run.path) as descriptor:

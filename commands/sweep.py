@@ -6,13 +6,22 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import arg
 
-from commands.train import check_same_settings, choice, create, is_finished, run_training, with_shards
+from commands.train import (
+    check_same_settings,
+    choice,
+    create,
+    is_finished,
+    run_training,
+    with_notify,
+    with_shards,
+)
 from commands.where import Launch, show
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import faults, provenance, run_folder
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob, submit_runs
+from jobs.watch import states
 from slurm import queue
 from slurm.place import Here, OnSlurm
 
@@ -37,6 +46,7 @@ class Sweep:
         jobs = []
         for i, point in enumerate(grid.points(self.grid)):
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
+            config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
             config = with_shards(run, config, self.where.processes)
             if run.exists():
@@ -77,10 +87,14 @@ class Sweep:
         for job, _, _ in jobs:
             RunFolder(job.run).clear_failure()
             faults.forgive(RunFolder(job.run))
-        job_ids = place.run_array(
-            [job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit)
-        )
+        place.run_array([job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit))
+        runs = [RunFolder(job.run) for job, _, _ in jobs]
         if self.where.wait:
-            place.wait(job_ids)
-        finished = all(RunFolder(job.run).state() is State.FINISHED for job, _, _ in jobs)
+
+            def lives() -> bool | None:
+                """What the first run says that has not ended: until that one has, the others do not matter."""
+                return next((sign for sign in map(states.lives, runs) if sign is not False), False)
+
+            place.wait(lambda: states.newest_jobs(runs), lives)
+        finished = all(run.state() is State.FINISHED for run in runs)
         return 0 if not self.where.wait or finished else 1

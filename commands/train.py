@@ -9,6 +9,7 @@ from tyro.conf import arg, subcommand
 
 from commands.where import Data, Launch, Run, changes, given, optional, show
 from diffusion.errors import UserError, reason
+from jobs import notify
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
@@ -19,8 +20,10 @@ from jobs.storage.checkpoints import CorruptCheckpoint
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
+from jobs.watch import states
 from slurm import queue
 from slurm.place import Here
+from slurm.profile import load as load_profile
 
 
 def choice(name: str) -> Any:
@@ -102,6 +105,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
 
     A run that `is_new` is never another command's: NameTaken if there is one of its name by now.
     """
+    config = with_notify(config, where)
     check_settings(config, where.processes)
     if is_finished(run, config):
         print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
@@ -128,14 +132,25 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         run.write_experiment(experiment, config)
         run.clear_failure()
         faults.forgive(run)
+        if run.read_status().get("step", 0) < config.train.steps:  # not if it is only drawn again
+            notify.rearm(run)
         if isinstance(place, Here):
             return place.run(job, keep_open=descriptor)
         where.copy_code(place)
         # The lock guards what the launcher writes, up to the job's id. The job takes the run over with a token.
-        job_id = place.run(job)
+        place.run(job)
     if where.wait:
-        place.wait([job_id])
+        place.wait(lambda: run.read_launch().get("job_ids", []), lambda: states.lives(run))
     return 0 if not where.wait or run.state() is State.FINISHED else 1
+
+
+def with_notify(config: ExperimentConfig, where: Launch) -> ExperimentConfig:
+    """Lets people be told as the profile says, unless the settings say it; raises UserError where that cannot be."""
+    channels: Any = config.tracking.notify
+    if channels is None:
+        channels = load_profile(where.profile, given(where.slurm)).notify
+    notify.check(channels)
+    return replace(config, tracking=replace(config.tracking, notify=channels))
 
 
 def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from jobs.watch import detail, listing, logs, states, sweep
 from jobs.watch.cancel import cancel
 from slurm import queue
 from slurm.errors import SlurmError
+from slurm.profile import load as load_profile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +72,16 @@ class Logs:
             print(logs.read(run), end="")
             return 0
 
+        pace = queue.Pace(load_profile(None, {}).poll_s)
+        jobs: dict[str, queue.JobState] | None = None
+
         def is_alive() -> bool:
             # Of a finished run, too: its last words reach the file when srun ends, after status.json has changed.
-            job_id = states.newest_job(states.read_launch(run))
-            return states.is_alive(run, None if job_id is None else _ask_slurm([job_id]))
+            nonlocal jobs
+            job_id, lives = states.newest_job(states.read_launch(run)), states.lives(run)
+            if job_id is not None and pace.is_due(lives, job_id):
+                jobs = _ask_slurm([job_id])
+            return (job_id is not None and lives is True) or states.is_alive(run, jobs)
 
         for text in logs.follow(run, is_alive, _say_aside):
             print(text, end="", flush=True)
@@ -90,7 +97,7 @@ class Cancel:
     """Folder of all runs."""
 
     def __call__(self) -> int:
-        cancel(run_folder.find(self.run, self.runs_dir), queue.active, queue.cancel, print)
+        cancel(run_folder.find(self.run, self.runs_dir), queue.active, queue.cancel, queue.Pace().is_due, print)
         return 0
 
 

@@ -1,6 +1,7 @@
 """Where a job runs: the flags that are shared by all commands that start one."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -11,14 +12,23 @@ from tyro.conf import Positional, arg
 from diffusion.errors import UserError
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
-from slurm import queue
+from slurm import allocation, queue
 from slurm.environment import copies
+from slurm.errors import SlurmError
 from slurm.place import Here, OnSlurm
 from slurm.profile import ONLY_IN_FILES, Profile
 from slurm.profile import load as load_profile
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Asked
+
+
+PATIENCE_S = 30
+"""How long --cluster slurm waits for a controller that is slow to answer."""
+
+
+class SlurmSilent(UserError):
+    """The machine belongs to a cluster whose controller does not answer. Never a reason to train on a login node."""
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -67,7 +77,9 @@ def _metavar(kind: Any) -> str:
     names = {int: "INT", float: "FLOAT", str: "NAME", bool: "{True,False}"}
     if get_origin(kind) is Literal:
         return f"{{{','.join(get_args(kind))}}}"
-    return names.get(kind) or next(names[member] for member in get_args(kind) if member in names)
+    if get_origin(kind) is tuple:
+        return f"[{_metavar(get_args(kind)[0])} ...]"
+    return names.get(kind) or _metavar(next(member for member in get_args(kind) if member is not type(None)))
 
 
 def _of_the_profile(known: Field[Any]) -> str | None:
@@ -86,7 +98,7 @@ class Where:
     """Where the job runs."""
 
     cluster: Literal["auto", "local", "slurm"] = "auto"
-    """auto is Slurm where it answers, but not from within a job."""
+    """auto is Slurm where there is one; from within a job, such as an salloc, it is that job's nodes."""
     gpus: Annotated[int | None, optional("INT", "one")] = None
     """Number of GPUs in all; with --device cpu, number of processes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -117,11 +129,18 @@ class Where:
                 f"torchrun or mpirun has started it {started} times"
             )
         if not self.on_slurm():
-            return Here(self.processes)
+            return Here(self.processes, self._step())
         return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", code_folder(run.path))
 
     def _site(self) -> Profile:
         return load_profile(self.profile, given(self.slurm))
+
+    def _step(self) -> allocation.Step | None:
+        """The part of the allocation around this process that the job takes, None if it stays on this machine."""
+        around = allocation.around_us() if self.cluster == "auto" and self.processes > 1 else None
+        if around is None or (self.device == "cuda" and not around.gpus_per_node):
+            return None
+        return around.step(self.processes, on_gpus=self.device != "cpu" and around.gpus_per_node > 0)
 
     def copy_code(self, place: Here | OnSlurm) -> None:
         """Makes sure that a job on Slurm finds its copy of the code; says so if the run began with other code."""
@@ -131,17 +150,26 @@ class Where:
             save_code(place.code)
 
     def on_slurm(self) -> bool:
-        """Whether the job goes to Slurm; raises UserError if it should and cannot."""
-        if self.cluster == "slurm" and not queue.has_slurm():
+        """Whether the job goes to Slurm; raises UserError if it should and cannot, SlurmSilent if nobody knows."""
+        if self.cluster == "local" or (self.cluster == "auto" and "SLURM_JOB_ID" in os.environ):
+            return False
+        try:
+            found = queue.has_slurm(patience_s=PATIENCE_S if self.cluster == "slurm" else 2)
+        except SlurmError as error:
+            ways = f"--cluster slurm waits {PATIENCE_S} s for an answer, " if self.cluster == "auto" else ""
+            raise SlurmSilent(f"{error}; {ways}--cluster local runs on this machine") from None
+        if self.cluster == "slurm" and not found:
             raise UserError(
                 "--cluster slurm needs sbatch and a controller that answers `scontrol ping`; there is none here"
             )
-        return self.cluster == "slurm" or (self.cluster == "auto" and queue.is_available())
+        return found
 
     def resolve_device(self, place: Here | OnSlurm, precision: "Asked" = "auto") -> Literal["cuda", "cpu"]:
         """The kind of device; raises UserError where GPUs or a precision are asked for that are not there."""
         if isinstance(place, OnSlurm):
             return "cpu" if self.device == "cpu" else "cuda"
+        if place.step is not None:
+            return "cuda" if place.step.on_gpus else "cpu"
         from jobs.runtime.numerics import (  # imports torch, which this machine is about to use anyway
             lacking,
             resolve_device,

@@ -1,7 +1,6 @@
 """Examines a Slurm cluster, from its login node, for faults that would cost a job later."""
 
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,14 +27,17 @@ class Finding(NamedTuple):
     cure: str = ""
 
 
-def unreachable() -> Finding:
-    """Says why no job can be submitted."""
-    if shutil.which("sbatch") is None:
-        return Finding("ok", "no Slurm here: jobs run on this machine")
+def absent() -> Finding:
+    """Says that this machine belongs to no cluster."""
+    return Finding("ok", "no Slurm here: jobs run on this machine")
+
+
+def silent() -> Finding:
+    """Says that the cluster's controller does not answer in time."""
     return Finding(
         "problem",
-        "sbatch is there, but the controller does not answer `scontrol ping`",
-        "jobs would run on this machine instead of the cluster",
+        "sbatch is there, but the controller does not answer `scontrol ping` within 2 s",
+        "no job starts unless you say where: --cluster slurm waits longer, --cluster local runs on this machine",
         "set SLURM_CONF, or wait until the controller is back: `sdiag` says more",
     )
 

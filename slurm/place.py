@@ -2,13 +2,14 @@
 
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from slurm import local, queue
+from slurm import allocation, local, queue
 from slurm.environment import forget_other_launchers
 from slurm.errors import SlurmError
 from slurm.profile import Profile
@@ -44,9 +45,11 @@ Submitted = Callable[[Sequence[J], Callable[[], str]], str]
 
 @dataclass(frozen=True)
 class Here:
-    """This machine. A single process is this one, so that debuggers work; several are its children."""
+    """This machine, or the allocation that it is in. A single process is this one, so that debuggers work."""
 
     processes: int
+    step: allocation.Step | None = None
+    """Set if the processes need several nodes of the allocation that this one is in."""
 
     def check(self, job: Job) -> str:
         """Accepts any job."""
@@ -54,6 +57,9 @@ class Here:
 
     def describe(self, job: Job) -> str:
         """Says what `run` would do."""
+        if self.step is not None:
+            shape = self.step.shape
+            return f"Would run in this allocation, {shape.tasks_per_node} processes on each of {shape.nodes} nodes."
         return f"Would run on this machine in {self.processes} process{'es' if self.processes > 1 else ''}."
 
     def run(self, job: Job, keep_open: int | None = None) -> int:
@@ -62,12 +68,18 @@ class Here:
         A job that may be tried again is a child even if it is alone, because somebody must outlive it.
         """
         retried = job if isinstance(job, Retried) else None
+        descriptors = [] if keep_open is None else [keep_open]
+        if self.step is not None:
+            code = allocation.run(job, self.step, keep_open=descriptors)
+            if code not in (0, 130):
+                job.failed(0, f"srun ended with exit code {code}: a process has failed without a word, or none started")
+            return code if code in (0, 130) else 1
         if self.processes == 1:
             forget_other_launchers()
         if self.processes == 1 and (retried is None or retried.retries == 0):
             return job()
         while True:
-            outcome = local.run(job, self.processes, keep_open=[] if keep_open is None else [keep_open])
+            outcome = local.run(job, self.processes, keep_open=descriptors)
             if outcome.exit_code in (0, 130):
                 return outcome.exit_code
             cause = None
@@ -149,9 +161,19 @@ class OnSlurm:
             print(f"Job {job_ids[-1]} then merges the results.", flush=True)
         return job_ids
 
-    def wait(self, job_ids: Sequence[str]) -> None:
-        """Returns when none of the jobs waits or runs any more."""
-        while queue.active(job_ids):
+    def wait(self, job_ids: Callable[[], Sequence[str]], lives: Callable[[], bool | None]) -> None:
+        """Returns when none of the jobs waits or runs any more.
+
+        `lives` is asked every second what the jobs' own files say (see `queue.Pace`), so that Slurm seldom has to be.
+        """
+        pace = queue.Pace(self.profile.poll_s)
+        while True:
+            if pace.is_due(lives()):
+                try:
+                    if not queue.active(job_ids()):
+                        return
+                except SlurmError as error:  # the jobs go on without it
+                    print(f"warning: {error}; it is asked again", file=sys.stderr, flush=True)
             time.sleep(1)
 
     def _chunks(self, jobs: Sequence[J]) -> list[Sequence[J]]:

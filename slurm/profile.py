@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from slurm import queue
 from slurm.errors import UserError
 
 FOLDER = Path(__file__).parent / "profiles"
 GpuRequest = Literal["gpus-per-node", "gres", "gpus-per-task", "none"]
 MEMORY = ("mem_gb", "mem_per_gpu_gb", "mem_per_cpu_gb")
 """Three ways to ask for memory, of which Slurm takes one."""
-ONLY_IN_FILES = ("setup", "environment", "srun_args", "sbatch", "cpu")
+ONLY_IN_FILES = ("setup", "environment", "srun_args", "sbatch", "cpu", "notify")
 """Lists and tables, which have no flag."""
 _LAUNCHERS_OWN = ("array", "chdir", "dependency", "error", "job-name", "nodes", "open-mode", "output", "signal", "time")
 """Flags of sbatch on which it depends that no run is lost."""
@@ -80,6 +81,10 @@ class Profile:
     """What makes a node's name that of its fast network: with i, node07 is reached as node07i."""
     interface: str | None = None
     """Network interface of NCCL and gloo, such as ib0; auto is the first fast one that is up."""
+    poll_s: int = queue.POLL_S
+    """Most seconds between two questions to Slurm about a job that is waited for."""
+    notify: tuple[str, ...] = ()
+    """How people are told that a run has finished, has failed or hangs, unless --tracking.notify says: mail, ..."""
     setup: tuple[str, ...] = ()
     """Lines of shell that run before the job, such as `module load cuda`."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -94,7 +99,7 @@ class Profile:
     def __post_init__(self) -> None:
         # mem_gb=0 is all memory of a node; an array and the job that follows it are two jobs.
         least = {"mem_gb": 0, "max_jobs": 2, **dict.fromkeys(("mem_per_gpu_gb", "mem_per_cpu_gb"), 1)}
-        least |= dict.fromkeys(("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s"), 1)
+        least |= dict.fromkeys(("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s", "poll_s"), 1)
         for name, minimum in least.items():
             if (value := getattr(self, name)) is not None and value < minimum:
                 raise UserError(f"{_flag(name)} must be at least {minimum}; got {value}")

@@ -5,26 +5,66 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 from slurm.errors import SlurmError
 
+FIRST_PAUSE_S = 2.0
+POLL_S = 60
+"""Seconds between questions about a job that goes on, unless a profile says otherwise; administrators ask for that."""
 
-def is_available() -> bool:
-    """Whether to submit jobs rather than run them here: Slurm answers, and this process is not in a job already."""
-    return "SLURM_JOB_ID" not in os.environ and has_slurm()
 
+def has_slurm(patience_s: float = 2) -> bool:
+    """Whether this machine belongs to a Slurm cluster.
 
-def has_slurm() -> bool:
-    """Whether sbatch exists and the controller answers within two seconds."""
+    Raises SlurmError if it does and the controller does not answer within `patience_s`: a slow one is none that is not
+    there.
+    """
     if shutil.which("sbatch") is None:
         return False
     try:
-        return " is UP" in ask("scontrol", "ping", timeout_s=2).stdout
-    except (OSError, SlurmError):
+        answer = ask("scontrol", "ping", timeout_s=patience_s)
+    except OSError as error:
+        raise SlurmError(f"scontrol cannot be started: {error.strerror}") from None
+    except SlurmError:
+        raise SlurmError(f"Slurm does not answer `scontrol ping` within {patience_s:g} s") from None
+    if re.search(r"^Slurmctld.* is UP *$", answer.stdout, re.MULTILINE):
+        return True
+    # Packages alone, which nobody has set up, make no cluster: no file and no name server says where one is.
+    if "SLURM_CONF" not in os.environ and "configuration source" in answer.stderr:
         return False
+    raise SlurmError(f"Slurm does not answer `scontrol ping`: {last_words(answer.stdout + answer.stderr)}")
+
+
+class Pace:
+    """Says when to ask Slurm again: after 2, 4, 8, ... seconds, and in the end every `longest_s`.
+
+    A controller has thousands of jobs to care for, and the files of a run tell at no cost what can be told.
+    """
+
+    def __init__(self, longest_s: float = POLL_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._longest_s, self._clock = longest_s, clock
+        self._pause_s = self._due = 0.0
+        self._asked, self._ended, self._about = False, False, cast(Hashable, None)
+
+    def is_due(self, lives: bool | None, about: Hashable = None) -> bool:
+        """Whether to ask now; it counts on its being done.
+
+        `lives` is what the job's own files say, None if they do not tell. A living job needs no question. When it ends,
+        or when other jobs are asked `about`, it is time for one at once, and the pauses are short again.
+        """
+        now, ended, before = self._clock(), lives is False, (self._ended, self._about)
+        self._ended, self._about = ended, about
+        if not self._asked or about != before[1] or (ended and not before[0]):
+            self._pause_s, self._due = min(FIRST_PAUSE_S, self._longest_s), now
+        elif lives or now < self._due:
+            return False
+        self._asked, self._due = True, now + self._pause_s
+        self._pause_s = min(2 * self._pause_s, self._longest_s)
+        return True
 
 
 def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -> "subprocess.CompletedProcess[str]":

@@ -16,6 +16,9 @@ from slurm.errors import SlurmError, UserError
 from slurm.profile import Profile
 from slurm.task import Retried, SlurmTask, Work
 
+_OURS = ("job-name", "output", "error", "open-mode", "chdir", "requeue", "signal", "dependency", "array")
+"""Flags of sbatch that every job of ours has, wherever it runs."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -89,7 +92,7 @@ class Submission:
         with outside_any_job():
             asked = queue.ask("sbatch", "--test-only", input=self.script())
         if asked.returncode != 0:
-            raise UserError(f"Slurm refuses the job: {queue.last_words(asked.stderr)}")
+            raise UserError(self._refusal(asked.stderr))
         start = re.search(r" to start at (\d{4}-\S+)", asked.stderr + asked.stdout)
         return start[1] if start else ""
 
@@ -112,12 +115,18 @@ class Submission:
         if number is None:
             for path in (script, *pickles):
                 path.unlink()
-            raise SlurmError(f"Slurm refuses the job: {queue.last_words(done.stdout + done.stderr)}")
+            raise SlurmError(self._refusal(done.stdout + done.stderr))
         # The names under which each task looks for its pickle, for up to a minute.
         script.rename(self.folder / f"{number}_submission.sh")
         for i, path in enumerate(pickles):
             path.rename(self.folder / f"{number if len(pickles) == 1 else f'{number}_{i}'}_submitted.pkl")
         return queue.on_cluster(asked.cluster, number)
+
+    def _refusal(self, said: str) -> str:
+        """Puts what the site can have disliked beside Slurm's words, which seldom name it."""
+        flags = re.findall(r"^#SBATCH (--([\w-]+).*)$", self.script(), re.MULTILINE)
+        asked = " ".join(flag for flag, name in flags if name not in _OURS)
+        return f"Slurm refuses the job: {queue.last_words(said)}. It was asked for: {asked}"
 
     @property
     def _is_retried(self) -> bool:

@@ -236,4 +236,5 @@ def _fields(kind: str, name: str) -> dict[str, str]:
     """Asks for the fields of a job or a partition, named as by `scontrol show`; values end at the first space."""
     # Slurm's tools repeat their question while the controller is busy, and there is nothing better to do than to wait.
     shown = queue.ask("scontrol", "--oneliner", "show", kind, name, timeout_s=None).stdout
-    return dict(re.findall(r"([\w:/]+)=(\S*)", shown))
+    record = re.search(r"^(?:JobId|PartitionName)=.*$", shown, re.MULTILINE)  # among a site's notices
+    return dict(re.findall(r"([\w:/]+)=(\S*)", record[0])) if record is not None else {}

@@ -10,10 +10,19 @@ from typing import NoReturn
 
 def main() -> NoReturn:
     """Receives the job, runs it, and ends with its exit code; stops if the parent dies."""
-    size = int.from_bytes(sys.stdin.buffer.read(8), "big")
-    job = pickle.loads(sys.stdin.buffer.read(size))
-    threading.Thread(target=_terminate_with_parent, daemon=True).start()
-    code = int(job())
+    leave(work())
+
+
+def work() -> int:
+    """Receives the job and runs it; returns its exit code."""
+    size = int.from_bytes(_read(8), "big")
+    job = pickle.loads(_read(size))
+    threading.Thread(target=_listen_to_parent, daemon=True).start()
+    return int(job())
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process at once."""
     sys.stdout.flush()
     sys.stderr.flush()
     # Not by a normal exit: gloo's threads release Python objects late, and if the interpreter is gone by then, they
@@ -21,10 +30,20 @@ def main() -> NoReturn:
     os._exit(code)
 
 
-def _terminate_with_parent() -> None:
-    """Waits for the end of stdin, which is the parent's end: it keeps our stdin open and writes nothing more."""
-    while os.read(0, 1):
-        pass
+def _read(size: int) -> bytes:
+    """Reads so many bytes from stdin, and none of those that follow."""
+    content = b""
+    while len(content) < size:
+        if not (part := os.read(0, size - len(content))):
+            raise EOFError("the parent has ended before it has sent the job")
+        content += part
+    return content
+
+
+def _listen_to_parent() -> None:
+    """Sends this process the signals whose numbers the parent writes, and SIGTERM when the parent dies."""
+    while number := os.read(0, 1):
+        os.kill(os.getpid(), number[0])
     os.kill(os.getpid(), signal.SIGTERM)
 
 

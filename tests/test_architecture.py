@@ -47,9 +47,10 @@ ARROWS = {
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
     "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
+    "jobs.notify": {"jobs.storage", "jobs.tracking"},
     "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
-    "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health"}
+    "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health", "jobs.notify"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.sample": {"diffusion.settings", "diffusion.process", "jobs.health"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},

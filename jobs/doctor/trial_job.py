@@ -86,6 +86,10 @@ class DoctorJob:
     def submitted(self, submit: Callable[[], str]) -> str:
         return submit()
 
+    def is_over(self) -> bool:
+        """Whether each task has left what it found, or why it failed."""
+        return all(self._read(f"result-{rank}") or self._read(f"failed-{rank}") for rank in range(self.processes))
+
     def findings(self) -> Iterator[Finding]:
         """Yields what the tasks found, after the job has ended."""
         results = {rank: result for rank in range(self.processes) if (result := self._read(f"result-{rank}"))}

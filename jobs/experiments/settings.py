@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import Field, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from diffusion.settings import require
 
 MAX_SEED = 2**63 - 1
+Channel = Literal["mail", "webhook", "wandb"]
+"""How people are told of a run's end."""
 
 FREE = {"may_change": "free"}
 """Marks a setting that a continued run may change at any time, because it does not touch the result."""
@@ -104,8 +106,16 @@ class TrackingSettings:
     """Steps between pictures of samples, drawn beside the training from its checkpoints; 0 is none."""
     checkpoints: bool = field(default=False, metadata=FREE)
     """Upload every checkpoint; the final weights are uploaded in any case."""
+    notify: tuple[Channel, ...] | None = field(default=None, metadata=FREE)
+    """Tell people once that the run has finished, has failed or hangs: mail goes to $DIFFUSION_MAIL or to you on this
+    machine, webhook posts JSON to $DIFFUSION_WEBHOOK, wandb sends an alert. None is as the profile says, or nobody."""
 
     def __post_init__(self) -> None:
+        # What else is said here is not shown, because it may be the secret address of a webhook.
+        channels, known = set(self.notify or ()), set(get_args(Channel))
+        require(channels <= known, "tracking.notify must be made of mail, webhook and wandb", "another word")
+        clash = "tracking.notify wandb needs a tracking.mode other than disabled"
+        require("wandb" not in channels or self.mode != "disabled", clash, self.mode)
         require(bool(self.project), "tracking.project must not be empty", repr(self.project))
         require(self.samples_every >= 0, "tracking.samples-every must be at least 0", self.samples_every)
 

@@ -44,6 +44,10 @@ class Dashboard(ABC):
         """An artifact of files under `root`; `in_place` for files that stay as they are until they are sent."""
 
     @abstractmethod
+    def alert(self, title: str, text: str) -> None:
+        """A message that wandb passes on to people, as they have set it up there."""
+
+    @abstractmethod
     def finish(self, exit_code: int, preempted: bool) -> None:
         """The job has ended, this run may go on."""
 
@@ -56,6 +60,7 @@ class NoDashboard(Dashboard):
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
     def show(self, step: int, pictures: Mapping[str, Path]) -> None: ...
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None: ...
+    def alert(self, title: str, text: str) -> None: ...
     def finish(self, exit_code: int, preempted: bool) -> None: ...
 
 
@@ -95,6 +100,9 @@ class Wandb(Dashboard):
             policy: Literal["immutable", "mutable"] = "immutable" if in_place else "mutable"
             artifact.add_file(str(path), name=str(path.relative_to(root)), skip_cache=True, policy=policy)
         self._run.log_artifact(artifact)
+
+    def alert(self, title: str, text: str) -> None:
+        self._run.alert(title=title, text=text)
 
     def finish(self, exit_code: int, preempted: bool) -> None:
         if preempted:

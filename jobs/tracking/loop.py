@@ -63,7 +63,7 @@ def follow(start: Callable[[int], Followed]) -> None:
             os.execv(sys.executable, sys.orig_argv)
         say(f"Tracking has stopped, the next start sends the rest ({first_line(error)})")
         ended.wait()
-    _leave()
+    leave()
 
 
 def _watch_stdin(ended: threading.Event) -> None:
@@ -73,10 +73,10 @@ def _watch_stdin(ended: threading.Event) -> None:
     ended.set()
     time.sleep(END_S)
     say("Tracking could not be completed in time; the next start sends the rest.")
-    _leave()
+    leave()
 
 
-def _leave() -> None:
+def leave() -> None:
     """Ends this process and wandb's at once; wandb's own way to end would wait for a server for ever."""
     _kill_children()
     os._exit(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion.errors import UserError
+from jobs import notify
 from jobs.files import write_json
 from jobs.health.watchdog import Watchdog
 from jobs.runtime.job import JobError, MachineError, Requeue, is_outside, process_node, process_rank
@@ -107,6 +108,7 @@ class TrainJob:
         # Later failures follow from the first one, so only the first traceback is printed.
         if first:
             print(trace, file=sys.stderr, flush=True)
+            notify.tell(RunFolder(self.run), "failed", lambda text: print(text, file=sys.stderr, flush=True))
 
     def submitted(self, submit: Callable[[], str]) -> str:
         return submit_runs([self.run], submit)

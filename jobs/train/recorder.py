@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from jobs import notify
 from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
@@ -214,6 +215,8 @@ class RunRecorder(Recorder):
         self._metrics.close()
         if self._follower is not None:
             self._follower.close(wait=self._ended)
+        if self._status.values["state"] == State.FINISHED:
+            notify.tell(self._run, "finished", self._console.say)
 
     def _write_timing(self) -> None:
         """Writes a line of timing.jsonl: rates, and times of a step, since the line before."""

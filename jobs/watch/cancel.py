@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 
 from diffusion.errors import OutsideError, UserError
@@ -21,20 +21,38 @@ Active = Callable[[Iterable[str]], Mapping[str, str]]
 """Those of the Slurm jobs that wait or run, with their states; elements of arrays by themselves."""
 
 
-def cancel(run: RunFolder, active: Active, scancel: Callable[[list[str]], None], say: Callable[[str], None]) -> None:
+IsDue = Callable[[bool | None, Hashable], bool]
+"""Whether to ask Slurm again, given what the run's files say (see `states.lives`), and which jobs are asked about."""
+
+
+def cancel(
+    run: RunFolder,
+    active: Active,
+    scancel: Callable[[list[str]], None],
+    is_due: IsDue,
+    say: Callable[[str], None],
+) -> None:
     """Ends all jobs and processes of the run, waits until they have ended, and says how the run stands.
 
     Raises UserError if there is nothing to end, OutsideError if it does not end within a minute.
     """
     deadline = time.monotonic() + PATIENCE_S
     told: set[str | int] = set()
-    # Looked up again each time, because a job may just have been queued again, even under another id.
-    while (jobs := _living_jobs(run, active)) or ownership.holders(run.path) or ownership.is_locked(run.path):
-        if time.monotonic() > deadline:
-            raise OutsideError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
-        if again := [job_id for job_id, states in jobs.items() if job_id not in told or "PENDING" in states]:
-            scancel(again)
+    jobs: dict[str, set[str]] = {}
+    while True:
+        too_late = time.monotonic() > deadline
+        # That it lives still is no news: it has been told to end, or is about to be.
+        lives = False if states.lives(run) is False else None
+        # Looked up again, because a job may just have been queued again, even under another id.
+        if is_due(lives, tuple(detail.all_jobs(run))) or too_late:
+            jobs = _living_jobs(run, active)
+            if again := [job_id for job_id, states in jobs.items() if job_id not in told or "PENDING" in states]:
+                scancel(again)
         processes = ownership.holders(run.path)
+        if not (jobs or processes or ownership.is_locked(run.path)):
+            break
+        if too_late:
+            raise OutsideError(f"{run} has not ended within {PATIENCE_S:.0f} s; `status {run}` shows what is left")
         if not jobs and not processes and ownership.is_locked(run.path):
             raise OutsideError(f"{run} is held by a process that is not yours, or on another machine")
         for pid in set(processes) - told:

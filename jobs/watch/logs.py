@@ -10,8 +10,8 @@ from jobs.storage.run_folder import RunFolder, State, as_typed
 from jobs.watch import states
 
 POLL_S = 0.2
-LOOK_S, LOOK_AT_THE_END_S = 5.0, 1.0
-"""Seconds between questions to Slurm, to spare its controller: as long as the run goes on, and after its end."""
+LOOK_S = 1.0
+"""Seconds between two looks at whether the run is alive."""
 
 
 def locate(run: RunFolder) -> Path:
@@ -52,8 +52,8 @@ def follow(run: RunFolder, is_alive: Callable[[], bool], say: Callable[[str], No
     asked = -LOOK_S
     while True:
         # Ask first, then read: if the run had ended when asked, what is read afterwards is all that it has printed.
-        over, state = False, states.read_status(run).get("state")
-        if time.monotonic() - asked >= (LOOK_S if state in states.UNSETTLED else LOOK_AT_THE_END_S):
+        over = False
+        if time.monotonic() - asked >= LOOK_S:
             over, asked = not is_alive(), time.monotonic()
         if (found := locate(run)) != path:
             path, position = found, 0

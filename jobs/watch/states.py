@@ -15,6 +15,8 @@ UNSETTLED = (State.QUEUED, State.RUNNING, State.REQUEUED)
 """States that a living job is going to change."""
 SILENT_S = 120.0
 """The user is told about a heartbeat that is older than this."""
+BEAT_S = 30.0
+"""A heartbeat that is younger shows a living run."""
 SUBMITTING_S = 10.0
 """A run is marked queued before Slurm knows its job; for this long it is not reported as dead."""
 ENDING_S = 10.0
@@ -107,6 +109,15 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
         updated=str(status.get("updated") or launch.get("created", "")),
         heartbeat_age_s=_age_s(status),
     )
+
+
+def lives(run: RunFolder) -> bool | None:
+    """What the run's own files say of it: that it lives or has ended; None if they do not tell."""
+    status = read_status(run)
+    if status.get("state") not in UNSETTLED:
+        return False
+    age_s = _age_s(status)
+    return True if status["state"] == State.RUNNING and age_s is not None and age_s < BEAT_S else None
 
 
 def is_alive(run: RunFolder, jobs: Jobs | None) -> bool:

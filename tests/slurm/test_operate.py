@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from jobs.experiments.table import EXPERIMENTS
 from slurm import queue
 from slurm.devcluster import DevCluster
 from tests.launching import finish, start, status, wait_until
-from tests.slurm.site import Site, state, task_pids, tidied
+from tests.slurm.site import TRAINING, Site, state, task_pids, tidied
 
 pytestmark = pytest.mark.slurm
 
@@ -132,6 +134,33 @@ def test_logs_follow_a_run_over_its_requeues(site: Site) -> None:
     assert f"It is queued again as job {site.job_id(run)}" in ended.out
     assert "Finished " in ended.out
     assert ended.out == (run / "slurm" / f"{site.job_id(run)}_0_log.out").read_text()
+
+
+def test_waiting_for_a_run_asks_slurm_seldom_and_sees_its_end(site: Site, tmp_path: Path) -> None:
+    asked, squeue = tmp_path / "asked", shutil.which("squeue")
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    (folder / "squeue").write_text(f'#!/bin/sh\necho x >> {asked}\nexec {squeue} "$@"\n')
+    (folder / "squeue").chmod(0o755)
+    environment = {**site.cluster.env, "PATH": f"{folder}:{os.environ['PATH']}"}
+
+    def questions() -> int:
+        return asked.read_text().count("x") if asked.exists() else 0
+
+    blocking = site.cluster.submit("sleep 300", "--nodes=2", "--exclusive")
+    site.cluster.wait_for_job(blocking, "RUNNING")
+    began = time.monotonic()
+    waiting = start(*TRAINING, "--train.steps", 20, "--gpus", 1, "--name", "a", "--wait", cwd=tmp_path, **environment)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: state(run) == "queued" and questions() >= 4)
+    assert time.monotonic() - began > 14  # asked after 0, 2, 6 and 14 s
+    site.cluster.run("scancel", blocking)
+    site.wait_for_state(run, "finished")
+    before = questions()
+    ended = finish(waiting, timeout_s=60)
+    assert ended.code == 0, ended
+    assert before <= 7  # none while it runs; 30 and 62 s may have come before
+    assert questions() - before <= 4
 
 
 @pytest.mark.parametrize("accounting", [True, False])

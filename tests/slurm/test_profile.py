@@ -23,6 +23,7 @@ def test_the_example_is_a_profile() -> None:
         ("partitoin = 'gpu'", "partitoin is no key of a profile; they are partition"),
         ("time_min = 'long'", "time_min must be a number; got 'long'"),
         ("time_min = true", "time_min must be a number; got True"),
+        ("poll_s = 0", "slurm.poll-s must be at least 1; got 0"),
         ("time_min = 0", "slurm.time-min must be at least 1; got 0"),
         ("partition = 3", "partition must be a string; got 3"),
         ("setup = 'module load cuda'", "setup must be a list of strings"),

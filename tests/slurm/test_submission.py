@@ -1,12 +1,16 @@
 """What a submission to a real Slurm shows, refuses and costs."""
 
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, launch, wait_until
+from jobs.storage import checkpoints, ownership
+from tests.launching import ROOT, TINY, done, launch, sentence, status, steps_logged, wait_until
 from tests.slurm.site import TRAINING, Site, state
 
 pytestmark = pytest.mark.slurm
@@ -45,7 +49,7 @@ def test_what_slurm_refuses_is_said_in_its_words_and_nothing_is_written(
 def test_an_salloc_runs_here_and_a_missing_controller_is_said(site: Site, tmp_path: Path) -> None:
     inside = launch("train", "1d", "--dry-run", "--device", "cpu", cwd=tmp_path, SLURM_JOB_ID="1", **site.cluster.env)
     assert "Would run on this machine" in inside.out
-    missing = launch("train", "1d", "--cluster", "slurm", cwd=tmp_path, SLURM_CONF="/nowhere/slurm.conf")
+    missing = launch("train", "1d", cwd=tmp_path, SLURM_CONF="/nowhere/slurm.conf")
     assert missing.code == 2
     assert "scontrol ping" in missing.err
 
@@ -72,6 +76,60 @@ def test_a_cluster_that_is_named_is_asked_for_its_jobs(site: Site) -> None:
     assert ended.code == 0, ended
     number = site.job_id(endless).removeprefix("devcluster:")
     assert site.cluster.wait_for_job(number, "CANCELLED")
+
+
+PLAIN = (
+    *("train", "1d", *TINY, "--train.checkpoint-every", 50, "--device", "cpu", "--gpus", 4),
+    *("--tracking.mode", "disabled"),
+)
+
+
+def in_an_salloc(site: Site, *arguments: object) -> "subprocess.Popen[str]":
+    """Starts launch.py in an allocation of two nodes with two tasks on each; its shell is on neither."""
+    command = ["salloc", "--nodes=2", "--ntasks-per-node=2", f"--chdir={site.root}", sys.executable, ROOT / "launch.py"]
+    return subprocess.Popen(
+        [*map(str, command), *map(str, arguments)],
+        env={**os.environ, **site.cluster.env, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_plain_run_in_an_salloc_takes_all_its_nodes(site: Site) -> None:
+    arguments = (*PLAIN, "--train.steps", 50)
+    shown, _ = in_an_salloc(site, *arguments, "--dry-run").communicate(timeout=60)
+    assert "in this allocation, 2 processes on each of 2 nodes" in shown
+    refused, _ = in_an_salloc(site, *arguments, "--gpus", 8).communicate(timeout=60)
+    assert "--gpus must be at most 4 in this allocation of 2 nodes, 2 on each; got 8" in sentence(refused)
+    said, _ = in_an_salloc(site, *arguments, "--name", "spread").communicate(timeout=240)
+    runs = site.root / "runs" / "1d"
+    assert status(runs / "spread")["state"] == "finished", said
+    assert said.count("Finished runs/1d/spread at step 50") == 1  # the others keep silent
+    job_id = said.partition("Granted job allocation ")[2].split()[0]
+    question = ("sacct", "--noheader", "--parsable2", "--format=NNodes,NTasks,State", f"--jobs={job_id}.0")
+    wait_until(lambda: site.cluster.run(*question).strip() == "2|4|COMPLETED")
+    done(*arguments, "--name", "here", "--cluster", "local", cwd=site.root)
+    saved = [runs / name / "checkpoints" / "step-00000050" / "ema.safetensors" for name in ("spread", "here")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, "interrupted"), (signal.SIGKILL, "cancelled")], ids=["Ctrl-C", "a kill"]
+)
+def test_a_plain_run_in_an_salloc_is_stopped(number: signal.Signals, expected: str, site: Site) -> None:
+    salloc = in_an_salloc(site, *PLAIN, "--train.steps", 1_000_000, "--name", "a")
+    run = site.root / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) > 60, timeout_s=120)
+    (launcher,) = ownership.holders(run)
+    os.kill(launcher, number)
+    said, _ = salloc.communicate(timeout=120)
+    wait_until(lambda: status(run)["state"] == expected)
+    assert checkpoints.steps(run / "checkpoints")[0] == status(run)["step"], said
+    if number == signal.SIGINT:
+        assert salloc.returncode == 130
+        assert "Continue with" in said
 
 
 def test_submitting_does_not_import_torch(site: Site) -> None:

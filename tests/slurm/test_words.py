@@ -11,12 +11,12 @@ import pytest
 
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
-from slurm import after, doctor, queue, task
-from slurm.errors import UserError
+from slurm import after, allocation, doctor, queue, task
+from slurm.errors import SlurmError, UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
-from slurm.submit import Submission
-from tests.launching import launch
+from slurm.submit import Shape, Submission
+from tests.launching import launch, sentence
 from tests.slurm.record import RECORDED
 
 DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING = map(str, range(1, 9))
@@ -29,6 +29,8 @@ CLUSTER: west
  | scratch | is | 98 | % full |
 your job 3 has priority = 12, of MaxArraySize
 1|RUNNING|and|so|on|
+Since May Requeue=0, Restarts=7, State=DOWN, PartitionName=old and JobState=COMPLETING mean nothing here.
+Everything is UP
 caf\u00e9
 """
 
@@ -139,6 +141,93 @@ def test_scontrol_and_sinfo(version: str, notice: bool, tools: Tools, tmp_path: 
     assert "nodes of low that are up: 2, asked for 1" in found
 
 
+def test_ten_minutes_of_waiting_are_few_questions() -> None:
+    time = [0.0]
+    pace = queue.Pace(clock=lambda: time[0])
+
+    def asked(seconds: int, lives: bool | None, about: object = "17") -> list[int]:
+        """The seconds, from now on, at which Slurm is asked by somebody who looks every second."""
+        begin = time[0]
+        for time[0] in (begin + second for second in range(seconds)):
+            if pace.is_due(lives, about):
+                yes.append(int(time[0] - begin))
+        time[0] += 1
+        return [yes.pop(0) for _ in range(len(yes))]
+
+    yes: list[int] = []
+    waiting = asked(600, None)
+    assert waiting[:6] == [0, 2, 6, 14, 30, 62]
+    assert len(waiting) < 15 and waiting[-1] > 540
+    assert asked(10_000, True) == []  # it beats
+    assert asked(20, False) == [0, 2, 6, 14]  # it has ended, Slurm may not know yet
+    assert asked(100, True) == []  # it is back
+    assert asked(10, False) == [0, 2, 6]
+    assert asked(10, False, about="18") == [0, 2, 6]  # queued again under another id
+    assert queue.Pace(300, clock=lambda: time[0]).is_due(True)  # nothing is known before the first question
+
+
+PING = "sleep {}; echo 'Slurmctld(primary) at here is UP'"
+UNCONFIGURED = "echo 'scontrol: fatal: Could not establish a configuration source' >&2; exit 1"
+DOWN = "echo 'Slurmctld(primary) at here is DOWN'; exit 1"
+DRY = ("train", "1d", "--dry-run", "--device", "cpu")
+
+
+@pytest.mark.parametrize("scontrol", [PING.format(4), DOWN], ids=["slow", "down"])
+def test_a_silent_controller_never_means_the_login_node(scontrol: str, tools: Tools, tmp_path: Path) -> None:
+    tools.replay("24.11.5", notice=False)
+    tools.write("scontrol", scontrol)
+    refused = launch(*DRY, cwd=tmp_path, PATH=tools.path)
+    assert refused.code == 2 and refused.out == ""
+    assert all(words in sentence(refused.err) for words in ("--cluster slurm waits 30 s", "--cluster local"))
+    assert "Would run on this machine" in launch(*DRY, "--cluster", "local", cwd=tmp_path, PATH=tools.path).out
+    insisting = launch(*DRY, "--cluster", "slurm", cwd=tmp_path, PATH=tools.path)
+    assert insisting.code == (2 if scontrol == DOWN else 0)
+    assert ("#SBATCH" in insisting.out) == (scontrol != DOWN)
+    (finding,) = json.loads(launch("doctor", "--json", cwd=tmp_path, PATH=tools.path).out)
+    assert finding["level"] == "problem" and "--cluster local" in finding["why"]
+
+
+def test_packages_that_nobody_has_set_up_are_no_cluster(tools: Tools, tmp_path: Path) -> None:
+    tools.write("sbatch", "exit 1")
+    tools.write("scontrol", UNCONFIGURED)
+    assert "Would run on this machine" in launch(*DRY, cwd=tmp_path, PATH=tools.path).out
+    assert launch(*DRY, cwd=tmp_path, PATH=tools.path, SLURM_CONF="/nowhere/slurm.conf").code == 2
+    assert launch(*DRY, "--cluster", "slurm", cwd=tmp_path, PATH=tools.path).code == 2
+
+
+@either
+@quiet_or_not
+def test_the_allocation_around_a_command(
+    version: str, notice: bool, tools: Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.replay(version, notice)
+    assert allocation.around_us() is None
+    monkeypatch.setenv("SLURM_JOB_ID", RUNNING)
+    around = allocation.around_us()
+    assert around is not None
+    assert (around.nodes, around.tasks, around.gpus_per_node) == (2, 2, 0)
+    assert around.step(1, on_gpus=False) is None
+    step = around.step(2, on_gpus=False)
+    assert step is not None and step.shape == Shape(2, 1)
+    with pytest.raises(UserError, match="at most 2 in this allocation of 2 nodes, 1 on each; got 3"):
+        around.step(3, on_gpus=False)
+
+
+@pytest.mark.parametrize(
+    ("record", "gpus"),
+    [
+        (" TRES=cpu=8,node=2,billing=8,gres/gpu=8,gres/gpu:a100=8 ", 4),
+        (" AllocTRES=cpu=8,node=2,gres/gpu=2 TresPerNode=gres/gpu:1 ", 1),
+        (" TRES=cpu=8,node=2 TresPerNode=gres:gpu:4 ", 4),
+        (" TresPerNode=gres:gpu:a100:3 ", 3),
+        (" TresPerNode=gres/scratch:100,gres/gpu:v100:2 ", 2),
+        (" TRES=cpu=8,node=2 ", 0),
+    ],
+)
+def test_gpus_of_an_allocation_in_the_words_of_slurm(record: str, gpus: int) -> None:
+    assert allocation._gpus_per_node(record, 2) == gpus
+
+
 @pytest.mark.parametrize("shown", ["sbatch", "sbatch-parsable"])
 @either
 def test_sbatch(version: str, shown: str) -> None:
@@ -166,10 +255,16 @@ def test_a_submission_among_notices(version: str, tools: Tools, tmp_path: Path) 
 
 def test_a_refusal_among_notices(tools: Tools, tmp_path: Path) -> None:
     refusal = "sbatch: error: Batch job submission failed: Invalid account"
+    asked = "--cpus-per-task=4 --mem=8GB --nodes=1 --ntasks-per-node=1 --partition=gpu --time=60"
     tools.write("sbatch", f"(cat {tools.notice()}; echo {refusal}; echo See you.) >&2; exit 1")
-    submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
-    with pytest.raises(UserError, match=f"Slurm refuses the job: {refusal}$"):
+    profile = Profile(partition="gpu", mem_gb=8)
+    submission = Submission("a", [print], profile, 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
+    with pytest.raises(UserError, match=f"Slurm refuses the job: {refusal}. It was asked for: (.*)$") as refused:
         submission.check()
+    assert set(asked.split()) <= set(str(refused.value).partition("asked for: ")[2].split())
+    assert "--output" not in str(refused.value)
+    with pytest.raises(SlurmError, match=r"Invalid account\. It was asked for: .*--partition=gpu"):
+        submission.submit()
     tools.write("sbatch", "exit 1")
     with pytest.raises(UserError, match="Slurm refuses the job: no answer"):
         submission.check()
