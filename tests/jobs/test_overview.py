@@ -168,7 +168,7 @@ def test_a_failure_is_recorded_where_files_cannot_be_linked(
 
     monkeypatch.setattr(os, "link", refuse)
     run = make("a", state="running")
-    assert run.write_failure(1, "broken")
+    assert run.write_failure(1, "broken", state=State.FAILED)
     assert seen(run) == ("failed", "broken")
     assert run.read_failure()["failed_rank"] == 1
 
