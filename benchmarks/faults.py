@@ -74,7 +74,7 @@ def starts(run: RunFolder) -> list[dict[str, Any]]:
 def second(run: RunFolder) -> int:
     """Returns the second process of the job whose first one writes status.json."""
     first = environment_of(run.read_status()["pid"])
-    rank, job = ("SLURM_PROCID", "SLURM_JOB_ID") if "SLURM_PROCID" in first else ("RANK", "MASTER_PORT")
+    rank, job = ("SLURM_PROCID", "SLURM_JOB_ID") if "SLURM_PROCID" in first else ("RANK", "MASTER_PORT_FILE")
     for path in Path("/proc").glob("[0-9]*"):
         try:
             command, found = (path / "cmdline").read_bytes(), environment_of(int(path.name))

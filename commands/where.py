@@ -129,7 +129,7 @@ class Where:
                 f"torchrun or mpirun has started it {started} times"
             )
         if not self.on_slurm():
-            return Here(self.processes, self._step())
+            return Here(self.processes, self._step(), run.path)
         return OnSlurm(self.processes, site, self.device != "cpu", run.label, run.path / "slurm", code_folder(run.path))
 
     def _site(self) -> Profile:

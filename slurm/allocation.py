@@ -5,7 +5,6 @@ srun starts `python -m slurm.allocation` for each process, and hands its own std
 
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
@@ -14,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 from slurm import queue, signals, worker
@@ -79,7 +79,7 @@ def _gpus_per_node(record: str, nodes: int) -> int:
     return int(asked[1]) if asked is not None else 0
 
 
-def run(job: Callable[[], int], step: Step, *, keep_open: Sequence[int] = ()) -> int:
+def run(job: Callable[[], int], step: Step, port_file: Path, *, keep_open: Sequence[int] = ()) -> int:
     """Calls the picklable `job` in all processes of the step, and waits for them; returns an exit code.
 
     Signals are passed on to all of them, through their stdin, because srun has a mind of its own about some. If one
@@ -96,6 +96,7 @@ def run(job: Callable[[], int], step: Step, *, keep_open: Sequence[int] = ()) ->
         env={
             "OMP_NUM_THREADS": str(cpus),
             **os.environ,
+            "MASTER_PORT_FILE": str(port_file),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         },
         stdin=subprocess.PIPE,
@@ -129,15 +130,12 @@ def main() -> None:
     from submitit.slurm.slurm import _parse_node_list
 
     step, rank = os.environ, os.environ["SLURM_PROCID"]
-    # The same in all processes of the step, and below the ports that the kernel hands out.
-    port = random.Random(f"{step['SLURM_JOB_ID']}.{step['SLURM_STEP_ID']}").randrange(20_000, 32_768)
     os.environ.update(
         RANK=rank,
         WORLD_SIZE=step["SLURM_NTASKS"],
         LOCAL_RANK=step["SLURM_LOCALID"],
         LOCAL_WORLD_SIZE=str(int(step["SLURM_NTASKS"]) // int(step["SLURM_STEP_NUM_NODES"])),
         MASTER_ADDR=_parse_node_list(step["SLURM_STEP_NODELIST"])[0],
-        MASTER_PORT=str(port),
     )
     if rank != "0":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

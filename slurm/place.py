@@ -4,6 +4,7 @@ import platform
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +51,8 @@ class Here:
     processes: int
     step: allocation.Step | None = None
     """Set if the processes need several nodes of the allocation that this one is in."""
+    folder: Path = Path()
+    """One that all these nodes see; the processes meet through a file in it."""
 
     def check(self, job: Job) -> str:
         """Accepts any job."""
@@ -70,7 +73,7 @@ class Here:
         retried = job if isinstance(job, Retried) else None
         descriptors = [] if keep_open is None else [keep_open]
         if self.step is not None:
-            code = allocation.run(job, self.step, keep_open=descriptors)
+            code = allocation.run(job, self.step, self.folder / f".port-{uuid.uuid4().hex}", keep_open=descriptors)
             if code not in (0, 130):
                 job.failed(0, f"srun ended with exit code {code}: a process has failed without a word, or none started")
             return code if code in (0, 130) else 1

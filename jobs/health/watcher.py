@@ -54,7 +54,8 @@ def main() -> None:
 
 def attempt(worker: int) -> str:
     """Returns a name that all processes of a job share, and another job does not."""
-    return f"{os.environ.get('SLURM_JOB_ID', 'here')}-{os.environ.get('MASTER_PORT', worker)}"
+    meeting = os.environ.get("MASTER_PORT_FILE")
+    return "-".join(meeting.split("/")[-2:]) if meeting else f"here-{worker}"
 
 
 def look_for(folder: str, found: threading.Event) -> None:

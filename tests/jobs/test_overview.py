@@ -19,7 +19,7 @@ from diffusion.errors import UserError
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import ownership
-from jobs.storage.run_folder import RunFolder, find
+from jobs.storage.run_folder import RunFolder, State, find
 from jobs.watch import listing, states, sweep
 from slurm.queue import JobState
 from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
