@@ -16,7 +16,7 @@ from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 
 Process = subprocess.Popen[bytes]
-Start = Callable[[str], Process]
+Start = Callable[[str, int], Process]
 Disturb = Callable[[Process, RunFolder], None]
 """Stops the training in this folder, which was started as this process; returns when it has stopped."""
 
@@ -27,37 +27,40 @@ class Drill:
 
     folder: Path
     start: Start
-    """Starts or continues the run of this name in `folder`; the process ends when the run does."""
+    """Starts or continues the run of this name in `folder`, on so many processes; its own ends when the run does."""
     disturbances: Mapping[str, Disturb]
     """Ways to stop it, by name; they are used in turn."""
     steps: int
     kills: int
     seed: int
+    processes: Sequence[int]
+    """How many the run that is killed has, from start to start; the first ones are the undisturbed training's."""
 
     def run(self, say: Callable[[str], None]) -> bool:
         """Trains both, says what happens, and returns whether the results are equal; OutsideError if one fails."""
         started = time.monotonic()
-        _expect_success(self.start("whole"), "the undisturbed training")
+        _expect_success(self.start("whole", self.processes[0]), "the undisturbed training")
         say(f"  undisturbed             {self.steps} steps in {time.monotonic() - started:.1f} s")
         killed = RunFolder(self.folder / "killed")
-        process = self._begin(killed)
+        processes = itertools.cycle(self.processes)
+        process = self._begin(killed, next(processes))
         moments = sorted(random.Random(self.seed).sample(range(1, self.steps), self.kills))
         for moment, (name, disturb) in zip(moments, itertools.cycle(self.disturbances.items()), strict=False):
             if process.poll() is not None:
-                process = self._begin(killed)
+                process = self._begin(killed, next(processes))
             self._disturb_once(process, killed, moment, name, disturb, say)
         if process.poll() is not None:
-            process = self.start("killed")
+            process = self.start("killed", next(processes))
         _expect_success(process, "the training after the last interruption")
         different = differences(RunFolder(self.folder / "whole"), killed)
         for name in different:
             say(f"  DIFFERENT: {name}")
         return not different
 
-    def _begin(self, run: RunFolder) -> Process:
+    def _begin(self, run: RunFolder, processes: int) -> Process:
         """Starts the run and waits until this start has begun to train; older lines of its files do not count."""
         before = run.read_status().get("restarts")
-        process = self.start(run.path.name)
+        process = self.start(run.path.name, processes)
         while process.poll() is None and run.read_status().get("restarts") == before:
             time.sleep(0.002)
         return process
@@ -126,13 +129,13 @@ def _expect_success(process: Process, what: str) -> None:
 
 
 def starter(command: Sequence[str], log: Path) -> Start:
-    """Returns a function that starts `command --name NAME`; what it prints goes to a file."""
+    """Returns a function that starts `command --name NAME --gpus N`; what it prints goes to a file."""
 
-    def start(name: str) -> Process:
+    def start(name: str, processes: int) -> Process:
         with log.open("ab") as file:
             # One thread, unless somebody wants more: the model is small, and the machine may have other work.
             env = {"OMP_NUM_THREADS": "1", **os.environ}
-            command_of_run = [*command, "--name", name]
+            command_of_run = [*command, "--name", name, "--gpus", str(processes)]
             return subprocess.Popen(command_of_run, env=env, stdout=file, stderr=file, start_new_session=True)
 
     return start
