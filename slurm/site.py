@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slurm import queue
+from slurm.environment import network
 from slurm.errors import UserError
 from slurm.place import Job, OnSlurm
-from slurm.profile import FOLDER, MEMORY, Profile
+from slurm.profile import FOLDER, INTERFACES, MEMORY, Profile
 
 MOST_REQUESTS = 400
 """Slurm is asked about at most so many requests, the plainest first."""
@@ -262,5 +263,8 @@ def _notes(kinds: list[Nodes], accounts: list[str]) -> list[str]:
     ]
     if accounts:
         notes.append(f"Your accounts are {', '.join(accounts)}.")
+    if here := network("auto"):
+        fast = here[INTERFACES[0]]
+        notes.append(f'This login node has the fast network {fast}: interface = "auto" finds that of other nodes.')
     notes.append("Not known from a login node: the fast network (interface, host_suffix), modules, containers, wckeys.")
     return notes
