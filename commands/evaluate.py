@@ -123,7 +123,9 @@ class Evaluate:
         place, job, elements = self._jobs(asked)
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
-        place.check(job)
+        merge = EvaluateMergeJob(asked)
+        if isinstance(place, OnSlurm):
+            place.check_array(elements, merge)
         _, config = run.read_experiment()
         config.prepare(print)
         print(f"Evaluating {report.title(asked)}", flush=True)
@@ -131,7 +133,6 @@ class Evaluate:
             with ownership.sampling(run.path) as descriptor:
                 return place.run(job, keep_open=descriptor)
         self.where.copy_code(place)
-        merge = EvaluateMergeJob(asked)
         job_ids = place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
         if self.where.wait:
             place.wait(job_ids)

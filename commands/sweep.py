@@ -56,7 +56,8 @@ class Sweep:
             if isinstance(place, OnSlurm):
                 what = place.describe_array([job for job, _, _ in jobs])
             return show({"experiment": experiment, **asdict(base)}, what)
-        place.check(jobs[0][0])
+        if isinstance(place, OnSlurm):
+            place.check_array([job for job, _, _ in jobs])
         base.prepare(print)
         for job, config, point in jobs:
             resources = {"processes": job.processes, "device": device}
