@@ -126,14 +126,15 @@ class Evaluate:
         place, job, elements = self._jobs(asked)
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{asked.folder} is being evaluated already: job {job_id} is {state}")
-        place.check(job)
+        merge = EvaluateMergeJob(asked)
+        if isinstance(place, OnSlurm):
+            place.check_array(elements, merge)
         asked.config().prepare(print)
         print(f"Evaluating {report.title(asked)}", flush=True)
         if isinstance(place, Here):
             with ownership.sampling(run.path) as descriptor:
                 return place.run(job, keep_open=descriptor)
         self.where.copy_code(place)
-        merge = EvaluateMergeJob(asked)
         place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
         if self.where.wait:
             # What is asked for again and again, because the last job submits more if elements were lost.

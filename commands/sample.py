@@ -99,13 +99,15 @@ class Sample:
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{where} is being drawn already: job {job_id} is {state}")
         asked.check_disk()
-        replace(place, processes=1).check(job)  # the elements of an array are one task each
+        if isinstance(place, OnSlurm):
+            place = replace(place, processes=1)  # the elements of an array are one task each
+            place.check_array(elements, SampleMergeJob(asked))
         print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
         if isinstance(place, OnSlurm):
             self.where.copy_code(place)
-            single, merge = replace(place, processes=1), SampleMergeJob(asked)
-            single.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), place.processes, merge)
+            at_once, merge = self.where.processes, SampleMergeJob(asked)
+            place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), at_once, merge)
             if not self.where.wait:
                 return 0
             # The ids are asked for again and again, because the last job submits more if elements were lost.

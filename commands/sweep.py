@@ -56,6 +56,9 @@ class Sweep:
         if not jobs:
             print(f"All runs of {self.name} are finished or on their way: `status {self.name}`.")
             return 0
+        if isinstance(place, OnSlurm) and len(jobs) > (most := place.profile.max_jobs or len(jobs)):
+            print(f"Only {most} of {len(jobs)} runs are submitted, as max_jobs says; later, this command submits more.")
+            jobs = jobs[:most]
         if self.where.dry_run:
             for job, _, point in jobs:
                 print(f"{job.run.name}: {' '.join(grid.arguments(point))}")
@@ -63,7 +66,8 @@ class Sweep:
             if isinstance(place, OnSlurm):
                 what = place.describe_array([job for job, _, _ in jobs])
             return show({"experiment": experiment, **asdict(base)}, what)
-        place.check(jobs[0][0])
+        if isinstance(place, OnSlurm):
+            place.check_array([job for job, _, _ in jobs])
         base.prepare(print)
         for job, config, point in jobs:
             resources = {"processes": job.processes, "device": device}
@@ -77,11 +81,6 @@ class Sweep:
                 if codes[-1] == 130:  # whoever interrupts one run means the sweep
                     break
             return max(codes)
-        if (most := place.profile.max_jobs) is not None and len(jobs) > most:
-            print(
-                f"Only {most} of {len(jobs)} runs are submitted, as max_jobs says; the same command later submits more."
-            )
-            jobs = jobs[:most]
         place = replace(place, code=provenance.code_folder(jobs[0][0].run))
         self.where.copy_code(place)
         for job, _, _ in jobs:

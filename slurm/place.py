@@ -127,6 +127,13 @@ class OnSlurm:
         print(f"Log: {self.folder}/{queue.log_of(job_id)}", flush=True)
         return job_id
 
+    def check_array(self, jobs: Sequence[Job], then: Job | None = None) -> None:
+        """Raises UserError with Slurm's own words if it would refuse the array, or the job that follows it."""
+        for chunk in self._chunks(jobs)[:1]:
+            self._array(chunk, None).check()
+        if then is not None:
+            self._last(then, []).check()
+
     def elements(self, wanted: int) -> int:
         """Returns how many elements an array may have that another job follows, where the site limits jobs."""
         return wanted if self.profile.max_jobs is None else min(wanted, self.profile.max_jobs - 1)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slurm import queue
+from slurm.environment import network
 from slurm.errors import UserError
 from slurm.place import Job, OnSlurm
-from slurm.profile import FOLDER, MEMORY, Profile
+from slurm.profile import FOLDER, INTERFACES, MEMORY, Profile
 
 MOST_REQUESTS = 400
 """Slurm is asked about at most so many requests, the plainest first."""
@@ -96,8 +97,9 @@ def text(found: Described, about: str) -> str:
 def partitions(cluster: str | None = None) -> dict[str, dict[str, str]]:
     """Returns what Slurm says of each partition, by name."""
     command = ("scontrol", *queue.of_cluster(cluster), "--oneliner", "show", "partition")
-    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in queue.ask(*command).stdout.splitlines()]
-    return {about["PartitionName"]: about for about in found if "PartitionName" in about}
+    records = re.findall(r"^PartitionName=.*$", queue.ask(*command).stdout, re.MULTILINE)  # among a site's notices
+    found = [dict(re.findall(r"(\w+)=(\S*)", record)) for record in records]
+    return {about["PartitionName"]: about for about in found}
 
 
 def nodes(cluster: str | None = None) -> list[Nodes]:
@@ -262,5 +264,8 @@ def _notes(kinds: list[Nodes], accounts: list[str]) -> list[str]:
     ]
     if accounts:
         notes.append(f"Your accounts are {', '.join(accounts)}.")
+    if here := network("auto"):
+        fast = here[INTERFACES[0]]
+        notes.append(f'This login node has the fast network {fast}: interface = "auto" finds that of other nodes.')
     notes.append("Not known from a login node: the fast network (interface, host_suffix), modules, containers, wckeys.")
     return notes

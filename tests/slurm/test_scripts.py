@@ -200,6 +200,18 @@ def test_jobs_without_gpus_are_asked_for_as_the_table_cpu_says(
     assert asked["licenses"] == "gpu:1"
 
 
+def test_a_sweep_is_submitted_in_parts_where_jobs_are_limited(
+    answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ("sweep", "1d", "--name", "s", "--grid", "train.seed=0,1,2,3,4", "--dry-run")
+    for profile, elements in (("max_jobs = 3", "0-2%3"), ("max_jobs = 9", "0-4%5"), ("", "0-4%5")):
+        assert run(profile, *sweep) == 0
+        shown = capsys.readouterr().out
+        assert asks(shown)["array"] == elements
+        assert ("Only 3 of 5 runs are submitted" in shown) == (elements == "0-2%3")
+    assert not (answers / "runs").exists()
+
+
 def test_all_questions_go_to_the_cluster_of_the_job(tmp_path: Path, answers: Path) -> None:
     """sbatch names the cluster with the job's id, and the run remembers it; no profile is asked later."""
     profile = Profile(cluster="west")
