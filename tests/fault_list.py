@@ -392,6 +392,20 @@ FAULTS = [
         "tests/jobs/test_tracking.py::test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures",
     ),
     Fault(
+        "a segment is sent before it is complete, and counts as sent",
+        "jobs/watch/sync.py",
+        "written = _training(run) if is_alive else None",
+        "written = None",
+        "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
+    ),
+    Fault(
+        "segments that wandb has are sent again",
+        "jobs/watch/sync.py",
+        "if segment != written and not is_sent(segment)]",
+        "if segment != written]",
+        "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
+    ),
+    Fault(
         "a run that died without a word is shown as running",
         "jobs/watch/states.py",
         "    return _death(job)\n",

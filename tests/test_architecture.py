@@ -46,7 +46,7 @@ ARROWS = {
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
     "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
-    "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage"},
+    "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
     "jobs.train": {"diffusion.process", "diffusion.figures"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},

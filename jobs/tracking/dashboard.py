@@ -182,7 +182,7 @@ def why_not_online(base_url: str) -> str | None:
 
 
 def _offline(folder: Path) -> str:
-    return f"Later, where there is a network: wandb sync {folder}/wandb/offline-run-*"
+    return f"Later, where there is a network: python launch.py sync {folder}"
 
 
 def _hyphens(tree: Mapping[str, Any]) -> dict[str, Any]:
