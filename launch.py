@@ -15,7 +15,7 @@ from commands.evaluate import Evaluate
 from commands.sample import Sample
 from commands.sweep import Sweep
 from commands.train import Resume, Train
-from commands.watch import Cancel, Logs, Status
+from commands.watch import Cancel, Logs, Status, Sync
 from commands.where import Launch
 from diffusion.errors import OutsideError, UserError, reason
 from jobs.runtime.surroundings import open_standard_streams, undisturbed
@@ -38,6 +38,7 @@ def main() -> int:
         Annotated[Status, subcommand("status")],
         Annotated[Logs, subcommand("logs")],
         Annotated[Cancel, subcommand("cancel")],
+        Annotated[Sync, subcommand("sync")],
         Annotated[Doctor, subcommand("doctor")],
         Annotated[Sweep, subcommand("sweep")],
         Annotated[Drill, subcommand("drill")],

@@ -1,4 +1,4 @@
-"""The commands `status`, `logs` and `cancel`, which look at runs from outside."""
+"""The commands `status`, `logs`, `cancel` and `sync`, which look at runs from outside."""
 
 import json
 import shutil
@@ -10,8 +10,10 @@ from typing import Annotated, Optional
 from tyro.conf import Positional, arg
 
 from commands.where import Run
+from diffusion.errors import UserError
 from jobs.storage import run_folder
-from jobs.watch import detail, listing, logs, states, sweep
+from jobs.storage.run_folder import RunFolder
+from jobs.watch import detail, listing, logs, states, sweep, sync
 from jobs.watch.cancel import cancel
 from slurm import queue
 from slurm.errors import SlurmError
@@ -99,6 +101,38 @@ class Cancel:
     def __call__(self) -> int:
         cancel(run_folder.find(self.run, self.runs_dir), queue.active, queue.cancel, queue.Pace().is_due, print)
         return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sync:
+    """Sends what was tracked offline to wandb, from a machine with a network; knows what it has sent."""
+
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere.")]
+    live: bool = False
+    """Go on until the runs have ended."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+
+    def __call__(self) -> int:
+        if not self.runs:
+            raise UserError("sync needs a RUN: a run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run")
+        runs = [run_folder.find(name, self.runs_dir) for name in self.runs]
+        sync.check_server()
+        if self.live:
+            sync.sync_live(runs, _is_alive, print)
+        for run in runs:
+            sync.sync(run, _is_alive(run), print)
+            found = sync.segments(run)
+            unsent = sum(not sync.is_sent(segment) for segment in found)
+            later = "; the last one is being written, --live sends it." if unsent else "."
+            print(f"{run}: wandb has {len(found) - unsent} of {len(found)} segments{later}")
+        return 0
+
+
+def _is_alive(run: RunFolder) -> bool:
+    """Whether the run waits, runs or is coming to an end somewhere."""
+    job_id = states.newest_job(states.read_launch(run))
+    return states.is_alive(run, None if job_id is None else _ask_slurm([job_id]))
 
 
 def _ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:

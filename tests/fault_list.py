@@ -434,6 +434,20 @@ FAULTS = [
         "tests/jobs/test_notify.py::test_only_one_of_several_who_notice_tells",
     ),
     Fault(
+        "a segment is sent before it is complete, and counts as sent",
+        "jobs/watch/sync.py",
+        "written = _training(run) if is_alive else None",
+        "written = None",
+        "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
+    ),
+    Fault(
+        "segments that wandb has are sent again",
+        "jobs/watch/sync.py",
+        "if segment != written and not is_sent(segment)]",
+        "if segment != written]",
+        "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
+    ),
+    Fault(
         "a run that died without a word is shown as running",
         "jobs/watch/states.py",
         "    return _death(job)\n",

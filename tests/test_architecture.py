@@ -48,7 +48,7 @@ ARROWS = {
     "jobs.storage": {"jobs.files", "jobs.experiments"},
     "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
     "jobs.notify": {"jobs.storage", "jobs.tracking"},
-    "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage"},
+    "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
     "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health", "jobs.notify"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},

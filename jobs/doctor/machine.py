@@ -145,5 +145,5 @@ def _wandb() -> Finding:
         "warning",
         f"wandb is offline: {problem}",
         "curves are kept in the run's folder alone",
-        "`wandb login` if there is no key; `wandb sync RUN/wandb/offline-run-*` sends the files later",
+        "`wandb login` if there is no key; `python launch.py sync RUN` sends the files later",
     )

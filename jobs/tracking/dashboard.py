@@ -214,7 +214,7 @@ def public(text: str) -> str:
 
 
 def _offline(folder: Path) -> str:
-    return f"Later, where there is a network: wandb sync {folder}/wandb/offline-run-*"
+    return f"Later, where there is a network: python launch.py sync {folder}"
 
 
 def _hyphens(tree: Mapping[str, Any]) -> dict[str, Any]:

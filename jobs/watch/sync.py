@@ -1,0 +1,112 @@
+"""Sends what wandb holds offline, from a machine with a network: the segments of a run in order.
+
+A run has one segment for each start, and wandb appends a segment to those that the server has already. So each is sent
+once, when it is complete, or while it is written by a process that follows it. The segment of a job that was killed
+while it was followed is sent again, since nobody knows how far that process was; its rows have the same numbers.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from diffusion.errors import OutsideError
+from jobs.storage.run_folder import RunFolder
+from jobs.tracking.dashboard import why_not_online
+
+Say = Callable[[str], None]
+
+LOOK_S = 15.0
+"""Seconds between two looks at runs that are sent while they go on."""
+
+
+def check_server() -> None:
+    """Raises OutsideError if wandb's server does not answer from here, or does not know us."""
+    import wandb
+
+    os.environ.pop("WANDB_MODE", None)  # what is meant for jobs would keep wandb from sending
+    if (problem := why_not_online(wandb.setup().settings.base_url)) is not None:
+        raise OutsideError(f"nothing can be sent: {problem}")
+
+
+def segments(run: RunFolder) -> list[Path]:
+    """Returns wandb's files of what was tracked offline, oldest first: training, samples and evaluations."""
+    return sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def is_sent(segment: Path) -> bool:
+    """Whether wandb has sent the segment; then it leaves this file beside it."""
+    return segment.with_name(f"{segment.name}.synced").exists()
+
+
+def sync(run: RunFolder, is_alive: bool, say: Say) -> None:
+    """Sends what has not been sent yet, in order, apart from a segment that a living run still writes."""
+    written = _training(run) if is_alive else None
+    unsent = [segment for segment in segments(run) if segment != written and not is_sent(segment)]
+    for done, segment in enumerate(unsent):
+        say(f"{run}: sending segment {done + 1} of {len(unsent)}.")
+        _send(segment)
+
+
+def sync_live(runs: Sequence[RunFolder], is_alive: Callable[[RunFolder], bool], say: Say) -> None:
+    """Sends runs while they go on, over restarts, until none of them lives."""
+    sending: dict[Path, subprocess.Popen[bytes]] = {}
+    try:
+        while True:
+            living = {run: _training(run) for run in runs if is_alive(run)}
+            for segment in set(sending) - set(living.values()):
+                # Its job may have died and left it without an end, for which wandb would wait.
+                _stop(sending.pop(segment))
+            for run in runs:
+                sync(run, run in living, say)
+            if not living:
+                return
+            for segment in filter(None, living.values()):
+                if segment not in sending and not is_sent(segment):
+                    say(f"Sending {segment.parent} while it is written.")
+                    sending[segment] = _start(segment, "beta", "sync", "--live", str(segment.parent))
+                elif segment in sending and sending[segment].poll() not in (None, 0):
+                    raise OutsideError(f"`wandb beta sync --live {segment.parent}` fails: leave out --live")
+            time.sleep(LOOK_S)
+    finally:
+        for process in sending.values():
+            _stop(process)
+
+
+def _training(run: RunFolder) -> Path | None:
+    """The newest segment of the training itself, which a living run writes."""
+    name = f"run-{run.read_launch().get('wandb_id')}.wandb"
+    return next((segment for segment in reversed(segments(run)) if segment.name == name), None)
+
+
+def _send(segment: Path) -> None:
+    process = _start(segment, "sync", str(segment.parent))
+    try:
+        code = process.wait()
+    finally:
+        _stop(process)
+    if code != 0 or not is_sent(segment):
+        raise OutsideError(f"wandb could not send {segment.parent}; its own words: wandb sync {segment.parent}")
+
+
+def _start(segment: Path, *arguments: str) -> "subprocess.Popen[bytes]":
+    """Starts wandb's command, which keeps its own logs beside the segments."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "wandb", *arguments],
+        env={**os.environ, "WANDB_DIR": str(segment.parent.parent.parent)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Ends wandb's command and the process that works for it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
