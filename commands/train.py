@@ -148,8 +148,8 @@ def with_notify(config: ExperimentConfig, where: Launch) -> ExperimentConfig:
     """Lets people be told as the profile says, unless the settings say it; raises UserError where that cannot be."""
     channels: Any = config.tracking.notify
     if channels is None:
-        channels = load_profile(where.profile, given(where.slurm)).notify
-    notify.check(channels)
+        channels = load_profile(where.profile, given(where.slurm)).notify or None
+    notify.check(channels or ())
     return replace(config, tracking=replace(config.tracking, notify=channels))
 
 

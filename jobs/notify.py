@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from diffusion.errors import UserError
-from jobs.storage.run_folder import RunFolder
+from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.start import FollowerProcess
 
 Event = Literal["finished", "failed", "hung"]
@@ -63,7 +63,8 @@ def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str =
     """
     try:
         _, config = run.read_experiment()
-        if not config.tracking.notify:
+        tried_again = event == "failed" and run.state() is not State.FAILED
+        if not config.tracking.notify or tried_again:
             return
         try:
             # Only one of several processes can make it.

@@ -35,7 +35,8 @@ def title(run: RunFolder) -> str:
     if path.exists():
         return f"==> {name}"
     state = states.read_status(run).get("state", State.CREATED)
-    return f"==> {name} is not there yet; the run is {state}"
+    yet = " yet" if state in (State.CREATED, *states.UNSETTLED) else ""
+    return f"==> {name} is not there{yet}; the run is {state}"
 
 
 def read(run: RunFolder) -> str:

@@ -64,7 +64,9 @@ def test_ctrl_c_ends_following_and_nothing_else(tmp_path: Path) -> None:
 def test_a_failure_is_shown_where_the_run_printed_it_on_a_terminal(tmp_path: Path) -> None:
     explode = ("--train.lr", "1e30", "--train.warmup-steps", "0", "--train.steps", "200", "--name", "a")
     assert launch("train", "1d", *TINY, *explode, cwd=tmp_path).code == 1
-    assert "not finite" in done("logs", "1d/a", cwd=tmp_path).out
+    shown = done("logs", "1d/a", cwd=tmp_path)
+    assert "not finite" in shown.out
+    assert "log.txt is not there; the run is failed" in shown.err
 
 
 def test_a_file_that_comes_late_grows_and_is_cut(tmp_path: Path) -> None:

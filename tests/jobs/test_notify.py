@@ -92,6 +92,7 @@ def test_a_finished_run_is_told_once(tmp_path: Path, server: Server, mail: Path)
     assert box.startswith("mail: -s 1d/a is finished me@example.org\nstep 30 of 30, loss ")
     assert str(tmp_path / "runs" / "1d" / "a") in box
     assert shows_the_secret(tmp_path / "runs", ended) == []
+    assert "tracking.notify mail webhook, " in launch("status", "1d/a", cwd=tmp_path).out
     assert train(tmp_path, server, "--train.steps", 30).code == 0  # which draws what is missing
     assert len(server.received) == 1
     longer = ("resume", "1d/a", "--train.steps", 60, "--tracking.notify", "webhook")
@@ -160,6 +161,7 @@ def test_only_one_of_several_who_notice_tells(tmp_path: Path, server: Server, mo
     for thread in threads:
         thread.join()
     notify.tell(run, "hung", print)
+    notify.tell(run, "failed", print)  # it has not: what has stopped it is tried again
     assert [posted["event"] for posted in server.received] == ["finished", "hung"]
     assert "silent for 5 min" in server.received[1]["text"]
     notify.rearm(run)

@@ -17,7 +17,8 @@ from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from slurm import queue
 from slurm.devcluster import DevCluster
-from tests.launching import finish, start, status, wait_until
+from tests.jobs.test_notify import Server, shows_the_secret
+from tests.launching import Finished, finish, start, status, wait_until
 from tests.slurm.site import TRAINING, Site, state, task_pids, tidied
 
 pytestmark = pytest.mark.slurm
@@ -161,6 +162,21 @@ def test_waiting_for_a_run_asks_slurm_seldom_and_sees_its_end(site: Site, tmp_pa
     assert ended.code == 0, ended
     assert before <= 7  # none while it runs; 30 and 62 s may have come before
     assert questions() - before <= 4
+
+
+def test_people_are_told_once_over_requeues(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    try:
+        monkeypatch.setenv("DIFFUSION_WEBHOOK", server.url)
+        run = site.train("a", 2, "--tracking.notify", "webhook", slow=True)
+        site.wait_for_step(run, 120)
+        site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+        site.finish(run)
+        wait_until(lambda: bool(server.received))
+        assert [(posted["event"], posted["restarts"]) for posted in server.received] == [("finished", 1)]
+        assert shows_the_secret(run, Finished(0, "", "")) == []
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize("accounting", [True, False])
