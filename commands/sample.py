@@ -81,6 +81,7 @@ class Sample:
         if asked.is_complete() and asked.picture.exists():
             print(f"{asked.num_samples:,} samples are in {where} already.")
             return 0
+        asked.check_disk()
         place = self.where.place(run)
         missing = tuple(asked.missing())
         job = SampleJob(
@@ -96,7 +97,6 @@ class Sample:
             return show({**asdict(asked.settings), "num_samples": asked.num_samples}, what)
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{where} is being drawn already: job {job_id} is {state}")
-        asked.check_disk()
         replace(place, processes=1).check(job)  # the elements of an array are one task each
         print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
