@@ -70,6 +70,11 @@ def main() -> int:
         return 1
     except OSError as error:  # a file that cannot be read or written
         if error.filename is None:
+            try:
+                os.getcwd()
+            except FileNotFoundError:
+                print("error: the folder that you are in has been deleted; go to another one", file=sys.stderr)
+                return 2
             raise
         print(f"error: {reason(error)}", file=sys.stderr)
         return 2

@@ -81,6 +81,7 @@ class Sample:
         if asked.is_complete() and asked.picture.exists():
             print(f"{asked.num_samples:,} samples are in {where} already.")
             return 0
+        asked.check_disk()
         place = self.where.place(run)
         missing = tuple(asked.missing())
         job = SampleJob(
@@ -98,7 +99,6 @@ class Sample:
             return show({**asdict(asked.settings), "num_samples": asked.num_samples}, what)
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{where} is being drawn already: job {job_id} is {state}")
-        asked.check_disk()
         if isinstance(place, OnSlurm):
             place = replace(place, processes=1)  # the elements of an array are one task each
             place.check_array(elements, SampleMergeJob(asked))

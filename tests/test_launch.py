@@ -133,6 +133,16 @@ def test_a_tilde_is_the_home_folder_also_where_the_shell_leaves_it_alone(
     assert MnistProblem().absolute().root == f"{tmp_path}/digits"
 
 
+def test_a_folder_that_is_deleted_under_the_users_feet(tmp_path: Path) -> None:
+    command = f"mkdir gone && cd gone && rmdir ../gone && exec {sys.executable} {ROOT / 'launch.py'} resume 1d/a"
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    train = command.replace("resume 1d/a", "train 1d --dry-run --cluster local")
+    ended = subprocess.run(["sh", "-c", train], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: the folder that you are in has been deleted; go to another one\n"
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stuff").mkdir()
     ended = launch("sample", "stuff", cwd=tmp_path)

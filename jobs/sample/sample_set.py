@@ -172,10 +172,12 @@ class SampleSet:
 
     def check_disk(self) -> None:
         """Raises UserError if the disk has no room for the set."""
-        free = shutil.disk_usage(self.run).free
-        if self.needed_bytes() > free:
+        free, needed = shutil.disk_usage(self.run).free, self.num_samples * self.bytes_per_sample
+        if needed <= free:  # else there may be more shards than can be counted
+            needed = self.needed_bytes()
+        if needed > free:
             raise UserError(
-                f"{self.num_samples:,} samples need {self.needed_bytes() / 1e9:.2f} GB of disk; "
+                f"{self.num_samples:,} samples need {needed / 1e9:.2f} GB of disk; "
                 f"{free / 1e9:.2f} GB are free in {self.run}"
             )
 

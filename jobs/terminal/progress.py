@@ -1,5 +1,6 @@
 """Shows how far a job is: a bar on a terminal, a line now and then in a file."""
 
+import os
 import sys
 import time
 
@@ -21,7 +22,7 @@ class Progress:
             total=total,
             initial=done,
             desc=label,
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or os.environ.get("TERM") == "dumb",  # as screen readers have it
             dynamic_ncols=True,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} {elapsed}<{remaining}",
         )

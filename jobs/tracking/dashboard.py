@@ -116,7 +116,8 @@ class Wandb(Dashboard):
             self._say(f"wandb's server does not take everything; later: wandb sync {folder}")
 
     def _start(self, identity: Identity, mode: Mode) -> Any:
-        identity.folder.joinpath("wandb").mkdir(exist_ok=True)
+        # wandb itself would make the inner folders for their user alone, whatever the umask says.
+        identity.folder.joinpath("wandb", "wandb", "logs").mkdir(parents=True, exist_ok=True)
         return self._wandb.init(
             dir=identity.folder,
             id=identity.run_id,

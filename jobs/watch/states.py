@@ -82,8 +82,8 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     job_id = newest_job(launch)
     job = jobs.get(job_id) if jobs is not None and job_id is not None else None
     host = launch.get("host")
-    if status.get("on_slurm") is False and status["state"] != State.QUEUED:  # whatever jobs it had before
-        host, job = status["host"], job if job is not None and job.phase != "ended" else None
+    if status.get("on_slurm") is False and status.get("state") != State.QUEUED:  # whatever jobs it had before
+        host, job = status.get("host"), job if job is not None and job.phase != "ended" else None
     is_held = ownership.is_locked(run.path)
     if is_held:
         state, reason = _judge_held(status)
@@ -201,8 +201,15 @@ def newest_job(launch: dict[str, Any]) -> str | None:
 def read_status(run: RunFolder) -> dict[str, Any]:
     """Reads status.json; if it cannot be read, that run has failed, and the list of all runs goes on."""
     try:
-        return run.read_status()
-    except (OSError, UserError) as error:
+        status = run.read_status()
+        for name in ("step", "total", "loss", "rate_images_per_s", "eta_s", "restarts"):
+            if not isinstance(status.get(name), int | float | None):
+                raise UserError(f"{name} in {run.status} must be a number; got {status[name]!r}")
+        if not isinstance(status.get("state", ""), str):
+            raise UserError(f"state in {run.status} must be a word; got {status['state']!r}")
+        _age_s(status)
+        return status
+    except (OSError, UserError, ValueError, TypeError) as error:
         return {"state": State.FAILED, "traceback": str(error)}
 
 

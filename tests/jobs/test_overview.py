@@ -126,6 +126,28 @@ def test_a_damaged_status_file_spoils_one_line_and_not_the_table(make: Callable[
     assert "is not JSON" in reason
 
 
+ODD = [
+    {"step": "many"},
+    {"updated": "2026-01-01T00:00:00"},  # of no time zone
+    {"updated": "yesterday"},
+    {"on_slurm": False, "state": None},
+]
+
+
+@pytest.mark.parametrize("damage", ODD)
+def test_odd_values_spoil_one_line_and_not_the_table(damage: dict[str, Any], make: Callable[..., RunFolder]) -> None:
+    good, odd = make("good", state="finished"), make("odd", state="running", on_slurm=True)
+    odd.status.write_text(json.dumps({**json.loads(odd.status.read_text()), **damage}))
+    table = listing.render([states.summarize(run, {}) for run in (good, odd)], 80)
+    assert [line.split()[0] for line in table.splitlines()] == ["RUN", "mnist/good", "mnist/odd"]
+
+
+def test_a_clock_that_was_set_back_declares_nobody_dead(make: Callable[..., RunFolder]) -> None:
+    run = make("a", age_s=-600, state="running")
+    with ownership.locked(run.path):
+        assert seen(run) == ("running", "")
+
+
 @pytest.mark.parametrize("cause", ["no locks", "cannot be opened"])
 def test_a_lock_that_cannot_be_tried_spoils_one_line_at_most(
     cause: str, make: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch

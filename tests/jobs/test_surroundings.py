@@ -13,6 +13,8 @@ import pytest
 from commands.where import Launch
 from diffusion.errors import UserError
 from jobs.storage.run_folder import RunFolder
+from jobs.terminal.console import Console
+from jobs.terminal.progress import Progress
 from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, finish, start, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device", "cpu")
@@ -140,6 +142,15 @@ def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path) -> None:
     assert process.wait(300) == 0
     run = tmp_path / "runs" / "1d" / "a"
     assert (status(run)["state"], status(run)["step"]) == ("finished", 1000)
+
+
+@pytest.mark.parametrize("kind", ["dumb", "xterm"])
+def test_a_plain_terminal_gets_lines_in_place_of_a_bar(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = Progress(Console(None), "train", 10, 0, "images", 1)
+    assert progress._bar.disable == (kind == "dumb")
+    progress.close()
 
 
 def test_letters_that_a_terminal_does_not_have_are_replaced(tmp_path: Path, no_plots: dict[str, str]) -> None:
