@@ -53,7 +53,7 @@ def measured(number: signal.Signals, folder: Path, cluster: str) -> tuple[float,
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        wait_until(lambda: last_step(run) > 2 * EVERY)
+        wait_until(lambda: last_step(run) >= 2 * EVERY + EVERY // 2)  # the mean of what may be lost
         os.kill(second(run), number)
         at, before = time.time(), last_step(run)
         wait_until(lambda: len(starts(run)) == 2 and bool(faults.read(run)))

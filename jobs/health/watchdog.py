@@ -70,7 +70,8 @@ class Watchdog:
             self.phase(self.doing, START)
             watcher = Path(__file__).with_name("watcher.py")
             self._watcher = subprocess.Popen(
-                [sys.executable, "-S", str(watcher), str(shared), str(DUMP), str(self._folder), self._advice],
+                [sys.executable, "-S", str(watcher), str(shared), str(DUMP), str(self._folder), self._advice]
+                + (["at-a-terminal"] if os.isatty(0) else []),
                 stdin=subprocess.PIPE,
                 pass_fds=[shared],
                 start_new_session=True,  # Ctrl-C is not for it

@@ -1,12 +1,14 @@
-"""The process that looks on while another one works: `python -S watcher.py MEMORY SIGNAL FOLDER ADVICE`.
+"""The process that looks on while another one works: `watcher.py MEMORY SIGNAL FOLDER ADVICE [at-a-terminal]`.
 
 It imports nothing but a few modules of Python's own, because each process of a job has one. Its stdin ends when the
 other process does. Only time in which it runs itself counts, so that a stopped job or a machine that sleeps is no hang.
+Nor is a process that a person looks into with a debugger, or has stopped at a terminal with Ctrl-Z.
 """
 
 import mmap
 import os
 import platform
+import re
 import select
 import signal
 import struct
@@ -20,14 +22,17 @@ STACKS_S = 2.0
 """Seconds for the stacks of this process, and then again for the other processes to write theirs."""
 PAUSE_S = 0.05
 """After such a pause no more lines come."""
-STATES = {"T": "stopped", "t": "stopped by a debugger", "D": "waiting for a disk or a network", "Z": "dead"}
+STATES = {"T": "stopped", "D": "waiting for a disk or a network", "Z": "dead"}
 """What /proc says of a process that does not run."""
+DEBUGGER = re.compile(r'File ".*\b(pdb\.py|bdb\.py|pydevd|debugpy)')
+"""Is in the stacks of a process that a person looks into."""
 HEADER = struct.Struct("qd")
 
 
 def main() -> None:
     memory = mmap.mmap(int(sys.argv[1]), 0, prot=mmap.PROT_READ)
     dump, folder, advice = int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    by_hand = "tT" if len(sys.argv) > 5 else "t"  # t is stopped by a debugger
     worker = os.getppid()
     folder = os.path.join(folder, attempt(worker))
     others_hang = threading.Event()
@@ -43,13 +48,14 @@ def main() -> None:
         beats, patience_s = HEADER.unpack_from(memory)
         if beats != last:
             silent_s, last = 0.0, beats
-        else:
-            silent_s += min(time.monotonic() - before, 2 * TICK_S)
-        if silent_s >= patience_s or others_hang.is_set():
-            doing = memory[HEADER.size :].partition(b"\0")[0].decode(errors="replace")
-            with suppress(ProcessLookupError, FileNotFoundError):  # it may end by itself meanwhile
+            continue
+        with suppress(ProcessLookupError, FileNotFoundError):  # it may end by itself meanwhile
+            if state_of(worker) not in by_hand:
+                silent_s += min(time.monotonic() - before, 2 * TICK_S)
+            if silent_s >= patience_s or others_hang.is_set():
+                doing = memory[HEADER.size :].partition(b"\0")[0].decode(errors="replace")
                 end(worker, dump, folder, advice, f"no progress for {silent_s:.0f} s in {doing}")
-            return
+                silent_s = 0.0  # a debugger has kept it alive
 
 
 def attempt(worker: int) -> str:
@@ -66,7 +72,10 @@ def look_for(folder: str, found: threading.Event) -> None:
 
 
 def end(worker: int, dump: int, folder: str, advice: str, what: str) -> None:
-    """Writes the stacks of the worker, gives the other processes time to do the same, and kills it."""
+    """Writes the stacks of the worker, gives the other processes time to do the same, and kills it.
+
+    It is left alone if a debugger is in its stacks.
+    """
     state = state_of(worker)
     rank = os.environ.get("RANK", "0")
     node = os.environ.get("SLURMD_NODENAME") or platform.node()
@@ -74,6 +83,8 @@ def end(worker: int, dump: int, folder: str, advice: str, what: str) -> None:
     os.kill(worker, dump)
     os.kill(worker, signal.SIGCONT)  # a stopped process handles no signal
     text = f"{headline}\n\n{stacks()}"
+    if DEBUGGER.search(text):
+        return
     os.kill(worker, signal.SIGSTOP)  # what was stopped must not go on now, when the job is given up
     writing = threading.Thread(target=write, args=(folder, f"process-{rank}.txt", text), daemon=True)
     writing.start()

@@ -1,6 +1,7 @@
 """A process that makes no progress is ended within its patience, with the stacks of all, and a slow one is not."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -117,6 +118,38 @@ def test_a_call_that_lets_no_other_python_thread_run_is_noticed_too(tmp_path: Pa
     (stacks,) = tmp_path.glob("*/process-0.txt")
     assert "no progress for 1 s in step 8" in stacks.read_text()
     assert 'File "<string>", line 7 in <module>' in stacks.read_text()
+
+
+AT_A_TERMINAL = """
+import os, signal, sys, threading
+from pathlib import Path
+from jobs.health.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1])) as watchdog:
+    watchdog.step(7)
+    print("begins", flush=True)
+    {stands_still}
+    watchdog.step(8)
+    print("goes on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("stands_still", ["os.kill(os.getpid(), signal.SIGSTOP)", "breakpoint()"])
+def test_a_person_at_a_terminal_may_stop_it_or_look_into_it_for_longer(stands_still: str, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", AT_A_TERMINAL.format(stands_still=stands_still), str(tmp_path / "hang")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, VARIABLE: "1"}, stdin=theirs, stdout=subprocess.PIPE, text=True
+    )
+    with os.fdopen(ours, "w") as terminal, process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(3)
+        process.send_signal(signal.SIGCONT)
+        terminal.write("continue\n")
+        terminal.flush()
+        assert "goes on" in process.stdout.read()
+    assert process.returncode == 0
+    assert not (tmp_path / "hang").exists()
 
 
 def test_a_gpu_that_computes_one_wrong_number_is_found() -> None:
