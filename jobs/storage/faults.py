@@ -22,7 +22,7 @@ TWICE = 2
 HANG = "hang"
 """The folder below the run's for the stacks of processes that hung."""
 HUNG = re.compile(
-    r"process \d+ on (?P<node>\S+): no progress for \d+ s in (?:step (?P<step>\d+)|[^,]+)(?P<state>, .+)?"
+    r"process \d+ on (?P<node>\S+): no progress for (?P<silent_s>\d+) s in (?:step (?P<step>\d+)|[^,]+)(?P<state>, .+)?"
 )
 """The first line of each of these files (jobs/health/watcher.py)."""
 WITHOUT_A_WORD = "died without a word"
@@ -47,6 +47,12 @@ class Fault:
     traceback: str | None = None
     hang: str | None = None
     """The folder below the run's where the stacks of its processes are, if they hung."""
+
+    @property
+    def silent_s(self) -> int:
+        """For how many seconds nothing had happened when a hang was noticed."""
+        found = HUNG.fullmatch(self.cause.removeprefix("hung: "))
+        return 0 if found is None else int(found["silent_s"])
 
 
 def read(run: RunFolder) -> list[Fault]:

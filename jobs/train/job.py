@@ -82,11 +82,17 @@ class TrainJob:
             return False
         then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"
         print(f"{fault.cause}. {then}", file=sys.stderr, flush=True)
+        if fault.hang is not None:
+            append_timing(run, {"event": "hung", "seconds": fault.silent_s})
+            notify.tell(run, "hung", _say_aside, fault.cause)
         if not fault.again or come_back is None:
+            if not fault.again:
+                notify.tell(run, "failed", _say_aside, fault.cause)
             return fault.again
         job_id = come_back(fault.left_out)
         if job_id is None:
             faults.fail(run, f"{fault.traceback or ''}\n{fault.cause}; the job could not be queued again".lstrip())
+            notify.tell(run, "failed", _say_aside, fault.cause)
         elif job_id not in run.read_launch().get("job_ids", []):
             run.add_job("job_ids", job_id)
         return job_id is not None
@@ -108,10 +114,14 @@ class TrainJob:
         # Later failures follow from the first one, so only the first traceback is printed.
         if first:
             print(trace, file=sys.stderr, flush=True)
-            notify.tell(RunFolder(self.run), "failed", lambda text: print(text, file=sys.stderr, flush=True))
+            notify.tell(RunFolder(self.run), "failed", _say_aside)
 
     def submitted(self, submit: Callable[[], str]) -> str:
         return submit_runs([self.run], submit)
+
+
+def _say_aside(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _has_been_taken_over(run: RunFolder, *, on_slurm: bool) -> bool:
