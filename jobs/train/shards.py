@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14 on
+
 Node = tuple[int, int]
 """A subtree: the shards [start, stop)."""
 
@@ -99,7 +101,7 @@ class ShardSum:
         dist.all_to_all_single(received.flatten(), sent.flatten(), *sizes)
         total = fold(self._root, dict(zip(chain(*self._nodes), received, strict=True)))
         whole = self._gradient if not padding else self._gradient.new_empty(processes * piece)
-        dist.all_gather_into_tensor(whole, total)
+        _all_gather(whole, total)
         if padding:
             self._gradient.copy_(whole[: len(self._gradient)])
 
