@@ -16,8 +16,8 @@ from jobs.storage.run_folder import RunFolder
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of code that may be changed."""
     root = tmp_path / "project"
-    (root / "slurm" / "profiles").mkdir(parents=True)
-    for name in ("launch.py", "slurm/place.py", "slurm/profiles/site.toml"):
+    (root / "slurm" / "devcluster").mkdir(parents=True)
+    for name in ("launch.py", "slurm/place.py", "slurm/devcluster/site.toml"):
         (root / name).write_text(name)
     monkeypatch.setattr(provenance, "ROOT", root)
     return root
@@ -37,14 +37,14 @@ def test_the_umask_says_who_may_change_a_copy(code: Path, tmp_path: Path) -> Non
 
 
 def test_a_link_that_leads_nowhere_is_left_out(code: Path, tmp_path: Path) -> None:
-    (code / "slurm" / "profiles" / "gone.toml").symlink_to("/nowhere")
+    (code / "slurm" / "devcluster" / "gone.toml").symlink_to("/nowhere")
     provenance.save_code(tmp_path / "code")
-    assert [path.name for path in (tmp_path / "code" / "slurm" / "profiles").iterdir()] == ["site.toml"]
+    assert [path.name for path in (tmp_path / "code" / "slurm" / "devcluster").iterdir()] == ["site.toml"]
     assert provenance.code_folder(tmp_path) == tmp_path / "code"
 
 
 def test_a_file_that_cannot_be_read_is_named(code: Path, tmp_path: Path) -> None:
-    path = code / "slurm" / "profiles" / "mine.toml"
+    path = code / "slurm" / "devcluster" / "mine.toml"
     path.write_text("")
     path.chmod(0)
     run = RunFolder(tmp_path / "runs" / "1d" / "a")
@@ -54,7 +54,7 @@ def test_a_file_that_cannot_be_read_is_named(code: Path, tmp_path: Path) -> None
         folder.chmod(0o711)
     os.seteuid(65534)
     try:
-        with pytest.raises(UserError, match=r"1d/a cannot be made: .*/slurm/profiles/mine\.toml: Permission denied"):
+        with pytest.raises(UserError, match=r"1d/a cannot be made: .*/slurm/devcluster/mine\.toml: Permission denied"):
             create(run, "1d", EXPERIMENTS["1d"].preset, {})
     finally:
         os.seteuid(0)
