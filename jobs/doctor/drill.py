@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion.errors import OutsideError
-from jobs.storage import checkpoints
+from jobs.storage import checkpoints, ownership
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 
@@ -59,6 +59,8 @@ class Drill:
 
     def _begin(self, run: RunFolder, processes: int) -> Process:
         """Starts the run and waits until this start has begun to train; older lines of its files do not count."""
+        while ownership.is_locked(run.path):  # by processes that save themselves, because their launcher was killed
+            time.sleep(0.01)
         before = run.read_status().get("restarts")
         process = self.start(run.path.name, processes)
         while process.poll() is None and run.read_status().get("restarts") == before:
