@@ -161,7 +161,7 @@ def _replaced(profile: Profile, changes: dict[str, Any]) -> Profile:
 def read(path: Path) -> Profile:
     """The profile in a TOML file; raises UserError naming the key that is wrong."""
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"profile {path} cannot be read: {error}") from None
     cpu = values.get("cpu")
