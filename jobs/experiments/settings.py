@@ -38,8 +38,8 @@ class TrainSettings:
     micro_batch_size: int | None = field(default=None, metadata=FREE)
     """Examples that one GPU takes at a time, when its share of the batch does not fit; None is all of them."""
     grad_shards: int | None = None
-    """Parts of the batch whose gradients are computed alone and added up in one order: on so many GPUs or fewer, the
-    bytes are the same. None is as many as there are GPUs at the first start."""
+    """Parts of the batch whose gradients are added up in one order: on so many GPUs, or fewer, bytes are the same.
+    None is as many as there are GPUs at the first start."""
     lr: float
     """AdamW's highest learning rate, reached after the warm-up."""
     warmup_steps: int = 100
