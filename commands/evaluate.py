@@ -15,6 +15,7 @@ from diffusion.errors import UserError
 from jobs.evaluate import plan, report
 from jobs.evaluate.job import EvaluateJob, EvaluateMergeJob
 from jobs.evaluate.plan import Evaluation
+from jobs.runtime.job import submitted
 from jobs.runtime.surroundings import decorate
 from jobs.storage import ownership, run_folder
 from jobs.storage.run_folder import RunFolder
@@ -135,7 +136,7 @@ class Evaluate:
             with ownership.sampling(run.path) as descriptor:
                 return place.run(job, keep_open=descriptor)
         self.where.copy_code(place)
-        place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), len(elements), merge)
+        place.run_array(elements, submitted, len(elements), merge)
         if self.where.wait:
             # What is asked for again and again, because the last job submits more if elements were lost.
             place.wait(asked.job_ids, lambda: False if asked.is_done() else None)

@@ -9,6 +9,7 @@ from commands.where import Launch, Run, optional, show
 from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.job import submitted
 from jobs.sample import sample_set
 from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.sample.sample_set import Weights
@@ -107,7 +108,7 @@ class Sample:
         if isinstance(place, OnSlurm):
             self.where.copy_code(place)
             at_once, merge = self.where.processes, SampleMergeJob(asked)
-            place.run_array(elements, lambda jobs, submit: jobs[0].submitted(submit), at_once, merge)
+            place.run_array(elements, submitted, at_once, merge)
             if not self.where.wait:
                 return 0
             # The ids are asked for again and again, because the last job submits more if elements were lost.

@@ -16,6 +16,7 @@ from commands.train import (
     with_shards,
 )
 from commands.where import Launch, show
+from jobs import notify
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import faults, provenance, run_folder
@@ -43,7 +44,7 @@ class Sweep:
         folder = self.where.runs_dir / experiment
         place = self.where.place(RunFolder(folder / run_folder.check_name(self.name)))
         device, retries = self.where.resolve_device(place), self.where.retries_at(place)
-        jobs = []
+        jobs, busy = [], 0
         for i, point in enumerate(grid.points(self.grid)):
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
             config = with_notify(config, self.where)
@@ -51,14 +52,21 @@ class Sweep:
             config = with_shards(run, config, self.where.processes)
             if run.exists():
                 check_same_settings(run, experiment, config)
-            if not is_finished(run, config) and not queue.active(run.read_launch().get("job_ids", [])):
+            if is_finished(run, config):
+                continue
+            if queue.active(run.read_launch().get("job_ids", [])):
+                busy += 1
+            else:
                 jobs.append((TrainJob(run.path, self.where.processes, device, retries), config, point))
         if not jobs:
             print(f"All runs of {self.name} are finished or on their way: `status {self.name}`.")
             return 0
-        if isinstance(place, OnSlurm) and len(jobs) > (most := place.profile.max_jobs or len(jobs)):
-            print(f"Only {most} of {len(jobs)} runs are submitted, as max_jobs says; later, this command submits more.")
+        if isinstance(place, OnSlurm) and place.profile.max_jobs is not None:
+            if (most := max(0, place.profile.max_jobs - busy)) < len(jobs):
+                print(f"{most} of {len(jobs)} runs are submitted, as max_jobs says; later, this command submits more.")
             jobs = jobs[:most]
+            if not jobs:
+                return 0
         if self.where.dry_run:
             for job, _, point in jobs:
                 print(f"{job.run.name}: {' '.join(grid.arguments(point))}")
@@ -86,6 +94,7 @@ class Sweep:
         for job, _, _ in jobs:
             RunFolder(job.run).clear_failure()
             faults.forgive(RunFolder(job.run))
+            notify.rearm(RunFolder(job.run))
         place.run_array([job for job, _, _ in jobs], lambda part, submit: submit_runs([j.run for j in part], submit))
         runs = [RunFolder(job.run) for job, _, _ in jobs]
         if self.where.wait:

@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slurm import task
+from slurm import queue, task
 from slurm.task import Retried
 
 END = re.compile(r"^srun: error: (\S+): tasks? ([\d,\- ]+): (.+)$", re.MULTILINE)
@@ -32,8 +33,14 @@ def main() -> int:
     with Path("/proc/self/fd/2").open("rb") as log:
         log.seek(log_start)
         cause, node = first_end(log.read().decode(errors="replace"))
+    cluster = submitted.function.cluster
+
+    def come_back(left_out: Sequence[str]) -> str | None:
+        new = task.requeue(left_out)
+        return None if new is None else queue.on_cluster(cluster, new)
+
     if isinstance(job, Retried):
-        job.ended(cause, node, task.requeue)
+        job.ended(cause, node, come_back, queue.on_cluster(cluster, task.own_id()))
     return code
 
 

@@ -135,7 +135,7 @@ class Submission:
     def _parameters(self) -> dict[str, Any]:
         """Returns what submitit makes a script of."""
         asked, shape = self.asked, self.shape
-        exports = [f"export {name}={shlex.quote(value)}" for name, value in asked.environment.items()]
+        setup = [*asked.setup, *(f"export {name}={shlex.quote(value)}" for name, value in asked.environment.items())]
         flags: dict[str, Any] = {
             "job-name": self.name,
             "partition": asked.partition,
@@ -170,7 +170,7 @@ class Submission:
             "array_parallelism": self.at_once,
             "signal_delay_s": asked.signal_delay_s,
             "stderr_to_stdout": True,
-            "setup": [*([_LOG_START] if self._is_retried else []), *asked.setup, *exports],
+            "setup": [_LOG_START, *setup, "set +e"] if self._is_retried else setup,
             "teardown": [_after(self.folder)] if self._is_retried else None,
             "srun_args": [
                 *(*cpus, "--kill-on-bad-exit=1"),
@@ -206,7 +206,10 @@ class Submission:
 
 
 _LOG_START = "log_start=$(stat --dereference --format=%s /proc/self/fd/2)"
-"""The size of the job's log before this attempt, which is appended to those before it."""
+"""The size of the job's log before this attempt, which is appended to those before it.
+
+After the site's own lines comes `set +e`: with `set -e` nothing would follow a srun that fails.
+"""
 
 
 def _after(folder: Path) -> str:

@@ -46,13 +46,17 @@ class Retried(Protocol):
     """How often, without progress between; 0 is never."""
 
     def ended(
-        self, cause: str | None, node: str | None, come_back: Callable[[Sequence[str]], str | None] | None
+        self,
+        cause: str | None,
+        node: str | None,
+        come_back: Callable[[Sequence[str]], str | None] | None,
+        own: str | None = None,
     ) -> bool:
         """Decides whether the job is tried again, records why, and if so calls `come_back`; returns whether it is.
 
         `cause` is what is known of the end from outside, and `node` where it began. `come_back` is given the nodes that
         are to be left out; it returns the job's new id, and None if the job cannot come back. It is None itself where
-        whoever asks starts the job again.
+        whoever asks starts the job again. `own` is the job's id: one that another has followed stays away.
         """
 
 
@@ -105,16 +109,16 @@ def _keep_evidence() -> None:
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     # By default the files, one for each rank, would lie on the compute node. Older versions of torch know only the
     # first of the two names.
-    path = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{_folder()}/{_job_id()}_nccl_rank_")
+    path = os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{_folder()}/{own_id()}_nccl_rank_")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", path)
 
 
 def _folder() -> Path:
     """Returns submitit's folder, which is the run's slurm/."""
-    return Path(os.environ["SUBMITIT_FOLDER"].replace("%j", _job_id()))
+    return Path(os.environ["SUBMITIT_FOLDER"].replace("%j", own_id()))
 
 
-def _job_id() -> str:
+def own_id() -> str:
     """Returns this job's id, ARRAY_INDEX in an array: there one element has the id of the whole array as its own."""
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -127,7 +131,7 @@ def _port_file() -> str:
     Processes of a node that Slurm took for dead may live on.
     """
     start = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "SLURM_STEP_ID"))
-    return f"{_folder()}/{_job_id()}_port_{'_'.join(start)}"
+    return f"{_folder()}/{own_id()}_port_{'_'.join(start)}"
 
 
 def requeue(left_out: Sequence[str] = ()) -> str | None:
@@ -138,7 +142,7 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
     Only one task calls it, while the job still runs, whichever signal has come: before Slurm 24.05, a job that ends by
     itself in the grace time of a preemption counts as completed, and Slurm does not queue it again.
     """
-    job_id = _job_id()
+    job_id = own_id()
     if shutil.which("scontrol") is None:
         return _resubmit(job_id, left_out)
     before = _fields("job", job_id)
@@ -157,7 +161,9 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
         print(f"{', '.join(left_out)} cannot be left out: the partition has too few other nodes", flush=True)
     elif left_out:
         # Only now, because Slurm changes this of a waiting job alone.
-        subprocess.run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={','.join(left_out)}"], check=False)
+        known = [nodes for nodes in [before.get("ExcNodeList", "(null)")] if nodes != "(null)"]
+        excluded = ",".join([*known, *left_out])
+        subprocess.run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}"], check=False)
     return job_id
 
 
@@ -175,7 +181,7 @@ def is_current() -> bool:
     """
     if shutil.which("scontrol") is None:
         return True
-    job = _fields("job", _job_id())
+    job = _fields("job", own_id())
     return job.get("JobState") == "RUNNING" and job.get("Restarts") == os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
@@ -204,31 +210,36 @@ def stay_away() -> None:
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     if attempt == "0" or shutil.which("scontrol") is None:
         return
-    job = _fields("job", _job_id())
+    job = _fields("job", own_id())
     # If Slurm has taken this node for dead and started the job elsewhere, that one must still come back.
     if job.get("JobState") == "RUNNING" and job.get("Restarts") == attempt:
-        subprocess.run(["scontrol", "update", f"JobId={_job_id()}", "Requeue=0"], check=False)
+        subprocess.run(["scontrol", "update", f"JobId={own_id()}", "Requeue=0"], check=False)
 
 
 def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
     """Submits the same job as a new one that waits for this one to end, where a job cannot be queued again.
 
-    Returns the new job's id, None if that is not possible either.
+    Returns the new job's id, None if that is not possible either. An element of an array comes back as an array of one.
     """
-    script, pickle = (_folder() / f"{job_id}_{name}" for name in ("submission.sh", "submitted.pkl"))
+    array, _, index = job_id.partition("_")
+    script, pickle = _folder() / f"{array}_submission.sh", _folder() / f"{job_id}_submitted.pkl"
     if shutil.which("sbatch") is None or not script.exists():
         print("the job cannot be queued again: there is neither scontrol nor sbatch on this node", flush=True)
         return None
+    asked = re.findall(r"^#SBATCH --exclude=(\S+)$", script.read_text(), re.MULTILINE)
+    command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", *([f"--array={index}"] if index else [])]
     with outside_any_job():
-        without = [f"--exclude={','.join(left_out)}"] if left_out else []
-        command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", *without, str(script)]
-        done = queue.ask(*command, timeout_s=None)
-    new_id = queue.submitted_id(done.stdout)
-    if done.returncode != 0 or new_id is None:
+        for without in ([f"--exclude={','.join([*asked, *left_out])}"], []) if left_out else ([],):
+            done = queue.ask(*command, *without, str(script), timeout_s=None)
+            number = queue.submitted_id(done.stdout) if done.returncode == 0 else None
+            if number is not None:
+                break
+    if number is None:
         print(f"could not submit the job again: {queue.last_words(done.stdout + done.stderr)}", flush=True)
         return None
-    for path in (script, pickle):
-        shutil.copy2(path, path.with_name(path.name.replace(job_id, new_id, 1)))
+    new_id = f"{number}_{index}" if index else number
+    shutil.copy2(script, script.with_name(f"{number}_submission.sh"))
+    shutil.copy2(pickle, pickle.with_name(f"{new_id}_submitted.pkl"))
     return new_id
 
 

@@ -172,6 +172,20 @@ FAULTS = [
         "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[fp32-others0]",
     ),
     Fault(
+        "process 0 takes the port's file away before all have met",
+        "jobs/runtime/world.py",
+        'store.wait([f"met-{other}" for other in range(size)], TIMEOUT)',
+        "pass",
+        "tests/jobs/test_parallel.py::test_a_process_that_comes_late_still_finds_the_port",
+    ),
+    Fault(
+        "the second step has a minute, however long the first took",
+        "jobs/health/watchdog.py",
+        "if self._steps else self._first_s",
+        "if self._steps else 0.0",
+        "tests/jobs/test_hangs.py::test_steps_that_are_slow_from_the_first_one_on_are_no_hang",
+    ),
+    Fault(
         "processes meet at a port that was agreed on beforehand",
         "jobs/runtime/world.py",
         "TCPStore(address, 0, size, is_master=True",
@@ -443,8 +457,8 @@ FAULTS = [
     Fault(
         "segments that wandb has are sent again",
         "jobs/watch/sync.py",
-        "if segment != written and not is_sent(segment)]",
-        "if segment != written]",
+        "if segment not in held_back and not is_sent(segment)]",
+        "if segment not in held_back]",
         "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
     ),
     Fault(

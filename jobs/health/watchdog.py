@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +25,7 @@ LEAST_S = 60.0
 """Seconds that a step may take at least."""
 USUAL = 10.0
 """A step may take so many times as long as usual."""
-START, COMPILING, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 15, 15, 60, 60
+START, COMPILING, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 60, 15, 60, 90
 """How many times `LEAST_S` other work may take.
 
 DRAWING is from one evaluation of a sampler to the next, or to the end of a shard, and UNIT a unit of an evaluation. At
@@ -51,7 +52,8 @@ class Watchdog:
             self._least_s = float(given)
         except ValueError:
             raise UserError(f"{VARIABLE} must be a number of seconds; got {given!r}") from None
-        self._beats, self._first, self._steps = 0, 0.0, 0
+        self._beats, self._steps = 0, 0
+        self._begun, self._first, self._first_s = time.monotonic(), 0.0, 0.0
         self._memory: mmap.mmap | None = None
         self._watcher: subprocess.Popen[bytes] | None = None
 
@@ -62,7 +64,8 @@ class Watchdog:
         return self
 
     def _start(self) -> None:
-        shared = os.memfd_create("watchdog")
+        # Some Pythons are built for systems without memfd_create.
+        shared = os.memfd_create("watchdog") if hasattr(os, "memfd_create") else _without_a_name()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_JOB)  # the watcher inherits that
         try:
             os.ftruncate(shared, SIZE)
@@ -95,15 +98,16 @@ class Watchdog:
 
     def phase(self, doing: str, patience: float) -> None:
         """Says what is done from now on, and how many times `LEAST_S` that may take."""
-        self._steps = 0
+        self._steps, self._begun = 0, time.monotonic()
         self._beat(doing, patience * self._least_s)
 
     def step(self, done: int) -> None:
         """Says that step `done` is done. The first may take long, because much is set up then."""
         now = time.monotonic()
         if self._steps == 0:
-            self._first = now
-        usual_s = (now - self._first) / max(1, self._steps)
+            self._first, self._first_s = now, now - self._begun
+        # Until a second one is done, the first is all that is known of how long steps take.
+        usual_s = (now - self._first) / self._steps if self._steps else self._first_s
         self._steps += 1
         self._beat(f"step {done + 1}", max(self._least_s, USUAL * usual_s))
 
@@ -115,3 +119,9 @@ class Watchdog:
         text = doing.encode()[: SIZE - HEADER.size - 1] + b"\0"
         self._memory[HEADER.size : HEADER.size + len(text)] = text
         HEADER.pack_into(self._memory, 0, self._beats, patience_s)
+
+
+def _without_a_name() -> int:
+    """Returns a descriptor of an empty file that goes with its last descriptor."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

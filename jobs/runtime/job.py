@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -80,6 +80,11 @@ class IndependentJob(ABC):
         job_id = submit()
         self.target.add_job(job_id)
         return job_id
+
+
+def submitted(jobs: Sequence[IndependentJob], submit: Callable[[], str]) -> str:
+    """Submits an array of jobs with one target. A function with a name, since the job after the array pickles it."""
+    return jobs[0].submitted(submit)
 
 
 def _stopped(reason: Stop, requeue: Requeue | None) -> int:

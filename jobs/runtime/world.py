@@ -134,8 +134,11 @@ def _meet(port_file: Path, backend: str) -> None:
             time.sleep(0.05)
         store = TCPStore(address, int(port_file.read_text()), size, is_master=False, timeout=TIMEOUT)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    # Not every backend waits for the others when it is made.
+    store.set(f"met-{rank}", "")
     if rank == 0:
-        port_file.unlink()  # all have met
+        store.wait([f"met-{other}" for other in range(size)], TIMEOUT)
+        port_file.unlink()
 
 
 def _check_own_gpus(accelerator: Accelerator) -> None:

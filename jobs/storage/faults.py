@@ -85,7 +85,9 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> F
     hang = new_hang(run)
     # What the machine does may come twice at the same step, too: its budget decides.
     own = trace if hang is None and not failure.get("outside") else None
-    first = next((fault for fault in past if _same(fault.traceback, own)), None)
+    # Where the traceback names no step, it is the same one only if nothing has been done between.
+    among = past if own is not None and own.startswith("In step ") else tries
+    first = next((fault for fault in among if _same(fault.traceback, own)), None)
     if hang is not None:
         cause, node = describe_hang(hang)
     elif own is not None or cause is None:

@@ -97,7 +97,7 @@ class RunFolder:
         except FileNotFoundError:
             raise UserError(f"a run folder holds experiment.json; {self} does not") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"experiment.json of {self} cannot be read: {error}") from None
+            raise UserError(f"experiment.json of {self} cannot be read: {error}") from error
 
     def write_experiment(self, experiment: str, config: ExperimentConfig) -> None:
         write_atomically(self.path / "experiment.json", experiment_json.write(experiment, config))
@@ -122,6 +122,10 @@ class RunFolder:
         try:
             os.link(mine, path)  # only one of several processes can make it, and its file is complete already
         except FileExistsError:
+            known = self.read_failure()
+            if "state" in facts and "state" not in known:  # whoever was going to decide has decided
+                write_json(path, {**known, **facts})
+                write_json(self.status, {**self.read_status(), **self.final_failure()})
             return False
         except OSError:  # a file system without links: then there may be two first ones
             mine.replace(path)

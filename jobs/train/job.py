@@ -54,7 +54,10 @@ class TrainJob:
             except MachineError as error:
                 self._failed_here(str(error), outside=True)
             except (UserError, JobError) as error:
-                self.failed(process_rank(), str(error))
+                if isinstance(error.__cause__, OSError):  # a disk that cannot be read at this moment
+                    self._failed_here(str(error), outside=True)
+                else:
+                    self.failed(process_rank(), str(error))
             except Exception as error:
                 # By what was being done the exception is known again if it comes twice.
                 self._failed_here(f"In {watchdog.doing}:\n{traceback.format_exc()}", outside=is_outside(error))
@@ -73,8 +76,11 @@ class TrainJob:
         for_good = {} if self.retries else {"state": State.FAILED}
         self._record(process_rank(), trace, outside=outside, node=process_node(), **for_good)
 
-    def ended(self, cause: str | None, node: str | None, come_back: ComeBack | None) -> bool:
+    def ended(self, cause: str | None, node: str | None, come_back: ComeBack | None, own: str | None = None) -> bool:
         run = RunFolder(self.run)
+        ids = run.read_launch().get("job_ids", [])
+        if own in ids and ids[-1] != own:
+            return False  # another job goes on with the run
         if _has_been_taken_over(run, on_slurm=come_back is not None):
             return False
         fault = self._judged(run, cause, node)

@@ -22,6 +22,8 @@ Say = Callable[[str], None]
 
 LOOK_S = 15.0
 """Seconds between two looks at runs that are sent while they go on."""
+FRESH_S = 60.0
+"""A segment that has not changed for so many seconds is complete."""
 
 
 def check_server() -> None:
@@ -44,9 +46,10 @@ def is_sent(segment: Path) -> bool:
 
 
 def sync(run: RunFolder, is_alive: bool, say: Say) -> None:
-    """Sends what has not been sent yet, in order, apart from a segment that a living run still writes."""
+    """Sends what has not been sent yet, in order, apart from segments that are still being written."""
     written = _training(run) if is_alive else None
-    unsent = [segment for segment in segments(run) if segment != written and not is_sent(segment)]
+    held_back = {written} | {s for s in segments(run) if is_alive and _is_fresh(run, s)}
+    unsent = [segment for segment in segments(run) if segment not in held_back and not is_sent(segment)]
     for done, segment in enumerate(unsent):
         say(f"{run}: sending segment {done + 1} of {len(unsent)}.")
         _send(segment)
@@ -79,8 +82,17 @@ def sync_live(runs: Sequence[RunFolder], is_alive: Callable[[RunFolder], bool], 
 
 def _training(run: RunFolder) -> Path | None:
     """The newest segment of the training itself, which a living run writes."""
-    name = f"run-{run.read_launch().get('wandb_id')}.wandb"
+    name = _name_of_training(run)
     return next((segment for segment in reversed(segments(run)) if segment.name == name), None)
+
+
+def _name_of_training(run: RunFolder) -> str:
+    return f"run-{run.read_launch().get('wandb_id')}.wandb"
+
+
+def _is_fresh(run: RunFolder, segment: Path) -> bool:
+    """Whether it may be what a sampling or an evaluation beside the training is writing."""
+    return segment.name != _name_of_training(run) and time.time() - segment.stat().st_mtime < FRESH_S
 
 
 def _send(segment: Path) -> None:

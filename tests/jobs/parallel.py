@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import Tensor
 from diffusion.gaussian1d.experiment import Gaussian1d
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime import world
 from jobs.runtime.world import start
 from jobs.train.state import Training
 from slurm import local
-from tests.launching import ROOT, finish
+from tests.launching import ROOT, finish, wait_until
 from tests.launching import start as start_command
 
 
@@ -89,6 +91,24 @@ class ExamplesJob:
         # [3 steps, 3 quantities, share]
         np.save(self.folder / f"{world.rank}.npy", torch.stack(parts).reshape(3, 3, -1).numpy())
         world.close()
+        return 0
+
+
+@dataclass(frozen=True)
+class LateJob:
+    """Two processes meet; the second one comes when the first one has written the port."""
+
+    folder: Path
+
+    def __call__(self) -> int:
+        from torch.testing._internal.distributed import fake_pg  # noqa: F401  # makes the backend known
+
+        port_file = Path(os.environ["MASTER_PORT_FILE"])
+        if os.environ["RANK"] == "1":
+            wait_until(port_file.exists)
+            time.sleep(1)  # the first one now has all that it needs to go on
+        world._meet(port_file, "fake")
+        (self.folder / os.environ["RANK"]).touch()
         return 0
 
 

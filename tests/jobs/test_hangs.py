@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jobs.health import gpu_test
-from jobs.health.watchdog import VARIABLE
+from jobs.health.watchdog import HEADER, VARIABLE, Watchdog
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status, steps_logged, wait_until, workers
@@ -178,3 +178,30 @@ def test_who_is_behind(heads: list[str], cause: str, node: str, tmp_path: Path) 
     described = faults.describe_hang(tmp_path)
     assert cause in described[0]
     assert described[1] == node
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from jobs.health.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1])) as watchdog:
+    watchdog.phase("the first step", 15)
+    for step in range(1, 4):
+        time.sleep(1.5)
+        watchdog.step(step)
+"""
+
+
+def test_steps_that_are_slow_from_the_first_one_on_are_no_hang(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    ended = subprocess.run(command, cwd=ROOT, env={**os.environ, VARIABLE: "0.5"}, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.processes  # the one that looks on
+def test_a_python_without_nameless_memory_is_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    with Watchdog(tmp_path) as watchdog:
+        watchdog.step(1)
+        assert watchdog._memory is not None
+        assert watchdog._memory[HEADER.size :].startswith(b"step 2\0")

@@ -15,7 +15,7 @@ import pytest
 from jobs.runtime import world
 from jobs.storage import checkpoints
 from slurm import local
-from tests.jobs.parallel import ExamplesJob, FailJob, SkipJob, run
+from tests.jobs.parallel import ExamplesJob, FailJob, LateJob, SkipJob, run
 from tests.launching import TINY, finish, start, status, steps_logged, wait_until, workers
 
 pytestmark = pytest.mark.processes  # which tests/jobs/parallel.py starts
@@ -40,6 +40,13 @@ def test_processes_meet_at_a_port_that_nothing_else_has(tmp_path: Path, monkeypa
         outcome, err = run(ExamplesJob(tmp_path, 2), 2)
     assert outcome.exit_code == 0, err
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_process_that_comes_late_still_finds_the_port(tmp_path: Path) -> None:
+    """Also with a backend that waits for nobody, as NCCL: torch's fake one."""
+    outcome, err = run(LateJob(tmp_path), 2)
+    assert outcome.exit_code == 0, err
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
 
 
 @pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, None), (2, None), (2, 10)])

@@ -288,6 +288,26 @@ def test_a_job_that_submits_itself_again_among_notices(
     assert (tmp_path / "10_submitted.pkl").read_text() == "submitted.pkl"
 
 
+def test_an_element_of_an_array_submits_itself_alone(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a node that has failed, as long as Slurm has others; beside those that the site leaves out."""
+    tools.write("sbatch", f'echo "$@" >> {tmp_path}/asked; case "$*" in *--exclude=n9,n1*) exit 1;; esac; echo 20')
+    monkeypatch.setenv("PATH", str(tools.folder))
+    for name, value in {"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    script = tmp_path / "17_submission.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --array=0-5\n#SBATCH --exclude=n9\n")
+    (tmp_path / "17_3_submitted.pkl").write_text("pickle")
+    assert task.requeue(["n1"]) == "20_3"
+    alone = "--parsable --dependency=afterany:17_3 --array=3"
+    with_and_without = [f"{alone} --exclude=n9,n1 {script}", f"{alone} {script}"]
+    assert (tmp_path / "asked").read_text().splitlines() == with_and_without
+    assert (tmp_path / "20_submission.sh").read_text() == script.read_text()
+    assert (tmp_path / "20_3_submitted.pkl").read_text() == "pickle"
+
+
 @either
 @quiet_or_not
 def test_status_logs_and_cancel(version: str, notice: bool, tools: Tools, tmp_path: Path) -> None:
