@@ -248,9 +248,5 @@ class AfterArray:
             known = {}
         # Slurm itself forgets an element at once that is cancelled while it waits; but then it has no log.
         begun = {path.name for path in self.place.folder.glob("*_log.out")}
-        unknown = [
-            job_id
-            for job_id in self.job_ids
-            if job_id not in known and f"{queue.number_of(job_id)}_0_log.out" not in begun
-        ]
+        unknown = [job_id for job_id in self.job_ids if job_id not in known and queue.log_of(job_id) not in begun]
         return bool(unknown) or any(job.state == "CANCELLED" for job in known.values())
