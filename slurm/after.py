@@ -1,7 +1,7 @@
 """`python -m slurm.after FOLDER CODE LOG_START` is what a job's script runs after srun has failed with CODE.
 
-It outlives the tasks, so it decides for them whether the job is tried again, however they have died. LOG_START is the
-size that the log had before srun.
+It outlives the tasks, so it decides for them whether the job is tried again, however they have died. It also queues the
+job again for tasks that cannot, because they are in a container. LOG_START is the size that the log had before srun.
 """
 
 import os
@@ -29,7 +29,7 @@ def main() -> int:
     if not task.is_current():
         return code
     submitted: Any = DelayedSubmission.load(JobEnvironment().paths.submitted_pickle)
-    job = submitted.function.work
+    job, wish = submitted.function.work, task.wish()
     with Path("/proc/self/fd/2").open("rb") as log:
         log.seek(log_start)
         cause, node = first_end(log.read().decode(errors="replace"))
@@ -39,7 +39,14 @@ def main() -> int:
         new = task.requeue(left_out)
         return None if new is None else queue.on_cluster(cluster, new)
 
-    if isinstance(job, Retried):
+    if wish.exists():
+        wish.unlink()
+        new = come_back([])
+        if new is None:
+            job.failed(0, "the job could not be queued again")
+        elif isinstance(job, Retried):
+            job.comes_back_as(new)
+    elif isinstance(job, Retried):
         job.ended(cause, node, come_back, queue.on_cluster(cluster, task.own_id()))
     return code
 

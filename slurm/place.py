@@ -229,6 +229,9 @@ class AfterArray:
         print("Run the same command again.", flush=True)
         return code
 
+    def failed(self, rank: int, trace: str) -> None:
+        self.then.failed(rank, trace)
+
     def _submit(self, lost: Sequence[Any]) -> bool:
         """Submits lost jobs again, and their merge; returns whether that is possible from this node."""
         if shutil.which("sbatch") is None:

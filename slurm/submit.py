@@ -14,7 +14,7 @@ from slurm import queue
 from slurm.environment import outside_any_job
 from slurm.errors import SlurmError, UserError
 from slurm.profile import Profile
-from slurm.task import Retried, SlurmTask, Work
+from slurm.task import WISH, SlurmTask, Work
 
 _OURS = ("job-name", "output", "error", "open-mode", "chdir", "requeue", "signal", "dependency", "array")
 """Flags of sbatch that every job of ours has, wherever it runs."""
@@ -128,10 +128,6 @@ class Submission:
         asked = " ".join(flag for flag, name in flags if name not in _OURS)
         return f"Slurm refuses the job: {queue.last_words(said)}. It was asked for: {asked}"
 
-    @property
-    def _is_retried(self) -> bool:
-        return any(isinstance(work, Retried) and work.retries > 0 for work in self.works)
-
     def _parameters(self) -> dict[str, Any]:
         """Returns what submitit makes a script of."""
         asked, shape = self.asked, self.shape
@@ -170,8 +166,8 @@ class Submission:
             "array_parallelism": self.at_once,
             "signal_delay_s": asked.signal_delay_s,
             "stderr_to_stdout": True,
-            "setup": [_LOG_START, *setup, "set +e"] if self._is_retried else setup,
-            "teardown": [_after(self.folder)] if self._is_retried else None,
+            "setup": [_LOG_START, *setup, "set +e"],
+            "teardown": [_after(self.folder)],
             "srun_args": [
                 *(*cpus, "--kill-on-bad-exit=1"),
                 *("--wait=0", "--distribution=block:block", *asked.srun_args),
@@ -213,6 +209,8 @@ After the site's own lines comes `set +e`: with `set -e` nothing would follow a 
 
 
 def _after(folder: Path) -> str:
-    """Returns a line of the script: what is done when srun has failed. It says how the job ends, too."""
+    """Returns a line of the script: what follows if srun has failed, or a task wishes it. It says how the job ends."""
+    own_id = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"  # as in task.own_id
+    wish = f"{shlex.quote(str(folder))}/{own_id}_{WISH}"
     after = f"{shlex.quote(sys.executable)} -m slurm.after {shlex.quote(str(folder))} $code $log_start"
-    return f"code=$?; [ $code = 0 ] || exec {after}"
+    return f"code=$?; [ $code = 0 ] && [ ! -e {wish} ] || exec {after}"

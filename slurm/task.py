@@ -13,9 +13,14 @@ from typing import Protocol, runtime_checkable
 from slurm import queue
 from slurm.environment import network, outside_any_job
 
+WISH = "requeue"
+
 
 class Requeue:
-    """Queues the job of this task again when it is called, unless the job has been cancelled."""
+    """Queues the job of this task again when it is called, unless the job has been cancelled.
+
+    In a container, which has none of Slurm's tools, the job's script does it afterwards (slurm/after.py).
+    """
 
     def __init__(self, working_s: float, cluster: str | None = None) -> None:
         self._working_s, self._started, self._cluster = working_s, time.monotonic(), cluster
@@ -23,7 +28,11 @@ class Requeue:
 
     def __call__(self) -> str | None:
         """Returns the id under which the job comes back, None if it does not."""
-        job_id = requeue()
+        if shutil.which("scontrol") is None and shutil.which("sbatch") is None:
+            wish().touch()
+            job_id: str | None = own_id()
+        else:
+            job_id = requeue()
         self.came_back |= job_id is not None
         return None if job_id is None else queue.on_cluster(self._cluster, job_id)
 
@@ -44,6 +53,9 @@ class Retried(Protocol):
 
     retries: int
     """How often, without progress between; 0 is never."""
+
+    def comes_back_as(self, job_id: str) -> None:
+        """Records under which id the job is queued again."""
 
     def ended(
         self,
@@ -93,6 +105,8 @@ class SlurmTask:
             os.environ.update(network(self.interface))
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         _keep_evidence()
+        if os.environ["SLURM_PROCID"] == "0":
+            wish().unlink(missing_ok=True)  # of an attempt whose script did not come so far
         again = Requeue(self.working_s, self.cluster)
         code = self.work(again)
         # Not after a failure: if Slurm starts the job again, that may help.
@@ -123,6 +137,11 @@ def own_id() -> str:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ["SLURM_JOB_ID"]
+
+
+def wish() -> Path:
+    """Returns the file by which a task asks the job's script to queue the job again."""
+    return _folder() / f"{own_id()}_{WISH}"
 
 
 def _port_file() -> str:

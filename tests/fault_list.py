@@ -726,7 +726,7 @@ FAULTS = [
     Fault(
         "a job whose task is killed stays dead",
         "slurm/submit.py",
-        'return f"code=$?; [ $code = 0 ] || exec {after}"',
+        'return f"code=$?; [ $code = 0 ] && [ ! -e {wish} ] || exec {after}"',
         'return "true"',
         "tests/slurm/test_survival.py::test_a_job_whose_task_is_killed_is_queued_again",
         slurm=True,

@@ -99,9 +99,14 @@ class TrainJob:
         if job_id is None:
             faults.fail(run, f"{fault.traceback or ''}\n{fault.cause}; the job could not be queued again".lstrip())
             notify.tell(run, "failed", _say_aside, fault.cause)
-        elif job_id not in run.read_launch().get("job_ids", []):
-            run.add_job("job_ids", job_id)
+        else:
+            self.comes_back_as(job_id)
         return job_id is not None
+
+    def comes_back_as(self, job_id: str) -> None:
+        run = RunFolder(self.run)
+        if job_id not in run.read_launch().get("job_ids", []):
+            run.add_job("job_ids", job_id)
 
     def _judged(self, run: RunFolder, cause: str | None, node: str | None) -> faults.Fault | None:
         for pause_s in FULL_S:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -111,6 +112,21 @@ def test_the_user_signal_saves_and_queues_again(
     wait_until(lambda: restarted(run), timeout_s=60)
     site.finish(run)
     assert status(run)["restarts"] == 1
+    assert_equal(run, expected)
+
+
+def test_tasks_without_slurms_tools_are_queued_again_by_their_script(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]]
+) -> None:
+    """As in a container, where there is neither scontrol nor sbatch."""
+    expected = undisturbed(2)
+    run = site.train("a", 2, "--slurm.python", f"env PATH=/nowhere {sys.executable}", slow=True)
+    site.wait_for_step(run, 120)
+    site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+    wait_until(lambda: restarted(run), timeout_s=60)
+    site.finish(run)
+    assert status(run)["restarts"] == 1
+    assert list((run / "slurm").glob("*_requeue")) == []
     assert_equal(run, expected)
 
 
