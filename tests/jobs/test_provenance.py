@@ -50,8 +50,9 @@ def test_a_file_that_cannot_be_read_is_named(code: Path, tmp_path: Path) -> None
     run = RunFolder(tmp_path / "runs" / "1d" / "a")
     run.path.parent.mkdir(parents=True)
     run.path.parent.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o711)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder == tmp_path or folder.name.startswith(("pytest-", "popen-")):  # which pytest has made
+            folder.chmod(0o711)
     os.seteuid(65534)
     try:
         with pytest.raises(UserError, match=r"1d/a cannot be made: .*/slurm/devcluster/mine\.toml: Permission denied"):
