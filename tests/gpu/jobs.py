@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from diffusion.problems.mnist import MnistProblem
 from diffusion.settings import UnetSettings
 from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.job import process_rank
 from jobs.runtime.numerics import Kind, set_numerics
-from jobs.runtime.world import World, start
+from jobs.runtime.world import World, _meet, start
 from jobs.train.state import Training
 
 
@@ -47,9 +48,11 @@ class GlooJob:
 
     def __call__(self) -> int:
         # NCCL, which jobs/runtime/world.py takes for GPUs, wants one for each process; gloo sums what lies on the same.
-        rank = int(os.environ["RANK"])
-        os.environ["LOCAL_RANK"], os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "0", "true"
-        dist.init_process_group("gloo")
+        rank = process_rank()
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+        if self.processes > 1:
+            os.environ["LOCAL_RANK"] = "0"
+            _meet(Path(os.environ["MASTER_PORT_FILE"]), "gloo")
         set_numerics("fp32")
         world = World(Accelerator(cpu=self.device == "cpu"), "fp32")
         assert (world.rank, world.size, world.device.type) == (rank, self.processes, self.device)
@@ -58,8 +61,9 @@ class GlooJob:
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in trained.raw.network.parameters())
         seen = {"losses": losses, "weights": hashlib.sha256(weights).hexdigest()}
         (self.folder / f"{rank}.json").write_text(json.dumps(seen))
-        dist.barrier()
-        dist.destroy_process_group()
+        if self.processes > 1:
+            dist.barrier()
+            dist.destroy_process_group()
         return 0
 
 
