@@ -19,7 +19,8 @@ from slurm.site import Described
 from tests.launching import NO_FIGURES, TINY, Finished, done, launch
 from tests.slurm.site import asks, tidied
 
-GPUS = "local gpus = job.tres_per_node or job.tres_per_task\n"
+# From 24.11 on, CPUs are among a task's resources, too.
+GPUS = "local gpus = string.match((job.tres_per_node or '') .. (job.tres_per_task or ''), 'gpu.*')\n"
 SITES: dict[str, tuple[str, dict[str, object]]] = {
     # What the site is like: its rules, and what its profile must say.
     "no rules": ("", {"gpu_request": "gpus-per-node", "cpu": {}}),
