@@ -51,7 +51,7 @@ def _software() -> Iterator[Finding]:
 def _gpus() -> Iterator[Finding]:
     import torch  # takes seconds, but who wants to know about GPUs has to ask it
 
-    from jobs.runtime.numerics import computes_bf16
+    from jobs.runtime.numerics import computes_bf16, gpu_computes_bf16
 
     count = torch.cuda.device_count()
     if count == 0 and shutil.which("nvidia-smi") is not None:
@@ -64,8 +64,8 @@ def _gpus() -> Iterator[Finding]:
     elif count == 0:
         yield Finding("ok", f"no GPU here; the CPU computes in {'bf16' if computes_bf16() else 'fp32'}")
     for gpu in range(count):
-        has_bf16 = torch.cuda.get_device_capability(gpu) >= (8, 0)
-        yield Finding("ok", f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, {'bf16' if has_bf16 else 'fp32'}")
+        precision = "bf16" if gpu_computes_bf16(gpu) else "fp32"
+        yield Finding("ok", f"GPU {gpu}: {torch.cuda.get_device_name(gpu)}, {precision}")
 
 
 def _mnist(root: Path) -> Finding:

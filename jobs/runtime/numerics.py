@@ -88,8 +88,13 @@ def resolve_precision(asked: Asked, kind: Kind) -> Precision:
     if asked != "auto":
         return asked
     if kind == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(_own_index()) >= (8, 0) else "fp32"
+        return "bf16" if gpu_computes_bf16(_own_index()) else "fp32"
     return "bf16" if computes_bf16() else "fp32"
+
+
+def gpu_computes_bf16(gpu: int) -> bool:
+    """Whether a GPU computes in bf16, and in TF32: since Ampere; older ones only imitate it, slowly."""
+    return torch.cuda.get_device_capability(gpu) >= (8, 0)
 
 
 def computes_bf16() -> bool:
@@ -103,7 +108,7 @@ def lacking(precision: Asked, kind: Kind) -> str | None:
         return "precision tf32 needs a GPU; a CPU computes in bf16 or fp32"
     if precision in ("bf16", "tf32") and kind == "cuda":
         gpu = _own_index()
-        if torch.cuda.get_device_capability(gpu) < (8, 0):
+        if not gpu_computes_bf16(gpu):
             return f"{torch.cuda.get_device_name(gpu)} does not compute in {precision}; it needs another GPU, or fp32"
     return None
 
