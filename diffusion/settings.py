@@ -27,6 +27,7 @@ SAMPLERS = {
 }
 """Each has its function in the table FUNCTIONS of diffusion/process/samplers.py. Figures take colours in this order."""
 
+# Type checkers refuse a Literal made from a table; the command line takes its choices from it.
 if TYPE_CHECKING:
     SamplerName = str
 else:

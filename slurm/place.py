@@ -40,7 +40,7 @@ class Merge(Job, Protocol):
 
 J = TypeVar("J", bound=Job)
 ROUNDS = 2
-"""So often an array makes up by itself for elements that were killed, or lost with their nodes."""
+"""So often an array submits elements again that were killed, or lost with their nodes."""
 Submitted = Callable[[Sequence[J], Callable[[], str]], str]
 
 
@@ -68,7 +68,7 @@ class Here:
     def run(self, job: Job, keep_open: int | None = None) -> int:
         """Runs the job to its end and returns its exit code; child processes inherit the descriptor `keep_open`.
 
-        A job that may be tried again is a child even if it is alone, because somebody must outlive it.
+        A job that may be tried again is a child even if it is one process, because its parent must survive to decide.
         """
         retried = job if isinstance(job, Retried) else None
         descriptors = [] if keep_open is None else [keep_open]

@@ -20,8 +20,7 @@ POLL_S = 60
 def has_slurm(patience_s: float = 2) -> bool:
     """Whether this machine belongs to a Slurm cluster.
 
-    Raises SlurmError if it does and the controller does not answer within `patience_s`: a slow one is none that is not
-    there.
+    Raises SlurmError if it does and the controller does not answer within `patience_s`: slow is not absent.
     """
     if shutil.which("sbatch") is None:
         return False
@@ -33,7 +32,7 @@ def has_slurm(patience_s: float = 2) -> bool:
         raise SlurmError(f"Slurm does not answer `scontrol ping` within {patience_s:g} s") from None
     if re.search(r"^Slurmctld.* is UP *$", answer.stdout, re.MULTILINE):
         return True
-    # Packages alone, which nobody has set up, make no cluster: no file and no name server says where one is.
+    # Packages that nobody has set up make no cluster: no file and no name server says where one is.
     if "SLURM_CONF" not in os.environ and "configuration source" in answer.stderr:
         return False
     raise SlurmError(f"Slurm does not answer `scontrol ping`: {last_words(answer.stdout + answer.stderr)}")
@@ -51,7 +50,7 @@ class Pace:
         self._asked, self._ended, self._about = False, False, cast(Hashable, None)
 
     def is_due(self, lives: bool | None, about: Hashable = None) -> bool:
-        """Whether to ask now; it counts on its being done.
+        """Whether to ask now; if so, the caller must.
 
         `lives` is what the job's own files say, None if they do not tell. A living job needs no question. When it ends,
         or when other jobs are asked `about`, it is time for one at once, and the pauses are short again.
@@ -140,7 +139,7 @@ def _by_cluster(job_ids: Iterable[str]) -> dict[str, list[str]]:
 
 
 def config(timeout_s: float | None = 30, cluster: str | None = None) -> dict[str, str]:
-    """What `scontrol show config` says, by name; {} if there is no answer, SlurmError if there is none in time."""
+    """What `scontrol show config` says, by name; {} if nothing. Raises SlurmError if no answer comes in time."""
     shown = ask("scontrol", *of_cluster(cluster), "show", "config", timeout_s=timeout_s).stdout
     return dict(re.findall(r"^(\w+) *= (.*?) *$", shown, re.MULTILINE))
 

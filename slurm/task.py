@@ -67,8 +67,8 @@ class Retried(Protocol):
         """Decides whether the job is tried again, records why, and if so calls `come_back`; returns whether it is.
 
         `cause` is what is known of the end from outside, and `node` where it began. `come_back` is given the nodes that
-        are to be left out; it returns the job's new id, and None if the job cannot come back. It is None itself where
-        whoever asks starts the job again. `own` is the job's id: one that another has followed stays away.
+        are to be left out; it returns the job's new id, and None if the job cannot come back. Without `come_back` the
+        caller starts the job again. `own` is the job's id: if a newer job has followed it, it is not tried again.
         """
 
 

@@ -1,6 +1,5 @@
 """The digit classifier that the project ships; its features are what the metrics of digits compare."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +51,6 @@ def load() -> DigitNet:
     net = DigitNet()
     net.load_state_dict(load_file(WEIGHTS))
     return net.eval()
-
-
-def weights_sha256() -> str:
-    """Names the shipped classifier in every result that rests on it."""
-    return hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
 
 
 @torch.inference_mode()

@@ -83,7 +83,7 @@ class DigitEvaluator(ImageEvaluator):
                 for name, metric in FEATURE_METRICS.items()
             },
             "classes": self._class_metric(results),
-            "copies": general["copies"],
+            "copies": general["copies"],  # again in `general`; a name keeps its first place, and tables this order
             "usefulness": Metric(
                 "accuracy of a net trained on it",
                 unpack(results["usefulness"]["accuracy"]),

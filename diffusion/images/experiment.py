@@ -92,6 +92,7 @@ class ImageExperiment(Experiment):
         return UnetModel(unet, diffusion, settings)
 
     def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
+        # The whole data set moves to the device once (MNIST: 47 MB); from then on a batch is an index there.
         if self.images.device != device:
             self.images = self.images.to(device)
         first = (step - 1) * batch_size

@@ -31,7 +31,7 @@ def weights_path() -> Path:
 
 @torch.inference_mode()
 def inception_features(images: Images) -> NDArray[Any]:
-    """The last pooling layer, [n, 2048], for `feature_metrics.frechet`; UserError if the weights are missing."""
+    """The last pooling layer, [n, 2048], for `frechet` of `diffusion/statistics/`; UserError if weights are missing."""
     check_images(images)
     weights_path()
     from pytorch_fid.inception import InceptionV3  # comes with denoising-diffusion-pytorch; imports torchvision

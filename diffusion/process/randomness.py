@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-BLOCK = 256
+BLOCK = 256  # never change it: like the numbers of the streams, every run depends on it
 
 T = TypeVar("T", bound=np.generic)
 

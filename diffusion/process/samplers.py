@@ -153,6 +153,7 @@ def _log_snr_grid(alphas_cumprod: Tensor, steps: int, rho: float = math.inf) -> 
     where the log-SNR is at least -5.1: below lies pure noise, where the cosine schedule would waste its steps.
     """
     lam = log_snr(alphas_cumprod.double())
+    # -5.1 is the bound of DPM-Solver's reference code for the cosine schedule.
     first, last = max(float(lam[-1]), -5.1), float(lam[0])
     grid = torch.linspace(first, last, steps, dtype=torch.float64)
     if rho < math.inf:

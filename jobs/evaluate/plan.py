@@ -151,6 +151,7 @@ def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluatio
             **config.data.digest(inception=inception),
         },
     }
+    # As JSON gives it back (tuples become lists), because it is compared with what metrics.json says.
     whole = Evaluation(chosen, json.loads(json.dumps(protocol)))
     if _has_weights(run, chosen) or whole.is_complete():  # from before the checkpoint was removed
         return whole

@@ -43,7 +43,7 @@ class TrainSettings:
     lr: float
     """AdamW's highest learning rate, reached after the warm-up."""
     warmup_steps: int = 100
-    """Steps over which the learning rate rises from 0; from there it falls as a cosine to 0 at the last step."""
+    """Steps over which the learning rate rises from 0; from there it falls as a cosine, almost to 0 at the last."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     beta2: float = 0.99

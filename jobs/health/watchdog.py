@@ -22,7 +22,7 @@ from diffusion.errors import UserError
 VARIABLE = "WATCHDOG_S"
 """The environment variable that replaces `LEAST_S`, and so changes all patience in proportion; 0 switches it off."""
 LEAST_S = 60.0
-"""Seconds that a step may take at least."""
+"""Every step is allowed so many seconds at least."""
 USUAL = 10.0
 """A step may take so many times as long as usual."""
 START, COMPILING, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 60, 15, 60, 90

@@ -1,8 +1,8 @@
 """The process that looks on while another one works: `watcher.py MEMORY SIGNAL FOLDER ADVICE [at-a-terminal]`.
 
 It imports nothing but a few modules of Python's own, because each process of a job has one. Its stdin ends when the
-other process does. Only time in which it runs itself counts, so that a stopped job or a machine that sleeps is no hang.
-Nor is a process that a person looks into with a debugger, or has stopped at a terminal with Ctrl-Z.
+other process does. It counts only time in which it runs itself, so a stopped job or a machine that sleeps is no
+hang. Nor is a process that a person looks into with a debugger, or has stopped at a terminal with Ctrl-Z.
 """
 
 import mmap
@@ -19,7 +19,7 @@ from contextlib import suppress
 
 TICK_S = 0.5
 STACKS_S = 2.0
-"""Seconds for the stacks of this process, and then again for the other processes to write theirs."""
+"""So many seconds the watched process has to write its stacks, and then the others as many to write theirs."""
 PAUSE_S = 0.05
 """After such a pause no more lines come."""
 STATES = {"T": "stopped", "D": "waiting for a disk or a network", "Z": "dead"}

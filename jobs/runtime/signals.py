@@ -16,7 +16,7 @@ class Stop(IntEnum):
     REQUEUE = 1
     """USR1 or USR2: the time limit is near or somebody else needs the node. Save and queue again."""
     TERMINATE = 2
-    """SIGTERM: cancelled, or preempted by a cluster that queues the job again itself. Save."""
+    """SIGTERM: cancelled, or preempted. Save; on Slurm also queue again, as Slurm does not if a job ends by itself."""
     INTERRUPT = 3
     """Ctrl-C, or the terminal is gone (SIGHUP). Save."""
 

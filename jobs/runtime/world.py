@@ -95,7 +95,7 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     own_device(device)
     # Accelerate would name DDP the GPU of LOCAL_RANK, which is not there where each task is shown its own GPU alone.
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    # Also for one alone: where RANK is set, Accelerate makes a group, at MASTER_PORT.
+    # A single process needs it, too: where RANK is set, Accelerate makes a group, at MASTER_PORT.
     if port_file := os.environ.get("MASTER_PORT_FILE"):
         _meet(Path(port_file), "nccl" if device == "cuda" else "gloo")
     accelerator = Accelerator(

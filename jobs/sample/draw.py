@@ -97,6 +97,7 @@ def draw(
             ahead.begin(k + 1)
         return drawn
 
+    # The schedule stays on the host: samplers read single numbers of it, and would wait for the GPU at each.
     denoiser = Denoiser(predict, abar.double().cpu(), experiment.clip)
     xt, sampler = sent(numbers(Stream.SAMPLE_START, 0), abar.device), settings.sampler
     *_, x0 = FUNCTIONS[sampler.sampler](denoiser, xt, steps=sampler.steps, noise=noise, eta=sampler.eta)

@@ -53,7 +53,7 @@ def account(
     now: str | None,
     waits: bool,
 ) -> Account:
-    """Books the time from `created` until now; until the run's last sign of life if it does not live: `now` is None.
+    """Books the time from `created` until now; of a dead run, whose `now` is None, until its last sign of life.
 
     `lines` are those of timing.jsonl, all times are as files have them. `heard` and `reached` are the time and the step
     of the last sign of life; `waits` says that the run lives, but none of its jobs is at work.

@@ -77,15 +77,16 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> F
     the end is no such fault: the run has come to an end of its own, or was used wrongly.
     """
     status, failure = run.read_status(), run.read_failure()
+    # Created, too: a process may die before it has written the first status.json.
     if "state" in failure or run.state() not in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED):
         return None
     trace: str | None = failure.get("traceback")
     past, checkpoint = read(run), next(iter(checkpoints.steps(run.checkpoints)), 0)
     tries = [fault for fault in past if fault.checkpoint == checkpoint]
     hang = new_hang(run)
-    # What the machine does may come twice at the same step, too: its budget decides.
+    # A fault of the machine may come twice at the same step: only the number of tries ends it.
     own = trace if hang is None and not failure.get("outside") else None
-    # Where the traceback names no step, it is the same one only if nothing has been done between.
+    # Without a step in the traceback, two faults are the same only if no checkpoint was made between them.
     among = past if own is not None and own.startswith("In step ") else tries
     first = next((fault for fault in among if _same(fault.traceback, own)), None)
     if hang is not None:

@@ -72,6 +72,7 @@ def is_locked(run: Path) -> bool | None:
     except OSError:
         return None
     try:
+        # Shared, so that two who look at the same moment do not take each other for a writer.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

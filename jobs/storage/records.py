@@ -59,6 +59,7 @@ def last_start(run: RunFolder) -> dict[str, Any]:
 
 def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:
     """Returns a run's precision: `asked`, or for auto what its first start has chosen; before that, `otherwise`."""
+    # The last start has the precision of the first, because each start takes it over from the one before.
     return asked if asked != "auto" else last_start(run).get("precision", otherwise)
 
 

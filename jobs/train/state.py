@@ -113,13 +113,14 @@ class Training:
         elif self.world.device.type == "cuda":
             # The GPU still computes this step while its host draws the examples of the next one.
             self._next = self.step + 1, self.examples(self.step + 1)
+        # Here the host waits for the GPU: to read the norm.
         return Update(losses, examples[1], float(norm), lr)
 
     def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the step itself; returns the loss of each example, and the gradient's norm.
 
-        The host decides nothing in here, so that a GPU can replay it. So whether weights move is a tensor, too: they
-        move if the norm is below `_norm_below`, which is infinity for a step and 0 for one that must change nothing.
+        The host decides nothing in here, so that a GPU can replay it. So the choice whether weights move is a tensor,
+        too: they do if the norm is below `_norm_below`, which is infinity for a step, 0 for one that changes nothing.
         A norm that is NaN or infinite is never below it.
         """
         losses: list[Tensor] = []

@@ -41,7 +41,7 @@ def cancel(
     jobs: dict[str, set[str]] = {}
     while True:
         too_late = time.monotonic() > deadline
-        # That it lives still is no news: it has been told to end, or is about to be.
+        # A run that lives is no reason to ask Slurm: it has been told to end, or is about to be.
         lives = False if states.lives(run) is False else None
         # Looked up again, because a job may just have been queued again, even under another id.
         if is_due(lives, tuple(detail.all_jobs(run))) or too_late:

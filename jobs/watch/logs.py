@@ -23,7 +23,8 @@ def locate(run: RunFolder) -> Path:
     # The elements of a sweep's array print into the sweep's folder.
     submitter = run.path.with_name(launch["sweep"]) if "sweep" in launch and is_element(job_ids[-1]) else run.path
     path = submitter / "slurm" / f"{number(job_ids[-1])}_0_log.out"
-    # A run that has moved from Slurm to this machine writes its log alone.
+    # A run that has moved from Slurm to this machine writes its log alone; on Slurm both files grow together, so a lead
+    # of a minute means that the job's own has stopped.
     here_last = path.exists() and run.log.exists() and run.log.stat().st_mtime > path.stat().st_mtime + 60
     return run.log if here_last else path
 

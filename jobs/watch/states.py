@@ -138,7 +138,7 @@ def _judge_held(status: dict[str, Any]) -> tuple[str, str]:
 def _judge(status: dict[str, Any], job: SlurmJob | None, unseen: str | None, is_known: bool) -> tuple[str, str]:
     """(state, reason) of a run that nobody is seen to hold: what status.json says, corrected by who is alive.
 
-    `unseen` is the machine where it may be held all the same, None if there is none.
+    `unseen` is another machine, on which a process may hold it all the same; None if there is none.
     """
     state = status.get("state", State.CREATED)
     age_s = _age_s(status)
