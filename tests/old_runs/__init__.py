@@ -1,8 +1,8 @@
-"""Run folders as earlier versions made them, each in an archive that is named for its commit.
+"""Run folders of each format that there has been, in an archive for each: `format` in experiment.json, none was 1.
 
 A run of `1d` and one of `mnist-small`, interrupted with Ctrl-C, with a set of 128 samples of the checkpoint that was
-written then. To add those of another version: train and sample with its code, with the settings that these runs have in
-experiment.json, and pack `EXPERIMENT/old` with `tar -cJf`.
+written then. Format 1 was made by commit 85652e8, with its copies of the code, and 2 by 164d247, without. To add those
+of another format: train and sample as launch.json of these runs says, and pack `EXPERIMENT/old` with `tar -cJf`.
 """
 
 import json
