@@ -565,7 +565,7 @@ FAULTS = [
     Fault(
         "a budget of new starts is never whole again",
         "jobs/storage/faults.py",
-        "[fault for fault in past if fault.checkpoint == checkpoint]",
+        "[fault for fault in past if (fault.checkpoint, fault.left) == (checkpoint, left)]",
         "past",
         "tests/jobs/test_retries.py::test_the_budget_is_for_tries_without_progress",
     ),
@@ -575,6 +575,13 @@ FAULTS = [
         "again = first is None and len",
         "again = len",
         "tests/jobs/test_retries.py::test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebacks",
+    ),
+    Fault(
+        "a share of a set that fails for good is tried again",
+        "jobs/storage/faults.py",
+        "        fault = replace(fault, again=False)\n",
+        "        pass\n",
+        "tests/jobs/test_samples.py::test_a_fault_that_repeats_without_progress_ends_a_share",
     ),
     Fault(
         "a process that hangs is left alone",
@@ -744,7 +751,7 @@ FAULTS = [
         "slurm/place.py",
         "if self.rounds > 0 and not",
         "if self.rounds < 0 and not",
-        "tests/slurm/test_arrays.py::test_an_array_makes_up_for_a_killed_element_by_itself",
+        "tests/slurm/test_arrays.py::test_an_array_makes_up_for_an_element_whose_script_is_killed_too",
         slurm=True,
     ),
     Fault(

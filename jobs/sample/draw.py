@@ -51,18 +51,19 @@ def sample(
     console = Console(run.log)
     evaluate = in_one_launch(model.predict, console.say) if device == "cuda" else model.predict
 
-    evaluations = count(1)
+    shard, evaluations = 0, count(1)
 
     def predict(xt: Tensor, t: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
         # A GPU may have much to do after the host has launched the last one.
-        watchdog.phase(f"evaluation {next(evaluations)} of the network", DRAWING)
+        watchdog.phase(f"evaluation {next(evaluations)} of shard {shard}", DRAWING)
         return evaluate(xt, t)
 
     progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         for done, shard in enumerate(shards):
+            evaluations = count(1)
             write_shard(samples, shard, experiment, predict, model.alphas_cumprod)
             if show_progress:
                 progress.update(done + 1, "")
