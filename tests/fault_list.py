@@ -584,6 +584,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_fault_that_repeats_without_progress_ends_a_share",
     ),
     Fault(
+        "a question that nvidia-smi refuses as a whole is not asked in parts",
+        "jobs/health/gpu_errors.py",
+        "        if not answers and self._asked:",
+        "        if False:",
+        "tests/jobs/test_hangs.py::test_a_gpu_whose_driver_knows_of_errors_in_its_memory_is_named",
+    ),
+    Fault(
         "a process that hangs is left alone",
         "jobs/health/watcher.py",
         "    os.kill(worker, signal.SIGKILL)\n",
