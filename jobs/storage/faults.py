@@ -75,6 +75,13 @@ def _read(folder: Path) -> list[Fault]:
     return [Fault(**line) for line in lines]
 
 
+def bad_nodes(folder: Path) -> dict[str, Fault]:
+    """Returns the nodes that the run or the set in this folder has ever left out, with the newest fault on each."""
+    found = [Fault(**line) for line in read_jsonl(folder / FILE) if "continued" not in line]
+    left_out = {node for fault in found for node in fault.left_out}
+    return {fault.node: fault for fault in found if fault.node in left_out}
+
+
 def forgive(run: RunFolder) -> None:
     """Gives the run a new budget, because a person continues it."""
     forgive_set(run.path)
