@@ -591,6 +591,20 @@ FAULTS = [
         "tests/jobs/test_hangs.py::test_a_gpu_whose_driver_knows_of_errors_in_its_memory_is_named",
     ),
     Fault(
+        "a run that fails after Ctrl-C is started again",
+        "slurm/place.py",
+        "retried = replace(told, retries=0)",
+        "assert told",
+        "tests/jobs/test_retries.py::test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good",
+    ),
+    Fault(
+        "of two jobs that are noted at once, one is forgotten",
+        "jobs/storage/run_folder.py",
+        "ownership.for_a_moment(self.path / LAUNCH_LOCK)",
+        "nullcontext()",
+        "tests/jobs/test_provenance.py::test_of_many_jobs_that_are_noted_at_once_none_is_forgotten",
+    ),
+    Fault(
         "a process that hangs is left alone",
         "jobs/health/watcher.py",
         "    os.kill(worker, signal.SIGKILL)\n",
@@ -732,7 +746,7 @@ FAULTS = [
     Fault(
         "a site's limit on jobs in the queue does not bound an array",
         "slurm/place.py",
-        "min(wanted, self.profile.max_jobs - 1)",
+        "min(wanted, self.profile.max_jobs - others)",
         "wanted",
         "tests/slurm/test_sites.py::test_a_site_that_limits_submissions",
         slurm=True,

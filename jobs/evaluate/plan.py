@@ -112,9 +112,11 @@ class Evaluation:
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the evaluation, here and with the run."""
-        RunFolder(self.samples.run).add_job("evaluate_job_ids", job_id)
+        run = RunFolder(self.samples.run)
+        run.add_job("evaluate_job_ids", job_id)
         self.kept.mkdir(exist_ok=True)
-        write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
+        with run.changing():
+            write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
 
     def job_ids(self) -> list[str]:
         """Slurm jobs of this run that have worked on the evaluation."""

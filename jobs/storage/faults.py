@@ -96,14 +96,16 @@ def forgive_set(folder: Path) -> None:
         _append(folder, {"continued": now(), "hangs": seen})
 
 
-def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> Fault | None:
+def judge(run: RunFolder, budget: int, cause: str | None, node: str | None, begun: str = "") -> Fault | None:
     """Decides whether a run is tried again whose processes have ended badly, and writes that down.
 
     `cause` is what is known from outside, such as a signal that has ended a process, and `node` where. Returns None if
-    the end is no such fault: the run has come to an end of its own, or was used wrongly.
+    the end is no such fault: the run has come to an end of its own, or was used wrongly. A status from before they have
+    `begun` says nothing of them.
     """
     status, failure = run.read_status(), run.read_failure()
-    if "state" in failure or run.state() not in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED):
+    goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
+    if "state" in failure or not (goes_on or status.get("updated", "") < begun):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)
     fault, first, tries = _weigh(run.path, budget, cause, node, failure, new_hang(run), checkpoint=checkpoint)

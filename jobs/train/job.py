@@ -38,6 +38,8 @@ class TrainJob:
     device: "Kind"
     retries: int = 0
     """How often it is tried again after a fault that is not its own, without progress between."""
+    begun: str = ""
+    """When it was started, where it is this machine's: its status is of before until it has written one."""
 
     def __call__(self, requeue: Requeue | None = None) -> int:
         keep_freed_memory()
@@ -105,11 +107,11 @@ class TrainJob:
     def _judged(self, run: RunFolder, cause: str | None, node: str | None) -> faults.Fault | None:
         for pause_s in FULL_S:
             try:
-                return faults.judge(run, self.retries, cause, node)
+                return faults.judge(run, self.retries, cause, node, self.begun)
             except OSError as error:
                 print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
                 time.sleep(pause_s)
-        return faults.judge(run, self.retries, cause, node)
+        return faults.judge(run, self.retries, cause, node, self.begun)
 
     def _record(self, rank: int, trace: str, **facts: Any) -> None:
         try:

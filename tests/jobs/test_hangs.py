@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.health import gpu_test
+from jobs.health import gpu_test, watcher
 from jobs.health.gpu_errors import IGNORE, PATIENCE_S, Question
 from jobs.health.watchdog import HEADER, VARIABLE, Watchdog
 from jobs.storage import faults
@@ -58,6 +58,12 @@ def test_a_process_that_hangs_alone_is_ended_and_says_how_to_continue(tmp_path: 
     shown = done("status", run, cwd=tmp_path).out
     assert "failed (hung: process 0 on " in shown
     done("resume", run, "--train.steps", 1_000_001, "--dry-run", cwd=tmp_path)
+
+
+def test_two_processes_with_one_number_leave_their_stacks_in_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, where the first process always has the same."""
+    monkeypatch.delenv("MASTER_PORT_FILE", raising=False)
+    assert watcher.attempt(1) != watcher.attempt(1)
 
 
 def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path) -> None:
