@@ -598,6 +598,13 @@ FAULTS = [
         "tests/jobs/test_retries.py::test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good",
     ),
     Fault(
+        "what a command says of a job is taken for what Slurm says",
+        "slurm/task.py",
+        "return dict(reversed(fields))",
+        "return dict(fields)",
+        "tests/slurm/test_words.py::test_what_newer_versions_say_otherwise",
+    ),
+    Fault(
         "of two jobs that are noted at once, one is forgotten",
         "jobs/storage/run_folder.py",
         "ownership.for_a_moment(self.path / LAUNCH_LOCK)",
