@@ -143,8 +143,8 @@ def test_scontrol_and_sinfo(version: str, notice: bool, tools: Tools, tmp_path: 
 
 OF_25_11 = (
     "JobId=7 JobName=a JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
-    "PreemptTime=None Partition=low ExcNodeList=n2 NumNodes=2 Command=/a.sh SubmitLine=sbatch --export=ALL,Restarts=7,Requeue=0,"
-    "JobState=FAILED --exclude=n9 ExcNodeList=n9 /a.sh WorkDir=/ ExpeditedRequeue=Yes"
+    "PreemptTime=None Partition=low ExcNodeList=n2 NumNodes=2 Command=/a.sh SubmitLine=sbatch "
+    "--export=ALL,Restarts=7,Requeue=0,JobState=FAILED --exclude=n9 ExcNodeList=n9 /a.sh WorkDir=/ ExpeditedRequeue=Yes"
 )
 """As src/scontrol/info_job.c of 25.11 and 26.05 writes it: they repeat the command that has submitted the job."""
 
