@@ -15,7 +15,7 @@ help:
 	@echo "make slurm-test-newer"
 	@echo "                 the same with the Slurm of Debian 13, in .trixie (root; debootstrap makes it, 1 GB)"
 	@echo "make data-test   the tests that need a data set of Debian's: apt-get install dataset-fashion-mnist"
-	@echo "make soak        the long repetitions: hundreds of kills"
+	@echo "make soak        the long repetitions: hundreds of kills, full disks, dead nodes; hours"
 	@echo "make faults      writes faults into copies of the code, and shows for each the test that fails"
 	@echo "make gpu-test    the tests that need a GPU; GPU_TEST_DEVICE=cpu rehearses them without one"
 	@echo "make gpu-check   those tests, benchmarks and a long training on a GPU, 8 minutes; DEVICE=cpu rehearses it"
@@ -76,8 +76,10 @@ gpu-wheels:
 data-test: $(VENV)/ready
 	$(PYTEST) -m data
 
+# With a Slurm of its own where there is one: root, and its packages.
+SOAK := $(if $(shell command -v slurmctld),soak,soak and not slurm)
 soak: $(VENV)/ready
-	$(RUN) -m pytest -m soak --timeout 0
+	$(RUN) -m pytest -m "$(SOAK)" --timeout 0
 
 .PHONY: faults
 faults: $(VENV)/ready

@@ -17,10 +17,10 @@ from jobs.evaluate.job import EvaluateJob, EvaluateMergeJob
 from jobs.evaluate.plan import Evaluation
 from jobs.runtime.job import submitted
 from jobs.runtime.surroundings import decorate
-from jobs.storage import ownership, run_folder
+from jobs.storage import faults, ownership, run_folder
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
-from slurm.place import Here, OnSlurm
+from slurm.place import ROUNDS, Here, OnSlurm
 
 Samples = Annotated[
     Positional[str],
@@ -110,7 +110,8 @@ class Evaluate:
     def _jobs(self, asked: Evaluation) -> tuple[Here | OnSlurm, EvaluateJob, list[EvaluateJob]]:
         """Returns where to evaluate, the job for this machine, and the elements of an array for Slurm."""
         place, processes = self.where.place(RunFolder(asked.samples.run)), self.where.processes
-        job = EvaluateJob(asked, (0, processes), self.where.resolve_device(place), merge=True)
+        retries = self.where.retries_at(place)
+        job = EvaluateJob(asked, (0, processes), self.where.resolve_device(place), merge=True, retries=retries)
         if isinstance(place, OnSlurm):
             place, processes = replace(place, processes=1), place.elements(processes)
         return place, job, [replace(job, share=(i, processes), merge=False) for i in range(processes)]
@@ -132,11 +133,12 @@ class Evaluate:
             place.check_array(elements, merge)
         asked.config().prepare(print)
         print(f"Evaluating {report.title(asked)}", flush=True)
+        faults.forgive_set(asked.folder)
         if isinstance(place, Here):
             with ownership.sampling(run.path) as descriptor:
                 return place.run(job, keep_open=descriptor)
         self.where.copy_code(place)
-        place.run_array(elements, submitted, len(elements), merge)
+        place.run_array(elements, submitted, len(elements), merge, min(ROUNDS, job.retries))
         if self.where.wait:
             # What is asked for again and again, because the last job submits more if elements were lost.
             place.wait(asked.job_ids, lambda: False if asked.is_done() else None)

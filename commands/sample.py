@@ -13,9 +13,9 @@ from jobs.runtime.job import submitted
 from jobs.sample import sample_set
 from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.sample.sample_set import Weights
-from jobs.storage import ownership, run_folder
+from jobs.storage import faults, ownership, run_folder
 from slurm import queue
-from slurm.place import OnSlurm
+from slurm.place import ROUNDS, OnSlurm
 
 
 def _by_experiment(setting: str) -> str:
@@ -85,9 +85,8 @@ class Sample:
         asked.check_disk()
         place = self.where.place(run)
         missing = tuple(asked.missing())
-        job = SampleJob(
-            asked, missing, self.where.processes, self.where.resolve_device(place, asked.settings.precision), merge=True
-        )
+        device, retries = self.where.resolve_device(place, asked.settings.precision), self.where.retries_at(place)
+        job = SampleJob(asked, missing, self.where.processes, device, merge=True, retries=retries)
         # On Slurm an array; with more elements than GPUs, so that a slow or late one holds up less.
         count = min(4 * self.where.processes, len(missing))
         if isinstance(place, OnSlurm):
@@ -105,10 +104,11 @@ class Sample:
             place.check_array(elements, SampleMergeJob(asked))
         print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
+        faults.forgive_set(asked.folder)
         if isinstance(place, OnSlurm):
             self.where.copy_code(place)
             at_once, merge = self.where.processes, SampleMergeJob(asked)
-            place.run_array(elements, submitted, at_once, merge)
+            place.run_array(elements, submitted, at_once, merge, min(ROUNDS, retries))
             if not self.where.wait:
                 return 0
             # The ids are asked for again and again, because the last job submits more if elements were lost.

@@ -17,7 +17,7 @@ from jobs.experiments.settings import TrackingSettings, TrainSettings, may_chang
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import checkpoints, faults, ownership, provenance, run_folder
 from jobs.storage.checkpoints import CorruptCheckpoint
-from jobs.storage.records import precision_of
+from jobs.storage.records import now, precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
 from jobs.watch import states
@@ -135,7 +135,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         if run.read_status().get("step", 0) < config.train.steps:  # not if it is only drawn again
             notify.rearm(run)
         if isinstance(place, Here):
-            return place.run(job, keep_open=descriptor)
+            return place.run(replace(job, begun=now()), keep_open=descriptor)
         where.copy_code(place)
         # The lock guards what the launcher writes, up to the job's id. The job takes the run over with a token.
         place.run(job)

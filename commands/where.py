@@ -190,7 +190,7 @@ class Launch(Where):
     wait: bool = False
     """Stay until the Slurm job has ended."""
     retries: Annotated[int | None, optional("INT", "3 on Slurm, 0 here")] = None
-    """How often a training is tried again after a fault of the machine, without progress between."""
+    """How often the job is tried again after a fault of the machine, without progress between."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,7 +198,7 @@ class Launch(Where):
             raise UserError(f"--retries must be at least 0; got {self.retries}")
 
     def retries_at(self, place: Here | OnSlurm) -> int:
-        """How often a training is tried again at this place."""
+        """How often a job is tried again at this place."""
         if self.retries is not None:
             return self.retries
         return 3 if isinstance(place, OnSlurm) else 0

@@ -109,7 +109,10 @@ def _requeue(config: dict[str, str]) -> Finding:
             "a long run consists of several jobs under one id",
             "nothing to do for jobs of launch.py, which ask for it; your own scripts need `#SBATCH --requeue`",
         )
-    return Finding("ok", "JobRequeue=1: jobs are queued again after a preemption or the loss of a node")
+    told = "JobRequeue=1: jobs are queued again after a preemption or the loss of a node"
+    if "enable_expedited_requeue" in config.get("SlurmctldParameters", ""):
+        told += "; not expedited, for then Slurm holds a job that fails without a broken node"
+    return Finding("ok", told)
 
 
 def _array_size(config: dict[str, str]) -> Finding:

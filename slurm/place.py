@@ -88,10 +88,13 @@ class Here:
             cause = None
             if outcome.signal is not None:
                 cause = f"process {outcome.failed_rank} was ended by {outcome.signal}"
-            if retried is None or outcome.was_told_to_stop:
+            if retried is None:
                 if cause is not None:
                     job.failed(outcome.failed_rank, cause)
                 return outcome.exit_code
+            if outcome.was_told_to_stop:
+                told: Any = job
+                retried = replace(told, retries=0)  # then it is only written down that it has failed
             if not retried.ended(cause, platform.node(), None):
                 return outcome.exit_code
 
@@ -134,9 +137,12 @@ class OnSlurm:
         if then is not None:
             self._last(then, []).check()
 
-    def elements(self, wanted: int) -> int:
-        """Returns how many elements an array may have that another job follows, where the site limits jobs."""
-        return wanted if self.profile.max_jobs is None else min(wanted, self.profile.max_jobs - 1)
+    def elements(self, wanted: int, others: int = 1) -> int:
+        """Returns how many elements an array may have beside so many other jobs, where the site limits jobs.
+
+        One of these is the job that follows the array.
+        """
+        return wanted if self.profile.max_jobs is None else min(wanted, self.profile.max_jobs - others)
 
     def describe_array(self, jobs: Sequence[Job], at_once: int | None = None, then: Merge | None = None) -> str:
         """Returns the scripts that `run_array` would submit."""
@@ -151,10 +157,12 @@ class OnSlurm:
         at_once: int | None = None,
         then: Merge | None = None,
         rounds: int = ROUNDS,
+        later: Sequence[J] = (),
     ) -> list[str]:
         """Submits the jobs as an array, at most `at_once` of them running at a time, and `then` to follow.
 
-        What the jobs leave undone is submitted again before `then` gives up, `rounds` times at most.
+        What the jobs leave undone is submitted again before `then` gives up, `rounds` times at most without progress
+        between; so are those that come `later`, because the site allows no more now.
 
         There are several arrays if Slurm's MaxArraySize makes it necessary. `submitted(jobs, submit)` must call
         `submit`, which returns the array's id, and record and return it. Returns the ids of all arrays and of `then`.
@@ -166,7 +174,7 @@ class OnSlurm:
         if then is not None:
             sizes = zip(job_ids, map(len, chunks), strict=True)
             own = [element for job_id, size in sizes for element in queue.elements_of(job_id, size)]
-            last = AfterArray(self, jobs, own, submitted, at_once, then, rounds)
+            last = AfterArray(self, [*jobs, *later], own, submitted, at_once, then, rounds)
             job_ids.append(then.submitted(self._last(last, job_ids).submit))
             print(f"Job {job_ids[-1]} then merges the results.", flush=True)
         return job_ids
@@ -208,7 +216,7 @@ class AfterArray:
     place: OnSlurm
     jobs: Sequence[Any]
     job_ids: Sequence[str]
-    """Of each of the jobs."""
+    """Of the jobs that are in the array."""
     submitted: Submitted[Any]
     at_once: int | None
     then: Merge
@@ -236,8 +244,11 @@ class AfterArray:
         """Submits lost jobs again, and their merge; returns whether that is possible from this node."""
         if shutil.which("sbatch") is None:
             return False
+        if not (now := self.place.elements(len(lost), others=2)):  # this job, and the one that follows the array
+            return False
+        rounds = self.rounds - (len(lost) == len(self.jobs))
         try:
-            self.place.run_array(lost, self.submitted, self.at_once, self.then, self.rounds - 1)
+            self.place.run_array(lost[:now], self.submitted, self.at_once, self.then, rounds, lost[now:])
         except SlurmError as error:
             print(error, flush=True)
             return False

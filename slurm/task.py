@@ -267,4 +267,5 @@ def _fields(kind: str, name: str) -> dict[str, str]:
     # Slurm's tools repeat their question while the controller is busy, and there is nothing better to do than to wait.
     shown = queue.ask("scontrol", "--oneliner", "show", kind, name, timeout_s=None).stdout
     record = re.search(r"^(?:JobId|PartitionName)=.*$", shown, re.MULTILINE)  # among a site's notices
-    return dict(re.findall(r"([\w:/]+)=(\S*)", record[0])) if record is not None else {}
+    fields = re.findall(r"([\w:/]+)=(\S*)", record[0]) if record is not None else []
+    return dict(reversed(fields))  # the first of a name counts: from 25.11 on, the user's command line comes last

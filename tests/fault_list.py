@@ -565,7 +565,7 @@ FAULTS = [
     Fault(
         "a budget of new starts is never whole again",
         "jobs/storage/faults.py",
-        "[fault for fault in past if fault.checkpoint == checkpoint]",
+        "[fault for fault in past if (fault.checkpoint, fault.left) == (checkpoint, left)]",
         "past",
         "tests/jobs/test_retries.py::test_the_budget_is_for_tries_without_progress",
     ),
@@ -575,6 +575,41 @@ FAULTS = [
         "again = first is None and len",
         "again = len",
         "tests/jobs/test_retries.py::test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebacks",
+    ),
+    Fault(
+        "a share of a set that fails for good is tried again",
+        "jobs/storage/faults.py",
+        "        fault = replace(fault, again=False)\n",
+        "        pass\n",
+        "tests/jobs/test_samples.py::test_a_fault_that_repeats_without_progress_ends_a_share",
+    ),
+    Fault(
+        "a question that nvidia-smi refuses as a whole is not asked in parts",
+        "jobs/health/gpu_errors.py",
+        "        if not answers and self._asked:",
+        "        if False:",
+        "tests/jobs/test_hangs.py::test_a_gpu_whose_driver_knows_of_errors_in_its_memory_is_named",
+    ),
+    Fault(
+        "a run that fails after Ctrl-C is started again",
+        "slurm/place.py",
+        "retried = replace(told, retries=0)",
+        "assert told",
+        "tests/jobs/test_retries.py::test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good",
+    ),
+    Fault(
+        "what a command says of a job is taken for what Slurm says",
+        "slurm/task.py",
+        "return dict(reversed(fields))",
+        "return dict(fields)",
+        "tests/slurm/test_words.py::test_what_newer_versions_say_otherwise",
+    ),
+    Fault(
+        "of two jobs that are noted at once, one is forgotten",
+        "jobs/storage/run_folder.py",
+        "ownership.for_a_moment(self.path / LAUNCH_LOCK)",
+        "nullcontext()",
+        "tests/jobs/test_provenance.py::test_of_many_jobs_that_are_noted_at_once_none_is_forgotten",
     ),
     Fault(
         "a process that hangs is left alone",
@@ -718,7 +753,7 @@ FAULTS = [
     Fault(
         "a site's limit on jobs in the queue does not bound an array",
         "slurm/place.py",
-        "min(wanted, self.profile.max_jobs - 1)",
+        "min(wanted, self.profile.max_jobs - others)",
         "wanted",
         "tests/slurm/test_sites.py::test_a_site_that_limits_submissions",
         slurm=True,
@@ -744,7 +779,7 @@ FAULTS = [
         "slurm/place.py",
         "if self.rounds > 0 and not",
         "if self.rounds < 0 and not",
-        "tests/slurm/test_arrays.py::test_an_array_makes_up_for_a_killed_element_by_itself",
+        "tests/slurm/test_arrays.py::test_an_array_makes_up_for_an_element_whose_script_is_killed_too",
         slurm=True,
     ),
     Fault(

@@ -7,13 +7,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from diffusion.data.idx import WrongData
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
-from jobs.storage import provenance
+from jobs.storage import faults, provenance
 from jobs.storage.ownership import LOCKS
 from jobs.tracking.dashboard import public, why_not_online
 
@@ -37,6 +38,7 @@ def examine(runs_dir: Path, data_root: Path, is_shared: bool) -> Iterator[Findin
     yield from _gpus()
     yield _mnist(data_root)
     yield from _folder(runs_dir, is_shared)
+    yield from _left_out(runs_dir)
     yield _wandb()
 
 
@@ -135,6 +137,24 @@ def file_system(folder: Path) -> str:
         kinds[Path(mount)] = kind
     folder = folder.resolve()
     return next((kinds[path] for path in (folder, *folder.parents) if path in kinds), "unknown")
+
+
+def _left_out(runs_dir: Path) -> Iterator[Finding]:
+    """Names the nodes on which runs have died again and again."""
+    reasons: dict[str, list[str]] = {}
+    patterns = (f"[!.]*/[!.]*/{faults.FILE}", f"[!.]*/[!.]*/samples/[!.]*/{faults.FILE}")
+    for path in sorted(path for pattern in patterns for path in runs_dir.glob(pattern)):
+        with suppress(OSError, TypeError):  # somebody else's, or of a later version
+            for node, fault in faults.bad_nodes(path.parent).items():
+                run = path.parent.relative_to(runs_dir)
+                reasons.setdefault(node, []).append(f"{run} ({fault.time[:10]}: {fault.cause})")
+    for node, runs in sorted(reasons.items()):
+        yield Finding(
+            "warning",
+            f"{node} was left out by {', '.join(runs)}",
+            "each of these has died there twice without progress, and others may",
+            f"tell the cluster's support; until then --slurm.exclude {node}, or the profile's exclude",
+        )
 
 
 def _wandb() -> Finding:

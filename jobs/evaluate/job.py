@@ -4,14 +4,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion.errors import UserError
 from jobs.evaluate.plan import Evaluation
 from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, JobError, process_rank
 from jobs.runtime.signals import SignalWatch
-from jobs.storage.faults import HANG
+from jobs.sample.share import Share, not_given_up
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.start import follow_evaluation
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluateJob(IndependentJob):
+class EvaluateJob(Share):
     """Computes a share of an evaluation's units; if asked to, the process that finishes last merges them."""
 
     target: Evaluation
@@ -29,24 +29,31 @@ class EvaluateJob(IndependentJob):
     device: "Kind"
     merge: bool
     """Whether the last process to finish merges the results; if not, submit an `EvaluateMergeJob`."""
+    retries: int = 0
+    advice: ClassVar[str] = "The same command computes what is missing."
+
+    @property
+    def name(self) -> str:
+        return f"evaluation-{self.share[0]}"
+
+    @property
+    def left(self) -> str:
+        return f"share {self.share[0]} of {self.share[1]} with {self.target.num_results()} units done"
 
     def around(self) -> AbstractContextManager[Any]:
         return redirect_stdout(sys.stderr)  # what is printed for scripts is JSON alone, after the job
 
-    def work(self, signals: SignalWatch) -> int:
+    def do(self, signals: SignalWatch, watchdog: Watchdog) -> None:
         from jobs.evaluate.units import evaluate, merge, missing, open_evaluator
 
         first, step = self.share
-        advice = "The same command computes what is missing."
-        with Watchdog(self.target.samples.folder / HANG, advice) as watchdog:
-            evaluator = open_evaluator(self.target, self.device)
-            evaluate(self.target, evaluator, (first + process_rank(), step), signals, watchdog)
-            # Two processes that end together merge twice, into the same bytes.
-            if self.merge and not missing(self.target, evaluator) and not self.target.is_done():
-                watchdog.phase("merging", END)
-                merge(self.target, evaluator)
-                follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
-        return 0
+        evaluator = open_evaluator(self.target, self.device)
+        evaluate(self.target, evaluator, (first + process_rank(), step), signals, watchdog)
+        # Two processes that end together merge twice, into the same bytes.
+        if self.merge and not missing(self.target, evaluator) and not self.target.is_done():
+            watchdog.phase("merging", END)
+            merge(self.target, evaluator)
+            follow_evaluation(RunFolder(self.target.samples.run), self.target.samples.name, print)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class EvaluateMergeJob(IndependentJob):
         return 0
 
     def lost(self, jobs: Sequence[EvaluateJob]) -> list[EvaluateJob]:
-        """Returns those of the jobs that have left a unit of their share undone."""
+        """Returns those of the jobs that have left a unit of their share undone, unless they were given up."""
         from jobs.evaluate.units import missing, open_evaluator
 
         try:
@@ -77,4 +84,4 @@ class EvaluateMergeJob(IndependentJob):
         except (UserError, JobError):  # `work` has said so
             return []
         units, lacking = list(evaluator.units()), set(missing(self.target, evaluator))
-        return [job for job in jobs if lacking & set(units[job.share[0] :: job.share[1]])]
+        return not_given_up([job for job in jobs if lacking & set(units[job.share[0] :: job.share[1]])])

@@ -77,6 +77,10 @@ class Evaluation:
         weights = {name: self.protocol[name] for name in ("version", "experiment", "model", "diffusion", "seed")}
         return self.samples.run / ".evaluation" / f"{unit}-{_key({**weights, **hashes})}.npz"
 
+    def num_results(self) -> int:
+        """How many results of units lie beside these samples and these weights, of whatever protocol."""
+        return sum(1 for folder in (self.kept, self.samples.run / ".evaluation") for _ in folder.glob("*-*.npz"))
+
     def read(self) -> dict[str, Any]:
         """metrics.json, {} if there is none of this protocol."""
         try:
@@ -108,9 +112,11 @@ class Evaluation:
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the evaluation, here and with the run."""
-        RunFolder(self.samples.run).add_job("evaluate_job_ids", job_id)
+        run = RunFolder(self.samples.run)
+        run.add_job("evaluate_job_ids", job_id)
         self.kept.mkdir(exist_ok=True)
-        write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
+        with run.changing():
+            write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
 
     def job_ids(self) -> list[str]:
         """Slurm jobs of this run that have worked on the evaluation."""

@@ -1,10 +1,15 @@
-"""Whether a device computes what it should: a product whose every number is known, again and again for a second."""
+"""Whether a device computes what it should: a product whose every number is known, again and again for a second.
+
+Meanwhile the driver of a GPU is asked for errors in its memory (jobs/health/gpu_errors.py).
+"""
 
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from jobs.health.gpu_errors import Question
 
 SIZE = 2048
 SECONDS = 1.0
@@ -21,6 +26,9 @@ def fault_of(
     Entry (i, j) of the product of rows a_i = i mod 7 and columns b_j = j mod 5 is size * a_i * b_j: small integers,
     which fp32 and TF32 give exactly, in whatever order they add.
     """
+    # Older versions of torch do not tell which one it is.
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    errors = None if uuid is None else Question(f"GPU-{uuid}")
     rows = (torch.arange(size, device=device) % 7).float()
     columns = (torch.arange(size, device=device) % 5).float()
     left, right = rows[:, None].expand(size, size).contiguous(), columns[None].expand(size, size).contiguous()
@@ -31,4 +39,4 @@ def fault_of(
         if wrong:
             return f"{device} computes wrongly: {wrong} of {size * size} numbers of a product are not what they must be"
         if time.monotonic() >= deadline:
-            return None
+            return errors.answer() if errors is not None else None

@@ -59,9 +59,9 @@ def main() -> None:
 
 
 def attempt(worker: int) -> str:
-    """Returns a name that all processes of a job share, and another job does not."""
+    """Returns a name that all processes of a job share, and another job does not: in a container, ids come again."""
     meeting = os.environ.get("MASTER_PORT_FILE")
-    return "-".join(meeting.split("/")[-2:]) if meeting else f"here-{worker}"
+    return "-".join(meeting.split("/")[-2:]) if meeting else f"here-{worker}-{time.time_ns()}"
 
 
 def look_for(folder: str, found: threading.Event) -> None:

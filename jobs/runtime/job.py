@@ -11,7 +11,8 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from diffusion.errors import OutsideError, UserError
 from jobs.runtime.malloc import keep_freed_memory
@@ -39,6 +40,13 @@ class MachineError(JobError):
 
 class Target(Protocol):
     """What an independent job completes."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies."""
+
+    def job_ids(self) -> list[str]:
+        """The Slurm jobs that have worked on it."""
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on it."""
@@ -109,6 +117,25 @@ def is_outside(error: Exception) -> bool:
     of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)
     said = isinstance(error, RuntimeError) and OUTSIDE.search(str(error)) is not None
     return isinstance(error, OSError | MachineError) or of_torch or said
+
+
+class Failure(NamedTuple):
+    """Why a process has failed, and whether another try may help."""
+
+    trace: str
+    outside: bool
+    """Whether it is the machine's fault."""
+    for_good: bool
+    """Whether another try would fail in the same way: a person must change something."""
+
+
+def failure_of(error: Exception, doing: str) -> Failure:
+    """Describes an exception; by what was being done it is known again if it comes twice."""
+    if isinstance(error, UserError | JobError):
+        # One with a cause is of a disk that cannot be read at this moment.
+        outside = isinstance(error, MachineError) or isinstance(error.__cause__, OSError)
+        return Failure(str(error), outside, not outside)
+    return Failure(f"In {doing}:\n{''.join(traceback.format_exception(error))}", is_outside(error), False)
 
 
 def process_node() -> str:

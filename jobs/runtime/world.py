@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in its __all__
 
-from jobs.runtime.job import JobError, process_rank
+from jobs.runtime.job import JobError, MachineError, process_rank
 from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, whereabouts
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def _meet(port_file: Path, backend: str) -> None:
         # By listing the folder: NFS may go on believing that a file which was not there is not there.
         while port_file.name not in os.listdir(port_file.parent):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"process {rank} waited {TIMEOUT} in vain for process 0 to write {port_file}")
+                raise MachineError(f"process {rank} waited {TIMEOUT} in vain for process 0 to write {port_file}")
             time.sleep(0.05)
         store = TCPStore(address, int(port_file.read_text()), size, is_master=False, timeout=TIMEOUT)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

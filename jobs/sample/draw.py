@@ -17,10 +17,11 @@ from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
 from diffusion.process.transfer import sent
 from jobs.files import write_atomically
+from jobs.health import gpu_test
 from jobs.health.watchdog import DRAWING, Watchdog
 from jobs.runtime.cuda_graphs import in_one_launch
-from jobs.runtime.job import JobError
-from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
+from jobs.runtime.job import JobError, MachineError
+from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics, whereabouts
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import decorate
@@ -51,18 +52,19 @@ def sample(
     console = Console(run.log)
     evaluate = in_one_launch(model.predict, console.say) if device == "cuda" else model.predict
 
-    evaluations = count(1)
+    shard, evaluations = 0, count(1)
 
     def predict(xt: Tensor, t: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
         # A GPU may have much to do after the host has launched the last one.
-        watchdog.phase(f"evaluation {next(evaluations)} of the network", DRAWING)
+        watchdog.phase(f"evaluation {next(evaluations)} of shard {shard}", DRAWING)
         return evaluate(xt, t)
 
     progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         for done, shard in enumerate(shards):
+            evaluations = count(1)
             write_shard(samples, shard, experiment, predict, model.alphas_cumprod)
             if show_progress:
                 progress.update(done + 1, "")
@@ -105,7 +107,9 @@ def draw(
 
 
 def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -> tuple[Experiment, DiffusionModel]:
-    """The run's experiment and model with the weights that the settings name."""
+    """The run's experiment and model with the weights that the settings name; MachineError on a GPU that is broken."""
+    if device.type == "cuda" and (fault := gpu_test.fault_of(device, seconds=0)):
+        raise MachineError(f"{whereabouts()} must not be used: {fault}")
     _, config = run.read_experiment()
     experiment = config.build()
     model = experiment.build_model()

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, process_rank
 from jobs.runtime.signals import SignalWatch
-from jobs.storage.faults import HANG
+from jobs.sample.share import Share, not_given_up
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.start import following
 
@@ -22,7 +22,7 @@ def _following(target: "SampleSet", live: bool) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class SampleJob(IndependentJob):
+class SampleJob(Share):
     """Draws shards of a set of samples, each process its part of them."""
 
     target: "SampleSet"
@@ -31,23 +31,31 @@ class SampleJob(IndependentJob):
     device: "Kind"
     merge: bool
     """Whether the process that finishes last merges; otherwise a `SampleMergeJob` does it."""
+    retries: int = 0
+    advice: ClassVar[str] = "The same command draws what is missing."
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.shards[0]}"
+
+    @property
+    def left(self) -> str:
+        lacking = [shard for shard in self.shards if not self.target.has_shard(shard)]
+        return f"{len(lacking)} shards from {lacking[0]} on" if lacking else "merging"
 
     def around(self) -> AbstractContextManager[None]:
         live = process_rank() == 0 and (self.merge or 0 in self.shards)  # in an array, one element
         return _following(self.target, live)
 
-    def work(self, signals: SignalWatch) -> int:
+    def do(self, signals: SignalWatch, watchdog: Watchdog) -> None:
         from jobs.sample.draw import merge, sample
 
         mine = self.shards[process_rank() :: self.processes]
-        advice = "The same command draws what is missing."
-        with Watchdog(self.target.folder / HANG, advice) as watchdog:
-            sample(self.target, mine, self.device, signals, watchdog, show_progress=process_rank() == 0)
-            # Two processes that end together merge twice, into the same bytes.
-            if self.merge and not self.target.missing():
-                watchdog.phase("merging", END)
-                merge(self.target)
-        return 0
+        sample(self.target, mine, self.device, signals, watchdog, show_progress=process_rank() == 0)
+        # Two processes that end together merge twice, into the same bytes.
+        if self.merge and not self.target.missing():
+            watchdog.phase("merging", END)
+            merge(self.target)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class SampleMergeJob(IndependentJob):
         return 0
 
     def lost(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
-        """Returns jobs that draw the shards that these have left undone, each its own."""
+        """Returns jobs that draw the shards that these have left undone, each its own, unless it was given up."""
         missing = set(self.target.missing())
         shares = [tuple(shard for shard in job.shards if shard in missing) for job in jobs]
-        return [replace(job, shards=share) for job, share in zip(jobs, shares, strict=True) if share]
+        lost = [replace(job, shards=share) for job, share in zip(jobs, shares, strict=True) if share]
+        return not_given_up(lost)

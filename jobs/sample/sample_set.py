@@ -158,8 +158,10 @@ class SampleSet:
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the set, here and with the run."""
-        RunFolder(self.run).add_job("sample_job_ids", job_id)
-        write_json(self.folder / ".jobs.json", [*self.job_ids(), job_id])
+        run = RunFolder(self.run)
+        run.add_job("sample_job_ids", job_id)
+        with run.changing():
+            write_json(self.folder / ".jobs.json", [*self.job_ids(), job_id])
 
     def job_ids(self) -> list[str]:
         """Slurm jobs of this run that have worked on the set."""

@@ -3,20 +3,26 @@
 A step is a pure function. So the same exception at the same step twice is the code's fault and ends the run. Anything
 else may be the machine's (a killed process, a lost node, a failing network or disk), and the run is tried again, as
 often as its budget allows without progress. Progress is a newer checkpoint.
+
+A set of samples has such a file, too: there a shard is what a step is, and a new one is progress.
 """
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jobs.files import write_json
 from jobs.storage import checkpoints
+from jobs.storage.job_ids import number
 from jobs.storage.records import now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 
+FILE = "faults.jsonl"
+PLACES = ("In step ", "In evaluation ", "In unit ")
+"""So a traceback begins that names what was being done when it came; each is a pure function."""
 TWICE = 2
 """A node on which so many jobs of a run have died without progress is left out."""
 HANG = "hang"
@@ -38,8 +44,10 @@ class Fault:
     """One line."""
     node: str | None
     """Where it began, if that is known."""
-    checkpoint: int
+    checkpoint: int = 0
     """The step of the newest checkpoint at that time."""
+    left: str = ""
+    """What a share of a set of samples had still to do."""
     again: bool
     """Whether the run was tried again."""
     left_out: Sequence[str] = ()
@@ -57,37 +65,122 @@ class Fault:
 
 def read(run: RunFolder) -> list[Fault]:
     """Reads all faults since a person has started or continued the run."""
+    return _read(run.path)
+
+
+def _read(folder: Path) -> list[Fault]:
     lines: list[dict[str, Any]] = []
-    for line in read_jsonl(_path(run)):
+    for line in read_jsonl(folder / FILE):
         lines = [] if "continued" in line else [*lines, line]
     return [Fault(**line) for line in lines]
 
 
+def bad_nodes(folder: Path) -> dict[str, Fault]:
+    """Returns the nodes that the run or the set in this folder has ever left out, with the newest fault on each."""
+    found = [Fault(**line) for line in read_jsonl(folder / FILE) if "continued" not in line]
+    left_out = {node for fault in found for node in fault.left_out}
+    return {fault.node: fault for fault in found if fault.node in left_out}
+
+
 def forgive(run: RunFolder) -> None:
     """Gives the run a new budget, because a person continues it."""
-    seen = [folder.name for folder in _hangs(run)]
-    if _path(run).exists() or seen:
-        _append(run, {"continued": now(), "hangs": seen})
+    forgive_set(run.path)
 
 
-def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> Fault | None:
+def forgive_set(folder: Path) -> None:
+    """Gives a set of samples a new budget, because a person starts to work on it again."""
+    for failure in folder.glob(".failure-*.json"):
+        failure.unlink(missing_ok=True)
+    seen = [hang.name for hang in _hangs(folder)]
+    if (folder / FILE).exists() or seen:
+        _append(folder, {"continued": now(), "hangs": seen})
+
+
+def judge(run: RunFolder, budget: int, cause: str | None, node: str | None, begun: str = "") -> Fault | None:
     """Decides whether a run is tried again whose processes have ended badly, and writes that down.
 
     `cause` is what is known from outside, such as a signal that has ended a process, and `node` where. Returns None if
-    the end is no such fault: the run has come to an end of its own, or was used wrongly.
+    the end is no such fault: the run has come to an end of its own, or was used wrongly. A status from before they have
+    `begun` says nothing of them.
     """
     status, failure = run.read_status(), run.read_failure()
     # Created, too: a process may die before it has written the first status.json.
-    if "state" in failure or run.state() not in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED):
+    goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
+    if "state" in failure or not (goes_on or status.get("updated", "") < begun):
         return None
+    checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)
+    fault, first, tries = _weigh(run.path, budget, cause, node, failure, new_hang(run), checkpoint=checkpoint)
+    # Nothing is counted before all else is written: if the disk is full, all of this is done again.
+    if fault.again:
+        write_json(run.status, {**status, "state": State.REQUEUED, "updated": now()})
+    elif first is not None:
+        fail(run, f"{first.traceback}\nAnd after a new start, at the same step again:\n\n{fault.traceback}")
+    else:
+        count = f"; {tries} new start{'s' if tries > 1 else ''} brought no progress" if tries else ""
+        fail(run, f"{fault.traceback or ''}\n{fault.cause}{count}".lstrip())
+    _append(run.path, asdict(fault))
+    if fault.again:
+        run.clear_failure()  # the next job may die before it does that
+    return fault
+
+
+def judge_share(
+    failure_file: Path, left: str, budget: int, cause: str | None, node: str | None, own: str | None
+) -> Fault:
+    """Decides the same for a share of a set of samples, which `own` is the Slurm job of, if one is.
+
+    `failure_file` lies in the folder of the set, and `write_failure` has written it, unless the share was killed.
+    """
+    folder = failure_file.parent
+    try:
+        failure = json.loads(failure_file.read_text())
+    except (OSError, ValueError):
+        failure = {}
+    hang = _new_hang(folder, "" if own is None else f"-{number(own)}_port_")
+    fault, _, _ = _weigh(folder, budget, cause, node, failure, hang, left=left)
+    if failure.get("for_good"):
+        fault = replace(fault, again=False)
+    _append(folder, {name: value for name, value in asdict(fault).items() if name != "checkpoint"})
+    failure_file.unlink(missing_ok=True)
+    return fault
+
+
+def is_given_up(folder: Path, left: str) -> bool:
+    """Whether a share of a set of samples that has this left to do must not be tried again."""
+    return any(fault.left == left and not fault.again for fault in _read(folder))
+
+
+def write_failure(path: Path, **facts: Any) -> bool:
+    """Records why a process of a share has failed, if it is the first of them; returns whether it is."""
+    try:
+        with path.open("x") as file:
+            json.dump(facts, file)
+    except FileExistsError:
+        return False
+    except OSError:  # the disk may be full; then the terminal must do
+        return True
+    return True
+
+
+def _weigh(
+    folder: Path,
+    budget: int,
+    cause: str | None,
+    node: str | None,
+    failure: dict[str, Any],
+    hang: Path | None,
+    *,
+    checkpoint: int = 0,
+    left: str = "",
+) -> tuple[Fault, Fault | None, int]:
+    """Returns the fault, the first of the same kind if it is the code's, and how many tries brought no progress."""
     trace: str | None = failure.get("traceback")
-    past, checkpoint = read(run), next(iter(checkpoints.steps(run.checkpoints)), 0)
-    tries = [fault for fault in past if fault.checkpoint == checkpoint]
-    hang = new_hang(run)
+    past = _read(folder)
+    tries = [fault for fault in past if (fault.checkpoint, fault.left) == (checkpoint, left)]
     # A fault of the machine may come twice at the same step: only the number of tries ends it.
     own = trace if hang is None and not failure.get("outside") else None
-    # Without a step in the traceback, two faults are the same only if no checkpoint was made between them.
-    among = past if own is not None and own.startswith("In step ") else tries
+    # Without a step in the traceback, two faults are the same only if nothing was done between them.
+    among = past if own is not None and own.startswith(PLACES) else tries
     first = next((fault for fault in among if _same(fault.traceback, own)), None)
     if hang is not None:
         cause, node = describe_hang(hang)
@@ -103,35 +196,30 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None) -> F
         cause=cause,
         node=node,
         checkpoint=checkpoint,
+        left=left,
         again=again,
         left_out=left_out,
         traceback=trace,
         hang=None if hang is None else f"{HANG}/{hang.name}",
     )
-    # Nothing is counted before all else is written: if the disk is full, all of this is done again.
-    if again:
-        write_json(run.status, {**status, "state": State.REQUEUED, "updated": now()})
-    elif first is not None:
-        fail(run, f"{first.traceback}\nAnd after a new start, at the same step again:\n\n{trace}")
-    else:
-        count = f"; {len(tries)} new start{'s' if len(tries) > 1 else ''} brought no progress" if tries else ""
-        fail(run, f"{trace or ''}\n{cause}{count}".lstrip())
-    _append(run, asdict(fault))
-    if again:
-        run.clear_failure()  # the next job may die before it does that
-    return fault
+    return fault, first, len(tries)
 
 
 def new_hang(run: RunFolder) -> Path | None:
     """Returns the folder of stacks of a job that has hung, if nobody has taken note of it yet."""
-    lines = read_jsonl(_path(run))
+    return _new_hang(run.path, "")
+
+
+def _new_hang(folder: Path, of: str) -> Path | None:
+    """Returns the newest whose name has `of` in it."""
+    lines = read_jsonl(folder / FILE)
     known = {Path(line["hang"]).name for line in lines if line.get("hang")}.union(*(x.get("hangs", ()) for x in lines))
-    return next((folder for folder in _hangs(run) if folder.name not in known), None)
+    return next((hang for hang in _hangs(folder) if hang.name not in known and of in hang.name), None)
 
 
-def _hangs(run: RunFolder) -> list[Path]:
+def _hangs(folder: Path) -> list[Path]:
     """Returns all folders of stacks, newest first."""
-    return sorted((run.path / HANG).glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    return sorted((folder / HANG).glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def describe_hang(folder: Path) -> tuple[str, str | None]:
@@ -161,10 +249,6 @@ def _plain(trace: str) -> str:
     return re.sub(r"0x[0-9a-f]+", "0x", trace)
 
 
-def _path(run: RunFolder) -> Path:
-    return run.path / "faults.jsonl"
-
-
-def _append(run: RunFolder, values: dict[str, Any]) -> None:
-    with _path(run).open("a") as file:
+def _append(folder: Path, values: dict[str, Any]) -> None:
+    with (folder / FILE).open("a") as file:
         file.write(json.dumps(values) + "\n")

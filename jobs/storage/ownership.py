@@ -17,6 +17,8 @@ from pathlib import Path
 from diffusion.errors import OutsideError, UserError
 from jobs.files import write_json
 
+MOMENT_S = 10
+"""Seconds to wait for somebody who changes a file."""
 LOCKS = "another file system for --runs-dir; Lustre needs the mount option flock"
 """What helps where files cannot be locked."""
 
@@ -36,6 +38,25 @@ def locked(run: Path) -> Iterator[int | None]:
     # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well.
     try:
         yield descriptor if _try_lock(descriptor, run) else None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def for_a_moment(lock: Path) -> Iterator[None]:
+    """Keeps others out while a file is read, changed and written; where that takes long or cannot be, goes on."""
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        deadline = time.monotonic() + MOMENT_S
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # for milliseconds, unless its holder has been stopped
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield
     finally:
         os.close(descriptor)
 

@@ -6,7 +6,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +22,7 @@ from jobs.storage import ownership
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SAMPLES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # `+` for dpm++
 
+LAUNCH_LOCK = ".launch.lock"
 OWN = ("job_ids", "sample_job_ids", "evaluate_job_ids", "wandb_id", "sweep", "point")
 """What of launch.json belongs to one run alone, and not to a copy of its folder."""
 
@@ -185,9 +186,18 @@ class RunFolder:
 
     def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
         """Remembers a Slurm job of the run; `cancel` and `status` need its id."""
-        self.update_launch(**{kind: [*self.read_launch().get(kind, []), job_id]})
+        with self.changing():
+            self._update(**{kind: [*self.read_launch().get(kind, []), job_id]})
 
     def update_launch(self, **values: Any) -> None:
+        with self.changing():
+            self._update(**values)
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Keeps other processes from changing launch.json and lists of jobs: elements of an array do it, and people."""
+        return ownership.for_a_moment(self.path / LAUNCH_LOCK)
+
+    def _update(self, **values: Any) -> None:
         write_json(self.path / "launch.json", {**self.read_launch(), "folder": str(self.path), **values})
 
 

@@ -3,17 +3,15 @@
 import platform
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion.errors import UserError
 from jobs import notify
 from jobs.files import write_json
 from jobs.health.watchdog import Watchdog
-from jobs.runtime.job import JobError, MachineError, Requeue, is_outside, process_node, process_rank
+from jobs.runtime.job import Requeue, failure_of, process_node, process_rank
 from jobs.runtime.malloc import keep_freed_memory
 from jobs.runtime.signals import SignalWatch
 from jobs.runtime.surroundings import undisturbed
@@ -40,6 +38,8 @@ class TrainJob:
     device: "Kind"
     retries: int = 0
     """How often it is tried again after a fault that is not its own, without progress between."""
+    begun: str = ""
+    """When it was started, where it is this machine's: its status is of before until it has written one."""
 
     def __call__(self, requeue: Requeue | None = None) -> int:
         keep_freed_memory()
@@ -51,16 +51,12 @@ class TrainJob:
                 return train(RunFolder(self.run), self.processes, self.device, signals, watchdog, requeue)
             except Superseded as error:
                 print(error, file=sys.stderr)
-            except MachineError as error:
-                self._failed_here(str(error), outside=True)
-            except (UserError, JobError) as error:
-                if isinstance(error.__cause__, OSError):  # a disk that cannot be read at this moment
-                    self._failed_here(str(error), outside=True)
-                else:
-                    self.failed(process_rank(), str(error))
             except Exception as error:
-                # By what was being done the exception is known again if it comes twice.
-                self._failed_here(f"In {watchdog.doing}:\n{traceback.format_exc()}", outside=is_outside(error))
+                failure = failure_of(error, watchdog.doing)
+                if failure.for_good:
+                    self.failed(process_rank(), failure.trace)
+                else:
+                    self._failed_here(failure.trace, outside=failure.outside)
         return 1
 
     @property
@@ -111,11 +107,11 @@ class TrainJob:
     def _judged(self, run: RunFolder, cause: str | None, node: str | None) -> faults.Fault | None:
         for pause_s in FULL_S:
             try:
-                return faults.judge(run, self.retries, cause, node)
+                return faults.judge(run, self.retries, cause, node, self.begun)
             except OSError as error:
                 print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
                 time.sleep(pause_s)
-        return faults.judge(run, self.retries, cause, node)
+        return faults.judge(run, self.retries, cause, node, self.begun)
 
     def _record(self, rank: int, trace: str, **facts: Any) -> None:
         try:

@@ -1,6 +1,7 @@
 """The doctor finds the faults that a machine has, and none that it has not."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from diffusion.data.mnist import MNIST
 from jobs.doctor import machine
 from jobs.doctor.machine import Finding
 from jobs.doctor.trial_job import DoctorJob
+from jobs.files import write_json
+from jobs.storage import faults
+from jobs.storage.run_folder import RunFolder, State
 from tests.launching import ROOT, launch
 
 
@@ -37,6 +41,21 @@ def test_each_finding_that_is_not_ok_says_why_it_matters_and_what_helps(tmp_path
     worse = [finding for finding in examine(tmp_path, tmp_path, is_shared=True) if finding.level != "ok"]
     assert worse
     assert all(finding.why and finding.cure for finding in worse)
+
+
+def test_nodes_that_runs_have_left_out_are_named_with_run_and_reason(tmp_path: Path, mnist_root: Path) -> None:
+    for name, nodes in {"a": ("n7", "n7", "n2"), "b": ("n2", "n3"), "c": ("n7", "n7")}.items():
+        run = RunFolder(tmp_path / "1d" / name)
+        run.checkpoints.mkdir(parents=True)
+        for node in nodes:
+            write_json(run.status, {"state": State.RUNNING})
+            faults.judge(run, 9, "task 1 was ended: Killed", node)
+        faults.forgive(run)  # a person has continued it: the node is as bad as before
+    (run.path / faults.FILE).write_text('{"of": "a later version"}\n')
+    found = find(examine(tmp_path, mnist_root), "was left out by")
+    assert found.level == "warning"
+    assert re.fullmatch(r"n7 was left out by 1d/a \(\d{4}-\d\d-\d\d: task 1 was ended: Killed\)", found.what)
+    assert "--slurm.exclude n7" in found.cure
 
 
 def test_missing_and_wrong_data(tmp_path: Path, mnist_root: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.health import gpu_test
+from jobs.health import gpu_test, watcher
+from jobs.health.gpu_errors import IGNORE, PATIENCE_S, Question
 from jobs.health.watchdog import HEADER, VARIABLE, Watchdog
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
@@ -57,6 +58,12 @@ def test_a_process_that_hangs_alone_is_ended_and_says_how_to_continue(tmp_path: 
     shown = done("status", run, cwd=tmp_path).out
     assert "failed (hung: process 0 on " in shown
     done("resume", run, "--train.steps", 1_000_001, "--dry-run", cwd=tmp_path)
+
+
+def test_two_processes_with_one_number_leave_their_stacks_in_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, where the first process always has the same."""
+    monkeypatch.delenv("MASTER_PORT_FILE", raising=False)
+    assert watcher.attempt(1) != watcher.attempt(1)
 
 
 def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path) -> None:
@@ -162,6 +169,67 @@ def test_a_gpu_that_computes_one_wrong_number_is_found() -> None:
     assert gpu_test.fault_of(cpu, seconds=0, size=64) is None
     fault = gpu_test.fault_of(cpu, seconds=0, size=64, product=wrong)
     assert fault == "cpu computes wrongly: 1 of 4096 numbers of a product are not what they must be"
+
+
+SMI = """#!/bin/sh
+# Answers as nvidia-smi does for one GPU: it refuses a question with a name that its driver does not know.
+fields=${{2#--query-gpu=}}
+[ "$1 $3" = "--id=GPU-1f --format=csv,noheader,nounits" ] || exit 6
+{odd}
+line= IFS=,
+for field in $fields; do
+  case $field in
+    index) value=3 ;;
+    ecc.errors.uncorrected.volatile.total) value={ecc} ;;
+    retired_pages.pending) value={pages} ;;
+    remapped_rows.failure) value={rows} ;;
+    *) value= ;;
+  esac
+  [ -n "$value" ] || {{ echo "Field \\"$field\\" is not a valid field to query."; exit 2; }}
+  line="$line, $value"
+done
+echo "${{line#, }}"
+"""
+HEALTHY = {"ecc": "0", "pages": "'[N/A]'", "rows": "0", "odd": ""}
+
+
+@pytest.mark.parametrize(
+    ("answers", "fault"),
+    [
+        ({}, None),
+        ({"ecc": "2"}, "has had 2 uncorrected memory errors since"),
+        ({"pages": "Yes", "rows": "''"}, "goes on using a bad page"),  # an older driver
+        ({"pages": "No", "rows": "Yes"}, "could not replace a bad row of its memory (remapped_rows.failure is Yes)"),
+        ({"ecc": "'[Not Supported]'", "rows": "'[Unknown Error]'"}, None),
+        ({"ecc": "2", "odd": "echo 'No devices were found'; exit 9"}, None),
+        ({"ecc": "2", "odd": "printf '\\377, a, b, c, d'; exit 0"}, None),
+        ({"ecc": "2", "odd": "exec sleep 60"}, None),
+    ],
+)
+def test_a_gpu_whose_driver_knows_of_errors_in_its_memory_is_named(
+    answers: dict[str, str], fault: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(SMI.format(**{**HEALTHY, **answers}))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    begun = time.monotonic()
+    said = Question("GPU-1f").answer()
+    assert time.monotonic() - begun < PATIENCE_S + 0.5
+    assert said is None if fault is None else said is not None and said.startswith("GPU 3 (GPU-1f) ") and fault in said
+    monkeypatch.setenv(IGNORE, "1")
+    assert Question("GPU-1f").answer() is None
+
+
+@pytest.mark.parametrize("script", [None, "no script"])
+def test_a_machine_without_nvidia_smi_or_with_a_broken_one_has_no_fault(
+    script: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(script)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert Question("GPU-1f").answer() is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from jobs.runtime import world
+from jobs.runtime.job import MachineError
 from jobs.storage import checkpoints
 from slurm import local
 from tests.jobs.parallel import ExamplesJob, FailJob, LateJob, SkipJob, run
@@ -47,6 +49,15 @@ def test_a_process_that_comes_late_still_finds_the_port(tmp_path: Path) -> None:
     outcome, err = run(LateJob(tmp_path), 2)
     assert outcome.exit_code == 0, err
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+def test_a_process_that_finds_no_others_blames_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then a new start may help, also if it happens twice."""
+    monkeypatch.setattr(world, "TIMEOUT", timedelta(seconds=0.1))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MachineError, match="in vain for process 0"):
+        world._meet(tmp_path / "port", "gloo")
 
 
 @pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, None), (2, None), (2, 10)])

@@ -1,6 +1,7 @@
 """A run keeps a copy of the code: of the files alone, without their modes. What cannot be copied is named."""
 
 import os
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ from diffusion.errors import UserError
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import provenance
 from jobs.storage.run_folder import RunFolder
+
+
+def test_of_many_jobs_that_are_noted_at_once_none_is_forgotten(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    ids = [str(number) for number in range(40)]
+    with ThreadPool(8) as pool:  # each opens the lock's file for itself, as processes do
+        pool.map(lambda job_id: run.add_job("sample_job_ids", job_id), ids)
+    assert sorted(run.read_launch()["sample_job_ids"]) == sorted(ids)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,35 @@ def test_ctrl_c_is_obeyed_and_no_fault(tmp_path: Path) -> None:
     assert finish(process).code == 130
     assert status(run)["state"] == "interrupted"
     assert not (run / "faults.jsonl").exists()
+
+
+def test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good(tmp_path: Path) -> None:
+    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) >= 10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", run / "checkpoints"], check=True)
+    try:
+        process.send_signal(signal.SIGINT)
+        ended = finish(process)
+    finally:
+        subprocess.run(["umount", run / "checkpoints"], check=True)
+    assert ended.code == 1, ended
+    assert status(run)["state"] == "failed"
+    assert "could not be saved" in status(run)["traceback"]
+    assert lines(run)[-1]["again"] is False
+
+
+def test_a_resume_that_dies_before_it_has_said_anything_is_tried_again(tmp_path: Path) -> None:
+    done(*COMMAND, "--train.steps", 50, cwd=tmp_path, **NO_FIGURES)
+    run = tmp_path / "runs" / "1d" / "a"
+    process = start("resume", run, "--train.steps", 100, "--device", "cpu", "--retries", 1, cwd=tmp_path, **NO_FIGURES)
+    wait_until(lambda: len(workers(process)) == 2)
+    os.kill(workers(process)[-1], signal.SIGKILL)
+    ended = finish(process)
+    assert ended.code == 0, ended
+    (fault,) = lines(run)
+    assert (fault["cause"], fault["again"]) == ("process 0 was ended by SIGKILL", True)
+    assert (status(run)["state"], status(run)["step"]) == ("finished", 100)
 
 
 def test_a_budget_below_zero_is_refused(tmp_path: Path) -> None:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.settings import SamplerSettings
 from jobs.health.watchdog import VARIABLE
 from jobs.runtime.job import JobError
 from jobs.runtime.signals import SignalWatch
 from jobs.sample import draw, sample_set
-from jobs.sample.job import SampleJob
+from jobs.sample.job import SampleJob, SampleMergeJob
+from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, start, wait_until, workers
 
@@ -38,9 +40,11 @@ def root(trained: Path, tmp_path: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All files but the one that tells of what has gone wrong."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != faults.FILE}
 
 
+SETTINGS = sample_set.SampleSettings(50, "ema", "", SamplerSettings(sampler="ddim", steps=2), 0, "fp32", 1024, 65536)
 COMMANDS = {
     "1d": ("--num-samples", "200001", "--sampler", "dpm++", "--steps", "5"),
     "mnist-small": ("--num-samples", "600", "--sampler", "ddim", "--steps", "2", "--eta", "0.5"),
@@ -111,6 +115,51 @@ def test_a_killed_job_goes_on_with_what_is_missing(processes: int, root: Path) -
     done(*command, *where, cwd=root)
     assert contents(folder / "killed") == contents(folder / "whole")
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_killed_job_with_a_budget_goes_on_by_itself(root: Path) -> None:
+    command = ("sample", "1d/a", "--num-samples", "400000", "--sampler", "ddim", "--steps", "20", "--device", "cpu")
+    folder = root / "runs" / "1d" / "a" / "samples"
+    done(*command, "--name", "whole", cwd=root)
+    process = start(*command, "--name", "killed", "--retries", 1, cwd=root)
+    for shards in (1, 3):  # a new shard between makes the budget whole again
+        wait_until(lambda n=shards: len([*(folder / "killed").glob("shard-*.npy")]) >= n)
+        victim = next(pid for pid in reversed(workers(process)) if pid != process.pid)
+        os.kill(victim, signal.SIGKILL)
+        wait_until(lambda pid=victim: pid not in workers(process))
+    ended = finish(process)
+    assert ended.code == 0, ended
+    assert ended.err.count("process 0 was ended by SIGKILL. The job is tried again.") == 2
+    assert contents(folder / "killed") == contents(folder / "whole")
+
+
+def test_a_fault_that_repeats_without_progress_ends_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's until the budget is used up; the code's at the second time, whatever other shares have done."""
+    asked = sample_set.SampleSet(tmp_path, "s", SETTINGS, 200_000, 4)
+    asked.write_manifest()
+    jobs = [SampleJob(asked, (shard,), 1, "cpu", merge=False, retries=2) for shard in range(4)]
+
+    def end(job: SampleJob, error: Exception | None, cause: str | None = None) -> bool:
+        def fail(*arguments: object, **options: object) -> None:
+            assert error is not None
+            raise error
+
+        monkeypatch.setattr(draw, "sample", fail)
+        if error is not None:
+            assert job.work(SignalWatch()) == 1
+        return job.ended(cause, "n1", lambda left_out: "17_0", "17_0")
+
+    monkeypatch.setenv(VARIABLE, "0")
+    monkeypatch.setattr(asked.__class__, "job_ids", lambda self: ["17"])
+    assert [end(jobs[0], OSError(5, "Input/output error")) for _ in range(3)] == [True, True, False]
+    assert [end(jobs[1], ValueError("why")) for _ in range(2)] == [True, False]
+    assert not end(jobs[2], JobError("the weights are gone"))
+    assert end(jobs[3], None, "task 0 was ended: Killed")
+    assert not SampleMergeJob(asked).lost(jobs[:3])
+    assert SampleMergeJob(asked).lost(jobs) == jobs[3:]
+    np.save(asked.shard_path(0), np.zeros(65536, np.float32))
+    faults.forgive_set(asked.folder)  # a person draws what is missing
+    assert SampleMergeJob(asked).lost(jobs) == jobs[1:]
 
 
 def test_a_sample_depends_on_its_index_and_not_on_how_many_are_drawn(root: Path) -> None:

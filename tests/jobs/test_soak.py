@@ -5,17 +5,34 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from jobs.storage import checkpoints
+from tests.disturbances import block, fill, small_disk
 from tests.jobs.test_resume import CODES, disturb, result, run_folder, uninterrupted  # noqa: F401, a fixture
-from tests.launching import TINY, done, finish, start, status, wait_until
+from tests.launching import (
+    NO_FIGURES,
+    TINY,
+    Process,
+    done,
+    finish,
+    relatives,
+    start,
+    status,
+    steps_logged,
+    wait_until,
+    workers,
+)
 
 pytestmark = pytest.mark.soak
 
 KILLS = int(os.environ.get("SOAK_KILLS", "200"))
+MISFORTUNE_DRAWS = int(os.environ.get("SOAK_MISFORTUNES", "50"))
+SECONDS = 10.0
+"""For so long a disk is full, or takes nothing."""
 DRAWS = int(os.environ.get("SOAK_DRAWS", "20"))
 
 
@@ -71,6 +88,76 @@ def test_random_interruptions_at_random_steps(
     if not (run.exists() and status(run)["state"] == "finished"):
         done("resume", run, "--device", "cpu", "--gpus", processes, cwd=tmp_path, **env)
     assert result(run) == expected
+
+
+SHARED = (*TINY, "--train.steps", "1500", "--train.checkpoint-every", "50", "--train.grad-shards", "2")
+KEPT = ("metrics.jsonl", *(f"checkpoints/step-00001500/{name}" for name in (*checkpoints.FILES, "manifest.json")))
+MISFORTUNES = ("stop", "pause", "kill", "kill all", "preempt", "cancel", "block", "fill")
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    root = tmp_path_factory.mktemp("calm")
+    done("train", "1d", *SHARED, "--name", "a", "--device", "cpu", cwd=root, **NO_FIGURES)
+    return root / "runs" / "1d" / "a"
+
+
+@pytest.mark.parametrize("draw", range(MISFORTUNE_DRAWS))
+def test_whatever_comes_the_run_is_tried_again_and_ends_with_the_same_bytes(
+    draw: int, calm: Path, tmp_path: Path
+) -> None:
+    """Nothing but the command that started the run is typed again, where somebody has ended it."""
+    chance = random.Random(draw)
+    with small_disk(tmp_path / "disk", megabytes=24) as disk:
+        run = disk / "1d" / "a"
+        for kind in [*chance.sample(MISFORTUNES, 3), None]:
+            gpus = chance.choice([1, 2])
+            where = ("--device", "cpu", "--gpus", gpus, "--retries", 3, "--runs-dir", disk)
+            process = start("train", "1d", *SHARED, "--name", "a", *where, cwd=tmp_path, WATCHDOG_S="2", **NO_FIGURES)
+            # All processes are watched now; the first step is seconds away.
+            wait_until(lambda p=process, n=gpus: watchers(p) == n or p.poll() is not None, timeout_s=120)
+            if chance.random() < 0.5:
+                time.sleep(chance.uniform(0, 3))
+            else:
+                line = steps_logged(run) + chance.randrange(400)
+                wait_until(lambda p=process, n=line: steps_logged(run) >= n or p.poll() is not None, timeout_s=120)
+            if kind is not None and process.poll() is None:
+                befall(kind, process, run, disk, chance)
+            ended = finish(process)
+            assert ended.code in (0, 130, -signal.SIGKILL), (kind, ended)
+            assert status(run)["state"] != "failed", (kind, ended)
+            wait_until(lambda p=process: not relatives(p))
+        assert status(run)["state"] == "finished"
+        assert [name for name in KEPT if (run / name).read_bytes() != (calm / name).read_bytes()] == []
+
+
+def watchers(process: Process) -> int:
+    return len(relatives(process)) - len(workers(process))
+
+
+def befall(kind: str, process: Process, run: Path, disk: Path, chance: random.Random) -> None:
+    """Lets something happen to a run. The launcher itself is not stopped: nobody could notice that."""
+    victim = chance.choice([pid for pid in workers(process) if pid != process.pid] or [process.pid])
+    match kind:
+        case "stop":
+            os.kill(victim, signal.SIGSTOP)
+        case "pause":
+            os.kill(victim, signal.SIGSTOP)
+            time.sleep(1)
+            os.kill(victim, signal.SIGCONT)
+        case "kill":
+            os.kill(victim, signal.SIGKILL)
+        case "kill all":
+            for pid in relatives(process):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        case "preempt" | "cancel":
+            process.send_signal(signal.SIGUSR2 if kind == "preempt" else signal.SIGTERM)
+        case "block":
+            block(run / "checkpoints", SECONDS)
+        case "fill":
+            fill(disk, SECONDS)
 
 
 def test_sampling_killed_again_and_again(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
-"""What the job after an array does where it can submit nothing, as on compute nodes without sbatch."""
+"""What the job after an array does where it can submit nothing, as on compute nodes without sbatch, or not all."""
 
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from submitit.core.utils import DelayedSubmission
 
 from jobs.sample import sample_set
 from jobs.sample.job import SampleJob, SampleMergeJob
@@ -12,6 +16,44 @@ from slurm.place import AfterArray, OnSlurm
 from slurm.profile import Profile
 from slurm.task import Requeue
 from tests.launching import NO_FIGURES, TINY, done
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What follows an array of which nothing has been done."""
+
+    def __call__(self, requeue: Requeue | None = None) -> int:
+        return 1
+
+    def failed(self, rank: int, trace: str) -> None:
+        raise AssertionError(trace)
+
+    def submitted(self, submit: Callable[[], str]) -> str:
+        return submit()
+
+    def lost(self, jobs: Sequence[Any]) -> Sequence[Any]:
+        return jobs
+
+
+@pytest.mark.parametrize(("max_jobs", "elements"), [(None, 5), (4, 2), (2, 0)])
+def test_no_more_than_the_site_allows_is_submitted_again_and_the_rest_later(
+    max_jobs: int | None, elements: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This job itself, and the one that is to follow, are in the queue as well."""
+    for tool, says in {"sbatch": "echo 17", "scontrol": "", "squeue": ""}.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "16_0_log.out").touch()  # it was not cancelled
+    place = OnSlurm(1, Profile(max_jobs=max_jobs), True, "a", tmp_path, tmp_path)
+    jobs = [Lost() for _ in range(5)]
+    last = AfterArray(place, jobs, ["16"], lambda jobs, submit: submit(), None, Lost(), rounds=2)
+    assert last(Requeue(600)) == (0 if elements else 1)
+    assert len(list(tmp_path.glob("17_?_submitted.pkl"))) == elements
+    if elements:
+        follows: Any = DelayedSubmission.load(tmp_path / "17_submitted.pkl")
+        assert len(follows.function.work.jobs) == 5
+        assert follows.function.work.rounds == 1
 
 
 @pytest.mark.parametrize("on_gpus", [False, True])

@@ -107,7 +107,7 @@ def test_sampling_through_slurm_writes_the_same_bytes_as_here(site: Site) -> Non
 
 
 def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, root: Path) -> None:
-    on_slurm(root, tidy, gpus=1)
+    on_slurm(root, tidy, "--retries", 0, gpus=1)
     array, merge = job_ids(root)
     wait_until(lambda: len(shards(root)) >= 1, timeout_s=120)
     older = set(elements(root))
@@ -127,10 +127,24 @@ def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, ro
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_an_array_makes_up_for_a_killed_element_by_itself(tidy: DevCluster, root: Path) -> None:
+def test_a_killed_element_is_queued_again(tidy: DevCluster, root: Path) -> None:
     on_slurm(root, tidy)
     wait_until(lambda: bool(elements(root)), timeout_s=120)
     os.kill(elements(root)[0], signal.SIGKILL)
+    wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
+    _, merge = job_ids(root)
+    assert merge_log(root, merge).count("missing") == 0
+    faults = (root / "runs" / "1d" / "a" / "samples" / "there" / "faults.jsonl").read_text().splitlines()
+    (fault,) = map(json.loads, faults)
+    assert fault["cause"] == "task 0 was ended: Killed"
+    assert fault["again"] is True
+    assert_same_samples(root)
+
+
+def test_an_array_makes_up_for_an_element_whose_script_is_killed_too(tidy: DevCluster, root: Path) -> None:
+    on_slurm(root, tidy)
+    wait_until(lambda: bool(elements(root)), timeout_s=120)
+    tidy.run("scancel", "--batch", "--signal=KILL", f"{job_ids(root)[0]}_0")
     wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
     _, merge, _, last = job_ids(root)
     assert "1 of 5 shards are missing." in merge_log(root, merge)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import tempfile
@@ -99,6 +100,27 @@ def test_a_waiting_job_is_shown_and_cancelled(site: Site) -> None:
     assert state(run) == "cancelled"
     site.cluster.wait_for_job(site.job_id(run), "CANCELLED")
     assert finish(following).code == 0
+
+
+def questions(site: Site) -> int:
+    """How often the controller has been asked about jobs, as it counts itself."""
+    counts = re.findall(r"^\s*REQUEST_JOB_\w*INFO\w* .*count:(\d+)", site.cluster.run("sdiag"), re.MULTILINE)
+    return sum(map(int, counts))
+
+
+def test_who_waits_for_a_job_asks_as_seldom_as_it_should(site: Site) -> None:
+    site.cluster.wait_for_job(site.cluster.submit("sleep 100", "--nodes=2", "--exclusive"), "RUNNING")
+    before = questions(site)
+    waiting = start(*TRAINING, "--gpus", 2, "--name", "a", "--wait", cwd=site.root, **site.cluster.env)
+    assert waiting.stdout is not None
+    assert "Submitted" in waiting.stdout.readline()
+    time.sleep(40)
+    asked = questions(site) - before
+    second = [0.0]
+    pace = queue.Pace(clock=lambda: second[0])
+    assert asked == sum(pace.is_due(None) for second[0] in range(41)) == 5
+    site.cluster.run("scancel", "--user", "root")
+    assert finish(waiting).code == 1
 
 
 def test_a_job_that_is_queued_again_is_shown_and_cancelled(site: Site) -> None:

@@ -141,6 +141,41 @@ def test_scontrol_and_sinfo(version: str, notice: bool, tools: Tools, tmp_path: 
     assert "nodes of low that are up: 2, asked for 1" in found
 
 
+OF_25_11 = (
+    "JobId=7 JobName=a JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
+    "PreemptTime=None Partition=low ExcNodeList=n2 NumNodes=2 Command=/a.sh SubmitLine=sbatch "
+    "--export=ALL,Restarts=7,Requeue=0,JobState=FAILED --exclude=n9 ExcNodeList=n9 /a.sh WorkDir=/ ExpeditedRequeue=Yes"
+)
+"""As src/scontrol/info_job.c of 25.11 and 26.05 writes it: they repeat the command that has submitted the job."""
+
+
+def test_what_newer_versions_say_otherwise(tools: Tools, tmp_path: Path) -> None:
+    """Made after Slurm's source, since no packages of these versions are at hand."""
+    tools.replay("24.11.5", notice=False)
+    squeue = "echo '1|EXPEDITING|None|0:0|n1'; echo '2|PENDING|TopologyNoSwitch|0:0|'; echo '3|REQUEUE_HOLD|held|0:0|'"
+    tools.write("squeue", squeue)
+    tools.write("sacct", "echo '4|FAILED|137:0|n1'; echo '4.batch|FAILED|137:0|n1'")  # 9:0 before 25.11
+    found = queue.look(["1", "2", "3", "4"])
+    assert {job_id: (job.phase, job.reason) for job_id, job in found.items()} == {
+        "1": ("waiting", ""),
+        "2": ("waiting", "TopologyNoSwitch"),
+        "3": ("waiting", "held"),
+        "4": ("ended", ""),
+    }
+    assert found["4"].signal == "SIGKILL"
+    tools.write("scontrol", f"echo '{OF_25_11}'")
+    job = task._fields("job", "7")
+    names = ("JobState", "Restarts", "Requeue", "ExcNodeList", "NumNodes")
+    assert [job[name] for name in names] == ["RUNNING", "2", "1", "n2", "2"]
+    tools.write("scontrol", "echo 'Job 12_23 not found' >&2; exit 1")  # on stdout before 26.05
+    assert task._fields("job", "12_23") == {}
+    parameters = {"JobRequeue": "1", "SlurmctldParameters": "cloud_dns,enable_expedited_requeue"}
+    assert "not expedited" in doctor._requeue(parameters).what
+    asked = Submission("a", [print], Profile(), 1, True, tmp_path, tmp_path).script()  # type: ignore[list-item]
+    assert "#SBATCH --requeue\n" in asked  # 26.05 refuses a value that it does not know
+    assert "--gres" not in asked  # which 26.05 refuses beside --gpus-per-node
+
+
 def test_ten_minutes_of_waiting_are_few_questions() -> None:
     time = [0.0]
     pace = queue.Pace(clock=lambda: time[0])

@@ -1,0 +1,41 @@
+"""What the long repetitions do to a run's disk and processes, for a while."""
+
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """Makes the folder a disk of its own."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(disk: Path, seconds: float) -> None:
+    """Fills the disk, and makes room again."""
+    filler = disk / "filler"
+    try:
+        with filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+    except OSError:
+        time.sleep(seconds)
+    finally:
+        filler.unlink()
+
+
+def block(folder: Path, seconds: float) -> None:
+    """Lets nobody write into the folder, which can still be read, and then everybody again."""
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        time.sleep(seconds)
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
