@@ -1,4 +1,7 @@
-"""launch.py, but in one step of its training one bit of the gradient flips, as in a GPU that is about to fail."""
+"""launch.py, but in one step of its training one bit of the gradient flips, as in a GPU that is about to fail.
+
+A checkpoint waits for the one before, so that a slow disk does not put it off.
+"""
 
 import os
 import sys
@@ -8,6 +11,7 @@ from unittest import mock
 import torch
 
 import launch
+from jobs.storage.checkpoints import Writer
 from jobs.train.shards import ShardSum
 
 summed, steps = ShardSum.__call__, 0
@@ -22,5 +26,6 @@ def flipping(self: ShardSum, add_gradient: Callable[[int], None]) -> None:
 
 
 if __name__ == "__main__":
-    with mock.patch.object(ShardSum, "__call__", flipping):
+    in_time = mock.patch.object(Writer, "is_busy", return_value=False)
+    with in_time, mock.patch.object(ShardSum, "__call__", flipping):
         sys.exit(launch.main())
