@@ -158,6 +158,13 @@ FAULTS = [
         "tests/jobs/test_flat.py::test_parameters_keep_values_and_strides_and_are_aligned",
     ),
     Fault(
+        "of a range of GPUs the job gets a number that cuts the batch otherwise",
+        "commands/where.py",
+        " if shards % size == 0]",
+        "]",
+        "tests/slurm/test_ranges.py::test_the_most_that_divide_the_shards_are_taken_here[2-8-4-4]",
+    ),
+    Fault(
         "each restart adds a line for the same checkpoint",
         "jobs/storage/checkpoints.py",
         "if files not in known[-1:]:",
