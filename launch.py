@@ -9,6 +9,7 @@ from typing import Annotated, Union
 import tyro
 from tyro.conf import CascadeSubcommandArgs, arg, subcommand
 
+from commands.audit import Audit
 from commands.doctor import Doctor
 from commands.drill import Drill
 from commands.evaluate import Evaluate
@@ -42,6 +43,7 @@ def main() -> int:
         Annotated[Doctor, subcommand("doctor")],
         Annotated[Sweep, subcommand("sweep")],
         Annotated[Drill, subcommand("drill")],
+        Annotated[Audit, subcommand("audit")],
     ]
     # Without words of ours tyro looks for some in the sources of Python's own modules, which takes 40 ms.
     commands = Annotated[choice, arg(help="One of these; COMMAND --help says more.")]

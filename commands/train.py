@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.where import Data, Launch, Run, changes, given, optional, show
+from commands.where import Data, Launch, LaunchTraining, Run, changes, given, optional, show
 from diffusion.errors import UserError, reason
 from jobs import notify
 from jobs.experiments import experiment_json
@@ -42,7 +42,7 @@ class Train:
     """Which experiment."""
     name: Annotated[str | None, optional("NAME", "date and time")] = None
     """Name of the run."""
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[LaunchTraining, arg(name="")] = field(default_factory=LaunchTraining)
 
     def __call__(self) -> int:
         experiment, config = self.chosen.experiment, self.chosen.config.absolute()
@@ -81,7 +81,7 @@ class Resume:
     data: Data = field(default_factory=Data)
     tracking: Annotated[Any, arg(constructor=TrackingChanges)] = field(default_factory=TrackingChanges)
     """Where curves and pictures go besides the run's folder."""
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[LaunchTraining, arg(name="")] = field(default_factory=LaunchTraining)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
@@ -106,10 +106,12 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
     A run that `is_new` is never another command's: NameTaken if there is one of its name by now.
     """
     config = with_notify(config, where)
-    check_settings(config, where.processes)
+    check_settings(config, where.least)
     if is_finished(run, config):
         print(f"{run} is finished: {config.train.steps:,} steps. `resume {run} --train.steps N` trains longer.")
         return 0
+    if isinstance(where, LaunchTraining):
+        where = where.settled(run, config)
     place = where.place(run)
     precision = precision_of(run, config.train.precision, "auto")
     job = TrainJob(run.path, where.processes, where.resolve_device(place, precision), where.retries_at(place))

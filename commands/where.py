@@ -2,19 +2,23 @@
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields, make_dataclass
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 from tyro.conf import Positional, arg
 
 from diffusion.errors import UserError
+from jobs.experiments.configs import ExperimentConfig
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import allocation, queue
 from slurm.environment import copies
 from slurm.errors import SlurmError
+from slurm.errors import UserError as SlurmUserError
 from slurm.place import Here, OnSlurm
 from slurm.profile import ONLY_IN_FILES, Profile
 from slurm.profile import load as load_profile
@@ -99,7 +103,7 @@ class Where:
 
     cluster: Literal["auto", "local", "slurm"] = "auto"
     """auto is Slurm where there is one; from within a job, such as an salloc, it is that job's nodes."""
-    gpus: Annotated[int | None, optional("INT", "one")] = None
+    gpus: Annotated[str | None, optional("INT", "one")] = None
     """Number of GPUs in all; with --device cpu, number of processes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto is a GPU where there is one."""
@@ -110,15 +114,28 @@ class Where:
     slurm: Annotated[Any, arg(constructor=SlurmChanges)] = field(default_factory=SlurmChanges)
     """What to ask Slurm for; replaces what the profile says."""
 
+    takes_range: ClassVar[bool] = False
+    """Whether --gpus may be a range."""
+
     def __post_init__(self) -> None:
-        if self.gpus is not None and self.gpus < 1:
-            raise UserError(f"--gpus must be at least 1; got {self.gpus}")
+        if not re.fullmatch(r"\d+(-\d+)?" if self.takes_range else r"\d+", self.gpus or "1"):
+            more = ", or a range such as 2-8" if self.takes_range else "; train and resume alone take a range"
+            raise UserError(f"--gpus must be a number{more}; got {self.gpus}")
+        if not 1 <= self.least <= self.processes:
+            rule = "at least 1" if self.least == self.processes else "a range from fewer to more, such as 2-8"
+            raise UserError(f"--gpus must be {rule}; got {self.gpus}")
         if self.profile is not None or given(self.slurm):
             self._site()  # also where nothing runs: a wrong word must not be noticed only when it counts
 
     @property
     def processes(self) -> int:
-        return self.gpus or 1
+        """How many the job has; of a range, the most."""
+        return int((self.gpus or "1").rpartition("-")[2])
+
+    @property
+    def least(self) -> int:
+        """The fewest of a range."""
+        return int((self.gpus or "1").partition("-")[0])
 
     def place(self, run: RunFolder) -> Here | OnSlurm:
         """Where a job of the run is to run; raises UserError where that cannot be."""
@@ -175,7 +192,7 @@ class Where:
             resolve_device,
         )
 
-        kind = resolve_device(self.device, self.gpus)
+        kind = resolve_device(self.device, None if self.gpus is None else self.processes)
         if reason := lacking(precision, kind):
             raise UserError(reason)
         return kind
@@ -202,6 +219,68 @@ class Launch(Where):
         if self.retries is not None:
             return self.retries
         return 3 if isinstance(place, OnSlurm) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchTraining(Launch):
+    """Where the job runs, on how many GPUs, and how it is started."""
+
+    gpus: Annotated[str | None, optional("INT or INT-INT", "one")] = None
+    """Number of GPUs in all; with --device cpu, number of processes. Of a range, such as 2-8, the job has as many as
+    Slurm starts first, or as this machine has: the result is the same."""
+    takes_range: ClassVar[bool] = True
+
+    def settled(self, run: RunFolder, config: ExperimentConfig) -> "LaunchTraining":
+        """Returns the same with one number out of the range; says on Slurm how it was chosen.
+
+        Those are left that divide the shards of the gradient: bytes are the same, and no process waits for another.
+        Raises UserError if there is none, or none of them can run.
+        """
+        if self.least == self.processes:
+            return self
+        shards = config.train.grad_shards or self.processes
+        sizes = [size for size in range(self.processes, self.least - 1, -1) if shards % size == 0]
+        if not sizes:
+            raise UserError(
+                f"--gpus must hold a divisor of train.grad-shards, {shards}, for the same bytes; got {self.gpus}"
+            )
+        choices = [replace(self, gpus=str(size)) for size in sizes]
+        if not self.on_slurm():
+            return next((choice for choice in choices if choice._fits(run)), choices[-1])  # which then says why not
+        place, starts, said = choices[0].place(run), dict[int, str](), []
+        assert isinstance(place, OnSlurm)
+        for size in sizes:
+            try:
+                starts[size] = place.start_of(size)
+                said.append(f"{size} {f'at {starts[size]}' if starts[size] else 'unknown'}")
+            except SlurmUserError:  # said by Slurm, or that several nodes would not be filled
+                said.append(f"{size} never")
+        size = first_to_start(starts) if starts else sizes[-1]
+        print(f"--gpus {self.gpus}, when Slurm would start them: {', '.join(said)}. It is asked for {size}.")
+        return replace(self, gpus=str(size))
+
+    def _fits(self, run: RunFolder) -> bool:
+        """Whether this machine, or the allocation that it is in, has so many GPUs."""
+        try:
+            self.resolve_device(self.place(run))
+        except (UserError, SlurmUserError):
+            return False
+        return True
+
+
+LITTLE = timedelta(minutes=5)
+"""So much later a larger job may start, and is taken all the same."""
+
+
+def first_to_start(starts: Mapping[int, str]) -> int:
+    """Returns the number of GPUs that Slurm starts first, a larger one if it starts only a little later.
+
+    `starts` has the times as Slurm writes them, or "" where it does not know. If it knows none, fewer wait less.
+    """
+    known = {size: datetime.fromisoformat(start) for size, start in starts.items() if start}
+    if not known:
+        return min(starts)
+    return max(size for size, start in known.items() if start <= min(known.values()) + LITTLE)
 
 
 def given(changes: Any) -> dict[str, Any]:

@@ -117,6 +117,10 @@ class OnSlurm:
         """Returns when Slurm would start the job, if it says so; UserError with its words if it would refuse it."""
         return self._submission(job).check()
 
+    def start_of(self, processes: int) -> str:
+        """Returns when Slurm would start a job of so many tasks, "" if it does not say; UserError if it never would."""
+        return replace(self, processes=processes)._submission().check()
+
     def describe(self, job: Job) -> str:
         """Returns the script that `run` would submit."""
         return self._submission(job).script()

@@ -158,6 +158,35 @@ FAULTS = [
         "tests/jobs/test_flat.py::test_parameters_keep_values_and_strides_and_are_aligned",
     ),
     Fault(
+        "of a range of GPUs the job gets a number that cuts the batch otherwise",
+        "commands/where.py",
+        " if shards % size == 0]",
+        "]",
+        "tests/slurm/test_ranges.py::test_the_most_that_divide_the_shards_are_taken_here[2-8-4-4]",
+    ),
+    Fault(
+        "each restart adds a line for the same checkpoint",
+        "jobs/storage/checkpoints.py",
+        "if files not in known[-1:]:",
+        "if files:",
+        "tests/jobs/test_checkpoints.py"
+        "::test_hashes_of_checkpoints_outlive_them_and_a_step_that_is_made_again_has_one_line",
+    ),
+    Fault(
+        "an audit computes all steps with the settings of today",
+        "jobs/audit/plan.py",
+        "replace(config.train, **settings)",
+        "config.train",
+        "tests/jobs/test_audit.py::test_a_run_is_what_the_code_makes_of_its_settings_though_most_checkpoints_are_gone",
+    ),
+    Fault(
+        "of an audit only the last stretch counts",
+        "jobs/audit/report.py",
+        "equal &= is_equal",
+        "equal = is_equal",
+        "tests/jobs/test_audit.py::test_one_flipped_bit_is_found_and_the_steps_after_it_are_right",
+    ),
+    Fault(
         "a process adds up its shards one after the other",
         "jobs/train/shards.py",
         "first = self._gradient.clone()\n        self._gradient.zero_()",

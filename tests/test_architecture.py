@@ -52,6 +52,8 @@ ARROWS = {
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
     "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health", "jobs.notify"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    "jobs.audit": {"jobs.health", "jobs.train"}
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage"},
     "jobs.sample": {"diffusion.settings", "diffusion.process", "jobs.health"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.health", "jobs.sample"}

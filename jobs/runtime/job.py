@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from diffusion.errors import OutsideError, UserError
 from jobs.runtime.malloc import keep_freed_memory
@@ -57,6 +57,8 @@ class IndependentJob(ABC):
 
     target: Target
     """What the job completes; it keeps the ids of the jobs that work on it."""
+    advice: ClassVar[str] = "the same command goes on from here."
+    """What a person is told who stops it."""
 
     @abstractmethod
     def work(self, signals: SignalWatch) -> int:
@@ -74,7 +76,7 @@ class IndependentJob(ABC):
                     try:
                         return self.work(signals)
                     except Stopped:
-                        return _stopped(signals.requested, requeue)
+                        return _stopped(signals.requested, requeue, self.advice)
             except (UserError, JobError) as error:
                 self.failed(process_rank(), str(error))
             except Exception:
@@ -95,13 +97,13 @@ def submitted(jobs: Sequence[IndependentJob], submit: Callable[[], str]) -> str:
     return jobs[0].submitted(submit)
 
 
-def _stopped(reason: Stop, requeue: Requeue | None) -> int:
+def _stopped(reason: Stop, requeue: Requeue | None, advice: str) -> int:
     """Ends an independent job after a signal, and queues it again where that is meant; returns the exit code."""
     if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
         print(f"Stopped; queued again as job {job_id}.", flush=True)
         return 0
     if process_rank() == 0:
-        print("Stopped; the same command goes on from here.", file=sys.stderr, flush=True)
+        print(f"Stopped; {advice}", file=sys.stderr, flush=True)
     return 130
 
 

@@ -150,18 +150,23 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Says how this machine differs from that of the last start in what bytes depend on; None if it does not.
+    """Says how this machine differs from that of the last start in what bytes depend on; None if it does not."""
+    changed = differing(before, now)
+    return (
+        f"From here on bytes may differ from those of an uninterrupted run: {'; '.join(changed)}." if changed else None
+    )
+
+
+def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns what bytes depend on and is not the same in both, in words.
 
     A fact that only one of them has recorded counts as equal, because older versions recorded fewer.
     """
-    changed = [
+    return [
         f"{name} {before[name]} before, {now[name]} now"
         for name in (*SAME_BYTES, *(SAME_BYTES_OF_CPUS if now.get("device") == "cpu" else ()))
         if name in before and name in now and _kind_of(before[name]) != _kind_of(now[name])
     ]
-    return (
-        f"From here on bytes may differ from those of an uninterrupted run: {'; '.join(changed)}." if changed else None
-    )
 
 
 def _kind_of(fact: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in its __all__
 
 from jobs.runtime.job import JobError, MachineError, process_rank
@@ -88,6 +89,8 @@ class World:
 def start(processes: int, device: Kind, precision: Precision) -> World:
     """Joins the job's processes through RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, which torch and Accelerate read.
 
+    A process may call it again, for another precision: it stays in the group that it has joined.
+
     Raises JobError if this process should have a GPU and finds none, and RuntimeError if there are not `processes`
     processes: each that believes to be alone would train on its own and overwrite what the others write.
     """
@@ -96,8 +99,9 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     # Accelerate would name DDP the GPU of LOCAL_RANK, which is not there where each task is shown its own GPU alone.
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     # A single process needs it, too: where RANK is set, Accelerate makes a group, at MASTER_PORT.
-    if port_file := os.environ.get("MASTER_PORT_FILE"):
+    if (port_file := os.environ.get("MASTER_PORT_FILE")) and not dist.is_initialized():
         _meet(Path(port_file), "nccl" if device == "cuda" else "gloo")
+    AcceleratorState._reset_state()  # it would insist on the first precision
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",

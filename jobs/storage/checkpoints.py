@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from safetensors import SafetensorError
 
 from diffusion.errors import UserError
-from jobs.files import sha256, sync_file, sync_folder, write_json
+from jobs.files import sha256, sync_file, sync_folder, write_atomically, write_json
+from jobs.storage.records import read_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,8 +119,53 @@ def load(folder: Path, step: int) -> Snapshot:
     return Snapshot(step, load_file(path / MODEL), load_file(path / EMA), optimizer)
 
 
-def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> None:
-    """Writes a checkpoint aside, syncs it, renames it into place; `may_write` raises if another job has the run."""
+def ledger(folder: Path) -> dict[int, dict[str, str]]:
+    """Returns the hash of each file of every checkpoint that was ever made, by step; the files may be gone.
+
+    Where a step was made again with other bytes, the newer ones count, and what had followed from the older ones does
+    not. Checkpoints that are older than the ledger itself are known as long as they are kept.
+    """
+    found: dict[int, dict[str, str]] = {}
+    for line in _entries(folder):
+        step, files = line["step"], line["sha256"]
+        if found.get(step, files) != files:
+            found = {other: known for other, known in found.items() if other < step}
+        found[step] = files
+    for step in set(steps(folder)) - found.keys():
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or just being deleted
+            manifest = json.loads((folder / folder_name(step) / "manifest.json").read_text())
+            found[step] = {name: recorded["sha256"] for name, recorded in manifest["files"].items()}
+    return dict(sorted(found.items()))
+
+
+def _ledger_file(folder: Path) -> Path:
+    return folder.with_name("checkpoints.jsonl")
+
+
+def _entries(folder: Path) -> list[dict[str, Any]]:
+    """Reads the lines of the ledger, without those that are damaged: no checkpoint must fail because of them."""
+    lines = read_jsonl(_ledger_file(folder))
+    return [line for line in lines if isinstance(line, dict) and {"step", "sha256"} <= line.keys()]
+
+
+def _enter(folder: Path, step: int, files: dict[str, str]) -> bool:
+    """Adds a line to the ledger, unless it has this one; returns whether it had other hashes for this step.
+
+    The file is written anew, because a disk that is full might take half of a line.
+    """
+    lines = _entries(folder)
+    known = [line["sha256"] for line in lines if line["step"] == step]
+    if files not in known[-1:]:
+        lines.append({"step": step, "sha256": files})
+        write_atomically(_ledger_file(folder), "".join(json.dumps(line) + "\n" for line in lines))
+    return bool(known) and known[-1] != files
+
+
+def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> bool:
+    """Writes a checkpoint aside, syncs it, renames it into place; `may_write` raises if another job has the run.
+
+    Returns whether the ledger knows this step with other bytes.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -143,10 +190,13 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> Non
         # Last: a manifest means that all files are complete.
         write_json(temporary / "manifest.json", {"step": snapshot.step, "files": recorded})
         may_write()
+        # Before the checkpoint appears, so that a kill between the two leaves none out.
+        is_other = _enter(folder, snapshot.step, {file: str(facts["sha256"]) for file, facts in recorded.items()})
         if (folder / name).exists():  # a run that went back to an older checkpoint comes by again
             _remove(folder / name)
         temporary.rename(folder / name)
         sync_folder(folder)
+        return is_other
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -201,6 +251,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._begun, self._told = 0.0, False
         self._error: BaseException | None = None
+        self._other: int | None = None
 
     def is_busy(self, say: Callable[[str], None]) -> bool:
         """Whether the last checkpoint is still being written; says so once if that takes long.
@@ -232,6 +283,9 @@ class Writer:
             self._thread.join()
             self._thread = None
         self.waited_s += time.perf_counter() - started
+        other, self._other = self._other, None
+        if other is not None:
+            self._say(f"WARNING: step {other} was made again and is not what checkpoints.jsonl says: other bytes")
         error, self._error = self._error, None
         if isinstance(error, OSError):
             self._say(
@@ -242,7 +296,8 @@ class Writer:
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
-            save(self._folder, snapshot, self._may_write)
+            if save(self._folder, snapshot, self._may_write):
+                self._other = snapshot.step
             self.newest = snapshot.step
             prune(self._folder, self._keep, self._needed())
         except BaseException as error:  # raised in the training thread by wait()

@@ -57,6 +57,8 @@ def train(
             "processes": processes,
             "grad_shards": training.shards,
             "precision": precision,
+            "steps": settings.steps,
+            "micro_batch_size": settings.micro_batch_size,
             **facts(world.device),
         }
         before = {"grad_shards": before.get("processes"), **before}  # as older versions cut the batch
@@ -71,7 +73,7 @@ def train(
             capture(training, console)
             recorder.begin(compile_s)
         watchdog.phase("the first step", START)
-        reason = run_steps(training, recorder, signals, watchdog)
+        reason = run_steps(training, recorder, signals, watchdog, settings.steps)
         if world.rank == 0:
             watchdog.phase("the last save", SAVING)
             recorder.save()
@@ -103,13 +105,13 @@ def capture(training: Training, console: Console) -> None:
         console.say(not_captured(error))
 
 
-def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watchdog: Watchdog) -> Stop:
-    """Runs steps to the last one (returns Stop.NO), or until all processes agree on a reason to stop."""
-    settings, vote = training.settings, StopVote(training.world.reduce_max)
+def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watchdog: Watchdog, last: int) -> Stop:
+    """Runs steps up to the `last` one (returns Stop.NO), or until all processes agree on a reason to stop."""
+    vote = StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
     # A signal may have come before the first step. The vote in the loop answers one step late, so it is asked here.
     reason = Stop(training.world.reduce_max(signals.requested)())
-    while reason is Stop.NO and training.step < settings.steps:
+    while reason is Stop.NO and training.step < last:
         update = training.update()
         recorder.after_step(logged(training, update))
         watchdog.step(training.step)

@@ -44,9 +44,9 @@ class PoisonedAtStepThree(Gaussian1d):
         return x0
 
 
-def config(batch_size: int) -> ExperimentConfig:
+def config(batch_size: int, grad_shards: int | None = None) -> ExperimentConfig:
     preset = EXPERIMENTS["1d"].preset
-    return replace(preset, train=replace(preset.train, batch_size=batch_size, steps=10))
+    return replace(preset, train=replace(preset.train, batch_size=batch_size, grad_shards=grad_shards, steps=10))
 
 
 @dataclass(frozen=True)

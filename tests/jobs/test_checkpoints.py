@@ -1,6 +1,7 @@
 """Checkpoints are whole, verified, and never lost to what can happen to a disk."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -266,3 +267,33 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="Weights only load failed"):
         checkpoints.load(tmp_path, 10)
     assert not marker.exists()
+
+
+def test_hashes_of_checkpoints_outlive_them_and_a_step_that_is_made_again_has_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 10, 20, 30)
+    recorded = checkpoints.verify(folder, 10)["files"]
+    checkpoints.prune(folder, keep=1)
+    save(folder, 20)
+    lines = (tmp_path / "checkpoints.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 20, 30]
+    assert checkpoints.ledger(folder)[10] == {name: facts["sha256"] for name, facts in recorded.items()}
+
+
+def test_a_step_that_comes_out_otherwise_is_told_and_what_had_followed_no_longer_counts(tmp_path: Path) -> None:
+    folder, said = tmp_path / "checkpoints", list[str]()
+    save(folder, 10, 20, 30)
+    before = checkpoints.ledger(folder)
+    with (tmp_path / "checkpoints.jsonl").open("a") as file:
+        file.write('{"step": 40, "sha')  # as a disk leaves it that is full
+    other = snapshot(20)
+    other.model["b"][0] = 7
+    writer = checkpoints.Writer(folder, 3, 10, ours, said.append)
+    writer.write(other)
+    writer.wait()
+    assert said == ["WARNING: step 20 was made again and is not what checkpoints.jsonl says: other bytes"]
+    after = checkpoints.ledger(folder)
+    assert after[20]["model.safetensors"] != before[20]["model.safetensors"]
+    assert after[20]["ema.safetensors"] == before[20]["ema.safetensors"]
+    shutil.rmtree(folder)
+    assert sorted(checkpoints.ledger(folder)) == [10, 20]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from slurm.devcluster import DevCluster
-from tests.launching import TINY, Finished, done, launch, status, wait_until
+from tests.launching import NO_FIGURES, TINY, Finished, done, launch, status, wait_until
 from tests.slurm.site import Site, state
 
 pytestmark = pytest.mark.slurm
@@ -92,6 +92,25 @@ def test_an_array_draws_what_one_process_here_draws(tidy: DevCluster, root: Path
     again = on_slurm(root, tidy)
     assert "already" in again.out
     assert len(job_ids(root)) == 2
+
+
+def test_an_array_audits_the_stretches_between_kept_checkpoints(tidy: DevCluster, root: Path) -> None:
+    run = root / "runs" / "1d" / "a"
+    train = ("--train.steps", 70, "--train.checkpoint-every", 10, "--device", "cpu", "--cluster", "local")
+    done("resume", "1d/a", *train, cwd=root, **NO_FIGURES)
+    kept = [int(path.name.removeprefix("step-")) for path in sorted((run / "checkpoints").iterdir())]
+    found = launch("audit", "1d/a", *SLURM, "--gpus", 2, "--wait", cwd=root, **tidy.env)
+    assert found.code == 0, found
+    assert "as an array of 2 jobs" in found.out
+    assert f"steps {kept[0]} to 70: 1 checkpoint and {70 - kept[0]} lines of metrics.jsonl are equal" in found.out
+    assert "Steps 0 to 70 are what this code makes of these settings." in found.out
+    assert not (run / "slurm").exists()
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    wrong = json.dumps({**json.loads(lines[2]), "loss": 0.125})
+    (run / "metrics.jsonl").write_text("\n".join([*lines[:2], wrong, *lines[3:]]) + "\n")
+    found = launch("audit", "1d/a", *SLURM, "--to", kept[0], "--wait", cwd=root, **tidy.env)
+    assert found.code == 1
+    assert f"steps 0 to {kept[0]}: DIFFERENT\n  from step 3 on: metrics.jsonl (loss)\nWhat" in found.out
 
 
 def test_sampling_through_slurm_writes_the_same_bytes_as_here(site: Site) -> None:

@@ -1,0 +1,158 @@
+"""What an audit computes again: stretches of a run, from one kept checkpoint to the next. Imports no torch."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import OutsideError, UserError
+from jobs.experiments.configs import ExperimentConfig
+from jobs.storage import checkpoints
+from jobs.storage.checkpoints import CorruptCheckpoint, folder_name
+from jobs.storage.records import read_jsonl
+from jobs.storage.run_folder import RunFolder
+
+AS_STARTED = ("steps", "micro_batch_size", "grad_shards", "precision")
+"""Settings that bytes depend on and that each start records, because the next one may have others."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The steps up to `stop` that one start of the run has trained."""
+
+    stop: int
+    config: ExperimentConfig
+    facts: dict[str, Any]
+    """Of the machine, as the start has recorded them."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The steps from a kept checkpoint, or from the beginning, to a later checkpoint, which may be gone."""
+
+    start: int
+    stop: int
+    hashes: dict[int, dict[str, str]]
+    """Those that the run's ledger has of the checkpoints in between, by step and file."""
+    parts: tuple[Part, ...]
+    again: Path
+    """A folder for what is computed now; its files are called as in a run."""
+
+    def computed(self) -> dict[int, dict[str, str]]:
+        """Returns the hashes that have been computed so far of those checkpoints."""
+        found = checkpoints.ledger(RunFolder(self.again).checkpoints)
+        return {step: files for step, files in found.items() if step in self.hashes}
+
+    def different(self) -> int | None:
+        """Returns the first step whose checkpoint has other bytes than the run's, None if there is none so far."""
+        return next((step for step, files in self.computed().items() if files != self.hashes[step]), None)
+
+    def is_done(self) -> bool:
+        return self.stop in self.computed() or self.different() is not None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Stretches of a run that follow one another."""
+
+    run: Path
+    folder: Path
+    stretches: tuple[Stretch, ...]
+
+    @property
+    def most_processes(self) -> int:
+        """More than these would cut the batch more finely than the run did."""
+        return min(part.config.train.grad_shards or 1 for stretch in self.stretches for part in stretch.parts)
+
+    def begin(self) -> None:
+        """Makes the folder, with copies of the checkpoints from which stretches start: the run may delete its own."""
+        source, ledger = RunFolder(self.run).checkpoints, checkpoints.ledger(RunFolder(self.run).checkpoints)
+        for stretch in self.stretches:
+            copies = RunFolder(stretch.again).checkpoints
+            copies.mkdir(parents=True)
+            if stretch.start == 0:
+                continue
+            name = folder_name(stretch.start)
+            try:
+                shutil.copytree(source / name, copies / name)
+                files = checkpoints.verify(copies, stretch.start)["files"]
+            except (OSError, shutil.Error, CorruptCheckpoint):
+                shutil.rmtree(self.folder)
+                raise OutsideError(f"the run has just deleted {source / name}; start the audit again") from None
+            if {file: facts["sha256"] for file, facts in files.items()} != ledger[stretch.start]:
+                shutil.rmtree(self.folder)
+                raise OutsideError(f"{source / name} has other bytes than checkpoints.jsonl says")
+
+    def add_job(self, job_id: str) -> None:
+        """Remembers a Slurm job that works on the audit."""
+        with (self.folder / "jobs.jsonl").open("a") as file:
+            file.write(json.dumps({"job_id": job_id}) + "\n")
+
+    def job_ids(self) -> list[str]:
+        return [line["job_id"] for line in read_jsonl(self.folder / "jobs.jsonl")]
+
+
+def plan(
+    run: RunFolder, config: ExperimentConfig, start: int, stop: int | None, folder: Path, say: Callable[[str], None]
+) -> Audit:
+    """Cuts the steps from `start` to `stop`, None meaning the last checkpoint, at the checkpoints that are kept.
+
+    Raises UserError if there is no checkpoint of these steps.
+    """
+    ledger = checkpoints.ledger(run.checkpoints)
+    if not ledger:
+        raise UserError(f"{run} has no checkpoint yet: train it first")
+    stop = max(ledger) if stop is None else stop
+    if stop not in ledger:
+        near = [max((step for step in ledger if step < stop), default=None), *[s for s in ledger if s > stop][:1]]
+        known = " and ".join(str(step) for step in near if step is not None)
+        raise UserError(f"--to must be a step of which {run} has made a checkpoint, such as {known}; got {stop}")
+    kept = [0, *sorted(checkpoints.steps(run.checkpoints))]
+    if start not in kept:
+        raise UserError(f"--from must be a step that {run} holds ({', '.join(map(str, kept))}); got {start}")
+    if start >= stop:
+        raise UserError(f"--from must be less than --to; got {start} and {stop}")
+    cuts = [*(step for step in kept if start <= step < stop and _is_good(run, step, say)), stop]
+    if cuts[0] != start:
+        raise UserError(f"the checkpoint of --from {start} is damaged")
+    starts = _starts(run)
+
+    def stretch(first: int, last: int) -> Stretch:
+        hashes = {step: files for step, files in ledger.items() if first < step <= last}
+        return Stretch(first, last, hashes, _parts(starts, config, first, last), folder / f"from-{first:08d}")
+
+    return Audit(run.path, folder, tuple(stretch(first, last) for first, last in pairwise(cuts)))
+
+
+def _is_good(run: RunFolder, step: int, say: Callable[[str], None]) -> bool:
+    try:
+        if step:
+            checkpoints.verify(run.checkpoints, step)
+    except CorruptCheckpoint as error:
+        say(f"WARNING: {error}; nothing starts from there")
+        return False
+    return True
+
+
+def _starts(run: RunFolder) -> list[dict[str, Any]]:
+    """Returns those starts of the run, in order, whose steps have not been done again by a later one."""
+    found: list[dict[str, Any]] = []
+    for line in read_jsonl(run.timing):
+        if line.get("event") == "start":
+            found = [before for before in found if before["step"] < line["step"]]
+            found.append({"grad_shards": line.get("processes"), **line})  # as older versions cut the batch
+    return found
+
+
+def _parts(starts: list[dict[str, Any]], config: ExperimentConfig, first: int, last: int) -> tuple[Part, ...]:
+    """Returns the parts of the steps from `first` to `last`, each with the settings that it was trained with."""
+    ends = [start["step"] for start in starts[1:]] + [last]
+    parts = []
+    for start, end in zip(starts or [{}], ends, strict=True):
+        if end > first and start.get("step", 0) < last:
+            settings = {name: start[name] for name in AS_STARTED if start.get(name) is not None}
+            parts.append(Part(min(end, last), replace(config, train=replace(config.train, **settings)), start))
+    return tuple(parts)

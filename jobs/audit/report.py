@@ -1,0 +1,66 @@
+"""What an audit has found: where checkpoints and metrics are the run's own, and where they begin to differ."""
+
+import shutil
+from typing import Any
+
+from jobs.audit.plan import Audit, Stretch
+from jobs.files import write_atomically
+from jobs.storage.records import read_jsonl
+from jobs.storage.run_folder import RunFolder, as_typed
+
+
+def conclude(audit: Audit) -> tuple[bool, str]:
+    """Whether all is computed and equal, and what to tell people; keeps that in report.txt.
+
+    Checkpoints that were computed stay where one differs, to be looked at.
+    """
+    recorded = {line["step"]: line for line in read_jsonl(RunFolder(audit.run).metrics)}
+    equal, lines = True, []
+    for stretch in audit.stretches:
+        is_equal, (said, *more) = _compare(stretch, recorded)
+        equal &= is_equal
+        lines += [f"steps {stretch.start} to {stretch.stop}: {said}", *(f"  {line}" for line in more)]
+        if is_equal:
+            shutil.rmtree(RunFolder(stretch.again).checkpoints, ignore_errors=True)
+    if equal:
+        first, last = audit.stretches[0].start, audit.stretches[-1].stop
+        lines.append(f"Steps {first} to {last} are what this code makes of these settings.")
+    else:
+        lines.append(f"What was computed is in {as_typed(audit.folder)}.")
+    text = "\n".join(lines)
+    write_atomically(audit.folder / "report.txt", text + "\n")
+    return equal, text
+
+
+def _compare(stretch: Stretch, recorded: dict[int, dict[str, Any]]) -> tuple[bool, list[str]]:
+    """Whether a stretch is computed and equal, and that in words."""
+    computed, other = stretch.computed(), stretch.different()
+    metrics = [line for line in read_jsonl(RunFolder(stretch.again).metrics) if line["step"] in recorded]
+    parting = [(line["step"], names) for line in metrics if (names := _other_names(line, recorded[line["step"]]))]
+    more = [f"from step {step} on: metrics.jsonl ({', '.join(names)})" for step, names in parting[:1]]
+    if other is not None:
+        files = [name for name, digest in stretch.hashes[other].items() if computed[other].get(name) != digest]
+        last = max((step for step in computed if step < other), default=stretch.start)
+        more += [f"equal at step {last}, different at step {other}: {', '.join(files)}"]
+    more += _elsewhere(stretch)
+    if other is not None or parting:
+        return False, ["DIFFERENT", *more]
+    if not stretch.is_done():
+        return False, [f"not computed after step {max(computed, default=stretch.start)}", *more]
+    checkpoints = f"{len(computed)} checkpoint{'s' if len(computed) > 1 else ''}"
+    return True, [f"{checkpoints} and {len(metrics)} lines of metrics.jsonl are equal", *more]
+
+
+def _other_names(line: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+    """Returns which values of a line of metrics.jsonl differ; a version may record what another does not."""
+    return [name for name, value in line.items() if name in recorded and recorded[name] != value]
+
+
+def _elsewhere(stretch: Stretch) -> list[str]:
+    """Says where this machine is not of the kind that has trained the run, so that bytes may differ for that."""
+    starts = read_jsonl(RunFolder(stretch.again).timing)
+    return [
+        f"from step {line['step']} on another machine: {'; '.join(line['differing'])}"
+        for line in starts
+        if line["differing"]
+    ]
