@@ -1,7 +1,9 @@
-"""Follows a training from outside: `python -m jobs.tracking.follow_training RUN TOKEN`.
+"""Follows a training from outside: `python -m jobs.tracking.follow_training RUN TOKEN MACHINE`.
 
 It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. RUN/.tracking.json says which
 lines wandb has on its disk for certain. A killed follower loses the later ones, and the next one sends them again.
+
+On each further node of the job another one runs, which adds how busy that node is.
 """
 
 import contextlib
@@ -17,16 +19,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jobs.files import write_json
+from jobs.files import write_atomically, write_json
 from jobs.storage import account, checkpoints
 from jobs.storage.account import Account
 from jobs.storage.ownership import Ownership
 from jobs.storage.provenance import ROOT
-from jobs.storage.records import Tail, now, read_jsonl
+from jobs.storage.records import Tail, last_start, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
-from jobs.tracking.dashboard import FLUSH_S, open_dashboard
-from jobs.tracking.identity import of_training
-from jobs.tracking.loop import follow, say
+from jobs.tracking.dashboard import FLUSH_S, Dashboard, Wandb, open_dashboard
+from jobs.tracking.identity import Machine, of_training
+from jobs.tracking.loop import Followed, follow, say
 
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""
@@ -140,7 +142,7 @@ class TrainingFollower:
     given `SAFE_S` ago can be written down as certain, and `_kept` is the newest checkpoint that was uploaded.
     """
 
-    def __init__(self, run: RunFolder, owner: Ownership, attempt: int) -> None:
+    def __init__(self, run: RunFolder, owner: Ownership, machine: Machine, attempt: int) -> None:
         self._run, self._owner = run, owner
         self._experiment, self._config = run.read_experiment()
         self._timing = read_jsonl(run.timing)
@@ -161,7 +163,11 @@ class TrainingFollower:
         self._drawn = time.monotonic() - DRAW_S / 2
         self._booked = time.monotonic()
         self._kept = start["step"]
-        self._dashboard = open_dashboard(of_training(run, start), self._config.tracking.mode, say)
+        online = _online(run)
+        online.unlink(missing_ok=True)
+        self._dashboard = open_dashboard(of_training(run, start, machine), self._config.tracking.mode, say)
+        if self._dashboard.is_online:
+            write_atomically(online, owner.token)
 
     def look(self) -> None:
         """Passes on what is new; raises whatever wandb raises."""
@@ -262,9 +268,42 @@ class TrainingFollower:
             return Position()
 
 
+class NodeFollower:
+    """Adds to a run that is tracked online how busy this node is, which is not the first of the job."""
+
+    def __init__(self, run: RunFolder, token: str, machine: Machine) -> None:
+        self._run, self._token, self._machine = run, token, machine
+        self._dashboard: Dashboard | None = None
+
+    def look(self) -> None:
+        """Begins as soon as the first node is online."""
+        if self._dashboard is None and (online := _online(self._run)).exists() and online.read_text() == self._token:
+            identity = of_training(self._run, last_start(self._run), self._machine)
+            self._dashboard = Wandb(identity, "shared", say, stop=lambda: None)
+
+    def end(self) -> None:
+        """Ends this node's part; the first node ends the run."""
+        if self._dashboard is not None:
+            self._dashboard.finish(0, preempted=False)
+
+
+def _online(run: RunFolder) -> Path:
+    """Returns the file that holds the token of a training that is tracked online."""
+    return run.path / ".tracking-online"
+
+
 def main() -> None:
     run, owner = RunFolder(Path(sys.argv[1])), Ownership(Path(sys.argv[1]), sys.argv[2])
-    follow(lambda attempt: TrainingFollower(run, owner, attempt))
+    machine = Machine(**json.loads(sys.argv[3]))
+
+    def start(attempt: int) -> Followed:
+        return (
+            TrainingFollower(run, owner, machine, attempt)
+            if machine.is_first
+            else NodeFollower(run, owner.token, machine)
+        )
+
+    follow(start)
 
 
 if __name__ == "__main__":

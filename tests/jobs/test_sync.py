@@ -26,6 +26,8 @@ class Keeping(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     rows: ClassVar[dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
+    events: ClassVar[list[dict[str, Any]]] = []
+    is_stopped: ClassVar[bool] = False
     streams: ClassVar[list[str]] = []
 
     def handle(self) -> None:
@@ -41,6 +43,9 @@ class Keeping(BaseHTTPRequestHandler):
             run = self.path.split("/")[-2]
             self.streams.append(run)
             lines = (asked.get("files") or {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            self.events.extend(
+                map(json.loads, (asked.get("files") or {}).get("wandb-events.jsonl", {}).get("content", []))
+            )
             self.rows[run].update({lines["offset"] + i: json.loads(line) for i, line in enumerate(lines["content"])})
             self._answer({})
         else:
@@ -100,6 +105,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Keeping]]:
     """A server, and an environment in which wandb finds it."""
     Keeping.rows.clear()
     Keeping.streams.clear()
+    Keeping.events.clear()
+    Keeping.is_stopped = False
     with serving(Keeping) as address:
         monkeypatch.setenv("WANDB_BASE_URL", address)
         monkeypatch.setenv("WANDB_API_KEY", KEY)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -58,6 +59,17 @@ def history(segment: list[dict[str, Any]], name: str) -> list[tuple[int, Any]]:
     return [(item["step"], item[name]) for item in items if name in item]
 
 
+def system(segment: list[dict[str, Any]], name: str) -> list[float]:
+    """All values of a quantity of the machine, in order."""
+    items = [record["stats"]["item"] for record in segment if record["type"] == "stats"]
+    return [item[name] for item in items if name in item]
+
+
+def resident_mb(pid: int) -> float:
+    """The memory that a process uses, as the kernel counts it."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
 def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
     """One id in all segments; every logged step is there, with the values of metrics.jsonl however often it is there.
 
@@ -106,6 +118,22 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     times = json.loads(done("status", moved, "--json", cwd=tmp_path).out)["time"]
     rows = [history(segments(moved)[-1], name)[-1][1] for name in ("time/redone_steps", "time/useful_s")]
     assert rows == [times["redone_steps"], pytest.approx(times["seconds"]["useful"], rel=0.01)]
+
+
+def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--device", "cpu", "--gpus", "2")
+    for restarts in (0, 1):
+        process = start(*command, cwd=tmp_path, WANDB_X_STATS_SAMPLING_INTERVAL="0.5", **OFFLINE)
+        wait_until(lambda n=restarts: (run / "status.json").exists() and status(run)["restarts"] == n)
+        wait_until(lambda n=restarts: len(segments(run)) > n and len(system(segments(run)[-1], "cpu")) > 2)
+        used = sum(map(resident_mb, relatives(process)))
+        alone = resident_mb(status(run)["pid"])
+        assert interrupt(process, signal.SIGTERM).code == 130
+    last = segments(run)[-1]
+    assert max(system(last, "proc.memory.rssMB")) == pytest.approx(used, rel=0.3)
+    assert used > 2 * alone
+    assert max(system(last, "cpu")) > 0
 
 
 def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures(tmp_path: Path) -> None:
