@@ -15,12 +15,19 @@ from jobs.tracking.identity import Identity, Machine, short
 Say = Callable[[str], None]
 Mode = Literal["online", "offline", "disabled", "shared"]
 
+Level = Literal["INFO", "WARN", "ERROR"]
+
 ANSWER_S = 3.0
 """How long a server may take to answer before a run is tracked offline."""
 FLUSH_S = 1.0
 """After so many seconds a value is on the disk; a kill loses the values of the last seconds."""
 FINISH_S = 12.0
 """Sending the end of a run may take so many seconds."""
+
+ALERT_S = 3600.0
+"""An alert is repeated after so many seconds at the earliest."""
+MAX_TITLE = 63
+"""wandb takes no longer titles of alerts."""
 
 MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What each value of $WANDB_MODE means."""
@@ -51,7 +58,7 @@ class Dashboard(ABC):
         """An artifact of files under `root`; `in_place` for files that stay as they are until they are sent."""
 
     @abstractmethod
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, level: Level) -> None:
         """A message that wandb passes on to people, as they have set it up there."""
 
     @abstractmethod
@@ -68,7 +75,7 @@ class NoDashboard(Dashboard):
     def show(self, step: int, pictures: Mapping[str, Path]) -> None: ...
     def write(self, lines: str) -> None: ...
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None: ...
-    def alert(self, title: str, text: str) -> None: ...
+    def alert(self, title: str, text: str, level: Level) -> None: ...
     def finish(self, exit_code: int, preempted: bool) -> None: ...
 
 
@@ -115,8 +122,9 @@ class Wandb(Dashboard):
             artifact.add_file(str(path), name=str(path.relative_to(root)), skip_cache=True, policy=policy)
         self._run.log_artifact(artifact)
 
-    def alert(self, title: str, text: str) -> None:
-        self._run.alert(title=title, text=text)
+    def alert(self, title: str, text: str, level: Level) -> None:
+        cut = title if len(title) <= MAX_TITLE else f"...{title[3 - MAX_TITLE :]}"
+        self._run.alert(title=cut, text=text, level=level, wait_duration=ALERT_S)
 
     def finish(self, exit_code: int, preempted: bool) -> None:
         if preempted:

@@ -9,6 +9,7 @@ On each further node of the job another one runs, which adds how busy that node 
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -26,12 +27,19 @@ from jobs.storage.ownership import Ownership
 from jobs.storage.provenance import ROOT
 from jobs.storage.records import Tail, last_start, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
-from jobs.tracking.dashboard import FLUSH_S, Dashboard, Wandb, open_dashboard
+from jobs.tracking.dashboard import ALERT_S, FLUSH_S, Dashboard, Wandb, open_dashboard
 from jobs.tracking.identity import Machine, of_training
 from jobs.tracking.loop import Followed, follow, say
+from jobs.tracking.start import online_mark
 
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""
+STUCK_S = 600.0
+"""A training that does no step for so many seconds makes no progress."""
+FAILURE_S = 3.0
+"""A process that fails has written why after so many seconds."""
+OLD_STOP_S = 25.0
+"""So soon after a start, Stop may have been pressed before it: wandb asks when it starts and 15 s later."""
 SAFE_S = FLUSH_S + 2
 """After so many seconds, what wandb was given is certainly on the disk."""
 
@@ -88,10 +96,11 @@ def account_row(spent: Account) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far the files have been read: a step of metrics.jsonl and a number of lines of timing.jsonl."""
+    """How far the files are read: a step of metrics.jsonl, a number of lines of timing.jsonl, bytes of log.txt."""
 
     step: int = 0
     timing: int = 0
+    log: int = 0
 
 
 class Sketches:
@@ -163,11 +172,14 @@ class TrainingFollower:
         self._drawn = time.monotonic() - DRAW_S / 2
         self._booked = time.monotonic()
         self._kept = start["step"]
-        online = _online(run)
-        online.unlink(missing_ok=True)
-        self._dashboard = open_dashboard(of_training(run, start, machine), self._config.tracking.mode, say)
+        self._warned: dict[str, float] = {}
+        self._moved = (start["step"], time.monotonic())
+        self._opened: float | None = None
+        online_mark(run).unlink(missing_ok=True)
+        self._dashboard = open_dashboard(of_training(run, start, machine), self._config.tracking.mode, say, self._stop)
+        self._opened = time.monotonic()
         if self._dashboard.is_online:
-            write_atomically(online, owner.token)
+            write_atomically(online_mark(run), owner.token)
 
     def look(self) -> None:
         """Passes on what is new; raises whatever wandb raises."""
@@ -175,6 +187,8 @@ class TrainingFollower:
             self._history.append(line)
             row = self._curves.row(line)
             if line["step"] > self._position.step:
+                if line["skipped"]:
+                    self._warn("skips steps", f"The gradient of step {line['step']:,} is not finite.")
                 self._dashboard.log(line["step"], row)
                 self._position = dataclasses.replace(self._position, step=line["step"])
         for line in self._times.read():
@@ -186,6 +200,8 @@ class TrainingFollower:
                     self._dashboard.log(line["step"], row)
                 self._position = dataclasses.replace(self._position, timing=len(self._timing))
         if self._dashboard.is_shown:
+            self._pass_log()
+            self._watch_progress()
             self._show_checkpoints()
             self._remember()
             self._show_time(DRAW_S)
@@ -211,8 +227,11 @@ class TrainingFollower:
         self._show_time(0)
         self._sketches.close()
         state = self._timing[-1]["event"]
+        if state not in list(State) and self._dashboard.is_shown:
+            self._pass_traceback()
         if state == State.FINISHED:
             step = self._timing[-1]["step"]
+            self._tell_end()
             pictures = sorted(self._run.figures.glob("[!.]*.png"))
             self._dashboard.show(step, {f"figures/{path.stem}": path for path in pictures})
             final = self._run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
@@ -235,6 +254,66 @@ class TrainingFollower:
             self._kept = newest
             folder = self._run.checkpoints / checkpoints.folder_name(newest)
             self._keep("checkpoint", sorted(folder.iterdir()), in_place=False)
+
+    def _pass_log(self) -> None:
+        """Passes on the whole lines that the job has printed since the last time."""
+        done = self._position.log
+        with contextlib.suppress(FileNotFoundError), self._run.log.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < done:  # somebody has emptied it
+                done = 0
+            file.seek(done)
+            lines = file.read()
+            lines = lines[: lines.rfind(b"\n") + 1]
+            if lines:
+                self._dashboard.write(lines.decode(errors="replace"))
+                self._position = dataclasses.replace(self._position, log=done + len(lines))
+
+    def _pass_traceback(self) -> None:
+        """Passes on why the job has failed: that is printed, but not into log.txt."""
+        deadline = time.monotonic() + FAILURE_S
+        while not (failure := self._run.read_failure()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if failure:
+            self._dashboard.write(failure["traceback"])
+
+    def _watch_progress(self) -> None:
+        """Warns of a training that has done no step for long."""
+        step, since = self._moved
+        if time.monotonic() - since < STUCK_S:
+            return
+        now = self._run.read_status().get("step", 0)
+        if step == now < self._config.train.steps:
+            self._warn("makes no progress", f"It has been at step {step:,} for {STUCK_S / 60:.0f} minutes or more.")
+        self._moved = (now, time.monotonic())
+
+    def _warn(self, what: str, text: str) -> None:
+        """Alerts people, of the same thing once in `ALERT_S`."""
+        if self._config.tracking.alerts and time.monotonic() - self._warned.get(what, -ALERT_S) >= ALERT_S:
+            self._warned[what] = time.monotonic()
+            self._dashboard.alert(f"{self._run.label} {what}", f"{text}\n{self._run.path}", "WARN")
+
+    def _tell_end(self) -> None:
+        """Alerts people that the run is finished, once however often its figures are drawn again."""
+        with contextlib.suppress(FileExistsError):
+            self._run.path.joinpath(".told-finished-wandb").touch(exist_ok=False)
+            if self._config.tracking.alerts:
+                loss = self._history[-1]["loss"] if self._history else None
+                text = f"step {self._timing[-1]['step']:,}" + (f", loss {loss:.4f}" if loss is not None else "")
+                self._dashboard.alert(f"{self._run.label} is finished", f"{text}\n{self._run.path}", "INFO")
+
+    def _stop(self) -> None:
+        """Cancels the run, because somebody has pressed Stop on its page; wandb calls it in a thread of its own."""
+        mark = self._run.path / ".stopped-by-wandb"
+        begins = self._opened is None or time.monotonic() - self._opened < OLD_STOP_S
+        if begins and mark.exists():
+            # A server that has not forgotten it would end every `resume` at once.
+            say(f"Stop on wandb's page has ended an earlier start already; now: python launch.py cancel {self._run}")
+            return
+        mark.touch()
+        say("Stop was pressed on wandb's page: the run is cancelled.")
+        command = [sys.executable, str(ROOT / "launch.py"), "cancel", str(self._run.path)]
+        nothing = subprocess.DEVNULL
+        subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
 
     def _show_time(self, least_s: float) -> None:
         """Shows how the run's time was spent, if that was last done at least `least_s` ago."""
@@ -277,7 +356,8 @@ class NodeFollower:
 
     def look(self) -> None:
         """Begins as soon as the first node is online."""
-        if self._dashboard is None and (online := _online(self._run)).exists() and online.read_text() == self._token:
+        online = online_mark(self._run)
+        if self._dashboard is None and online.exists() and online.read_text() == self._token:
             identity = of_training(self._run, last_start(self._run), self._machine)
             self._dashboard = Wandb(identity, "shared", say, stop=lambda: None)
 
@@ -285,11 +365,6 @@ class NodeFollower:
         """Ends this node's part; the first node ends the run."""
         if self._dashboard is not None:
             self._dashboard.finish(0, preempted=False)
-
-
-def _online(run: RunFolder) -> Path:
-    """Returns the file that holds the token of a training that is tracked online."""
-    return run.path / ".tracking-online"
 
 
 def main() -> None:

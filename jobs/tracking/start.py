@@ -24,6 +24,11 @@ PATIENCE_S = 30.0
 """Seconds that a finished job waits for its follower, which gives up earlier by itself."""
 
 
+def online_mark(run: RunFolder) -> Path:
+    """Returns the file that is there if the last start was tracked online; it holds the token of that start."""
+    return run.path / ".tracking-online"
+
+
 class FollowerProcess:
     """The job's handle of a process that follows it, `python -m MODULE ARGUMENTS`; `say` gets what it prints."""
 

@@ -47,7 +47,7 @@ class Keeping(BaseHTTPRequestHandler):
                 map(json.loads, (asked.get("files") or {}).get("wandb-events.jsonl", {}).get("content", []))
             )
             self.rows[run].update({lines["offset"] + i: json.loads(line) for i, line in enumerate(lines["content"])})
-            self._answer({})
+            self._answer({"stopped": self.is_stopped})
         else:
             self._answer(self._graphql(asked.get("query", ""), asked.get("variables") or {}))
 

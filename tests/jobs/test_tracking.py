@@ -10,8 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,14 @@ from typing import Any
 import pytest
 import torch
 
+from jobs import notify
+from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.dashboard import why_not_online
-from jobs.tracking.follow_training import Curves
+from jobs.tracking import follow_training
+from jobs.tracking.dashboard import Level, NoDashboard, why_not_online
+from jobs.tracking.follow_training import Curves, TrainingFollower
+from jobs.tracking.identity import Machine
 from jobs.train.state import LOSS_BANDS, band_sums
 from tests.launching import (
     NO_FIGURES,
@@ -31,6 +37,7 @@ from tests.launching import (
     done,
     finish,
     interrupt,
+    launch,
     relatives,
     start,
     status,
@@ -63,6 +70,15 @@ def system(segment: list[dict[str, Any]], name: str) -> list[float]:
     """All values of a quantity of the machine, in order."""
     items = [record["stats"]["item"] for record in segment if record["type"] == "stats"]
     return [item[name] for item in items if name in item]
+
+
+def printed(segment: list[dict[str, Any]]) -> str:
+    """What the page's Logs hold."""
+    return "".join(record["output_logger"]["line"] for record in segment if record["type"] == "output_logger")
+
+
+def alerts(segment: list[dict[str, Any]]) -> list[str]:
+    return [record["alert"]["title"] for record in segment if record["type"] == "alert"]
 
 
 def resident_mb(pid: int) -> float:
@@ -122,11 +138,17 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
 
 def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--device", "cpu", "--gpus", "2")
-    for restarts in (0, 1):
-        process = start(*command, cwd=tmp_path, WANDB_X_STATS_SAMPLING_INTERVAL="0.5", **OFFLINE)
-        wait_until(lambda n=restarts: (run / "status.json").exists() and status(run)["restarts"] == n)
-        wait_until(lambda n=restarts: len(segments(run)) > n and len(system(segments(run)[-1], "cpu")) > 2)
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--train.grad-shards", "2", "--name", "a")
+
+    def is_shown(count: int) -> bool:
+        time.sleep(0.5)  # each look starts a process
+        found = segments(run)
+        return len(found) == count and len(system(found[-1], "cpu")) > 1
+
+    for restarts, processes in ((1, 1), (2, 2)):
+        env = {"WANDB_X_STATS_SAMPLING_INTERVAL": "0.5", **OFFLINE}
+        process = start(*command, "--device", "cpu", "--gpus", processes, cwd=tmp_path, **env)
+        wait_until(lambda n=restarts: is_shown(n))
         used = sum(map(resident_mb, relatives(process)))
         alone = resident_mb(status(run)["pid"])
         assert interrupt(process, signal.SIGTERM).code == 130
@@ -134,6 +156,62 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
     assert max(system(last, "proc.memory.rssMB")) == pytest.approx(used, rel=0.3)
     assert used > 2 * alone
     assert max(system(last, "cpu")) > 0
+    # Each line once, in the segment of the start that has printed it.
+    assert "".join(map(printed, segments(run))) == (run / "log.txt").read_text()
+    assert "Continuing" in printed(last)
+
+
+def test_a_failure_is_told_and_shown_and_so_are_skipped_steps(tmp_path: Path) -> None:
+    explode = ("--train.lr", "1e30", "--train.warmup-steps", "0", "--train.steps", "200", "--name", "a")
+    ended = launch("train", "1d", *TINY, *explode, "--tracking.notify", "wandb", cwd=tmp_path, **OFFLINE)
+    assert ended.code == 1
+    training, told = segments(tmp_path / "runs" / "1d" / "a")
+    assert "was not finite in the 5 steps" in printed(training)
+    assert [alerts(training), alerts(told)] == [["1d/a skips steps"], ["1d/a has failed"]]
+
+
+class Shown(NoDashboard):
+    """Keeps the alerts."""
+
+    is_shown = True
+
+    def __init__(self) -> None:
+        self.alerts: list[str] = []
+
+    def alert(self, title: str, text: str, level: Level) -> None:
+        self.alerts.append(f"{title}: {text.splitlines()[0]}")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a Tail is open as long as its process lives
+def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **NO_FIGURES)
+    run = RunFolder(tmp_path / "runs" / "1d" / "a")
+    monkeypatch.setattr(follow_training, "STUCK_S", 0.0)
+    experiment, config = run.read_experiment()
+    here = Machine(pid=os.getpid(), tree=False, gpus=[], node="n1", nodes=1, is_first=True)
+
+    def follow(*, asked: bool, steps: int) -> list[str]:
+        """The alerts while a follower looks at the run twice and sees its end."""
+        shown, tracking = Shown(), replace(config.tracking, alerts=asked, samples_every=0)
+        run.write_experiment(experiment, replace(config, tracking=tracking, train=replace(config.train, steps=steps)))
+        monkeypatch.setattr(follow_training, "open_dashboard", lambda *_: shown)
+        follower = TrainingFollower(run, Ownership.take(run.path), here, attempt=1)
+        for look in (follower.look, follower.look, follower.look, follower.end):
+            look()
+        follower._stop()
+        return shown.alerts
+
+    assert follow(asked=False, steps=100) == []
+    notify.rearm(run)
+    (stuck, finished) = follow(asked=True, steps=100)
+    assert stuck.startswith("1d/a makes no progress: It has been at step 20 ")
+    assert finished.startswith("1d/a is finished: step 20, loss ")
+    assert follow(asked=True, steps=20) == []
+    # A server that still says Stop when the run goes on is not obeyed again.
+    said = capsys.readouterr().out.splitlines()
+    assert ["Stop was pressed" in line for line in said] == [True, False, False]
 
 
 def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from jobs.storage.run_folder import RunFolder
 from jobs.tracking.identity import Machine
 from jobs.tracking.start import follow_training, machine_of
 from tests.jobs.test_sync import Keeping, server  # noqa: F401  # a fixture
-from tests.launching import NO_FIGURES, TINY, done, wait_until
+from tests.launching import NO_FIGURES, TINY, done, launch, status, wait_until
 
 TRAIN = ("train", "1d", *TINY, "--name", "a", "--train.steps", "20")
 
@@ -42,6 +42,16 @@ def test_each_node_of_a_job_shows_how_busy_it_is(
     assert said == []
     (rows,) = server.rows.values()
     assert {row["step"] for row in rows.values() if "train/loss" in row} == set(range(1, 21))
+
+
+def test_stop_on_the_page_cancels_the_run(server: type[Keeping], tmp_path: Path) -> None:  # noqa: F811
+    server.is_stopped = True
+    run, command = tmp_path / "runs" / "1d" / "a", ("train", "1d", *TINY, "--name", "a", "--train.steps", "1000000")
+    command = (*command, "--train.log-every", "100")
+    ended = launch(*command, cwd=tmp_path, WANDB_MODE="", **NO_FIGURES)
+    assert ended.code == 130
+    assert status(run)["state"] == "cancelled"
+    assert "Stop was pressed on wandb's page: the run is cancelled." in ended.out
 
 
 def test_the_first_process_of_each_node_knows_what_of_it_belongs_to_the_job() -> None:
