@@ -102,7 +102,7 @@ class Wandb(Dashboard):
             self._run = self._start(identity, mode)
         self.is_online = mode != "offline"
         self._run.define_metric("*", step_metric="step")
-        self._run.define_metric("train/loss", step_metric="step", summary="min,last")
+        self._run.define_metric("loss/train", step_metric="step", summary="min,last")
         self._run.define_metric("speed/images_per_s", step_metric="step", summary="max,last")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

@@ -45,7 +45,11 @@ SAFE_S = FLUSH_S + 2
 
 
 class Curves:
-    """Turns lines of metrics.jsonl into what the dashboard shows."""
+    """Turns lines of metrics.jsonl into what the dashboard shows.
+
+    wandb makes a section of each first part of a name, in the order of the alphabet. People look at `generated`,
+    `loss`, `loss_by_timestep`, `optimizer`, `quality`, `results`, `run`, `speed` and `time` in this order.
+    """
 
     def __init__(self, timesteps: int, loss_floor: float | None) -> None:
         self._timesteps, self._floor = timesteps, loss_floor
@@ -61,14 +65,14 @@ class Curves:
         edges = [round(i * self._timesteps / len(bands)) for i in range(len(bands) + 1)]
         names = [f"loss_by_timestep/{low:04d}-{high - 1:04d}" for low, high in pairwise(edges)]
         return {
-            "train/loss": loss,
-            "train/exact_floor": floor,
-            "train/excess_loss": None if loss is None or floor is None else loss - floor,
-            "train/learning_rate": line["lr"],
-            "train/ema_decay": line["ema_decay"],
-            "train/gradient_norm": line["grad_norm"],
-            "train/clipped_share": sum(self._clipped) / len(self._clipped),
-            "train/skipped_steps": self._skipped,
+            "loss/train": loss,
+            "loss/floor": floor,
+            "loss/excess": None if loss is None or floor is None else loss - floor,
+            "optimizer/learning_rate": line["lr"],
+            "optimizer/ema_decay": line["ema_decay"],
+            "optimizer/gradient_norm": line["grad_norm"],
+            "optimizer/clipped_share": sum(self._clipped) / len(self._clipped),
+            "optimizer/skipped_steps": self._skipped,
             **{name: line[band] for name, band in zip(names, bands, strict=True)},
         }
 
@@ -80,10 +84,10 @@ def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
         return {
             "speed/images_per_s": line["images_per_s"],
             **{f"speed/{part}_s": line[f"{part}_s"] for part in seconds},
-            "memory/used_mb": line["memory_mb"],
+            "speed/memory_mb": line["memory_mb"],
         }
     if line["event"] == "start":
-        return {"run/restarts": line["restarts"]}
+        return {"run/restarts": line["restarts"], "run/processes": line.get("processes")}
     return {"run/requeues": requeues} if line["event"] == State.REQUEUED else {}
 
 
@@ -119,7 +123,7 @@ class Sketches:
         self._process = None
         # After t seconds of drawing it rests for 20 t: at most 5% of the time goes to pictures.
         self._next = time.monotonic() + 20 * (time.monotonic() - self._started)
-        return self._step, {f"samples/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
+        return self._step, {f"generated/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
 
     def start(self, newest: int) -> None:
         """Draws the newest checkpoint if it is time for one."""
@@ -233,7 +237,7 @@ class TrainingFollower:
             step = self._timing[-1]["step"]
             self._tell_end()
             pictures = sorted(self._run.figures.glob("[!.]*.png"))
-            self._dashboard.show(step, {f"figures/{path.stem}": path for path in pictures})
+            self._dashboard.show(step, {f"results/{path.stem}": path for path in pictures})
             final = self._run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
             samples = self._run.path.glob("samples/*/manifest.json")
             files = [final, self._run.path / "experiment.json", *pictures, *sorted(samples)]

@@ -45,6 +45,8 @@ class Identity:
     """What is shown under System; None is nothing."""
 
 
+FACTS = ("device", "gpu", "nodes", "precision", "processes", "threads", "parameters", "torch")
+"""What of a training's last start one filters runs by."""
 MAX_NAME = 128
 """wandb refuses longer names."""
 
@@ -65,7 +67,7 @@ def of_training(run: RunFolder, start: Mapping[str, Any], machine: Machine) -> I
     """Returns the identity of a training; `start` is the line of timing.jsonl that its present start has written."""
     experiment, settings = run.read_experiment()
     launch = run.read_launch()
-    facts = {name: start[name] for name in ("device", "gpu", "precision", "processes", "threads") if name in start}
+    facts = {name: start[name] for name in FACTS if name in start}
     about = {"experiment": experiment, "git_commit": launch.get("git_commit"), "job_ids": launch.get("job_ids", [])}
     return Identity(
         folder=run.path,

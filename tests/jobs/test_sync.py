@@ -116,7 +116,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Keeping]]:
 def steps_of(rows: dict[int, dict[str, Any]]) -> list[int]:
     """The steps of the losses that the server has, in their order; no position is empty."""
     assert sorted(rows) == list(range(len(rows)))
-    return [row["step"] for _, row in sorted(rows.items()) if "train/loss" in row]
+    return [row["step"] for _, row in sorted(rows.items()) if "loss/train" in row]
 
 
 def begin(root: Path, steps: int, *, after: int) -> Process:
@@ -142,7 +142,7 @@ def test_all_segments_are_sent_in_order_and_once(server: type[Keeping], tmp_path
     assert "wandb has 3 of 3 segments." in sent.out
     assert steps_of(server.rows[name]) == list(range(1, 4001))
     (samples,) = set(server.rows) - {name}
-    assert [row["sample/done"] for row in server.rows[samples].values() if "sample/done" in row] == [1]
+    assert [row["run/done"] for row in server.rows[samples].values() if "run/done" in row] == [1]
     server.streams.clear()
     again = done("sync", "1d/a", cwd=tmp_path)
     assert again.out == "runs/1d/a: wandb has 3 of 3 segments.\n"

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jobs import notify
 from jobs.storage.ownership import Ownership
@@ -95,11 +96,11 @@ def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
     ids = {record["run"]["run_id"] for segment in found for record in segment if record["type"] == "run"}
     assert ids == {json.loads((run / "launch.json").read_text())["wandb_id"]}
     lines = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-    for name, key in (("train/loss", "loss"), ("train/gradient_norm", "grad_norm")):
+    for name, key in (("loss/train", "loss"), ("optimizer/gradient_norm", "grad_norm")):
         rows = [row for segment in found for row in history(segment, name)]
         assert {step for step, _ in rows} == lines.keys()
         assert [row for row in rows if row[1] != lines[row[0]][key]] == []
-    return [history(segment, "train/loss") for segment in found]
+    return [history(segment, "loss/train") for segment in found]
 
 
 def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
@@ -139,6 +140,7 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
 def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     command = ("train", "1d", *TINY, "--train.steps", "1000000", "--train.grad-shards", "2", "--name", "a")
+    command = (*command, "--train.log-every", "1000")
 
     def is_shown(count: int) -> bool:
         time.sleep(0.5)  # each look starts a process
@@ -159,6 +161,7 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
     # Each line once, in the segment of the start that has printed it.
     assert "".join(map(printed, segments(run))) == (run / "log.txt").read_text()
     assert "Continuing" in printed(last)
+    assert [count for segment in segments(run) for _, count in history(segment, "run/processes")] == [1, 2]
 
 
 def test_a_failure_is_told_and_shown_and_so_are_skipped_steps(tmp_path: Path) -> None:
@@ -224,19 +227,25 @@ def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures
     begun = [next(r["run"] for r in segment if r["type"] == "run") for segment in (training, samples, evaluation)]
     assert [record["job_type"] for record in begun] == ["train", "sample", "evaluate"]
     assert {record["run_group"] for record in begun} == {"1d/a"}
-    assert begun[0]["config"]["update"]["train"]["batch-size"] == 64
+    asked = begun[0]["config"]["update"]
+    assert asked["train"]["batch-size"] == 64
+    facts = ("experiment", "nodes", "processes", "precision", "device", "git-commit")
+    commit = json.loads((run / "launch.json").read_text())["git_commit"]
+    assert [asked[name] for name in facts] == ["1d", 1, 1, "fp32", "cpu", commit]
+    network = load_file(run / "checkpoints" / "step-00000030" / "model.safetensors")
+    assert asked["parameters"] == sum(tensor.numel() for tensor in network.values())
     settings = begun[1]["config"]["update"]
     named = ("sampler", "steps", "num-samples", "checkpoint", "weights")
     assert [settings[name] for name in named] == ["dpm++", 30, 100_000, 30, "ema"]
-    assert len(history(training, "figures/samples._type")) == 1
+    assert len(history(training, "results/samples._type")) == 1
     _, config = RunFolder(run).read_experiment()
-    assert {value for _, value in history(training, "train/exact_floor")} == {config.build().loss_floor()}
-    assert history(samples, "sample/done")[-1] == (100_000, 1)
-    assert len(history(samples, "sample/grid._type")) == 1
+    assert {value for _, value in history(training, "loss/floor")} == {config.build().loss_floor()}
+    assert history(samples, "run/done")[-1] == (100_000, 1)
+    assert len(history(samples, "generated/grid._type")) == 1
     metrics = json.loads((run / "samples" / "s" / "metrics.json").read_text())["metrics"]
-    assert history(evaluation, "evaluate/w1") == [(30, metrics["w1"]["value"])]
-    assert history(evaluation, "floor/w1") == [(30, metrics["w1"]["floor"])]
-    assert len(history(evaluation, "evaluate/samplers._type")) == 1
+    assert history(evaluation, "quality/w1") == [(30, metrics["w1"]["value"])]
+    assert history(evaluation, "quality/w1_floor") == [(30, metrics["w1"]["floor"])]
+    assert len(history(evaluation, "results/samplers._type")) == 1
     for segment in (training, samples):
         assert sum(record["type"] == "artifact" for record in segment) == 1
         assert [record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] == [0]
@@ -412,9 +421,9 @@ def test_the_dashboard_names_what_the_lines_say() -> None:
     curves.row({**line, **bands})
     curves.row(skipped)
     row = curves.row({**line, **bands})
-    assert row["train/excess_loss"] == row["train/exact_floor"] == 0.25
-    assert row["train/clipped_share"] == pytest.approx(2 / 3)
-    assert row["train/skipped_steps"] == 1
+    assert row["loss/excess"] == row["loss/floor"] == 0.25
+    assert row["optimizer/clipped_share"] == pytest.approx(2 / 3)
+    assert row["optimizer/skipped_steps"] == 1
     assert row["loss_by_timestep/0250-0499"] == 1.0
     assert row["loss_by_timestep/0750-0999"] == 3.0
 

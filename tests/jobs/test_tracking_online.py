@@ -41,7 +41,7 @@ def test_each_node_of_a_job_shows_how_busy_it_is(
         follower.close(wait=True)
     assert said == []
     (rows,) = server.rows.values()
-    assert {row["step"] for row in rows.values() if "train/loss" in row} == set(range(1, 21))
+    assert {row["step"] for row in rows.values() if "loss/train" in row} == set(range(1, 21))
 
 
 def test_stop_on_the_page_cancels_the_run(server: type[Keeping], tmp_path: Path) -> None:  # noqa: F811
