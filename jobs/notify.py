@@ -14,11 +14,11 @@ import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from diffusion.errors import UserError
 from jobs.storage.run_folder import RunFolder, State
-from jobs.tracking.start import FollowerProcess
+from jobs.tracking.start import FollowerProcess, online_mark
 
 Event = Literal["finished", "failed", "hung"]
 WORDS: dict[Event, str] = {"finished": "is finished", "failed": "has failed", "hung": "hangs"}
@@ -52,8 +52,8 @@ def check(channels: Collection[str]) -> None:
 
 def rearm(run: RunFolder) -> None:
     """Forgets what has been told, because a person starts or continues the run."""
-    for event in get_args(Event):
-        _mark(run, event).unlink(missing_ok=True)
+    for mark in run.path.glob(".told-*"):
+        mark.unlink(missing_ok=True)
 
 
 def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str = "") -> None:
@@ -62,9 +62,8 @@ def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str =
     `say` gets what goes wrong; `detail` is a line for people.
     """
     try:
-        _, config = run.read_experiment()
         tried_again = event == "failed" and run.state() is not State.FAILED
-        if not config.tracking.notify or tried_again:
+        if not _channels(run, event) or tried_again:
             return
         try:
             # Only one of several processes can make it.
@@ -76,6 +75,19 @@ def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str =
         FollowerProcess("jobs.notify", [str(run.path), event, detail], say).close(wait=True)
     except Exception as error:
         say(f"Nobody is told that {run} {WORDS[event]} ({type(error).__name__})")
+
+
+def _channels(run: RunFolder, event: Event) -> list[str]:
+    """Those that the settings name. wandb alerts also where a run is tracked online and its settings want alerts.
+
+    That a run is finished is then said by the process that follows it, which is still there.
+    """
+    _, config = run.read_experiment()
+    named: list[str] = [*(config.tracking.notify or ())]
+    alerts = config.tracking.alerts
+    if alerts and event == "finished":
+        return [channel for channel in named if channel != "wandb"]
+    return named if "wandb" in named or not (alerts and online_mark(run).exists()) else [*named, "wandb"]
 
 
 def _mark(run: RunFolder, event: Event) -> Path:
@@ -141,7 +153,7 @@ def _wandb(run: RunFolder, message: Message) -> None:
     dashboard = open_part(run, message.event, "alert", message.facts)
     if not dashboard.is_shown:
         raise UserError("tracking is disabled")
-    dashboard.alert(message.title, message.text)
+    dashboard.alert(message.title, message.text, "INFO" if message.event == "finished" else "ERROR")
     dashboard.finish(0, preempted=False)
 
 
@@ -154,9 +166,8 @@ def main() -> None:
     signal.signal(signal.SIGALRM, lambda number, frame: leave())
     signal.alarm(END_S)
     run, event = RunFolder(Path(sys.argv[1])), next(event for event in WORDS if event == sys.argv[2])
-    _, config = run.read_experiment()
     message = compose(run, event, sys.argv[3])
-    for channel in config.tracking.notify or ():
+    for channel in _channels(run, event):
         try:
             SEND[channel](run, message)
         except UserError as error:

@@ -106,6 +106,9 @@ class TrackingSettings:
     """Steps between pictures of samples, drawn beside the training from its checkpoints; 0 is none."""
     checkpoints: bool = field(default=False, metadata=FREE)
     """Upload every checkpoint; the final weights are uploaded in any case."""
+    alerts: bool = field(default=True, metadata=FREE)
+    """Have wandb alert you (in Slack or by mail, as you have set it up there) when the run has finished or failed,
+    hangs, skips steps or makes no progress."""
     notify: tuple[Channel, ...] | None = field(default=None, metadata=FREE)
     """Tell people once that the run has finished, has failed or hangs: mail goes to $DIFFUSION_MAIL or to you on this
     machine, webhook posts JSON to $DIFFUSION_WEBHOOK, wandb sends an alert. None is as the profile says, or nobody."""

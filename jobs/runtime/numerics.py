@@ -129,6 +129,14 @@ def set_numerics(precision: Precision) -> None:
         torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+def uuid_of(device: torch.device) -> str | None:
+    """Returns what a GPU is called wherever it is seen from; None on a CPU, and where torch is too old to know it."""
+    if device.type != "cuda":
+        return None
+    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    return None if uuid is None else str(uuid)
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """Returns what the bytes of a result depend on besides its settings; each start records it."""
     found: dict[str, Any] = {

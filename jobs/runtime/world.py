@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in its __all__
 
 from jobs.runtime.job import JobError, MachineError, process_rank
-from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, whereabouts
+from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, uuid_of, whereabouts
 
 T = TypeVar("T")
 
@@ -59,6 +59,13 @@ class World:
             dist.broadcast_object_list(box, src=0)
             value = box[0]
         return value
+
+    def of_all(self, value: T) -> list[T]:
+        """Returns the values of all processes, in their order; every process must call it."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def reduce_max(self, value: int) -> Callable[[], int]:
         """Starts a maximum over all processes; calling what it returns waits for the result."""
@@ -153,7 +160,8 @@ def _check_own_gpus(accelerator: Accelerator) -> None:
     """
     gpu = torch.cuda.get_device_properties(accelerator.device)
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"gpu-of-{accelerator.process_index}", f"{gpu.name}, {getattr(gpu, 'uuid', accelerator.process_index)}")
+    uuid = uuid_of(accelerator.device) or accelerator.process_index
+    store.set(f"gpu-of-{accelerator.process_index}", f"{gpu.name}, {uuid}")
     gpus = [store.get(f"gpu-of-{rank}").decode() for rank in range(accelerator.num_processes)]
     for rank, name in enumerate(gpus):
         if " MIG " in name:

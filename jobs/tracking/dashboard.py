@@ -3,16 +3,19 @@
 import contextlib
 import os
 import re
+import subprocess
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jobs.tracking.identity import Identity, short
+from jobs.tracking.identity import Identity, Machine, short
 
 Say = Callable[[str], None]
-Mode = Literal["online", "offline", "disabled"]
+Mode = Literal["online", "offline", "disabled", "shared"]
+
+Level = Literal["INFO", "WARN", "ERROR"]
 
 ANSWER_S = 3.0
 """How long a server may take to answer before a run is tracked offline."""
@@ -20,6 +23,11 @@ FLUSH_S = 1.0
 """After so many seconds a value is on the disk; a kill loses the values of the last seconds."""
 FINISH_S = 12.0
 """Sending the end of a run may take so many seconds."""
+
+ALERT_S = 3600.0
+"""An alert is repeated after so many seconds at the earliest."""
+MAX_TITLE = 63
+"""wandb takes no longer titles of alerts."""
 
 MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What each value of $WANDB_MODE means."""
@@ -30,6 +38,8 @@ class Dashboard(ABC):
 
     is_shown: ClassVar[bool] = True
     """Whether anything is shown at all."""
+    is_online: bool = False
+    """Whether it is sent while it happens."""
 
     @abstractmethod
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -40,11 +50,15 @@ class Dashboard(ABC):
         """Pictures of a step."""
 
     @abstractmethod
+    def write(self, lines: str) -> None:
+        """Lines that the job has printed."""
+
+    @abstractmethod
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
         """An artifact of files under `root`; `in_place` for files that stay as they are until they are sent."""
 
     @abstractmethod
-    def alert(self, title: str, text: str) -> None:
+    def alert(self, title: str, text: str, level: Level) -> None:
         """A message that wandb passes on to people, as they have set it up there."""
 
     @abstractmethod
@@ -59,16 +73,18 @@ class NoDashboard(Dashboard):
 
     def log(self, step: int, values: Mapping[str, Any]) -> None: ...
     def show(self, step: int, pictures: Mapping[str, Path]) -> None: ...
+    def write(self, lines: str) -> None: ...
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None: ...
-    def alert(self, title: str, text: str) -> None: ...
+    def alert(self, title: str, text: str, level: Level) -> None: ...
     def finish(self, exit_code: int, preempted: bool) -> None: ...
 
 
 class Wandb(Dashboard):
     """A run of wandb, or a further segment of it."""
 
-    def __init__(self, identity: Identity, mode: Mode, say: Say) -> None:
-        self._say = say
+    def __init__(self, identity: Identity, mode: Mode, say: Say, stop: Callable[[], None]) -> None:
+        """`stop` is called, in a thread of wandb's, when somebody presses Stop on the run's page."""
+        self._say, self._stop = say, stop
         # Copies of artifacts lie in the run's folder, not in the user's home.
         os.environ.setdefault("WANDB_DATA_DIR", str(identity.folder / "wandb"))
         os.environ.setdefault("WANDB_CACHE_DIR", str(identity.folder / "wandb"))
@@ -78,13 +94,15 @@ class Wandb(Dashboard):
         try:
             self._run = self._start(identity, mode)
         except Exception as error:
-            if mode == "offline":
+            if mode == "offline" or not _is_first(identity):
                 raise
             say(f"wandb does not start online ({first_line(error)}). {_offline(identity.folder)}")
             wandb.teardown(1)  # in whose process the id would still be in use
-            self._run = self._start(identity, "offline")
+            mode = "offline"
+            self._run = self._start(identity, mode)
+        self.is_online = mode != "offline"
         self._run.define_metric("*", step_metric="step")
-        self._run.define_metric("train/loss", step_metric="step", summary="min,last")
+        self._run.define_metric("loss/train", step_metric="step", summary="min,last")
         self._run.define_metric("speed/images_per_s", step_metric="step", summary="max,last")
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
@@ -94,6 +112,9 @@ class Wandb(Dashboard):
         images = {name: self._wandb.Image(str(path)) for name, path in pictures.items()}
         self._run.log({"step": step, **images})
 
+    def write(self, lines: str) -> None:
+        self._run.write_logs(lines)
+
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
         artifact = self._wandb.Artifact(short(name), kind)
         for path in files:
@@ -101,8 +122,9 @@ class Wandb(Dashboard):
             artifact.add_file(str(path), name=str(path.relative_to(root)), skip_cache=True, policy=policy)
         self._run.log_artifact(artifact)
 
-    def alert(self, title: str, text: str) -> None:
-        self._run.alert(title=title, text=text)
+    def alert(self, title: str, text: str, level: Level) -> None:
+        cut = title if len(title) <= MAX_TITLE else f"...{title[3 - MAX_TITLE :]}"
+        self._run.alert(title=cut, text=text, level=level, wait_duration=ALERT_S)
 
     def finish(self, exit_code: int, preempted: bool) -> None:
         if preempted:
@@ -135,8 +157,11 @@ class Wandb(Dashboard):
                 disable_code=True,
                 disable_git=True,
                 disable_job_creation=True,
-                x_disable_stats=True,
                 x_save_requirements=False,
+                x_primary=_is_first(identity),
+                x_update_finish_state=_is_first(identity),
+                stop_fn=self._stop,
+                **_watching(identity.machine, identity.folder),
                 x_transaction_log_flush_interval=FLUSH_S,
                 init_timeout=FINISH_S,
                 finish_timeout=FINISH_S,
@@ -145,8 +170,47 @@ class Wandb(Dashboard):
         )
 
 
-def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
-    """The dashboard that `tracking.mode` asks for; says so where it is offline without having been asked."""
+def _is_first(identity: Identity) -> bool:
+    """Whether this process alone shows the run; otherwise it adds how busy another node is."""
+    return identity.machine is None or identity.machine.is_first
+
+
+def _watching(machine: Machine | None, folder: Path) -> dict[str, Any]:
+    """Returns wandb's settings for what System shows: the processes and GPUs of the job, and the disk of its run."""
+    if machine is None:
+        return {"x_disable_stats": True}
+    disk = next(path for path in (folder, *folder.parents) if path.is_mount())
+    return {
+        "x_stats_pid": machine.pid,
+        "x_stats_track_process_tree": machine.tree,
+        "x_stats_gpu_device_ids": _gpu_numbers(machine.gpus),
+        "x_stats_disk_paths": [str(disk)],
+        "x_label": machine.node if machine.nodes > 1 else None,
+    }
+
+
+def _gpu_numbers(uuids: Sequence[str]) -> list[int] | None:
+    """Returns the numbers by which the driver knows the GPUs, None (for wandb: all) if it does not know each of them.
+
+    torch's numbers are others where CUDA_VISIBLE_DEVICES hides some.
+    """
+    if not uuids:
+        return [-1]  # no GPU has this number; an empty list would mean all
+    try:
+        command = ["nvidia-smi", "--query-gpu=index,uuid", "--format=csv,noheader"]
+        printed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [line.split(", ") for line in printed.splitlines()]
+    found = [int(number) for number, uuid in rows if uuid.strip().removeprefix("GPU-") in uuids]
+    return found if len(found) == len(uuids) else None
+
+
+def open_dashboard(identity: Identity, asked: str, say: Say, stop: Callable[[], None] = lambda: None) -> Dashboard:
+    """The dashboard that `tracking.mode` asks for; says so where it is offline without having been asked.
+
+    The first process of several nodes shares the run with those that show how busy the other nodes are.
+    """
     habit = os.environ.pop("WANDB_MODE", "")  # wandb itself does not start with a value that it does not know
     if asked == "auto":
         asked = MODES.get(habit, asked)
@@ -164,7 +228,9 @@ def open_dashboard(identity: Identity, asked: str, say: Say) -> Dashboard:
             say(f"wandb is offline: {problem}. {_offline(identity.folder)}")
         asked = "online" if problem is None else "offline"
     os.environ["WANDB_MODE"] = asked  # for a second attempt of this process
-    return Wandb(identity, MODES[asked], say)
+    mode = MODES[asked]
+    shares = mode == "online" and identity.machine is not None and identity.machine.nodes > 1
+    return Wandb(identity, "shared" if shares else mode, say, stop)
 
 
 def _take_out_wrong_variables() -> list[str]:

@@ -24,10 +24,10 @@ class EvaluationFollower:
         """Passes on everything; the step is that of the weights, so that evaluations of a run make a curve."""
         step = self._results["protocol"]["samples"]["step"]
         metrics = self._results["metrics"].items()
-        floors = {f"floor/{name}": metric["floor"] for name, metric in metrics}
-        self._dashboard.log(step, {**{f"evaluate/{name}": metric["value"] for name, metric in metrics}, **floors})
+        floors = {f"quality/{name}_floor": metric["floor"] for name, metric in metrics}
+        self._dashboard.log(step, {**{f"quality/{name}": metric["value"] for name, metric in metrics}, **floors})
         pictures = sorted(self._folder.glob("*.png"))
-        self._dashboard.show(step, {f"evaluate/{path.stem}": path for path in pictures})
+        self._dashboard.show(step, {f"results/{path.stem}": path for path in pictures})
         self._dashboard.finish(0, preempted=False)
 
 

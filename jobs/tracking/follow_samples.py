@@ -32,7 +32,7 @@ class SampleFollower:
             seconds = times[done - 1] - times[first]
             samples = min(done * self._shard_size, total)
             rate = (samples - (first + 1) * self._shard_size) / seconds if seconds > 0 else None
-            self._dashboard.log(samples, {"sample/done": samples / total, "sample/samples_per_s": rate})
+            self._dashboard.log(samples, {"run/done": samples / total, "speed/samples_per_s": rate})
         self._sent = len(times)
 
     def end(self) -> None:
@@ -40,7 +40,7 @@ class SampleFollower:
         self.look()
         manifest = self._manifest()
         if manifest["complete"]:
-            pictures = {f"sample/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
+            pictures = {f"generated/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
             self._dashboard.show(manifest["num_samples"], pictures)
             self._dashboard.keep(
                 f"{self._run.path.name}-samples",

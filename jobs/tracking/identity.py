@@ -1,4 +1,4 @@
-"""What a run, its samples and its evaluations are called in wandb."""
+"""What a run, its samples and its evaluations are called in wandb, and what of a machine belongs to them."""
 
 import dataclasses
 import hashlib
@@ -9,6 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from jobs.storage.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The processes and GPUs of a job on one node, whose use of it wandb's section System shows."""
+
+    pid: int
+    tree: bool
+    """Whether all processes that `pid` has started belong to the job, not `pid` alone."""
+    gpus: Sequence[str]
+    """Their UUIDs."""
+    node: str
+    nodes: int
+    """Of the job."""
+    is_first: bool
+    """Whether the process that writes the run's files is on this node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +41,12 @@ class Identity:
     tags: Sequence[str]
     config: Mapping[str, Any]
     """Settings and facts; wandb shows them under the names of the command line."""
+    machine: Machine | None = None
+    """What is shown under System; None is nothing."""
 
 
+FACTS = ("device", "gpu", "nodes", "precision", "processes", "threads", "parameters", "torch")
+"""What of a training's last start one filters runs by."""
 MAX_NAME = 128
 """wandb refuses longer names."""
 
@@ -43,11 +63,11 @@ def ensure_id(run: RunFolder) -> None:
         (run.path / ".tracking.json").unlink(missing_ok=True)  # how far the run with another id had got
 
 
-def of_training(run: RunFolder, start: Mapping[str, Any]) -> Identity:
+def of_training(run: RunFolder, start: Mapping[str, Any], machine: Machine) -> Identity:
     """Returns the identity of a training; `start` is the line of timing.jsonl that its present start has written."""
     experiment, settings = run.read_experiment()
     launch = run.read_launch()
-    facts = {name: start[name] for name in ("device", "gpu", "precision", "processes", "threads") if name in start}
+    facts = {name: start[name] for name in FACTS if name in start}
     about = {"experiment": experiment, "git_commit": launch.get("git_commit"), "job_ids": launch.get("job_ids", [])}
     return Identity(
         folder=run.path,
@@ -58,6 +78,7 @@ def of_training(run: RunFolder, start: Mapping[str, Any]) -> Identity:
         job_type="train",
         tags=[experiment, str(start.get("device", ""))],
         config={**dataclasses.asdict(settings), **about, **facts},
+        machine=machine,
     )
 
 

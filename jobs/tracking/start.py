@@ -1,24 +1,32 @@
 """Starts the processes that follow a job. wandb works in them, so it can neither slow nor stop a training."""
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from jobs.runtime.signals import SIGNALS
 from jobs.storage.ownership import Ownership
 from jobs.storage.provenance import ROOT
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.identity import ensure_id
+from jobs.tracking.identity import Machine, ensure_id
 
 Say = Callable[[str], None]
 
 PATIENCE_S = 30.0
 """Seconds that a finished job waits for its follower, which gives up earlier by itself."""
+
+
+def online_mark(run: RunFolder) -> Path:
+    """Returns the file that is there if the last start was tracked online; it holds the token of that start."""
+    return run.path / ".tracking-online"
 
 
 class FollowerProcess:
@@ -60,10 +68,35 @@ class FollowerProcess:
                 self._process.wait(PATIENCE_S)
 
 
-def follow_training(run: RunFolder, owner: Ownership, say: Say) -> FollowerProcess:
-    """Follows a training until it is closed."""
-    ensure_id(run)
-    return FollowerProcess("jobs.tracking.follow_training", [str(run.path), owner.token], say)
+def machine_of(processes: Sequence[tuple[str, str | None]], rank: int) -> Machine | None:
+    """Returns what belongs to the job on this node if this process is the first one there, otherwise None.
+
+    `processes` are the node and the GPU (its UUID) of each process of the job.
+    """
+    nodes = [node for node, _ in processes]
+    own = nodes[rank]
+    if nodes.index(own) != rank:
+        return None
+    # All processes of a node have one parent, which only waits for them: the launcher, or Slurm's slurmstepd. Where
+    # other users' processes are hidden, that one is.
+    parent = os.getppid()
+    tree = nodes.count(own) > 1 and Path(f"/proc/{parent}/stat").exists()
+    return Machine(
+        pid=parent if tree else os.getpid(),
+        tree=tree,
+        gpus=[gpu for node, gpu in processes if node == own and gpu is not None],
+        node=own,
+        nodes=len(set(nodes)),
+        is_first=rank == 0,
+    )
+
+
+def follow_training(run: RunFolder, owner: Ownership, machine: Machine, say: Say) -> FollowerProcess:
+    """Follows a training until it is closed; on a node that is not the job's first, only how busy that node is."""
+    if machine.is_first:
+        ensure_id(run)
+    arguments = [str(run.path), owner.token, json.dumps(dataclasses.asdict(machine))]
+    return FollowerProcess("jobs.tracking.follow_training", arguments, say)
 
 
 @contextmanager

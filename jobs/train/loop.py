@@ -10,8 +10,8 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, SAVING, START, Watchdog
 from jobs.runtime.cuda_graphs import not_captured
-from jobs.runtime.job import JobError, MachineError, Requeue
-from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, whereabouts
+from jobs.runtime.job import JobError, MachineError, Requeue, process_node
+from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, uuid_of, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, StopVote
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
@@ -20,8 +20,9 @@ from jobs.storage.records import last_start, precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.tables import short
+from jobs.tracking.start import machine_of
 from jobs.train.ema import decay_at
-from jobs.train.recorder import NoRecorder, Recorder, RunRecorder
+from jobs.train.recorder import NodeRecorder, NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -50,21 +51,25 @@ def train(
     step, owner = take_over(training, run, console)
     if step:
         training.restore(checkpoints.load(run.checkpoints, step))
-    recorder: Recorder = NoRecorder()
+    here = machine_of(world.of_all((process_node(), uuid_of(world.device))), world.rank)
+    recorder: Recorder = NodeRecorder(run, owner, here) if here is not None else NoRecorder()
     if world.rank == 0:
+        assert here is not None
         advise(training, EXPERIMENTS[experiment].cpu_advice, console)
         machine = {
             "processes": processes,
+            "nodes": here.nodes,
             "grad_shards": training.shards,
             "precision": precision,
             "steps": settings.steps,
             "micro_batch_size": settings.micro_batch_size,
+            "parameters": sum(p.numel() for p in training.raw.network.parameters()),
             **facts(world.device),
         }
         before = {"grad_shards": before.get("processes"), **before}  # as older versions cut the batch
         if step and (differences := changes(before, machine)):
             console.say(differences)
-        recorder = RunRecorder(run, training, owner, console, requeue is not None, machine)
+        recorder = RunRecorder(run, training, owner, console, requeue is not None, machine, here)
     try:
         recorder.start()
         if training.step < settings.steps:

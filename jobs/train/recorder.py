@@ -20,6 +20,7 @@ from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 from jobs.terminal.tables import short
+from jobs.tracking.identity import Machine
 from jobs.tracking.start import FollowerProcess, follow_training
 from jobs.train.state import Training
 
@@ -81,6 +82,22 @@ class NoRecorder(Recorder):
         return True
 
 
+class NodeRecorder(NoRecorder):
+    """Records only how busy its node is: for the first process of a node that is not the job's first."""
+
+    def __init__(self, run: RunFolder, owner: Ownership, machine: Machine) -> None:
+        self._run, self._owner, self._machine = run, owner, machine
+        self._follower: FollowerProcess | None = None
+
+    def start(self) -> None:
+        # What is said of another node belongs to no log.
+        self._follower = follow_training(self._run, self._owner, self._machine, say=lambda text: None)
+
+    def close(self) -> None:
+        if self._follower is not None:
+            self._follower.close(wait=False)
+
+
 class RunRecorder(Recorder):
     """Writes a run's checkpoints, metrics, timing and heartbeat, and shows its progress."""
 
@@ -92,9 +109,11 @@ class RunRecorder(Recorder):
         console: Console,
         on_slurm: bool,
         facts: dict[str, Any],
+        machine: Machine,
     ) -> None:
         settings = training.settings
         self._run, self._training, self._console, self._facts = run, training, console, facts
+        self._machine = machine
         self._owner = owner
         self._status = Status(run, owner, settings.steps, on_slurm)
         # Before Metrics cuts lines: how far a job has come that was killed.
@@ -120,7 +139,7 @@ class RunRecorder(Recorder):
         heard = {"heard": self._status.previous["updated"]} if "updated" in self._status.previous else {}
         append_timing(self._run, {**marks, **account, **heard, **self._facts})
         self._status.write(step=step)
-        self._follower = follow_training(self._run, self._owner, self._console.say)
+        self._follower = follow_training(self._run, self._owner, self._machine, self._console.say)
 
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:

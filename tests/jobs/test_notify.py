@@ -12,7 +12,7 @@ import pytest
 
 from jobs import notify
 from jobs.storage.run_folder import RunFolder
-from tests.jobs.test_tracking import segments
+from tests.jobs.test_tracking import alerts, segments
 from tests.launching import NO_FIGURES, TINY, Finished, interrupt, launch, sentence, start, steps_logged, wait_until
 
 SECRET = "services/T0/xoxb-secret"
@@ -143,12 +143,11 @@ def test_a_server_that_is_slow_or_refuses_does_not_fail_a_run(tmp_path: Path, ma
     assert mail.read_text().count("is finished") == 2
 
 
-def test_wandb_gets_an_alert_in_a_run_of_its_own(tmp_path: Path, server: Server) -> None:
+def test_wandb_gets_one_alert(tmp_path: Path, server: Server) -> None:
     ended = train(tmp_path, server, "--train.steps", 20, channels="wandb", WANDB_MODE="offline")
     assert ended.code == 0
     shown = segments(tmp_path / "runs" / "1d" / "a")
-    alerts = [record["alert"] for run in shown for record in run if record["type"] == "alert"]
-    assert [alert["title"] for alert in alerts] == ["1d/a is finished"]
+    assert [title for segment in shown for title in alerts(segment)] == ["1d/a is finished"]
 
 
 def test_only_one_of_several_who_notice_tells(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ class Keeping(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     rows: ClassVar[dict[str, dict[int, dict[str, Any]]]] = defaultdict(dict)
+    events: ClassVar[list[dict[str, Any]]] = []
+    is_stopped: ClassVar[bool] = False
     streams: ClassVar[list[str]] = []
 
     def handle(self) -> None:
@@ -41,8 +43,11 @@ class Keeping(BaseHTTPRequestHandler):
             run = self.path.split("/")[-2]
             self.streams.append(run)
             lines = (asked.get("files") or {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+            self.events.extend(
+                map(json.loads, (asked.get("files") or {}).get("wandb-events.jsonl", {}).get("content", []))
+            )
             self.rows[run].update({lines["offset"] + i: json.loads(line) for i, line in enumerate(lines["content"])})
-            self._answer({})
+            self._answer({"stopped": self.is_stopped})
         else:
             self._answer(self._graphql(asked.get("query", ""), asked.get("variables") or {}))
 
@@ -100,6 +105,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Keeping]]:
     """A server, and an environment in which wandb finds it."""
     Keeping.rows.clear()
     Keeping.streams.clear()
+    Keeping.events.clear()
+    Keeping.is_stopped = False
     with serving(Keeping) as address:
         monkeypatch.setenv("WANDB_BASE_URL", address)
         monkeypatch.setenv("WANDB_API_KEY", KEY)
@@ -109,7 +116,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Keeping]]:
 def steps_of(rows: dict[int, dict[str, Any]]) -> list[int]:
     """The steps of the losses that the server has, in their order; no position is empty."""
     assert sorted(rows) == list(range(len(rows)))
-    return [row["step"] for _, row in sorted(rows.items()) if "train/loss" in row]
+    return [row["step"] for _, row in sorted(rows.items()) if "loss/train" in row]
 
 
 def begin(root: Path, steps: int, *, after: int) -> Process:
@@ -135,7 +142,7 @@ def test_all_segments_are_sent_in_order_and_once(server: type[Keeping], tmp_path
     assert "wandb has 3 of 3 segments." in sent.out
     assert steps_of(server.rows[name]) == list(range(1, 4001))
     (samples,) = set(server.rows) - {name}
-    assert [row["sample/done"] for row in server.rows[samples].values() if "sample/done" in row] == [1]
+    assert [row["run/done"] for row in server.rows[samples].values() if "run/done" in row] == [1]
     server.streams.clear()
     again = done("sync", "1d/a", cwd=tmp_path)
     assert again.out == "runs/1d/a: wandb has 3 of 3 segments.\n"

@@ -3,25 +3,33 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from jobs import notify
+from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.dashboard import why_not_online
-from jobs.tracking.follow_training import Curves
+from jobs.tracking import follow_training
+from jobs.tracking.dashboard import Level, NoDashboard, why_not_online
+from jobs.tracking.follow_training import Curves, TrainingFollower
+from jobs.tracking.identity import Machine
 from jobs.train.state import LOSS_BANDS, band_sums
 from tests.launching import (
     NO_FIGURES,
@@ -30,6 +38,7 @@ from tests.launching import (
     done,
     finish,
     interrupt,
+    launch,
     relatives,
     start,
     status,
@@ -58,6 +67,26 @@ def history(segment: list[dict[str, Any]], name: str) -> list[tuple[int, Any]]:
     return [(item["step"], item[name]) for item in items if name in item]
 
 
+def system(segment: list[dict[str, Any]], name: str) -> list[float]:
+    """All values of a quantity of the machine, in order."""
+    items = [record["stats"]["item"] for record in segment if record["type"] == "stats"]
+    return [item[name] for item in items if name in item]
+
+
+def printed(segment: list[dict[str, Any]]) -> str:
+    """What the page's Logs hold."""
+    return "".join(record["output_logger"]["line"] for record in segment if record["type"] == "output_logger")
+
+
+def alerts(segment: list[dict[str, Any]]) -> list[str]:
+    return [record["alert"]["title"] for record in segment if record["type"] == "alert"]
+
+
+def resident_mb(pid: int) -> float:
+    """The memory that a process uses, as the kernel counts it."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
 def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
     """One id in all segments; every logged step is there, with the values of metrics.jsonl however often it is there.
 
@@ -67,11 +96,11 @@ def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
     ids = {record["run"]["run_id"] for segment in found for record in segment if record["type"] == "run"}
     assert ids == {json.loads((run / "launch.json").read_text())["wandb_id"]}
     lines = {line["step"]: line for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())}
-    for name, key in (("train/loss", "loss"), ("train/gradient_norm", "grad_norm")):
+    for name, key in (("loss/train", "loss"), ("optimizer/gradient_norm", "grad_norm")):
         rows = [row for segment in found for row in history(segment, name)]
         assert {step for step, _ in rows} == lines.keys()
         assert [row for row in rows if row[1] != lines[row[0]][key]] == []
-    return [history(segment, "train/loss") for segment in found]
+    return [history(segment, "loss/train") for segment in found]
 
 
 def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
@@ -108,6 +137,86 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     assert rows == [times["redone_steps"], pytest.approx(times["seconds"]["useful"], rel=0.01)]
 
 
+def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--train.grad-shards", "2", "--name", "a")
+    command = (*command, "--train.log-every", "1000")
+
+    def is_shown(count: int) -> bool:
+        time.sleep(0.5)  # each look starts a process
+        found = segments(run)
+        return len(found) == count and len(system(found[-1], "cpu")) > 1
+
+    for restarts, processes in ((1, 1), (2, 2)):
+        env = {"WANDB_X_STATS_SAMPLING_INTERVAL": "0.5", **OFFLINE}
+        process = start(*command, "--device", "cpu", "--gpus", processes, cwd=tmp_path, **env)
+        wait_until(lambda n=restarts: is_shown(n))
+        used = sum(map(resident_mb, relatives(process)))
+        alone = resident_mb(status(run)["pid"])
+        assert interrupt(process, signal.SIGTERM).code == 130
+    last = segments(run)[-1]
+    assert max(system(last, "proc.memory.rssMB")) == pytest.approx(used, rel=0.3)
+    assert used > 2 * alone
+    assert max(system(last, "cpu")) > 0
+    # Each line once, in the segment of the start that has printed it.
+    assert "".join(map(printed, segments(run))) == (run / "log.txt").read_text()
+    assert "Continuing" in printed(last)
+    assert [count for segment in segments(run) for _, count in history(segment, "run/processes")] == [1, 2]
+
+
+def test_a_failure_is_told_and_shown_and_so_are_skipped_steps(tmp_path: Path) -> None:
+    explode = ("--train.lr", "1e30", "--train.warmup-steps", "0", "--train.steps", "200", "--name", "a")
+    ended = launch("train", "1d", *TINY, *explode, "--tracking.notify", "wandb", cwd=tmp_path, **OFFLINE)
+    assert ended.code == 1
+    training, told = segments(tmp_path / "runs" / "1d" / "a")
+    assert "was not finite in the 5 steps" in printed(training)
+    assert [alerts(training), alerts(told)] == [["1d/a skips steps"], ["1d/a has failed"]]
+
+
+class Shown(NoDashboard):
+    """Keeps the alerts."""
+
+    is_shown = True
+
+    def __init__(self) -> None:
+        self.alerts: list[str] = []
+
+    def alert(self, title: str, text: str, level: Level) -> None:
+        self.alerts.append(f"{title}: {text.splitlines()[0]}")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a Tail is open as long as its process lives
+def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **NO_FIGURES)
+    run = RunFolder(tmp_path / "runs" / "1d" / "a")
+    monkeypatch.setattr(follow_training, "STUCK_S", 0.0)
+    experiment, config = run.read_experiment()
+    here = Machine(pid=os.getpid(), tree=False, gpus=[], node="n1", nodes=1, is_first=True)
+
+    def follow(*, asked: bool, steps: int) -> list[str]:
+        """The alerts while a follower looks at the run twice and sees its end."""
+        shown, tracking = Shown(), replace(config.tracking, alerts=asked, samples_every=0)
+        run.write_experiment(experiment, replace(config, tracking=tracking, train=replace(config.train, steps=steps)))
+        monkeypatch.setattr(follow_training, "open_dashboard", lambda *_: shown)
+        follower = TrainingFollower(run, Ownership.take(run.path), here, attempt=1)
+        for look in (follower.look, follower.look, follower.look, follower.end):
+            look()
+        follower._stop()
+        return shown.alerts
+
+    assert follow(asked=False, steps=100) == []
+    notify.rearm(run)
+    (stuck, finished) = follow(asked=True, steps=100)
+    assert stuck.startswith("1d/a makes no progress: It has been at step 20 ")
+    assert finished.startswith("1d/a is finished: step 20, loss ")
+    assert follow(asked=True, steps=20) == []
+    # A server that still says Stop when the run goes on is not obeyed again.
+    said = capsys.readouterr().out.splitlines()
+    assert ["Stop was pressed" in line for line in said] == [True, False, False]
+
+
 def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     small = ("--train.steps", "30", "--diffusion.timesteps", "30", "--name", "a")
@@ -118,19 +227,25 @@ def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures
     begun = [next(r["run"] for r in segment if r["type"] == "run") for segment in (training, samples, evaluation)]
     assert [record["job_type"] for record in begun] == ["train", "sample", "evaluate"]
     assert {record["run_group"] for record in begun} == {"1d/a"}
-    assert begun[0]["config"]["update"]["train"]["batch-size"] == 64
+    asked = begun[0]["config"]["update"]
+    assert asked["train"]["batch-size"] == 64
+    facts = ("experiment", "nodes", "processes", "precision", "device", "git-commit")
+    commit = json.loads((run / "launch.json").read_text())["git_commit"]
+    assert [asked[name] for name in facts] == ["1d", 1, 1, "fp32", "cpu", commit]
+    network = load_file(run / "checkpoints" / "step-00000030" / "model.safetensors")
+    assert asked["parameters"] == sum(tensor.numel() for tensor in network.values())
     settings = begun[1]["config"]["update"]
     named = ("sampler", "steps", "num-samples", "checkpoint", "weights")
     assert [settings[name] for name in named] == ["dpm++", 30, 100_000, 30, "ema"]
-    assert len(history(training, "figures/samples._type")) == 1
+    assert len(history(training, "results/samples._type")) == 1
     _, config = RunFolder(run).read_experiment()
-    assert {value for _, value in history(training, "train/exact_floor")} == {config.build().loss_floor()}
-    assert history(samples, "sample/done")[-1] == (100_000, 1)
-    assert len(history(samples, "sample/grid._type")) == 1
+    assert {value for _, value in history(training, "loss/floor")} == {config.build().loss_floor()}
+    assert history(samples, "run/done")[-1] == (100_000, 1)
+    assert len(history(samples, "generated/grid._type")) == 1
     metrics = json.loads((run / "samples" / "s" / "metrics.json").read_text())["metrics"]
-    assert history(evaluation, "evaluate/w1") == [(30, metrics["w1"]["value"])]
-    assert history(evaluation, "floor/w1") == [(30, metrics["w1"]["floor"])]
-    assert len(history(evaluation, "evaluate/samplers._type")) == 1
+    assert history(evaluation, "quality/w1") == [(30, metrics["w1"]["value"])]
+    assert history(evaluation, "quality/w1_floor") == [(30, metrics["w1"]["floor"])]
+    assert len(history(evaluation, "results/samplers._type")) == 1
     for segment in (training, samples):
         assert sum(record["type"] == "artifact" for record in segment) == 1
         assert [record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] == [0]
@@ -306,9 +421,9 @@ def test_the_dashboard_names_what_the_lines_say() -> None:
     curves.row({**line, **bands})
     curves.row(skipped)
     row = curves.row({**line, **bands})
-    assert row["train/excess_loss"] == row["train/exact_floor"] == 0.25
-    assert row["train/clipped_share"] == pytest.approx(2 / 3)
-    assert row["train/skipped_steps"] == 1
+    assert row["loss/excess"] == row["loss/floor"] == 0.25
+    assert row["optimizer/clipped_share"] == pytest.approx(2 / 3)
+    assert row["optimizer/skipped_steps"] == 1
     assert row["loss_by_timestep/0250-0499"] == 1.0
     assert row["loss_by_timestep/0750-0999"] == 3.0
 
