@@ -12,6 +12,7 @@ from tyro.conf import CascadeSubcommandArgs, arg, subcommand
 from commands.doctor import Doctor
 from commands.drill import Drill
 from commands.evaluate import Evaluate
+from commands.report import Report
 from commands.sample import Sample
 from commands.sweep import Sweep
 from commands.train import Resume, Train
@@ -39,6 +40,7 @@ def main() -> int:
         Annotated[Logs, subcommand("logs")],
         Annotated[Cancel, subcommand("cancel")],
         Annotated[Sync, subcommand("sync")],
+        Annotated[Report, subcommand("report")],
         Annotated[Doctor, subcommand("doctor")],
         Annotated[Sweep, subcommand("sweep")],
         Annotated[Drill, subcommand("drill")],

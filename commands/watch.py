@@ -39,16 +39,16 @@ class Status:
         named = self.run is not None and not Path(self.run).is_dir()  # an existing folder is a run
         points = sweep.runs_of(str(self.run), self.runs_dir) if named else []
         if points:
-            entries = sweep.by_loss(points, _ask_slurm(states.newest_jobs(points)))
+            entries = sweep.by_loss(points, ask_slurm(states.newest_jobs(points)))
             print(json.dumps(entries, indent=2) if self.json else sweep.render(entries, width))
             return 0
         if self.run is not None:
             run = run_folder.find(self.run, self.runs_dir)
-            shown = detail.describe(run, _ask_slurm(detail.all_jobs(run)))
+            shown = detail.describe(run, ask_slurm(detail.all_jobs(run)))
             print(json.dumps(shown, indent=2) if self.json else detail.render(shown, width))
             return 0
         runs = listing.runs(self.runs_dir)
-        jobs = _ask_slurm(states.newest_jobs(runs))
+        jobs = ask_slurm(states.newest_jobs(runs))
         found = listing.by_last_update(states.summarize(run, jobs) for run in runs)
         if self.json:
             print(json.dumps([asdict(entry) for entry in found], indent=2))
@@ -82,7 +82,7 @@ class Logs:
             nonlocal jobs
             job_id, lives = states.newest_job(states.read_launch(run)), states.lives(run)
             if job_id is not None and pace.is_due(lives, job_id):
-                jobs = _ask_slurm([job_id])
+                jobs = ask_slurm([job_id])
             return (job_id is not None and lives is True) or states.is_alive(run, jobs)
 
         for text in logs.follow(run, is_alive, _say_aside):
@@ -132,10 +132,10 @@ class Sync:
 def _is_alive(run: RunFolder) -> bool:
     """Whether the run waits, runs or is coming to an end somewhere."""
     job_id = states.newest_job(states.read_launch(run))
-    return states.is_alive(run, None if job_id is None else _ask_slurm([job_id]))
+    return states.is_alive(run, None if job_id is None else ask_slurm([job_id]))
 
 
-def _ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
+def ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
     """Asks Slurm about the jobs; warns and returns None if it does not answer."""
     try:
         return queue.look(job_ids)

@@ -20,6 +20,21 @@ class Fault:
 
 
 FAULTS = [
+    # Pages about runs.
+    Fault(
+        "a report takes what users have written for HTML",
+        "jobs/report/page.py",
+        "autoescape=True",
+        "autoescape=False",
+        "tests/jobs/test_report.py::test_a_failure_is_shown_and_what_others_wrote_is_text_and_no_page",
+    ),
+    Fault(
+        "a report follows links out of the run's folder",
+        "jobs/report/pictures.py",
+        "if not path.is_relative_to(folder.resolve()):",
+        "if False:",
+        "tests/jobs/test_report.py::test_the_page_needs_no_network_and_holds_no_file_of_elsewhere",
+    ),
     # The mathematics.
     Fault(
         "ddpm adds the predicted noise instead of taking it away",

@@ -56,6 +56,8 @@ ARROWS = {
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.health", "jobs.sample"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    "jobs.report": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking", "jobs.watch"}
+    | {"jobs.evaluate"},
 }
 """What each room of diffusion/ and jobs/ may import of the others; only problems and experiments know all models."""
 GROUND = {"diffusion.errors"}
@@ -115,7 +117,7 @@ def test_a_room_has_a_sentence_and_a_handful_of_doors(room: str) -> None:
     assert 3 <= len(doors) <= 8
 
 
-HEAVY = ("torch", "numpy", "accelerate", "matplotlib")
+HEAVY = ("torch", "numpy", "accelerate", "matplotlib", "bokeh", "jinja2")
 SLOW = ("typeguard", "importlib.metadata")  # for the questions that are asked all day
 
 
