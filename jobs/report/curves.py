@@ -1,5 +1,7 @@
 """The curves of a report: one run's, or several runs' on one axis. Imported by `report` alone: Bokeh takes a second."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
@@ -139,13 +141,12 @@ def _figure(curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRang
     for color, (name, curve) in zip(COLORS * len(curves), curves.items(), strict=False):
         shown = thin(curve)
         # A logarithm has no place for what is not above zero: there the curve has a gap.
-        above = [point if scale == "linear" or point.mean > 0 else point._replace(mean=float("nan")) for point in shown]
+        above = [point if scale == "linear" or point.mean > 0 else point._replace(mean=math.nan) for point in shown]
         source = ColumnDataSource(
             {
                 "step": [point.step for point in shown],
                 "value": [point.value for point in shown],
                 "mean": [point.mean for point in above],
-                "curve": [name] * len(shown),
             }
         )
         if with_values:
@@ -154,16 +155,13 @@ def _figure(curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRang
         lines.append((name, [line]))
         if len(shown) == 1:  # a line of one point cannot be seen
             plot.scatter("step", "mean", source=source, color=color, size=6)
-        tips = [("step", "@step{0,0}"), ("value", "@value{0.[000000]}"), ("running mean", "@mean{0.[000000]}")]
-        plot.add_tools(
-            HoverTool(
-                renderers=[line],
-                mode="vline",
-                tooltips=[("", "@curve"), *tips[:1], *tips[2:]] if named else tips,
-                point_policy="snap_to_data",
-                visible=False,
-            )
-        )
+    tips = {"value": "value", "running mean": "mean"}
+    if named:
+        # One tip for all of them, on a line that nobody sees: a tip for each would cover the others.
+        source, tips = ColumnDataSource(_side_by_side(curves)), {name: f"c{i}" for i, name in enumerate(curves)}
+        line = plot.line("step", "place", source=source, alpha=0)
+    shown_tips = [("step", "@step{0,0}"), *((name, f"@{column}{{0.[000000]}}") for name, column in tips.items())]
+    plot.add_tools(HoverTool(renderers=[line], mode="vline", tooltips=shown_tips, visible=False))
     if named:
         legend = Legend(
             items=lines,
@@ -176,6 +174,23 @@ def _figure(curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRang
         )
         plot.add_layout(legend, "below")
     return plot
+
+
+def _side_by_side(curves: Mapping[str, Sequence[Point]], most: int = POINTS // 2) -> dict[str, list[float]]:
+    """Returns the means of several curves at the same steps in columns c0, c1, ...; NaN where a curve has ended."""
+    steps = sorted({point.step for curve in curves.values() for point in curve})
+    steps = steps[:: -(-len(steps) // most)]
+    columns: dict[str, list[float]] = {"step": list(steps)}
+    for i, curve in enumerate(curves.values()):
+        known = [point.step for point in curve]
+        places = [bisect_right(known, step) - 1 for step in steps]
+        columns[f"c{i}"] = [
+            curve[at].mean if at >= 0 and step <= known[-1] else math.nan
+            for at, step in zip(places, steps, strict=True)
+        ]
+    means = zip(*(columns[f"c{i}"] for i in range(len(curves))), strict=True)
+    columns["place"] = [next((mean for mean in row if mean > 0), math.nan) for row in means]
+    return columns
 
 
 def _mark_restarts(plot: Any, starts: Sequence[Json]) -> None:

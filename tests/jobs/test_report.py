@@ -182,6 +182,8 @@ def test_runs_are_compared(run: RunFolder) -> None:
     assert [row and row.value for row in page.measured(found)["W1 to the exact mixture"]] == ["0.018", None]
     together = curves.compared(found)["Training loss"]
     assert [item.label.value for item in together.legend[0].items] == ["1d/old", "1d/other"]
+    hovered = together.renderers[-1].data_source.data
+    assert hovered["c0"] == hovered["c1"] == [point.mean for point in curves.points(found[0].history, "loss")]
     text = shown(run, other).text
     assert "2 runs compared" in text and "Evaluations side by side" in text
     with pytest.raises(UserError, match="given twice"):
