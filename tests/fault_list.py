@@ -20,6 +20,21 @@ class Fault:
 
 
 FAULTS = [
+    # Runs on one screen.
+    Fault(
+        "a screen of runs asks Slurm each time that it is drawn",
+        "jobs/watch/screen.py",
+        "if is_due(all(states.lives(run) for run in living) or None, tuple(job_ids)):",
+        "if True:",
+        "tests/jobs/test_screen.py::test_slurm_is_asked_at_its_pace_and_not_with_each_picture",
+    ),
+    Fault(
+        "a screen of runs leaves the terminal without its cursor",
+        "jobs/watch/screen.py",
+        "\\033[?7h\\033[?25h\\033[?1049l",
+        "",
+        "tests/jobs/test_screen.py::test_a_terminal_shows_what_changes_and_is_left_as_it_was",
+    ),
     # Pages about runs.
     Fault(
         "a report takes what users have written for HTML",

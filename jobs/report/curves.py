@@ -63,12 +63,13 @@ def of_run(run: Content) -> dict[str, Any]:
     excess = [] if floor is None else [Point(p.step, p.value - floor, p.mean - floor) for p in loss]
     names = sorted({name for line in run.history for name in line if name.startswith("loss_t")})
     bands = {f"t < {i + 1}/{len(names)} T": points(run.history, name) for i, name in enumerate(names)}
+    rates = [point._replace(mean=point.value) for point in points(run.history, "lr")]  # known without any noise
     quantities: dict[str, tuple[Mapping[str, Sequence[Point]], Scale]] = {
         "Training loss": ({"": loss}, "log"),
         "Excess loss: above the smallest loss that any network can reach": ({"": excess}, "log"),
         "Loss by noise level": (bands, "log"),
         "Norm of the gradient before clipping": ({"": points(run.history, "grad_norm")}, "log"),
-        "Learning rate": ({"": points(run.history, "lr")}, "linear"),
+        "Learning rate": ({"": rates}, "linear"),
         "Images per second": ({"": points(progress, "images_per_s")}, "linear"),
     }
     figures = {}
