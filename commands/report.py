@@ -32,6 +32,8 @@ class Report:
         path = self.out or _usual_path(runs)
         if path.is_dir():
             raise UserError(f"--out names the page itself; {path} is a folder")
+        if self.out is not None and not path.parent.is_dir():
+            raise UserError(f"--out names a file in a folder that is there; {path.parent} is none")
         jobs = ask_slurm([job_id for run in runs for job_id in detail.all_jobs(run)])
         from jobs.report import page  # here, because Bokeh takes a second to import
 

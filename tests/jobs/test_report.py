@@ -197,7 +197,7 @@ def test_the_command_writes_the_page_whole_or_not_at_all(run: RunFolder, tmp_pat
         ((), "report needs a RUN"),
         (("1d/nothing",), "RUN is a run folder"),
         (("1d/old", "--out", "."), "--out names the page itself"),
-        (("1d/old", "--out", "nowhere/a.html"), "nowhere"),
+        (("1d/old", "--out", "nowhere/a.html"), "nowhere is none"),
     ):
         ended = launch("report", *arguments, cwd=tmp_path)
         assert ended.code == 2 and reason in sentence(ended.err)
