@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help demo check test lint format soak bench slurm-test slurm-test-newer data-test gpu-test gpu-check gpu-wheels clean
+.PHONY: help demo check test lint format soak bench slurm-test slurm-test-newer data-test browser-test gpu-test gpu-check gpu-wheels clean
 
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
@@ -15,6 +15,7 @@ help:
 	@echo "make slurm-test-newer"
 	@echo "                 the same with the Slurm of Debian 13, in .trixie (root; debootstrap makes it, 1 GB)"
 	@echo "make data-test   the tests that need a data set of Debian's: apt-get install dataset-fashion-mnist"
+	@echo "make browser-test  the tests that open a report in a browser: apt-get install chromium"
 	@echo "make soak        the long repetitions: hundreds of kills, full disks, dead nodes; hours"
 	@echo "make faults      writes faults into copies of the code, and shows for each the test that fails"
 	@echo "make gpu-test    the tests that need a GPU; GPU_TEST_DEVICE=cpu rehearses them without one"
@@ -48,7 +49,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist worksteal
 
 check: lint
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not processes and not slurm and not soak and not gpu and not data"
+	$(PYTEST) $(SIDE_BY_SIDE) -m "not processes and not slurm and not soak and not gpu and not data and not browser"
 
 test: $(VENV)/ready
 	$(PYTEST) $(SIDE_BY_SIDE)
@@ -75,6 +76,9 @@ gpu-wheels:
 
 data-test: $(VENV)/ready
 	$(PYTEST) -m data
+
+browser-test: $(VENV)/ready
+	$(PYTEST) -m browser
 
 # With a Slurm of its own where there is one: root, and its packages.
 SOAK := $(if $(shell command -v slurmctld),soak,soak and not slurm)

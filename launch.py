@@ -13,6 +13,7 @@ from commands.audit import Audit
 from commands.doctor import Doctor
 from commands.drill import Drill
 from commands.evaluate import Evaluate
+from commands.report import Report
 from commands.sample import Sample
 from commands.sweep import Sweep
 from commands.train import Resume, Train
@@ -40,6 +41,7 @@ def main() -> int:
         Annotated[Logs, subcommand("logs")],
         Annotated[Cancel, subcommand("cancel")],
         Annotated[Sync, subcommand("sync")],
+        Annotated[Report, subcommand("report")],
         Annotated[Doctor, subcommand("doctor")],
         Annotated[Sweep, subcommand("sweep")],
         Annotated[Drill, subcommand("drill")],

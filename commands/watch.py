@@ -13,7 +13,7 @@ from commands.where import Run
 from diffusion.errors import UserError
 from jobs.storage import run_folder
 from jobs.storage.run_folder import RunFolder
-from jobs.watch import detail, listing, logs, states, sweep, sync
+from jobs.watch import detail, listing, logs, screen, states, sweep, sync
 from jobs.watch.cancel import cancel
 from slurm import queue
 from slurm.errors import SlurmError
@@ -33,28 +33,50 @@ class Status:
     """Folder of all runs."""
     json: bool = False
     """Print it for scripts."""
+    watch: bool = False
+    """Draw it again and again, until Ctrl-C; where the output is no terminal, until no run lives."""
 
     def __call__(self) -> int:
+        if self.watch:
+            return self._watch()
         width = shutil.get_terminal_size().columns
-        named = self.run is not None and not Path(self.run).is_dir()  # an existing folder is a run
-        points = sweep.runs_of(str(self.run), self.runs_dir) if named else []
-        if points:
-            entries = sweep.by_loss(points, _ask_slurm(states.newest_jobs(points)))
+        if points := self._sweep():
+            entries = sweep.by_loss(points, ask_slurm(states.newest_jobs(points)))
             print(json.dumps(entries, indent=2) if self.json else sweep.render(entries, width))
             return 0
         if self.run is not None:
             run = run_folder.find(self.run, self.runs_dir)
-            shown = detail.describe(run, _ask_slurm(detail.all_jobs(run)))
+            shown = detail.describe(run, ask_slurm(detail.all_jobs(run)))
             print(json.dumps(shown, indent=2) if self.json else detail.render(shown, width))
             return 0
         runs = listing.runs(self.runs_dir)
-        jobs = _ask_slurm(states.newest_jobs(runs))
+        jobs = ask_slurm(states.newest_jobs(runs))
         found = listing.by_last_update(states.summarize(run, jobs) for run in runs)
         if self.json:
             print(json.dumps([asdict(entry) for entry in found], indent=2))
         else:
             print(listing.render(found, width) if found else f"There are no runs in {self.runs_dir}.")
         return 0
+
+    def _watch(self) -> int:
+        """Shows all runs, those of a sweep, or one of them, until the user has seen enough."""
+        if self.json:
+            raise UserError("--watch is for people, --json for scripts; give one of them")
+        if self.run is not None and not self._sweep():
+            run_folder.find(self.run, self.runs_dir)
+        screen.watch(self._found, ask_slurm, queue.Pace(load_profile(None, {}).poll_s).is_due)
+        return 0
+
+    def _sweep(self) -> list[RunFolder]:
+        """The runs of the sweep that the user means, [] if it is none; an existing folder is a run."""
+        named = self.run is not None and not Path(self.run).is_dir()
+        return sweep.runs_of(str(self.run), self.runs_dir) if named else []
+
+    def _found(self) -> list[RunFolder]:
+        """The runs that are watched now."""
+        if self.run is None:
+            return listing.runs(self.runs_dir)
+        return self._sweep() or [run_folder.find(self.run, self.runs_dir)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +104,7 @@ class Logs:
             nonlocal jobs
             job_id, lives = states.newest_job(states.read_launch(run)), states.lives(run)
             if job_id is not None and pace.is_due(lives, job_id):
-                jobs = _ask_slurm([job_id])
+                jobs = ask_slurm([job_id])
             return (job_id is not None and lives is True) or states.is_alive(run, jobs)
 
         for text in logs.follow(run, is_alive, _say_aside):
@@ -132,10 +154,10 @@ class Sync:
 def _is_alive(run: RunFolder) -> bool:
     """Whether the run waits, runs or is coming to an end somewhere."""
     job_id = states.newest_job(states.read_launch(run))
-    return states.is_alive(run, None if job_id is None else _ask_slurm([job_id]))
+    return states.is_alive(run, None if job_id is None else ask_slurm([job_id]))
 
 
-def _ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
+def ask_slurm(job_ids: list[str]) -> dict[str, queue.JobState] | None:
     """Asks Slurm about the jobs; warns and returns None if it does not answer."""
     try:
         return queue.look(job_ids)

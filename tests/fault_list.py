@@ -20,6 +20,36 @@ class Fault:
 
 
 FAULTS = [
+    # Runs on one screen.
+    Fault(
+        "a screen of runs asks Slurm each time that it is drawn",
+        "jobs/watch/screen.py",
+        "if is_due(all(states.lives(run) for run in living) or None, tuple(job_ids)):",
+        "if True:",
+        "tests/jobs/test_screen.py::test_slurm_is_asked_at_its_pace_and_not_with_each_picture",
+    ),
+    Fault(
+        "a screen of runs leaves the terminal without its cursor",
+        "jobs/watch/screen.py",
+        "\\033[?7h\\033[?25h\\033[?1049l",
+        "",
+        "tests/jobs/test_screen.py::test_a_terminal_shows_what_changes_and_is_left_as_it_was",
+    ),
+    # Pages about runs.
+    Fault(
+        "a report takes what users have written for HTML",
+        "jobs/report/page.py",
+        "autoescape=True",
+        "autoescape=False",
+        "tests/jobs/test_report.py::test_a_failure_is_shown_and_what_others_wrote_is_text_and_no_page",
+    ),
+    Fault(
+        "a report follows links out of the run's folder",
+        "jobs/report/pictures.py",
+        "if not path.is_relative_to(folder.resolve()):",
+        "if False:",
+        "tests/jobs/test_report.py::test_the_page_needs_no_network_and_holds_no_file_of_elsewhere",
+    ),
     # The mathematics.
     Fault(
         "ddpm adds the predicted noise instead of taking it away",

@@ -4,7 +4,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jobs.evaluate.plan import Evaluation
 from jobs.experiments.table import EXPERIMENTS
@@ -12,6 +12,33 @@ from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
 
 Json = Mapping[str, Any]
+
+
+class MetricRow(NamedTuple):
+    """A metric as people read it."""
+
+    label: str
+    value: str
+    interval: str
+    """Its 95% interval, empty where it has none."""
+    floor: str
+    """What a perfect model would have, empty where nobody knows."""
+    is_at_floor: bool
+
+
+def metric_rows(results: Json) -> dict[str, MetricRow]:
+    """Returns every metric by its name, as people read it."""
+    rows = {}
+    for name, metric in results["metrics"].items():
+        decimals = _decimals(metric)
+        floor = _range(metric["floor_low"], metric["floor_high"], decimals)
+        if not floor and metric["floor"] is not None:
+            floor = f"{metric['floor']:.{decimals}f}" if metric["floor"] else "0"
+        interval = _range(metric["low"], metric["high"], decimals)
+        rows[name] = MetricRow(
+            metric["label"], f"{metric['value']:.{decimals}f}", interval, floor, _is_at_floor(metric)
+        )
+    return rows
 
 
 def title(evaluation: Evaluation) -> str:
@@ -24,18 +51,13 @@ def title(evaluation: Evaluation) -> str:
 def one(evaluation: Evaluation, width: int) -> str:
     """Shows every metric with its interval beside its floor, and the tables."""
     results = evaluation.read()
-    rows = []
-    for metric in results["metrics"].values():
-        decimals = _decimals(metric)
-        value = f"{metric['value']:.{decimals}f}{'*' if _is_at_floor(metric) else ' '}"
-        interval = _range(metric["low"], metric["high"], decimals)
-        floor = _range(metric["floor_low"], metric["floor_high"], decimals)
-        if not floor and metric["floor"] is not None:
-            floor = f"{metric['floor']:.{decimals}f}" if metric["floor"] else "0"
-        rows.append((metric["label"], value, interval, floor))
+    rows = [
+        (row.label, row.value + ("*" if row.is_at_floor else " "), row.interval, row.floor)
+        for row in metric_rows(results).values()
+    ]
     headers = ("METRIC", "VALUE ", "95% INTERVAL", "FLOOR")
     parts = [title(evaluation), tables.render(headers, rows, width=width, names=(), texts=("METRIC",))]
-    parts.append(_legend(results, width))
+    parts.append(textwrap.fill(legend(results), width))
     parts += [_render(entry, width) for entry in results["tables"].values()]
     return "\n\n".join(parts)
 
@@ -166,7 +188,8 @@ def _is_at_floor(metric: Json) -> bool:
     return bool(metric["floor_low"] <= metric["value"] <= metric["floor_high"])
 
 
-def _legend(results: Json, width: int) -> str:
+def legend(results: Json) -> str:
+    """Says how the metrics are to be read, and what is missing among them."""
     text = "FLOOR: the value of a perfect model with as many samples (95% range). *: within that range or better."
     if not results["protocol"]["weights_are_there"]:
         text += (
@@ -175,17 +198,21 @@ def _legend(results: Json, width: int) -> str:
         )
     if remark := EXPERIMENTS[results["protocol"]["experiment"]].preset.data.remark:
         text += f" {remark}"
-    return textwrap.fill(text, width)
+    return text
+
+
+def columns(entry: Json) -> dict[str, list[str]]:
+    """Returns a table of an evaluation by its columns; those that are zero throughout are left out."""
+    rows = entry["rows"]
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    return {name.replace("_", " "): [_cell(row[name]) for row in rows] for name in names}
 
 
 def _render(entry: Json, width: int) -> str:
-    """A table of an evaluation; columns that are zero throughout are left out."""
-    rows = entry["rows"]
-    names = [name for name in rows[0] if any(row[name] for row in rows)]
-    cells = [[_cell(row[name]) for name in names] for row in rows]
-    texts = [name.upper().replace("_", " ") for name in names if isinstance(rows[0][name], str)]
-    headers = [name.upper().replace("_", " ") for name in names]
-    return f"{entry['title']}\n{tables.render(headers, cells, width=width, names=(), texts=texts)}"
+    shown = {name.upper(): cells for name, cells in columns(entry).items()}
+    texts = [name.upper().replace("_", " ") for name, value in entry["rows"][0].items() if isinstance(value, str)]
+    rows = list(zip(*shown.values(), strict=True))
+    return f"{entry['title']}\n{tables.render(list(shown), rows, width=width, names=(), texts=texts)}"
 
 
 def _cell(value: Any) -> str:

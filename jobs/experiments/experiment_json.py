@@ -41,8 +41,13 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
 
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:
     """(flag, old value, new value) of every setting that differs, named as on the command line."""
-    a, b = _flatten(dataclasses.asdict(old)), _flatten(dataclasses.asdict(new))
+    a, b = flags(old), flags(new)
     return [(flag, a.get(flag), b.get(flag)) for flag in a.keys() | b.keys() if a.get(flag) != b.get(flag)]
+
+
+def flags(config: ExperimentConfig) -> dict[str, Any]:
+    """Every setting by its flag, without the hyphens before it."""
+    return _flatten(dataclasses.asdict(config))
 
 
 MAY_CHANGE = {"data.root"} | {

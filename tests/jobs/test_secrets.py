@@ -29,10 +29,11 @@ def test_a_run_holds_no_secret(mode: str, tmp_path: Path) -> None:
     env = {**ENVIRONMENT, "WANDB_MODE": "", "NETRC": str(tmp_path / "netrc")}
     small = (*TINY, "--train.steps", 20, "--name", "a", "--device", "cpu", "--tracking.mode", mode)
     commands: list[tuple[object, ...]] = [("train", "1d", *small), ("sample", "1d/a", "--num-samples", 10)]
+    commands.append(("report", "1d/a"))
     if mode == "auto":
         commands += [("train", "mnist-small", "--data.root", tmp_path / "data"), ("status", "1d/a", "--json")]
     said = [launch(*command, cwd=tmp_path, **env, **NO_FIGURES) for command in commands]
-    assert [ended.code for ended in said] == [0, 0, 2, 0][: len(said)], said
+    assert [ended.code for ended in said] == [0, 0, 0, 2, 0][: len(said)], said
     assert "wandb" in said[0].out  # it has had something to say
     assert "SECRET" not in "".join(ended.out + ended.err for ended in said)
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]

@@ -1,0 +1,55 @@
+"""The command `report`: a page about runs, to be passed on."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from commands.watch import ask_slurm
+from commands.where import optional
+from diffusion.errors import UserError
+from jobs.files import write_atomically
+from jobs.storage import run_folder
+from jobs.watch import detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Writes one HTML page about a run, or about several and how they compare; it needs no network."""
+
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere.")]
+    out: Annotated[Path | None, optional("FILE", "RUN/report.html, or reports/ for several runs")] = None
+    """Where the page goes."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs."""
+
+    def __call__(self) -> int:
+        if not self.runs:
+            raise UserError("report needs a RUN: a run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run")
+        runs = [run_folder.find(name, self.runs_dir) for name in self.runs]
+        path = self.out or _usual_path(runs)
+        if path.is_dir():
+            raise UserError(f"--out names the page itself; {path} is a folder")
+        if self.out is not None and not path.parent.is_dir():
+            raise UserError(f"--out names a file in a folder that is there; {path.parent} is none")
+        jobs = ask_slurm([job_id for run in runs for job_id in detail.all_jobs(run)])
+        from jobs.report import page  # here, because Bokeh takes a second to import
+
+        content = page.render(runs, jobs)
+        if self.out is None:
+            path.parent.mkdir(exist_ok=True)
+        write_atomically(path, content)
+        print(path)
+        return 0
+
+
+def _usual_path(runs: list[run_folder.RunFolder]) -> Path:
+    """Where a page goes unless the user says so; file names end at 255 bytes."""
+    if len(runs) == 1:
+        return Path(run_folder.as_typed(runs[0].path / "report.html"))
+    name = "-vs-".join(run.label.replace("/", "-") for run in runs)
+    if len(name) > 150:
+        name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return Path("reports") / f"{name}.html"

@@ -1,0 +1,193 @@
+"""What a report says of one run: from the run's folder, and from what Slurm says of its jobs."""
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import UserError
+from jobs.evaluate import report
+from jobs.experiments import experiment_json
+from jobs.experiments.configs import ExperimentConfig
+from jobs.report.pictures import Picture, picture
+from jobs.storage import account, checkpoints
+from jobs.storage.records import read_jsonl
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal.tables import short
+from jobs.watch import detail, states
+
+Json = dict[str, Any]
+
+SETS = 3
+"""So many sets of samples are shown, the newest ones."""
+STRIPS = {"figures/denoising.png": "From noise to samples", "figures/reverse.png": "From noise to samples"}
+"""Pictures of how samples come about, with what they show: of images, and of one dimension."""
+
+
+DRAWN = "samples.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A complete set of samples, with its evaluation if it has one."""
+
+    name: str
+    facts: Json
+    """What its manifest says."""
+    pictures: list[Picture]
+    metrics: dict[str, report.MetricRow]
+    tables: dict[str, dict[str, list[str]]]
+    """By title, then by column."""
+    legend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """All that a report says of one run."""
+
+    label: str
+    experiment: str
+    config: ExperimentConfig
+    detail: Json
+    """What `status RUN --json` prints."""
+    launch: Json
+    command: str
+    changed_files: list[str]
+    """Files that differed from the commit when the run was started."""
+    history: list[Json]
+    timing: list[Json]
+    pictures: list[Picture]
+    samples: list[Samples]
+    left_out: list[str]
+    """Names of older sets of samples, which are not shown."""
+    checkpoints: list[Json]
+    """The manifests of the checkpoints that are there, newest first."""
+
+    @property
+    def starts(self) -> list[Json]:
+        """What timing.jsonl says of starts: machine, processes, precision."""
+        return [line for line in self.timing if line["event"] == "start"]
+
+    @property
+    def machine(self) -> Json:
+        """The facts of the last start; {} before the first."""
+        return self.starts[-1] if self.starts else {}
+
+    @property
+    def floor(self) -> float | None:
+        """The smallest loss that any network can reach, None where nobody knows it."""
+        found: float | None = self.machine.get("loss_floor")
+        return found
+
+    @property
+    def settings(self) -> Json:
+        """Every setting by its flag."""
+        return experiment_json.flags(self.config)
+
+    @property
+    def evaluated(self) -> Samples | None:
+        """The newest set that has been evaluated."""
+        return next((entry for entry in self.samples if entry.metrics), None)
+
+    @property
+    def parts(self) -> list[tuple[str, str, float, str]]:
+        """(part, what people read, percent, duration) of the time that the run has taken."""
+        time = self.detail["time"]
+        spent = [(part, name, time["seconds"][part]) for part, name in account.PARTS.items()]
+        return [(part, name, 100 * s / time["whole_s"], short(s)) for part, name, s in spent if s >= 0.5]
+
+
+def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int) -> Content:
+    """Reads a run's folder, with pictures of at most `width` pixels; `jobs` is as for `detail.describe`.
+
+    Raises UserError if its settings cannot be read.
+    """
+    experiment, config = run.read_experiment()
+    launch, described = states.read_launch(run), detail.describe(run, jobs)
+    complete = _complete_sets(run)
+    shown = [_samples(run, name, facts, width) for name, facts in list(complete.items())[:SETS]]
+    drawn = {} if shown else {"figures/samples.png": "Samples at the end of the training"}
+    return Content(
+        label=run.label,
+        experiment=experiment,
+        config=config,
+        detail={**described, "traceback": str(described["traceback"] or "").strip()},
+        launch=launch,
+        command=_command(launch.get("argv") or []),
+        changed_files=_changed_files(launch.get("git_diff") or ""),
+        history=[line for line in read_jsonl(run.metrics) if "step" in line],
+        timing=[line for line in read_jsonl(run.timing) if "event" in line],
+        pictures=_pictures(run, {**drawn, **STRIPS}, width),
+        samples=shown,
+        left_out=list(complete)[SETS:],
+        checkpoints=_checkpoints(run.checkpoints),
+    )
+
+
+def _command(argv: list[str]) -> str:
+    """The command line as it is typed."""
+    return shlex.join(["python", Path(argv[0]).name, *argv[1:]]) if argv else ""
+
+
+def _changed_files(diff: str) -> list[str]:
+    """The names in a diff. The diff itself stays in launch.json: it may hold what is not to be passed on."""
+    heads = [line for line in diff.splitlines() if line.startswith("diff --git ")]
+    return [head.rpartition(" b/")[2] for head in heads]
+
+
+def _complete_sets(run: RunFolder) -> dict[str, Json]:
+    """The manifests of the complete sets of samples by name, the newest first."""
+    found: list[tuple[float, str, Json]] = []
+    for path in run.samples.glob("[!.]*/manifest.json"):
+        try:
+            facts = run.read_samples(path.parent.name)
+            if facts.get("complete"):
+                found.append((path.stat().st_mtime, path.parent.name, facts))
+        except (OSError, UserError):
+            continue  # it is damaged, or is just being deleted
+    return {name: facts for _, name, facts in sorted(found, key=lambda entry: entry[:2], reverse=True)}
+
+
+def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:
+    """Describes a set of samples; an evaluation of fewer samples or by an older version is left out."""
+    folder = run.samples / name
+    results = _read_object(folder / "metrics.json")
+    measured = results.get("protocol", {})
+    version = run.read_experiment()[1].data.metrics_version
+    if (measured.get("version"), measured.get("sha256", {}).get("samples")) != (version, facts["sha256"][DRAWN]):
+        results = {}
+    files = sorted((path.name for path in folder.glob("[!.]*.png")), key=lambda file: (file != "grid.png", file))
+    texts = {file: file.removesuffix(".png").replace("-", " ").capitalize() for file in files}
+    pictures = {f"samples/{name}/{file}": text for file, text in {**texts, "grid.png": "Samples"}.items()}
+    return Samples(
+        name=name,
+        facts=facts,
+        pictures=_pictures(run, pictures, width),
+        metrics=report.metric_rows(results) if results else {},
+        tables={entry["title"]: report.columns(entry) for entry in results.get("tables", {}).values()},
+        legend=report.legend(results) if results else "",
+    )
+
+
+def _pictures(run: RunFolder, texts: Mapping[str, str], width: int) -> list[Picture]:
+    found = [picture(run.path, name, text, width) for name, text in texts.items()]
+    return [entry for entry in found if entry is not None]
+
+
+def _checkpoints(folder: Path) -> list[Json]:
+    """What the manifests of the checkpoints say; their files are not verified, which would take long."""
+    found = [
+        _read_object(folder / checkpoints.folder_name(step) / "manifest.json") for step in checkpoints.steps(folder)
+    ]
+    return [manifest for manifest in found if "files" in manifest]
+
+
+def _read_object(path: Path) -> Json:
+    """The object in a file of JSON, {} where there is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
