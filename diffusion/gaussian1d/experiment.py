@@ -48,8 +48,8 @@ class Mlp(nn.Module):
 class Gaussian1dModel(DiffusionModel):
     """The MLP under the forward process."""
 
-    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
-        eps: Tensor = self.network(xt, t)
+    def predict(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+        eps: Tensor = self.network(xt, t, *self.told(xt, classes))
         return eps
 
 

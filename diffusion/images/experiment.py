@@ -34,11 +34,11 @@ class UnetModel(DiffusionModel):
         super().__init__(unet, diffusion.alphas_cumprod)
         self.patch_size, self.noise_skip = settings.patch_size, settings.noise_skip
 
-    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
+    def predict(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         patches = F.pixel_unshuffle(
             xt, self.patch_size
         )  # [batch, channels * patch_size^2, height / patch_size, width / patch_size]
-        out = F.pixel_shuffle(self.network(patches, t), self.patch_size)
+        out = F.pixel_shuffle(self.network(patches, t, *self.told(xt, classes)), self.patch_size)
         if not self.noise_skip:
             return out
         # eps = b x_t + a v, with v of unit size at every t (Salimans & Ho 2022, appendix D).
@@ -94,9 +94,7 @@ class ImageExperiment(Experiment):
     def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
         if self.images.device != device:
             self.images = self.images.to(device)
-        first = (step - 1) * batch_size
-        indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
-        return scaled(self.images[sent(indices, device)])
+        return scaled(self.images[sent(self._indices(seed, step, start, stop, batch_size), device)])
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""
@@ -119,6 +117,11 @@ class ImageExperiment(Experiment):
         from diffusion.images import figures
 
         figures.sketch(model, self, self.noun, 16, folder)
+
+    def _indices(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.int64]:
+        """The images that are examples [start, stop) of the global batch of this step."""
+        first = (step - 1) * batch_size
+        return np.array([self._index(seed, first + i) for i in range(start, stop)])
 
     def _index(self, seed: int, position: int) -> int:
         """The image at this position of the endless sequence of shuffled epochs."""
