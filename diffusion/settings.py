@@ -68,6 +68,22 @@ class MixtureSettings:
 class ModelSettings:
     """A network."""
 
+    def __post_init__(self) -> None:
+        """Raises SettingsError for what no network can be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSettings(ModelSettings):
+    """A network that is told the class of what it shall draw."""
+
+    class_dropout: float = 0.1
+    """Share of the training examples whose class is not told: there the network learns to do without, as guidance
+    needs it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.class_dropout < 1, "model.class-dropout must lie between 0 and 1", self.class_dropout)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlpSettings(ModelSettings):
@@ -81,6 +97,11 @@ class MlpSettings(ModelSettings):
     def __post_init__(self) -> None:
         require(self.dim >= 2 and self.dim % 2 == 0, "model.dim must be even and at least 2", self.dim)
         require(self.layers >= 1, "model.layers must be at least 1", self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMlpSettings(ClassSettings, MlpSettings):
+    """A multilayer perceptron that is told the time and the class."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,11 @@ class Gaussian1dProblem(MixtureSettings, Problem):
     metrics_version = 2  # since heun is among the samplers that are compared
 
     @property
+    def num_classes(self) -> int:
+        """The components."""
+        return len(self.means)
+
+    @property
     def sample(self) -> SampleFormat:
         return SampleFormat("float32", (), fewest=2)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from diffusion.problems.fashion_mnist import FashionMnistProblem
 from diffusion.problems.gaussian1d import Gaussian1dProblem
 from diffusion.problems.mnist import MnistProblem
-from diffusion.settings import MlpSettings, SamplerSettings, UnetSettings
+from diffusion.settings import ClassMlpSettings, MlpSettings, SamplerSettings, UnetSettings
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrainSettings
 
@@ -22,6 +22,8 @@ class Entry:
     """Samples in one file, a multiple of sub_batch_size."""
     sampler: SamplerSettings
     """How to sample by default: the fewest evaluations as good as 1,000 ancestral steps (docs/evaluation.md)."""
+    guidance: float = 1.0
+    """How far a network that is told classes exaggerates them by default."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
 
@@ -34,6 +36,17 @@ EXPERIMENTS: dict[str, Entry] = {
             train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32"),
         ),
         help="an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop",
+        sub_batch_size=4096,
+        shard_size=65536,
+        sampler=SamplerSettings(sampler="dpm++", steps=30),
+    ),
+    "1d-classes": Entry(
+        preset=ExperimentConfig(
+            data=Gaussian1dProblem(),
+            model=ClassMlpSettings(),
+            train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32"),
+        ),
+        help="the same with classes, which are the mixture's components",
         sub_batch_size=4096,
         shard_size=65536,
         sampler=SamplerSettings(sampler="dpm++", steps=30),

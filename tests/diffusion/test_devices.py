@@ -14,7 +14,7 @@ from diffusion.data.mnist import MNIST
 from diffusion.images import evaluation
 from diffusion.problems.images import ImageProblem
 from diffusion.process.model import DiffusionModel, Experiment
-from diffusion.settings import SAMPLERS, DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
+from diffusion.settings import SAMPLERS, ClassMlpSettings, DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
 from diffusion.statistics.evaluator import Drawn
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
@@ -25,6 +25,7 @@ from tests.elsewhere import DEVICE, Elsewhere, elsewhere, move
 
 SMALL = {
     "1d": {"model": MlpSettings(dim=8, layers=1)},
+    "1d-classes": {"model": ClassMlpSettings(dim=8, layers=1)},
     "mnist": {"model": UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1))},
     "mnist-small": {"model": UnetSettings(dim=8, dim_mults=(1,), attn_heads=(1,), noise_skip=True, patch_size=2)},
 }
