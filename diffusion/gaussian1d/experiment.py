@@ -85,10 +85,16 @@ class Gaussian1d(Experiment):
     def to_array(self, x0: Tensor) -> NDArray[np.float32]:
         return x0[:, 0].float().cpu().numpy()
 
-    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
+    def draw_samples(self, samples: NDArray[Any], path: Path, classes: NDArray[np.int64] | None = None) -> None:
         from diffusion.gaussian1d import figures  # here, because plotting libraries take a second to import
 
-        figures.samples(self.mixture, samples, path)
+        figures.samples(self.mixture_of(classes), samples, path)
+
+    def mixture_of(self, classes: NDArray[np.int64] | None) -> Mixture:
+        """The exact distribution of samples of these classes [n]."""
+        if classes is None:
+            return self.mixture
+        return self.mixture.of_classes(torch.from_numpy(np.bincount(classes, minlength=len(self.mixture.means))))
 
     def exact_predict(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         """The perfect network, eps*(x_t); same signature as `predict`."""

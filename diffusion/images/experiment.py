@@ -100,10 +100,10 @@ class ImageExperiment(Experiment):
         """Returns uint8 [n, height, width, channels]."""
         return unscaled(x0)
 
-    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
+    def draw_samples(self, samples: NDArray[Any], path: Path, classes: NDArray[np.int64] | None = None) -> None:
         from diffusion.images import figures  # here, because plotting libraries take a second to import
 
-        figures.grid(samples, path)
+        figures.grid(samples, path, None if classes is None else len(np.unique(classes)))
 
     def report(self, model: DiffusionModel, folder: Path) -> list[str]:
         from diffusion.images import figures

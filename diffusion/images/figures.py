@@ -33,10 +33,14 @@ def without_single_channel(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return image[..., 0] if image.shape[-1] == 1 else image
 
 
-def grid(images: Images, path: Path) -> None:
-    """The first 64 images in a square, three times enlarged, nothing around them."""
+def grid(images: Images, path: Path, num_classes: int | None = None) -> None:
+    """The first 64 images in a square, three times enlarged, nothing around them.
+
+    Where classes come in turn, a column holds one class, if there are enough of them for columns.
+    """
     shown = images[:64]
-    Image.fromarray(_enlarged(tile(shown, columns=max(1, round(len(shown) ** 0.5))))).save(path)
+    columns = num_classes if num_classes and 4 <= num_classes <= 16 else max(1, round(len(shown) ** 0.5))
+    Image.fromarray(_enlarged(tile(shown, columns))).save(path)
 
 
 def forward_process(images: Tensor, abar: Tensor, noun: str, path: Path) -> None:

@@ -95,8 +95,8 @@ class Experiment(ABC):
         """Samples as they are written to files, [n, ...]."""
 
     @abstractmethod
-    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
-        """A picture of samples as `to_array` gave them."""
+    def draw_samples(self, samples: NDArray[Any], path: Path, classes: NDArray[np.int64] | None = None) -> None:
+        """A picture of samples as `to_array` gave them, and of these classes [n]."""
 
     @abstractmethod
     def report(self, model: DiffusionModel, folder: Path) -> list[str]:
