@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffusion.errors import UserError
 
@@ -128,6 +128,14 @@ class UnetSettings(ModelSettings):
         fits = self.attn_heads is None or len(self.attn_heads) == len(self.dim_mults)
         require(fits, "model.attn-heads must be as long as model.dim-mults", self.attn_heads)
         require(all(h >= 1 for h in self.attn_heads or ()), "model.attn-heads must be at least 1", self.attn_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassUnetSettings(ClassSettings, UnetSettings):
+    """denoising-diffusion-pytorch's U-Net for guidance without a classifier."""
+
+    attn_heads: ClassVar[None] = None  # type: ignore[misc]
+    """No setting: the library's network has 4 everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

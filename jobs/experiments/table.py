@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from diffusion.problems.fashion_mnist import FashionMnistProblem
 from diffusion.problems.gaussian1d import Gaussian1dProblem
 from diffusion.problems.mnist import MnistProblem
-from diffusion.settings import ClassMlpSettings, MlpSettings, SamplerSettings, UnetSettings
+from diffusion.settings import ClassMlpSettings, ClassUnetSettings, MlpSettings, SamplerSettings, UnetSettings
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrainSettings
 
@@ -71,6 +71,30 @@ EXPERIMENTS: dict[str, Entry] = {
             train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
         ),
         help="a DDPM on MNIST that trains in minutes on a CPU",
+        sub_batch_size=64,
+        shard_size=256,
+        sampler=SamplerSettings(sampler="ddpm", steps=50),
+    ),
+    "mnist-classes": Entry(
+        preset=ExperimentConfig(
+            data=MnistProblem(),
+            model=ClassUnetSettings(),
+            train=TrainSettings(steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995),
+        ),
+        help="digits on demand: a DDPM on MNIST that is told the digit, for GPUs",
+        sub_batch_size=256,
+        shard_size=1024,
+        sampler=SamplerSettings(sampler="ddpm", steps=50),
+        cpu_advice="mnist-classes is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on "
+        "this CPU. `python launch.py train mnist-classes-small` draws recognisable digits after a few minutes.",
+    ),
+    "mnist-classes-small": Entry(
+        preset=ExperimentConfig(
+            data=MnistProblem(),
+            model=ClassUnetSettings(dim=32, dim_mults=(1, 2), noise_skip=True, patch_size=2),
+            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
+        ),
+        help="digits on demand, trained in minutes on a CPU",
         sub_batch_size=64,
         shard_size=256,
         sampler=SamplerSettings(sampler="ddpm", steps=50),

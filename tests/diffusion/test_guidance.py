@@ -5,15 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from denoising_diffusion_pytorch.classifier_free_guidance import Unet
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from diffusion.gaussian1d.distances import excess_loss, wasserstein1, wasserstein1_floor
 from diffusion.gaussian1d.experiment import Gaussian1d
+from diffusion.images.experiment import ImageExperiment
 from diffusion.process.guidance import guided, of_class
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Denoiser
-from diffusion.settings import ClassMlpSettings, DiffusionSettings, MixtureSettings
+from diffusion.settings import ClassMlpSettings, ClassUnetSettings, DiffusionSettings, MixtureSettings
 
 MIXTURE = MixtureSettings(means=(-2.0, 0.0, 2.0), stds=(0.3, 0.5, 0.4), weights=(0.3, 0.4, 0.3))
 CPU = torch.device("cpu")
@@ -132,3 +134,29 @@ def test_a_network_learns_its_classes_and_the_mixture(exact: Gaussian1d) -> None
     for k, target in enumerate((*exact.components, exact.mixture)):
         found = [float(excess_loss(of_class(model.predict, j), target, exact.abar, 51).mean()) for j in range(4)]
         assert np.argmin(found) == k, found
+
+
+def images(n: int) -> ImageExperiment:
+    """Images that are all of the grey level of their class, which is 0 to 9."""
+    classes = np.arange(n, dtype=np.uint8) * 7 % 10
+    grey = np.broadcast_to(classes[:, None, None, None], (n, 8, 8, 1)).copy()
+    model = ClassUnetSettings(dim=8, dim_mults=(1, 2))
+    return ImageExperiment(lambda: grey, (8, 8, 1), "images", model, DiffusionSettings(), lambda: classes, 10)
+
+
+def test_an_image_comes_with_its_class_and_the_networks_weights_are_the_librarys() -> None:
+    experiment = images(50)
+    for step in (1, 4):
+        x0 = experiment.batch(3, step, 5, 20, 32, CPU)
+        assert np.array_equal(experiment.to_array(x0)[:, 0, 0, 0], experiment.classes(3, step, 5, 20, 32))
+    torch.manual_seed(0)
+    model = experiment.build_model().requires_grad_(False)
+    theirs = Unet(8, 10, dim_mults=(1, 2), channels=1)
+    theirs.load_state_dict(model.network.state_dict())
+    xt, t, classes = torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999]), torch.tensor([3, 9, 0, 3])
+    for guidance in (1.5, 6.0):
+        scaled, without = theirs.forward_with_cond_scale(
+            xt, t, classes=classes, cond_scale=guidance, remove_parallel_component=False
+        )
+        torch.testing.assert_close(guided(model.predict, classes, 10, guidance)(xt, t), scaled, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(model.predict(xt, t), without, rtol=1e-3, atol=1e-4)
