@@ -130,7 +130,7 @@ class ImageExperiment(Experiment):
     def draw_samples(self, samples: NDArray[Any], path: Path, classes: NDArray[np.int64] | None = None) -> None:
         from diffusion.images import figures  # here, because plotting libraries take a second to import
 
-        figures.grid(samples, path, None if classes is None else len(np.unique(classes)))
+        figures.grid(samples, path, 0 if classes is None else len(np.unique(classes)))
 
     def report(self, model: DiffusionModel, folder: Path) -> list[str]:
         from diffusion.images import figures
@@ -138,6 +138,8 @@ class ImageExperiment(Experiment):
         abar = model.alphas_cumprod.cpu()
         figures.forward_process(self.images[:6].cpu(), abar, self.noun, folder / "forward.png")
         figures.reverse_process(model, self, self.noun, 64, folder)
+        if self.num_classes:
+            figures.classes(model, self, self.noun, folder)
         return []
 
     def sketch(self, model: DiffusionModel, folder: Path) -> None:

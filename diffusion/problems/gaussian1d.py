@@ -50,4 +50,5 @@ class Gaussian1dProblem(MixtureSettings, Problem):
     ) -> "Evaluator":
         from diffusion.gaussian1d.evaluation import Evaluator1d
 
-        return Evaluator1d(self.build(model, diffusion), *drawn, seed=seed)
+        experiment = self.build(model, diffusion)
+        return Evaluator1d(experiment, drawn.samples, drawn.model, drawn.sampler, seed, drawn.classes)

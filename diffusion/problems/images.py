@@ -111,7 +111,7 @@ class ImageProblem(Problem):
             return RealImages(self.data_set.read_images(root, split), self.data_set.read_labels(root, split))
 
         samples = drawn.samples[: self.data_set.count["test"]]  # as many real ones stand beside them
-        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun)
+        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun, drawn.classes)
 
     def evaluator_class(self) -> "type[ImageEvaluator]":
         """Returns the evaluator; imports torch."""
