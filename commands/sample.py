@@ -1,6 +1,6 @@
 """`sample` draws a set of samples, on this machine or as an array on Slurm."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from tyro.conf import arg
@@ -21,6 +21,13 @@ from slurm.place import ROUNDS, OnSlurm
 def _by_experiment(setting: str) -> str:
     """Writes the experiments' defaults, for the help."""
     return ", ".join(f"{getattr(entry.sampler, setting)} for {name}" for name, entry in EXPERIMENTS.items())
+
+
+def _guidance() -> str:
+    """The default guidance of models with classes, for the help."""
+    return ", ".join(
+        f"{entry.guidance:g} for {name}" for name, entry in EXPERIMENTS.items() if entry.preset.num_classes
+    )
 
 
 def _of_other_samplers() -> str:
@@ -57,6 +64,11 @@ class Sample:
     """The moving average of the weights, or the weights themselves."""
     checkpoint: Annotated[int | None, optional("STEP", "the newest")] = None
     """Step of the checkpoint."""
+    classes: Annotated[str | None, optional("LIST", "all of them")] = None
+    """Classes to draw, such as 7, 3,5 or 0-9: sample i has the (i mod n)-th of these n. For models that know
+    classes."""
+    guidance: Annotated[float | None, optional("S", _guidance())] = None
+    """How far the classes are exaggerated: 1 is not at all, 0 is without classes (Ho & Salimans 2022, S = 1 + w)."""
     name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
     """Name of the set."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
@@ -75,6 +87,8 @@ class Sample:
             sampler=SamplerSettings(sampler=name, steps=steps, eta=self.eta),
             weights=self.weights,
             checkpoint=self.checkpoint,
+            classes=self.classes,
+            guidance=self.guidance,
             name=self.name,
             say=print,
         )
@@ -96,7 +110,7 @@ class Sample:
             what = place.describe(job)
             if isinstance(place, OnSlurm):
                 what = replace(place, processes=1).describe_array(elements, place.processes, SampleMergeJob(asked))
-            return show({**asdict(asked.settings), "num_samples": asked.num_samples}, what)
+            return show({**asked.settings.as_json(), "num_samples": asked.num_samples}, what)
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{where} is being drawn already: job {job_id} is {state}")
         if isinstance(place, OnSlurm):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from diffusion.errors import UserError
 
@@ -69,6 +69,22 @@ class MixtureSettings:
 class ModelSettings:
     """A network."""
 
+    def __post_init__(self) -> None:
+        """Raises SettingsError for what no network can be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassSettings(ModelSettings):
+    """A network that is told the class of what it shall draw."""
+
+    class_dropout: float = 0.1
+    """Share of the training examples whose class is not told: there the network learns to do without, as guidance
+    needs it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.class_dropout < 1, "model.class-dropout must lie between 0 and 1", self.class_dropout)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MlpSettings(ModelSettings):
@@ -82,6 +98,11 @@ class MlpSettings(ModelSettings):
     def __post_init__(self) -> None:
         require(self.dim >= 2 and self.dim % 2 == 0, "model.dim must be even and at least 2", self.dim)
         require(self.layers >= 1, "model.layers must be at least 1", self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassMlpSettings(ClassSettings, MlpSettings):
+    """A multilayer perceptron that is told the time and the class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +129,14 @@ class UnetSettings(ModelSettings):
         fits = self.attn_heads is None or len(self.attn_heads) == len(self.dim_mults)
         require(fits, "model.attn-heads must be as long as model.dim-mults", self.attn_heads)
         require(all(h >= 1 for h in self.attn_heads or ()), "model.attn-heads must be at least 1", self.attn_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassUnetSettings(ClassSettings, UnetSettings):
+    """denoising-diffusion-pytorch's U-Net for guidance without a classifier."""
+
+    attn_heads: ClassVar[None] = None  # type: ignore[misc]
+    """No setting: the library's network has 4 everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,6 +80,27 @@ FAULTS = [
         "tests/diffusion/test_samplers.py::test_the_error_to_the_exact_ode_has_the_samplers_order",
     ),
     Fault(
+        "guidance is w of the paper, which is one less",
+        "diffusion/process/guidance.py",
+        "return of_none + guidance *",
+        "return of_class + guidance *",
+        "tests/diffusion/test_guidance.py::test_samplers_reach_the_end_of_the_exact_guided_ode[dpm++-100-0.003-2.5]",
+    ),
+    Fault(
+        "which classes are left out is the same in every step",
+        "diffusion/process/model.py",
+        "uniform(seed, Stream.CLASS_DROPOUT, step,",
+        "uniform(seed, Stream.CLASS_DROPOUT, 0,",
+        "tests/diffusion/test_guidance.py::test_classes_are_left_out_by_counter_and_as_often_as_asked",
+    ),
+    Fault(
+        "classes begin anew in each sub-batch",
+        "jobs/sample/sample_set.py",
+        "np.arange(start, stop) % len",
+        "np.arange(stop - start) % len",
+        "tests/jobs/test_classes.py::test_sets_are_the_same_however_they_are_drawn",
+    ),
+    Fault(
         "the cosine schedule has lost its offset",
         "diffusion/process/schedules.py",
         "s: float = 0.008",

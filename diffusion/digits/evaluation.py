@@ -14,9 +14,10 @@ from diffusion.digits import classifier
 from diffusion.digits.metrics import SURE, class_shares, near_copies, sure_share, usefulness
 from diffusion.images.evaluation import ImageEvaluator, RealImages
 from diffusion.images.pixels import Images
-from diffusion.statistics.bootstrap import Estimate
+from diffusion.statistics import bootstrap
+from diffusion.statistics.bootstrap import Estimate, Resampled
 from diffusion.statistics.evaluator import Better, Metric, Result, Table, Unit, pack, unpack
-from diffusion.statistics.features import frechet_distance, kernel_distance, overlap
+from diffusion.statistics.features import frechet, frechet_distance, kernel_distance, overlap
 
 
 @dataclass(frozen=True)
@@ -60,29 +61,52 @@ FEATURE_METRICS = {
 """Whoever adds a row gives `MnistProblem` (diffusion/problems/mnist.py) the next `metrics_version`."""
 
 
+BY_CLASS = ("digit", "samples", "right", "frechet", "floor")
+"""Columns of the table by class."""
+
+
 class DigitEvaluator(ImageEvaluator):
-    """Judges samples [n, 28, 28, 1], and the model that drew them; without it the samples alone."""
+    """Judges samples [n, 28, 28, 1], and the model that drew them; without it the samples alone.
+
+    Samples that were to be of certain digits are judged digit by digit, too; where these are not all ten, nothing
+    compares them with all real digits.
+    """
 
     def units(self) -> dict[str, Unit]:
-        n = self._n
+        n, general = self._n, {"classes": Unit("samples", self._classes), **super().units()}
+        if self._asked is not None:
+            general = {"by-class": Unit("samples", partial(self._by_class, self._asked)), **general}
+        if not self._of_all_digits:
+            return general
         return {
             "usefulness": Unit("samples", self._usefulness),
             f"usefulness-real-{n}": Unit("weights", lambda: self._usefulness_of(self._real)),
             "features": Unit("samples", partial(self._distances, self._samples)),
             f"features-real-{n}": Unit("weights", lambda: self._distances(self._held_out.images)),
-            "classes": Unit("samples", self._classes),
-            **super().units(),
+            **general,
         }
+
+    @property
+    def _of_all_digits(self) -> bool:
+        return self._asked is None or len(np.unique(self._asked)) == 10
 
     def metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
         general = super().metrics(results)
+        if self._asked is not None:
+            found = results["by-class"]
+            label = "share that is taken for the digit asked for"
+            asked = Metric(label, unpack(found["share"]), unpack(found["share_real"]), "higher", (0, 1))
+            general = {"asked": asked, **general}
+        if not self._of_all_digits:
+            return general
         own, real = results["features"], results[f"features-real-{self._n}"]
         return {
+            **{name: metric for name, metric in general.items() if name == "asked"},
             **{
                 name: Metric(metric.label, unpack(own[name]), unpack(real[name]), metric.better)
                 for name, metric in FEATURE_METRICS.items()
             },
-            "classes": self._class_metric(results),
+            **({"classes": self._class_metric(results)} if self._asked is None else {}),
             "copies": general["copies"],  # again in `general`; a name keeps its first place, and tables this order
             "usefulness": Metric(
                 "accuracy of a net trained on it",
@@ -94,6 +118,11 @@ class DigitEvaluator(ImageEvaluator):
         }
 
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
+        if self._asked is not None:
+            found = {name: results["by-class"][name].tolist() for name in BY_CLASS}
+            by_class = [dict(zip(BY_CLASS, row, strict=True)) for row in zip(*found.values(), strict=True)]
+            title = "By the digit asked for: share taken for it, Frechet distance, and that of real test digits"
+            return {"by_class": Table(title, by_class), **super().tables(results)}
         shares = class_shares(results["classes"]["labels"], self._train.labels)
         rows = [
             {"digit": digit, "samples": float(shares.shares[digit]), "real": float(shares.real_shares[digit])}
@@ -106,10 +135,11 @@ class DigitEvaluator(ImageEvaluator):
         from diffusion.digits import figures  # here, because plotting libraries take a second to import
 
         labels = results["classes"]["labels"]
-        shares = class_shares(labels, self._train.labels)
         distances, indices = (self._gathered(results, "nearest", name) for name in ("distances", "indices"))
         super().draw(results, folder)
-        figures.classes(shares.shares, shares.real_shares, self._n, folder / "classes.png")
+        if self._asked is None:
+            shares = class_shares(labels, self._train.labels)
+            figures.classes(shares.shares, shares.real_shares, self._n, folder / "classes.png")
         figures.neighbours(self._samples, labels, self._train.images, distances, indices, folder / "nearest.png")
 
     def _distances(self, images: Images) -> Result:
@@ -124,8 +154,32 @@ class DigitEvaluator(ImageEvaluator):
         _, probabilities = classifier.classify(classifier.load(), self._samples)
         return {"labels": probabilities.argmax(1)}
 
+    def _by_class(self, asked: NDArray[np.int64]) -> Result:
+        """How right samples of each digit are, and their Frechet distance to as many training digits; floors beside."""
+        net = classifier.load()
+        features, probabilities = classifier.classify(net, self._samples)
+        held_out = classifier.classify(net, self._held_out.images)[1].argmax(1) == self._held_out.labels
+        right, (digits, counts) = probabilities.argmax(1) == asked, np.unique(asked, return_counts=True)
+        train, test = (
+            [part.only(digit).part(self._seed, which, n) for digit, n in zip(digits, counts, strict=True)]
+            for which, part in enumerate((self._train, self._test))
+        )
+        real, _ = classifier.classify(net, np.concatenate([part.images for part in (*train, *test)]))
+        by_part = np.split(real, np.cumsum([len(part.images) for part in (*train, *test)])[:-1])
+        rows = []
+        for i, (digit, n) in enumerate(zip(digits, counts, strict=True)):
+            own, own_train, own_test = features[asked == digit], by_part[i], by_part[len(digits) + i]
+            distances = frechet(own_train, own), frechet(own_train, own_test)
+            rows.append((digit, n, right[asked == digit].mean(), *distances))
+        return {
+            "share": pack(bootstrap.mean(right, seed=self._seed, which=Resampled.FAKE)),
+            "share_real": pack(bootstrap.mean(held_out, seed=self._seed, which=Resampled.REAL)),
+            **dict(zip(BY_CLASS, map(np.array, zip(*rows, strict=True)), strict=True)),
+        }
+
     def _usefulness(self) -> Result:
-        return self._usefulness_of(RealImages(self._samples, self._classes()["labels"].astype(np.uint8)))
+        labels = self._classes()["labels"] if self._asked is None else self._asked
+        return self._usefulness_of(RealImages(self._samples, labels.astype(np.uint8)))
 
     def _usefulness_of(self, training: RealImages) -> Result:
         test = self._test

@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.gaussian1d.likelihood import log_likelihood
+from diffusion.gaussian1d.mixture import Mixture
 from diffusion.gaussian1d.sample_distances import metrics_of, sample_metrics
 from diffusion.gaussian1d.sampler_errors import sampler_errors
+from diffusion.process.guidance import of_class
 from diffusion.process.model import DiffusionModel
+from diffusion.process.samplers import Predict
 from diffusion.settings import SAMPLERS, SamplerSettings
 from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit, pack, unpack
 
@@ -35,10 +38,13 @@ class Evaluator1d(Evaluator):
         model: DiffusionModel | None,
         sampler: SamplerSettings,
         seed: int,
+        classes: NDArray[np.int64] | None = None,
     ) -> None:
+        """`classes` [n] are those that the samples were to be of: then the mixture is that of so many of each."""
         self._experiment, self._mixture, self._abar = experiment, experiment.mixture, experiment.abar
         self._start = self._mixture.at(float(self._abar[0]))
-        self._samples, self._seed = torch.from_numpy(samples), seed
+        self._samples, self._seed, self._classes = torch.from_numpy(samples), seed, classes
+        self._target = experiment.mixture_of(classes)
         self._model = model.cpu() if model is not None else None  # a GPU would not be faster
         compared = [
             SamplerSettings(sampler=name, steps=steps)
@@ -65,10 +71,16 @@ class Evaluator1d(Evaluator):
         own = results["samples"]
         found = {
             name: Metric(metric.label, unpack(own[name]), unpack(own[f"{name}_floor"]), metric.better, metric.bounds)
-            for name, metric in metrics_of(self._mixture).items()
+            for name, metric in metrics_of(self._target).items()
         }
+        for k in self._told():
+            title = f"W1 of class {k} to its component"
+            found[f"w1_class_{k}"] = Metric(title, unpack(own[f"w1_class_{k}"]), unpack(own[f"w1_class_{k}_floor"]))
         if self._model is None:
             return found
+        for k in range(self._experiment.num_classes):
+            mean = float(results["excess-loss"][f"excess_class_{k}"].mean())
+            found[f"excess_loss_class_{k}"] = Metric(f"excess loss of class {k}", mean, 0.0)
         errors = results[f"sampler-{self._own.label}"]
         excess = results["excess-loss"]["excess"]
         gap = float(np.concatenate([results[f"likelihood-{part}"]["gap"] for part in range(PARTS)]).mean())
@@ -111,7 +123,10 @@ class Evaluator1d(Evaluator):
         quality.sampler_errors(self.tables(results)["samplers"].rows, folder / "samplers.png")
 
     def _of_samples(self) -> Result:
-        found = sample_metrics(self._samples, self._mixture, self._seed)
+        found = sample_metrics(self._samples, self._target, self._seed)
+        for k in self._told():
+            of_class = self._samples[torch.from_numpy(self._classes == k)]
+            found[f"w1_class_{k}"] = sample_metrics(of_class, self._experiment.components[k], self._seed)["w1"]
         return {
             **{name: pack(estimate) for name, (estimate, _) in found.items()},
             **{f"{name}_floor": pack(floor) for name, (_, floor) in found.items()},
@@ -122,7 +137,14 @@ class Evaluator1d(Evaluator):
         return {name: np.array(value) for name, value in vars(errors).items()}
 
     def _excess_loss(self, model: DiffusionModel) -> Result:
-        return {"excess": distances.excess_loss(model.predict, self._mixture, self._abar).numpy()}
+        found: dict[str, tuple[Predict, Mixture]] = {"excess": (model.predict, self._mixture)}
+        for k in range(self._experiment.num_classes):  # all of them, for other sets of the same weights
+            found[f"excess_class_{k}"] = of_class(model.predict, k), self._experiment.components[k]
+        return {name: distances.excess_loss(*pair, self._abar).numpy() for name, pair in found.items()}
+
+    def _told(self) -> list[int]:
+        """The classes that samples were to be of."""
+        return [] if self._classes is None else np.unique(self._classes).tolist()
 
     def _likelihood(self, model: DiffusionModel, part: int) -> Result:
         """log p_data - log p_model at every PARTS-th of the data's quantiles; the mean over all is KL(data || model).

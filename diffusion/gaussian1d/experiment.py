@@ -13,31 +13,34 @@ from torch.nn import functional as F
 
 from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.mixture import Mixture
+from diffusion.process.guidance import of_class
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal, uniform
-from diffusion.process.samplers import Denoiser, dpm_solver
+from diffusion.process.samplers import Denoiser, Predict, dpm_solver
 from diffusion.process.schedules import alphas_cumprod, alphas_cumprod_at
-from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings
+from diffusion.settings import ClassSettings, DiffusionSettings, MixtureSettings, MlpSettings
 
 
 class Mlp(nn.Module):
-    """Predicts eps from x_t and a sinusoidal embedding of t, through hidden layers with SiLU."""
+    """Predicts eps from x_t, a sinusoidal embedding of t and perhaps the class, through hidden layers with SiLU."""
 
     frequencies: Tensor  # [num_frequencies]
 
-    def __init__(self, dim: int, layers: int, timesteps: int, num_frequencies: int = 8) -> None:
+    def __init__(self, dim: int, layers: int, timesteps: int, num_classes: int = 0, num_frequencies: int = 8) -> None:
         super().__init__()
-        self.timesteps = timesteps
-        widths = [1 + 2 * num_frequencies, *[dim] * layers]
+        self.timesteps, self.num_classes = timesteps, num_classes
+        widths = [1 + 2 * num_frequencies + num_classes, *[dim] * layers]
         self.hidden = nn.ModuleList(nn.Linear(n, m) for n, m in pairwise(widths))
         self.out = nn.Linear(dim, 1)
         # From half a period to five over the whole process: eps* changes slowly with t.
         self.register_buffer("frequencies", math.pi * torch.logspace(0, 1, num_frequencies), persistent=False)
 
-    def forward(self, xt: Tensor, t: Tensor) -> Tensor:
-        """xt [batch, 1] and t [batch] to eps [batch, 1]."""
+    def forward(self, xt: Tensor, t: Tensor, *classes: Tensor) -> Tensor:
+        """xt [batch, 1], t [batch] and, where there are any, classes [batch] to eps [batch, 1]."""
         angles = (t.to(xt.dtype) / self.timesteps)[:, None] * self.frequencies
-        h = torch.cat([xt, angles.sin(), angles.cos()], dim=1)  # [batch, 1 + 2 * num_frequencies]
+        # The columns of these ones in the first layer are the embeddings of the classes; no class has no ones.
+        ones = [(k[:, None] == torch.arange(self.num_classes, device=k.device)).to(xt.dtype) for k in classes]
+        h = torch.cat([xt, angles.sin(), angles.cos(), *ones], dim=1)  # [batch, 1 + 2 * num_frequencies + num_classes]
         for layer in self.hidden:
             h = F.silu(layer(h))
         # At large t eps is nearly x_t, and small errors there decide how many samples go to which component.
@@ -48,8 +51,8 @@ class Mlp(nn.Module):
 class Gaussian1dModel(DiffusionModel):
     """The MLP under the forward process."""
 
-    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
-        eps: Tensor = self.network(xt, t)
+    def predict(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+        eps: Tensor = self.network(xt, t, *self.told(xt, classes))
         return eps
 
 
@@ -63,35 +66,49 @@ class Gaussian1d(Experiment):
         self.mixture = Mixture.of(data)
         self.model_settings = model
         self.abar = alphas_cumprod(diffusion.beta_schedule, diffusion.timesteps)
+        if isinstance(model, ClassSettings):
+            self.num_classes, self.class_dropout = len(data.means), model.class_dropout
 
     def build_model(self) -> DiffusionModel:
-        network = Mlp(self.model_settings.dim, self.model_settings.layers, len(self.abar))
-        return Gaussian1dModel(network, self.abar)
+        network = Mlp(self.model_settings.dim, self.model_settings.layers, len(self.abar), self.num_classes)
+        return Gaussian1dModel(network, self.abar, self.num_classes)
 
     def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
         u = torch.from_numpy(uniform(seed, Stream.COMPONENT, step, start, stop))
         z = torch.from_numpy(normal(seed, Stream.DATA, step, start, stop))
         return self.mixture.sample(u, z)[:, None].float().to(device)
 
+    def classes(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.int64]:
+        """Returns the components that `batch` has drawn."""
+        return self.mixture.components(torch.from_numpy(uniform(seed, Stream.COMPONENT, step, start, stop))).numpy()
+
     def to_array(self, x0: Tensor) -> NDArray[np.float32]:
         return x0[:, 0].float().cpu().numpy()
 
-    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
+    def draw_samples(self, samples: NDArray[Any], path: Path, classes: NDArray[np.int64] | None = None) -> None:
         from diffusion.gaussian1d import figures  # here, because plotting libraries take a second to import
 
-        figures.samples(self.mixture, samples, path)
+        figures.samples(self.mixture_of(classes), samples, path)
 
-    def exact_predict(self, xt: Tensor, t: Tensor) -> Tensor:
+    def mixture_of(self, classes: NDArray[np.int64] | None) -> Mixture:
+        """The exact distribution of samples of these classes [n]."""
+        if classes is None:
+            return self.mixture
+        return self.mixture.of_classes(torch.from_numpy(np.bincount(classes, minlength=len(self.mixture.means))))
+
+    def exact_predict(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         """The perfect network, eps*(x_t); same signature as `predict`."""
         abar = alphas_cumprod_at(self.abar, t.double())[:, None]
-        return self.mixture.eps(xt.double(), abar).to(xt.dtype)
+        if classes is None:
+            return self.mixture.eps(xt.double(), abar).to(xt.dtype)
+        return self.mixture.eps_of_class(xt.double(), abar, classes[:, None]).to(xt.dtype)
 
     def report(self, model: DiffusionModel, folder: Path) -> list[str]:
         from diffusion.gaussian1d import figures
 
         floor = self.mixture.loss_floor(self.abar)
         excess = distances.excess_loss(model.predict_for, self.mixture, self.abar)
-        x = self._draw(model, 100_000)
+        x = self._draw(model.predict_for, 100_000)
         w1, w1_floor = distances.wasserstein1(x, self.mixture), distances.wasserstein1_floor(self.mixture, len(x))
         ks, ks_floor = distances.kolmogorov_smirnov(x, self.mixture), distances.kolmogorov_smirnov_floor(len(x))
         figures.forward_process(self.mixture, self.abar, folder / "forward.png")
@@ -102,20 +119,53 @@ class Gaussian1d(Experiment):
             f"excess loss over the exact optimum {excess.mean():.5f} (the optimum itself has loss {floor.mean():.5f})",
             f"W1 of {len(x):,} samples to the exact mixture {w1:.4f} (exact samples have {w1_floor:.4f})",
             f"KS of the same samples {ks:.4f} (exact samples have {ks_floor:.4f})",
+            *(self._report_classes(model, folder) if self.num_classes else ()),
         ]
 
+    def _report_classes(self, model: DiffusionModel, folder: Path) -> list[str]:
+        """Does the same for the model that is told classes; the lines above are of no class."""
+        from diffusion.gaussian1d import figures
+
+        lines = []
+        for k, component in enumerate(self.components):
+            predict = of_class(model.predict_for, k)
+            excess = float(distances.excess_loss(predict, component, self.abar).mean())
+            x = self._draw(predict, 8192)
+            w1, floor = distances.wasserstein1(x, component), distances.wasserstein1_floor(component, len(x))
+            lines.append(
+                f"class {k}: excess loss {excess:.5f}; W1 of {len(x):,} samples to its component {w1:.4f} (exact "
+                f"samples have {floor:.4f})"
+            )
+        scales = (0.0, 1.0, 2.0, 4.0)
+        drawn = [
+            [self._draw(of_class(model.predict_for, k, self.num_classes, s), 4096) for s in scales]
+            for k in range(len(lines))
+        ]
+        figures.guidance(self.components, drawn, scales, folder / "guidance.png")
+        return lines
+
     def sketch(self, model: DiffusionModel, folder: Path) -> None:
-        self.draw_samples(self._draw(model, 10_000).numpy(), folder / "density.png")
+        self.draw_samples(self._draw(model.predict_for, 10_000).numpy(), folder / "density.png")
+
+    @property
+    def components(self) -> list[Mixture]:
+        """The distribution of each class."""
+        return [self.mixture.of_classes(one) for one in torch.eye(len(self.mixture.means))]
 
     def loss_floor(self) -> float:
-        return float(self.mixture.loss_floor(self.abar).mean())
+        floor = float(self.mixture.loss_floor(self.abar).mean())
+        if not self.num_classes:
+            return floor
+        known = [float(component.loss_floor(self.abar).mean()) for component in self.components]
+        told = float(self.mixture.weights @ torch.tensor(known, dtype=torch.float64))
+        return self.class_dropout * floor + (1 - self.class_dropout) * told
 
-    def _draw(self, model: DiffusionModel, n: int) -> Tensor:
+    def _draw(self, predict: Predict, n: int) -> Tensor:
         """Draws n samples, [n], with 50 steps of DPM-Solver++, whose own error is far below the Monte-Carlo floor."""
         steps, parts = min(50, len(self.abar)), []
         for start in range(0, n, 4096):
             xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, start, min(start + 4096, n), (1,)))
             with torch.inference_mode():
-                *_, x0 = dpm_solver(Denoiser(model.predict_for, self.abar), xt, steps=steps, noise=torch.randn)
+                *_, x0 = dpm_solver(Denoiser(predict, self.abar), xt, steps=steps, noise=torch.randn)
             parts.append(x0[:, 0])
         return torch.cat(parts)

@@ -1,5 +1,6 @@
 """Figures of the 1D experiment, which show everything beside its exact answer."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,26 @@ def samples(mixture: Mixture, x: NDArray[Any], path: Path) -> None:
     axes.plot(grid, mixture.pdf(grid), color=EXACT, linewidth=2, label="exact density")
     axes.set(title="Samples of the model against the exact mixture", xlabel="$x_0$", ylabel="density", xlim=(low, high))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    save(figure, path)
+
+
+def guidance(components: list[Mixture], drawn: list[list[Tensor]], scales: Sequence[float], path: Path) -> None:
+    """Samples of each class (rows) at growing guidance (columns) against the exact density of the class."""
+    figure = Figure(figsize=(2.6 * len(scales), 2.1 * len(components) + 0.9), layout="constrained")
+    all_axes = figure.subplots(len(components), len(scales), sharex=True, sharey="row", squeeze=False)
+    low, high = min(_range(c)[0] for c in components), max(_range(c)[1] for c in components)
+    grid = torch.linspace(low, high, 400, dtype=torch.float64)
+    for row, (component, by_scale) in enumerate(zip(components, drawn, strict=True)):
+        for axes, x, scale in zip(all_axes[row], by_scale, scales, strict=True):
+            axes.hist(x.numpy(), bins=80, range=(low, high), density=True, color=MODEL, alpha=0.5, label="samples")
+            axes.plot(grid, component.pdf(grid), color=EXACT, linewidth=2, label="exact density of the class")
+            axes.set_xlim(low, high)
+            if row == 0:
+                axes.set_title(f"guidance {scale:g}")
+        all_axes[row, 0].set_ylabel(f"class {row}")
+    figure.suptitle("Guidance: 0 is without classes, 1 the class as it is, more exaggerates it")
+    handles, labels = all_axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 

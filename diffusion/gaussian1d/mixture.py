@@ -32,6 +32,11 @@ class Mixture:
         """The marginal p_t, which is a mixture again."""
         return Mixture(math.sqrt(abar) * self.means, torch.sqrt(abar * self.stds**2 + 1 - abar), self.weights)
 
+    def of_classes(self, shares: Tensor) -> "Mixture":
+        """The mixture of the same components with other weights, [K]; those with none are left out."""
+        there = shares > 0
+        return Mixture(self.means[there], self.stds[there], shares[there].double() / shares.sum())
+
     def pdf(self, x: Tensor) -> Tensor:
         """p_0(x)."""
         return self._log_joint(x, torch.tensor(1.0)).logsumexp(-1).exp()
@@ -69,14 +74,25 @@ class Mixture:
 
     def sample(self, uniforms: Tensor, normals: Tensor) -> Tensor:
         """Draws [n] from p_0, given [n] uniforms on [0, 1), which choose the component, and [n] standard normals."""
-        # Without the last sum, which may be rounded to less than 1.
-        k = torch.searchsorted(self.weights.cumsum(0)[:-1], uniforms.double(), right=True)
+        k = self.components(uniforms)
         return self.means[k] + self.stds[k] * normals
+
+    def components(self, uniforms: Tensor) -> Tensor:
+        """The components that `sample` draws for the same uniforms, [n]."""
+        # Without the last sum, which may be rounded to less than 1.
+        return torch.searchsorted(self.weights.cumsum(0)[:-1], uniforms.double(), right=True)
 
     def eps(self, xt: Tensor, abar: Tensor) -> Tensor:
         """The best possible noise prediction E[eps | x_t] = b sum_k r_k z_k / v_k, which is -b times the score."""
         r, z, v = self._posterior(xt, abar)
         return torch.sqrt(1 - abar) * (r * z / v).sum(-1)
+
+    def eps_of_class(self, xt: Tensor, abar: Tensor, classes: Tensor) -> Tensor:
+        """The same where the component k [...] of each x is known, E[eps | x_t, k] = b z_k / v_k; K: it is not."""
+        z, v = self._z_v(xt, abar)
+        known = torch.sqrt(1 - abar)[..., None] * z / v
+        every = torch.cat([known, self.eps(xt, abar)[..., None]], -1)  # [..., K + 1]
+        return every.gather(-1, classes[..., None])[..., 0]
 
     def eps_variance(self, xt: Tensor, abar: Tensor) -> Tensor:
         """Var(eps | x_t), the part of the noise that no network can know."""

@@ -39,6 +39,10 @@ class RealImages:
     images: Images
     labels: NDArray[np.uint8]
 
+    def only(self, label: int) -> "RealImages":
+        """Returns those of one class."""
+        return RealImages(self.images[self.labels == label], self.labels[self.labels == label])
+
     def part(self, seed: int, which: int, n: int) -> "RealImages":
         """Draws n of them without replacement: the first ones of MNIST's test digits are easier than the last."""
         chosen = permutation(seed, Stream.EVALUATION, which, len(self.images))[:n]
@@ -56,11 +60,13 @@ class ImageEvaluator(Evaluator):
         seed: int,
         inception: bool,
         noun: str,
+        classes: NDArray[np.int64] | None = None,
     ) -> None:
-        """`noun` is what tables call the images."""
+        """`noun` is what tables call the images; `classes` are those that the samples were to be of."""
         self._load, self._samples, self._model, self._seed = load, samples[:LARGEST], model, seed
         self._inception, self._noun = inception, noun
         self._n = len(self._samples)
+        self._asked = classes[: self._n] if classes is not None else None
 
     @cached_property
     def _train(self) -> RealImages:

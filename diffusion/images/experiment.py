@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from denoising_diffusion_pytorch import classifier_free_guidance as with_classes
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion.images.pixels import Images, scaled, unscaled
@@ -18,32 +19,43 @@ from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, permutation
 from diffusion.process.schedules import alphas_cumprod_at
 from diffusion.process.transfer import sent
-from diffusion.settings import DiffusionSettings, UnetSettings
+from diffusion.settings import ClassSettings, DiffusionSettings, UnetSettings
 
 
-def library_unet(settings: UnetSettings, image_channels: int) -> Unet:
+def library_unet(settings: UnetSettings, image_channels: int, num_classes: int = 0) -> Unet | with_classes.Unet:
     """Builds the library's network as it is."""
-    heads, channels = settings.attn_heads or 4, image_channels * settings.patch_size**2
-    return Unet(settings.dim, dim_mults=settings.dim_mults, channels=channels, attn_heads=heads)
+    channels = image_channels * settings.patch_size**2
+    if num_classes:
+        return with_classes.Unet(settings.dim, num_classes, dim_mults=settings.dim_mults, channels=channels)
+    return Unet(settings.dim, dim_mults=settings.dim_mults, channels=channels, attn_heads=settings.attn_heads or 4)
 
 
 class UnetModel(DiffusionModel):
     """The library's `Unet` under the library's process, with space-to-depth and a skip around it if asked for."""
 
-    def __init__(self, unet: Unet, diffusion: GaussianDiffusion, settings: UnetSettings) -> None:
-        super().__init__(unet, diffusion.alphas_cumprod)
+    def __init__(self, unet: nn.Module, diffusion: nn.Module, settings: UnetSettings, num_classes: int = 0) -> None:
+        assert isinstance(diffusion.alphas_cumprod, Tensor)
+        super().__init__(unet, diffusion.alphas_cumprod, num_classes)
         self.patch_size, self.noise_skip = settings.patch_size, settings.noise_skip
 
-    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
+    def predict(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         patches = F.pixel_unshuffle(
             xt, self.patch_size
         )  # [batch, channels * patch_size^2, height / patch_size, width / patch_size]
-        out = F.pixel_shuffle(self.network(patches, t), self.patch_size)
+        out = F.pixel_shuffle(self._out(patches, t, *self.told(xt, classes)), self.patch_size)
         if not self.noise_skip:
             return out
         # eps = b x_t + a v, with v of unit size at every t (Salimans & Ho 2022, appendix D).
         abar = alphas_cumprod_at(self.alphas_cumprod, t).float().view(-1, 1, 1, 1)
         return (1 - abar).sqrt() * xt + abar.sqrt() * out.float()
+
+    def _out(self, patches: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+        if classes is None:
+            out: Tensor = self.network(patches, t)
+        else:  # the library's network takes classes that exist, and a mask of those that it is told
+            known = classes.clamp(max=self.num_classes - 1)
+            out = self.network(patches, t, known, cond_keep_mask=classes < self.num_classes)
+        return out
 
 
 class ImageExperiment(Experiment):
@@ -58,12 +70,17 @@ class ImageExperiment(Experiment):
         noun: str,
         model: UnetSettings,
         diffusion: DiffusionSettings,
+        load_classes: Callable[[], NDArray[np.uint8]] | None = None,
+        num_classes: int = 0,
     ) -> None:
         """`load_images` returns the training images [n, height, width, channels], `shape` is that of one.
 
-        `noun` is what figures call the images.
+        `noun` is what figures call the images. `load_classes` returns their classes [n], for networks that are told
+        `num_classes` of them.
         """
-        self.load_images = load_images
+        self.load_images, self.load_classes = load_images, load_classes
+        if isinstance(model, ClassSettings):
+            self.num_classes, self.class_dropout = num_classes, model.class_dropout
         height, width, channels = shape
         self.sample_shape = (channels, height, width)
         self.noun = noun
@@ -78,35 +95,43 @@ class ImageExperiment(Experiment):
         images = torch.from_numpy(self.load_images()).permute(0, 3, 1, 2)
         return images.clone(memory_format=torch.contiguous_format)
 
+    @cached_property
+    def image_classes(self) -> NDArray[np.int64]:
+        """[n]; loaded when training first asks for it."""
+        assert self.load_classes is not None
+        return self.load_classes().astype(np.int64)
+
+    def classes(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.int64]:
+        return self.image_classes[self._indices(seed, step, start, stop, batch_size)]
+
     def build_model(self) -> DiffusionModel:
         settings = self.model_settings
         channels, height, width = self.sample_shape
-        unet = with_fast_layers(library_unet(settings, channels))
-        diffusion = GaussianDiffusion(
+        unet = with_fast_layers(library_unet(settings, channels, self.num_classes))
+        process = with_classes.GaussianDiffusion if self.num_classes else GaussianDiffusion
+        diffusion = process(
             unet,
             image_size=(height // settings.patch_size, width // settings.patch_size),
             timesteps=self.diffusion_settings.timesteps,
             objective="pred_noise",
             beta_schedule=self.diffusion_settings.beta_schedule,
         )
-        return UnetModel(unet, diffusion, settings)
+        return UnetModel(unet, diffusion, settings, self.num_classes)
 
     def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
         # The whole data set moves to the device once (MNIST: 47 MB); from then on a batch is an index there.
         if self.images.device != device:
             self.images = self.images.to(device)
-        first = (step - 1) * batch_size
-        indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
-        return scaled(self.images[sent(indices, device)])
+        return scaled(self.images[sent(self._indices(seed, step, start, stop, batch_size), device)])
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""
         return unscaled(x0)
 
-    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
+    def draw_samples(self, samples: NDArray[Any], path: Path, classes: NDArray[np.int64] | None = None) -> None:
         from diffusion.images import figures  # here, because plotting libraries take a second to import
 
-        figures.grid(samples, path)
+        figures.grid(samples, path, 0 if classes is None else len(np.unique(classes)))
 
     def report(self, model: DiffusionModel, folder: Path) -> list[str]:
         from diffusion.images import figures
@@ -114,12 +139,19 @@ class ImageExperiment(Experiment):
         abar = model.alphas_cumprod.cpu()
         figures.forward_process(self.images[:6].cpu(), abar, self.noun, folder / "forward.png")
         figures.reverse_process(model, self, self.noun, 64, folder)
+        if self.num_classes:
+            figures.classes(model, self, self.noun, folder)
         return []
 
     def sketch(self, model: DiffusionModel, folder: Path) -> None:
         from diffusion.images import figures
 
         figures.sketch(model, self, self.noun, 16, folder)
+
+    def _indices(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.int64]:
+        """The images that are examples [start, stop) of the global batch of this step."""
+        first = (step - 1) * batch_size
+        return np.array([self._index(seed, first + i) for i in range(start, stop)])
 
     def _index(self, seed: int, position: int) -> int:
         """The image at this position of the endless sequence of shuffled epochs."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from diffusion.figures.style import save
 from diffusion.images.pixels import Images, scaled, unscaled
+from diffusion.process.guidance import guided
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import Denoiser, ddim, ddpm
+from diffusion.process.samplers import Denoiser, Predict, ddim, ddpm
 
 
 def tile(images: Images, columns: int, gap: int = 2) -> NDArray[np.uint8]:
@@ -33,10 +34,14 @@ def without_single_channel(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return image[..., 0] if image.shape[-1] == 1 else image
 
 
-def grid(images: Images, path: Path) -> None:
-    """The first 64 images in a square, three times enlarged, nothing around them."""
+def grid(images: Images, path: Path, num_classes: int = 0) -> None:
+    """The first 64 images in a square, three times enlarged, nothing around them.
+
+    Where classes come in turn, a column holds one class, if there are enough of them for columns.
+    """
     shown = images[:64]
-    Image.fromarray(_enlarged(tile(shown, columns=max(1, round(len(shown) ** 0.5))))).save(path)
+    columns = num_classes if 4 <= num_classes <= 16 else max(1, round(len(shown) ** 0.5))
+    Image.fromarray(_enlarged(tile(shown, columns))).save(path)
 
 
 def forward_process(images: Tensor, abar: Tensor, noun: str, path: Path) -> None:
@@ -59,9 +64,9 @@ def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n:
 
     xt = noise(steps)
     with torch.inference_mode():
-        x = [xt, *ddpm(Denoiser(model.predict_for, abar, (-1, 1)), xt, steps=steps, noise=noise)]
+        x = [xt, *ddpm(Denoiser(_predict(model, n), abar, (-1, 1)), xt, steps=steps, noise=noise)]
     arrays = [experiment.to_array(value) for value in x]
-    grid(arrays[-1], folder / "samples.png")
+    grid(arrays[-1], folder / "samples.png", model.num_classes)
     shown = np.linspace(0, steps, 9).round().astype(int)
     labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
     title = f"Reverse process: noise becomes {noun} (DDPM, {steps} steps)"
@@ -73,15 +78,46 @@ def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n:
     frames[0].save(folder / "denoising.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
+def classes(model: DiffusionModel, experiment: Experiment, noun: str, folder: Path) -> None:
+    """classes.png has a row of each class, all rows from the same noise; guidance.png a column for each scale."""
+    number, columns, scales = model.num_classes, 8, (0.0, 1.0, 2.0, 4.0, 8.0)
+    noise = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, columns, experiment.sample_shape))
+    rows = _of_classes(model, experiment, noise.repeat(number, 1, 1, 1), np.arange(number).repeat(columns), 1.0)
+    Image.fromarray(_enlarged(tile(rows, columns))).save(folder / "classes.png")
+    first = noise[:1].expand(number, -1, -1, -1)
+    by_scale = [_of_classes(model, experiment, first, np.arange(number), scale) for scale in scales]
+    title = f"{noun.capitalize()} of each class from the same noise, over guidance"
+    _labelled(by_scale, [f"{scale:g}" for scale in scales], title, folder / "guidance.png")
+
+
+def _of_classes(
+    model: DiffusionModel, experiment: Experiment, xt: Tensor, classes: NDArray[np.int64], guidance: float
+) -> Images:
+    """Draws images of these classes [n] from noise xt by 25 steps of DDIM, which adds none."""
+    abar = model.alphas_cumprod.double().cpu()
+    predict = guided(model.predict_for, torch.from_numpy(classes), model.num_classes, guidance)
+    with torch.inference_mode():
+        *_, x0 = ddim(Denoiser(predict, abar, (-1, 1)), xt, steps=min(25, len(abar)), noise=torch.randn)
+    images: Images = experiment.to_array(x0)
+    return images
+
+
+def _predict(model: DiffusionModel, n: int) -> Predict:
+    """The model's prediction for n images; where it knows classes, they come in turn."""
+    if not model.num_classes:
+        return model.predict_for
+    return guided(model.predict_for, torch.arange(n) % model.num_classes, model.num_classes, 1.0)
+
+
 def sketch(model: DiffusionModel, experiment: Experiment, noun: str, n: int, folder: Path) -> None:
     """n samples by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
     abar = model.alphas_cumprod.double().cpu()
     steps = min(25, len(abar))
     xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, experiment.sample_shape))
     with torch.inference_mode():
-        x = [xt, *ddim(Denoiser(model.predict_for, abar, (-1, 1)), xt, steps=steps, noise=torch.randn)]
+        x = [xt, *ddim(Denoiser(_predict(model, n), abar, (-1, 1)), xt, steps=steps, noise=torch.randn)]
     arrays = [experiment.to_array(value) for value in x]
-    grid(arrays[-1], folder / "grid.png")
+    grid(arrays[-1], folder / "grid.png", model.num_classes)
     shown = np.linspace(0, steps, 9).round().astype(int)
     labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
     title = f"Reverse process: noise becomes {noun} (DDIM, {steps} steps)"

@@ -6,15 +6,18 @@ and the precision of their input. In bf16 that rounds more often: the error of a
 library's, and that of its gradient half as much again.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from denoising_diffusion_pytorch import classifier_free_guidance as with_classes
 from denoising_diffusion_pytorch import denoising_diffusion_pytorch as library
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+T = TypeVar("T", library.Unet, with_classes.Unet)
 
-def with_fast_layers(unet: library.Unet) -> library.Unet:
+
+def with_fast_layers(unet: T) -> T:
     """Returns the same object, whose layers now have the classes below."""
     for module in unet.modules():
         if (fast := FAST_LAYERS.get(type(module))) is not None:
@@ -53,21 +56,21 @@ class RMSNorm(library.RMSNorm):  # type: ignore[misc]
     """A unit norm, times a gain for each channel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return unit_norm(x) * (self.g * self.scale).to(x.dtype)
+        return unit_norm(x) * _gain(self).to(x.dtype)
+
+
+class RMSNormWithClasses(with_classes.RMSNorm):  # type: ignore[misc]
+    """The same in the network with classes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit_norm(x) * _gain(self).to(x.dtype)
 
 
 class Block(library.Block):  # type: ignore[misc]
     """Convolution, normalisation, scale and shift by the time, SiLU."""
 
     def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = unit_norm(self.proj(x))
-        gain = self.norm.g * self.norm.scale
-        if scale_shift is None:
-            x = x * gain.to(x.dtype)
-        else:
-            scale, shift = scale_shift  # each [b, c, 1, 1]
-            x = torch.addcmul(shift.to(x.dtype), x, (gain * (scale + 1)).to(x.dtype))
-        return self.dropout(self.act(x))
+        return self.dropout(self.act(_scaled_and_shifted(self.norm, self.proj(x), scale_shift)))
 
 
 class LinearAttention(library.LinearAttention):  # type: ignore[misc]
@@ -78,14 +81,7 @@ class LinearAttention(library.LinearAttention):  # type: ignore[misc]
         q, k, v = _queries_keys_values(self.norm, self.to_qkv, x)  # each [b, h * w, heads * d]
         memory_k, memory_v = (m.flatten(0, 1).t().expand(b, -1, -1).to(k.dtype) for m in self.mem_kv)
         k, v = torch.cat((memory_k, k), 1), torch.cat((memory_v, v), 1)
-        # Both keep the precision of their input: CUDA's autocast would write fp32, which is twice the bytes.
-        q = q.unflatten(-1, (self.heads, -1)).softmax(-1, dtype=q.dtype).flatten(-2)
-        context = k.softmax(1, dtype=k.dtype).transpose(1, 2) @ v  # [b, heads * d, heads * d]
-        head = torch.arange(context.shape[-1], device=x.device) // (context.shape[-1] // self.heads)
-        # A head may see only itself, so all but the blocks on the diagonal becomes 0. One large product needs no
-        # copies; a product for each head would.
-        out = q @ torch.where(head[:, None] == head, context * self.scale, 0)
-        return self.to_out(_image(out, h, w))
+        return self.to_out(_image(_linear_attention(q, k, v, self.heads, self.scale), h, w))
 
 
 class Attention(library.Attention):  # type: ignore[misc]
@@ -127,8 +123,54 @@ class Upsample(nn.Upsample):
         return Doubled.apply(x)
 
 
+class PreNorm(with_classes.PreNorm):  # type: ignore[misc]
+    """A normalisation before attention, whose gain the attention below takes into its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x, self.norm)
+
+
+class BlockWithClasses(with_classes.Block):  # type: ignore[misc]
+    """As above; the time comes with the class."""
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return self.act(_scaled_and_shifted(self.norm, self.proj(x), scale_shift))
+
+
+class LinearAttentionWithClasses(with_classes.LinearAttention):  # type: ignore[misc]
+    """As above, without a memory."""
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        q, k, v = _queries_keys_values(norm, self.to_qkv, x)
+        return self.to_out(_image(_linear_attention(q, k, v, self.heads, self.scale), *x.shape[2:]))
+
+
+class AttentionWithClasses(with_classes.Attention):  # type: ignore[misc]
+    """As above, without a memory."""
+
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        pixels = _queries_keys_values(norm, self.to_qkv, x)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in pixels)  # [b, heads, h * w, d]
+        out = (q * self.scale @ k.transpose(2, 3)).softmax(-1) @ v
+        return self.to_out(_image(out.transpose(1, 2).flatten(-2), *x.shape[2:]))
+
+
+class Embedding(nn.Embedding):
+    """A row for each class. The gradient is a sum in a fixed order; compiled for a GPU, torch's own is none."""
+
+    def forward(self, classes: Tensor) -> Tensor:
+        is_class = classes[:, None] == torch.arange(self.num_embeddings, device=classes.device)
+        return torch.where(is_class[..., None], self.weight, 0).sum(1)  # all but one of the numbers added are 0
+
+
 FAST_LAYERS = {
     nn.Upsample: Upsample,
+    nn.Embedding: Embedding,
+    with_classes.RMSNorm: RMSNormWithClasses,
+    with_classes.PreNorm: PreNorm,
+    with_classes.Block: BlockWithClasses,
+    with_classes.LinearAttention: LinearAttentionWithClasses,
+    with_classes.Attention: AttentionWithClasses,
     library.RMSNorm: RMSNorm,
     library.Block: Block,
     library.LinearAttention: LinearAttention,
@@ -136,10 +178,36 @@ FAST_LAYERS = {
 }
 
 
-def _queries_keys_values(norm: library.RMSNorm, convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
+def _gain(norm: Any) -> Tensor:
+    """What an RMSNorm multiplies channels with, [1, c, 1, 1]."""
+    gain: Tensor = norm.g * norm.g.shape[1] ** 0.5
+    return gain
+
+
+def _scaled_and_shifted(norm: nn.Module, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Normalises x [b, c, h, w], and lets scale and shift [b, c, 1, 1] follow if there are any."""
+    x, gain = unit_norm(x), _gain(norm)
+    if scale_shift is None:
+        return x * gain.to(x.dtype)
+    scale, shift = scale_shift
+    return torch.addcmul(shift.to(x.dtype), x, (gain * (scale + 1)).to(x.dtype))
+
+
+def _linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """Of q, k and v [b, n, heads * d], all heads in one product of matrices."""
+    # Both keep the precision of their input: CUDA's autocast would write fp32, which is twice the bytes.
+    q = q.unflatten(-1, (heads, -1)).softmax(-1, dtype=q.dtype).flatten(-2)
+    context = k.softmax(1, dtype=k.dtype).transpose(1, 2) @ v  # [b, heads * d, heads * d]
+    head = torch.arange(context.shape[-1], device=q.device) // (context.shape[-1] // heads)
+    # A head may see only itself, so all but the blocks on the diagonal becomes 0. One large product needs no copies; a
+    # product for each head would.
+    return q @ torch.where(head[:, None] == head, context * scale, 0)
+
+
+def _queries_keys_values(norm: nn.Module, convolution: nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
     """Computes q, k and v of the pixels of x [b, c, h, w], each [b, h * w, heads * d]."""
     pixels = unit_norm(x).flatten(2).transpose(1, 2)  # [b, h * w, c]: no copy with channels last
-    weights = convolution.weight.flatten(1) * (norm.g * norm.scale).flatten()  # there are fewer weights than pixels
+    weights = convolution.weight.flatten(1) * _gain(norm).flatten()  # there are fewer weights than pixels
     q, k, v = (F.linear(pixels, weight) for weight in weights.chunk(3))
     return q, k, v
 

@@ -21,6 +21,11 @@ class Gaussian1dProblem(MixtureSettings, Problem):
     metrics_version = 2  # since heun is among the samplers that are compared
 
     @property
+    def num_classes(self) -> int:
+        """The components."""
+        return len(self.means)
+
+    @property
     def sample(self) -> SampleFormat:
         return SampleFormat("float32", (), fewest=2)
 
@@ -45,4 +50,5 @@ class Gaussian1dProblem(MixtureSettings, Problem):
     ) -> "Evaluator":
         from diffusion.gaussian1d.evaluation import Evaluator1d
 
-        return Evaluator1d(self.build(model, diffusion), *drawn, seed=seed)
+        experiment = self.build(model, diffusion)
+        return Evaluator1d(experiment, drawn.samples, drawn.model, drawn.sampler, seed, drawn.classes)

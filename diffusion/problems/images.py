@@ -13,6 +13,9 @@ from diffusion.problems.problem import Problem, SampleFormat, Say
 from diffusion.settings import DiffusionSettings, ModelSettings, UnetSettings, require
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from diffusion.images.evaluation import ImageEvaluator
     from diffusion.images.experiment import ImageExperiment
     from diffusion.images.pixels import Images
@@ -90,7 +93,12 @@ class ImageProblem(Problem):
             self.data_set.require(Path(self.root))
             return self.data_set.read_images(Path(self.root), "train")
 
-        return ImageExperiment(load_images, self.shape, self.noun, model, diffusion)
+        def load_classes() -> "NDArray[np.uint8]":
+            return self.data_set.read_labels(Path(self.root), "train")
+
+        return ImageExperiment(
+            load_images, self.shape, self.noun, model, diffusion, load_classes, num_classes=self.num_classes
+        )
 
     def evaluator(
         self, model: UnetSettings, diffusion: DiffusionSettings, drawn: "Drawn", *, seed: int, inception: bool
@@ -103,7 +111,7 @@ class ImageProblem(Problem):
             return RealImages(self.data_set.read_images(root, split), self.data_set.read_labels(root, split))
 
         samples = drawn.samples[: self.data_set.count["test"]]  # as many real ones stand beside them
-        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun)
+        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun, drawn.classes)
 
     def evaluator_class(self) -> "type[ImageEvaluator]":
         """Returns the evaluator; imports torch."""

@@ -23,6 +23,11 @@ class MnistProblem(ImageProblem):
     noun = "digits"
     classifier = Path(__file__).resolve().parent.parent / "digits" / "digits.safetensors"
 
+    @property
+    def num_classes(self) -> int:
+        """The digits."""
+        return 10
+
     def evaluator_class(self) -> "type[DigitEvaluator]":
         from diffusion.digits.evaluation import DigitEvaluator
 

@@ -42,6 +42,11 @@ class Problem(ABC):
     """Raise it with every change of what `evaluate` computes: results of another version are not used."""
 
     @property
+    def num_classes(self) -> int:
+        """Classes of the data; 0 where they have none."""
+        return 0
+
+    @property
     @abstractmethod
     def sample(self) -> SampleFormat:
         """What samples are in files."""

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffusion.process.randomness import Stream, uniform
 from diffusion.process.samplers import Clip
 
 
@@ -17,28 +18,41 @@ class DiffusionModel(nn.Module, ABC):
 
     alphas_cumprod: Tensor  # [T]
 
-    def __init__(self, network: nn.Module, alphas_cumprod: Tensor) -> None:
+    def __init__(self, network: nn.Module, alphas_cumprod: Tensor, num_classes: int = 0) -> None:
+        """With `num_classes`, the network takes the class of each example [batch] after xt and t."""
         super().__init__()
         self.network = network
+        self.num_classes = num_classes
         self.register_buffer("alphas_cumprod", alphas_cumprod)
 
     @abstractmethod
-    def predict(self, xt: Tensor, t: Tensor) -> Tensor:
-        """The network's estimate of eps, like xt [batch, ...]; t is [batch], whole or fractional."""
+    def predict(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+        """The network's estimate of eps, like xt [batch, ...]; t is [batch], whole or fractional.
 
-    def predict_for(self, xt: Tensor, t: Tensor) -> Tensor:
+        `classes` [batch] is for networks with classes: 0 to num_classes - 1, or num_classes for none, as for all of
+        them where nothing is given.
+        """
+
+    def predict_for(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         """Calls `predict` for tensors that may be on another device than the model; the answer is where xt is."""
         device = self.alphas_cumprod.device
-        return self.predict(xt.to(device), t.to(device)).to(xt.device)
+        told = None if classes is None else classes.to(device)
+        return self.predict(xt.to(device), t.to(device), told).to(xt.device)
+
+    def told(self, xt: Tensor, classes: Tensor | None) -> tuple[Tensor, ...]:
+        """What the network takes after xt and t: nothing, or the class of each example."""
+        if not self.num_classes:
+            return ()
+        return (torch.full((len(xt),), self.num_classes, device=xt.device) if classes is None else classes,)
 
     def q_sample(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, equation 4)."""
         abar = self.alphas_cumprod[t].to(x0.dtype).view(-1, *[1] * (x0.ndim - 1))
         return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 
-    def forward(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    def forward(self, x0: Tensor, t: Tensor, eps: Tensor, classes: Tensor | None = None) -> Tensor:
         """The loss of each example, [batch]: mean squared error of the predicted noise (DDPM, equation 14)."""
-        error = self.predict(self.q_sample(x0, t, eps), t).float() - eps
+        error = self.predict(self.q_sample(x0, t, eps), t, classes).float() - eps
         return error.square().flatten(1).mean(1)
 
 
@@ -49,6 +63,10 @@ class Experiment(ABC):
     """Shape of one example."""
     clip: Clip | None
     """The range of the data where it is bounded."""
+    num_classes: int = 0
+    """Classes that the network is told; 0 if it is told none."""
+    class_dropout: float = 0.0
+    """Share of the examples whose class it is not told."""
 
     @abstractmethod
     def build_model(self) -> DiffusionModel:
@@ -58,13 +76,27 @@ class Experiment(ABC):
     def batch(self, seed: int, step: int, start: int, stop: int, batch_size: int, device: torch.device) -> Tensor:
         """x0 [stop - start, *sample_shape]: examples [start, stop) of the global batch of this step (from 1)."""
 
+    def classes(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.int64]:
+        """The classes [stop - start] of the same examples, from 0; asked for if the network is told them."""
+        raise NotImplementedError
+
+    def told(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> tuple[NDArray[np.int64], ...]:
+        """What the network is told of the same examples in training, besides x_t and t: nothing, or their classes.
+
+        For some of them, drawn by counter, that is `num_classes`, which stands for no class.
+        """
+        if not self.num_classes:
+            return ()
+        dropped = uniform(seed, Stream.CLASS_DROPOUT, step, start, stop) < self.class_dropout
+        return (np.where(dropped, self.num_classes, self.classes(seed, step, start, stop, batch_size)),)
+
     @abstractmethod
     def to_array(self, x0: Tensor) -> NDArray[Any]:
         """Samples as they are written to files, [n, ...]."""
 
     @abstractmethod
-    def draw_samples(self, samples: NDArray[Any], path: Path) -> None:
-        """A picture of samples as `to_array` gave them."""
+    def draw_samples(self, samples: NDArray[Any], path: Path, classes: NDArray[np.int64] | None = None) -> None:
+        """A picture of samples as `to_array` gave them, and of these classes [n]."""
 
     @abstractmethod
     def report(self, model: DiffusionModel, folder: Path) -> list[str]:

@@ -27,6 +27,8 @@ class Drawn(NamedTuple):
     model: DiffusionModel | None
     """None if the weights no longer exist; then only metrics of the samples are computed."""
     sampler: SamplerSettings
+    classes: NDArray[np.int64] | None = None
+    """The class that each sample was to be of, [n]; None for models without classes."""
 
 
 class Unit(NamedTuple):

@@ -149,7 +149,7 @@ def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluatio
         "experiment": experiment,
         "model": asdict(config.model),
         "diffusion": asdict(config.diffusion),
-        "samples": {"num_samples": chosen.num_samples, **asdict(chosen.settings)},
+        "samples": {"num_samples": chosen.num_samples, **chosen.settings.as_json()},
         "weights_are_there": True,
         "sha256": {
             "samples": manifest["sha256"]["samples.npz"],

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from jobs.evaluate.plan import Evaluation
 from jobs.experiments.table import EXPERIMENTS
+from jobs.sample.classes import label
+from jobs.sample.sample_set import SampleSettings
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
 
@@ -45,7 +47,12 @@ def title(evaluation: Evaluation) -> str:
     """Which samples these are, in a line."""
     samples = evaluation.samples
     where = f"{RunFolder(samples.run)}/samples/{samples.name}"
-    return f"{where}: {samples.num_samples:,} samples, {samples.settings.sampler.label}"
+    return f"{where}: {samples.num_samples:,} samples, {samples.settings.sampler.label}{_told(samples.settings)}"
+
+
+def _told(settings: SampleSettings) -> str:
+    """Names classes and guidance, if there are any."""
+    return f", classes {label(settings.classes)}, guidance {settings.guidance:g}" if settings.classes else ""
 
 
 def one(evaluation: Evaluation, width: int) -> str:
@@ -115,8 +122,10 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
             decimals = _decimals(metric)
             mark = "*" if row["as_reference"][name] else " "
             numbers.append(f"{metric['value']:.{decimals}f}{mark} {_range(metric['low'], metric['high'], decimals)}")
-        cells.append((row["sampler"], f"{row['steps']}", f"{row['num_samples']:,}", *numbers))
-    headers = ("SAMPLER", "STEPS", "N", *(name.upper() for name in names))
+        told = () if row["guidance"] is None else (f"{row['guidance']:g}",)
+        cells.append((row["sampler"], f"{row['steps']}", *told, f"{row['num_samples']:,}", *numbers))
+    told = () if rows[0]["guidance"] is None else ("GUIDANCE",)
+    headers = ("SAMPLER", "STEPS", *told, "N", *(name.upper() for name in names))
     shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
     reference = rows[-1]
     legend = f"* within the 95% interval of the set with most network evaluations, or better: {reference['name']}"
@@ -147,11 +156,12 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 "sampler": sampler.sampler,
                 "steps": sampler.steps,
                 "eta": sampler.eta,
+                "guidance": evaluation.samples.settings.guidance,
                 "num_samples": evaluation.samples.num_samples,
                 "metrics": {name: metric for name, metric in metrics.items() if metric["floor_low"] is not None},
             }
         )
-    rows.sort(key=lambda row: (row["steps"], row["sampler"], row["name"]))
+    rows.sort(key=lambda row: (row["steps"], row["sampler"], row["guidance"] or 0, row["name"]))
     reference = rows[-1]["metrics"]
     for row in rows:
         row["as_reference"] = {name: _is_as_good(metric, reference[name]) for name, metric in row["metrics"].items()}

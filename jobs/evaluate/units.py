@@ -29,7 +29,8 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     if evaluation.has_weights:
         _, model = load_model(run, samples.settings, own_device(device))
         model.requires_grad_(False)
-    drawn = Drawn(load_samples(samples, config.data.sample), model, samples.settings.sampler)
+    classes = samples.settings.classes_of(0, samples.num_samples) if samples.settings.classes else None
+    drawn = Drawn(load_samples(samples, config.data.sample), model, samples.settings.sampler, classes)
     protocol = evaluation.protocol
     return config.evaluator(drawn, seed=protocol["seed"], inception="inception" in protocol["sha256"])
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from diffusion.problems.problem import Problem, Say
-from diffusion.settings import DiffusionSettings, ModelSettings
+from diffusion.settings import ClassSettings, DiffusionSettings, ModelSettings
 from jobs.experiments.settings import TrackingSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -24,6 +24,11 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.model)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the network is told; 0 if it is told none."""
+        return self.data.num_classes if isinstance(self.model, ClassSettings) else 0
 
     def absolute(self) -> "ExperimentConfig":
         """Returns the same settings where another working folder must find the same files."""

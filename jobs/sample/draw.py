@@ -1,7 +1,7 @@
 """The sampling job: draws shards of a set of samples, and merges them when all are there."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
 from itertools import count
@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from diffusion.process.guidance import guided
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
+from diffusion.process.samplers import FUNCTIONS, Denoiser
 from diffusion.process.transfer import sent
 from jobs.files import write_atomically
 from jobs.health import gpu_test
@@ -54,12 +55,12 @@ def sample(
 
     shard, evaluations = 0, count(1)
 
-    def predict(xt: Tensor, t: Tensor) -> Tensor:
+    def predict(xt: Tensor, t: Tensor, *classes: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
         # A GPU may have much to do after the host has launched the last one.
         watchdog.phase(f"evaluation {next(evaluations)} of shard {shard}", DRAWING)
-        return evaluate(xt, t)
+        return evaluate(xt, t, *classes)
 
     progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
@@ -71,7 +72,9 @@ def sample(
     progress.close()
 
 
-def write_shard(samples: SampleSet, shard: int, experiment: Experiment, predict: Predict, abar: Tensor) -> None:
+def write_shard(
+    samples: SampleSet, shard: int, experiment: Experiment, predict: Callable[..., Tensor], abar: Tensor
+) -> None:
     """Draws one shard and puts it in place."""
     start, stop = samples.shard_range(shard)
     size = samples.settings.sub_batch_size
@@ -84,9 +87,17 @@ def write_shard(samples: SampleSet, shard: int, experiment: Experiment, predict:
 
 
 def draw(
-    predict: Predict, abar: Tensor, experiment: Experiment, settings: SampleSettings, start: int, stop: int
+    predict: Callable[..., Tensor],
+    abar: Tensor,
+    experiment: Experiment,
+    settings: SampleSettings,
+    start: int,
+    stop: int,
 ) -> Tensor:
-    """Samples [start, stop), [stop - start, *sample_shape]: sample i is a function of weights, settings, seed and i."""
+    """Samples [start, stop), [stop - start, *sample_shape]: sample i is a function of weights, settings, seed and i.
+
+    `predict` takes xt and t, and classes if the settings have some.
+    """
 
     def numbers(stream: Stream, step: int) -> NDArray[np.float32]:
         return normal(settings.seed, stream, step, start, stop, experiment.sample_shape)
@@ -99,6 +110,9 @@ def draw(
             ahead.begin(k + 1)
         return drawn
 
+    if settings.guidance is not None:
+        classes = sent(settings.classes_of(start, stop), abar.device)
+        predict = guided(predict, classes, experiment.num_classes, settings.guidance)
     # The schedule stays on the host: samplers read single numbers of it, and would wait for the GPU at each.
     denoiser = Denoiser(predict, abar.double().cpu(), experiment.clip)
     xt, sampler = sent(numbers(Stream.SAMPLE_START, 0), abar.device), settings.sampler
@@ -138,4 +152,5 @@ def merge(samples: SampleSet) -> None:
     if not samples.picture.exists():
         _, config = run.read_experiment()
         first = np.load(samples.shard_path(0))
-        decorate(samples.picture.name, lambda: config.build().draw_samples(first, samples.picture), print)
+        classes = samples.settings.classes_of(0, len(first)) if samples.settings.classes else None
+        decorate(samples.picture.name, lambda: config.build().draw_samples(first, samples.picture, classes), print)

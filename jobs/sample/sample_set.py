@@ -1,28 +1,32 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
+import math
 import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from diffusion.errors import UserError
 from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import sha256, whole, write_json
+from jobs.sample.classes import label, parse
 from jobs.storage import checkpoints
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 Weights = Literal["ema", "model"]
 Precision = Literal["bf16", "tf32", "fp32"]
 
-_NPZ_MEMBER = zipfile.ZipInfo("arr_0.npy")  # its date is fixed, so equal samples make equal files
+LABEL_BYTES = 8
+"""Of the class of a sample in samples.npz."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,28 @@ class SampleSettings:
     precision: Precision
     sub_batch_size: int
     shard_size: int
+    classes: tuple[int, ...] | None = None
+    """Sample i has class classes[i mod n]; None for models without classes."""
+    guidance: float | None = None
+    """How far these classes are exaggerated (diffusion/process/guidance.py)."""
 
     @property
     def label(self) -> str:
         """The default name of the set, as in step-00002000-dpm++-25-seed0."""
         model = "-model" if self.weights == "model" else ""
-        return f"step-{self.step:08d}-{self.sampler.label}{model}-seed{self.seed}"
+        told = f"-classes{label(self.classes)}-guidance{self.guidance:g}" if self.classes else ""
+        return f"step-{self.step:08d}-{self.sampler.label}{told}{model}-seed{self.seed}"
+
+    def as_json(self) -> dict[str, Any]:
+        """These settings as files hold them; those of classes only where there are any."""
+        values = {**asdict(self), "classes": self.classes and list(self.classes)}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def classes_of(self, start: int, stop: int) -> "NDArray[np.int64]":
+        """The classes of samples [start, stop)."""
+        import numpy as np  # here, because the command line starts without it
+
+        return np.array(self.classes)[np.arange(start, stop) % len(self.classes or ())]
 
 
 def plan(
@@ -54,6 +74,8 @@ def plan(
     sampler: SamplerSettings,
     weights: Weights,
     checkpoint: int | None,
+    classes: str | None = None,
+    guidance: float | None = None,
     name: str | None,
     say: Callable[[str], None],
 ) -> "SampleSet":
@@ -63,6 +85,15 @@ def plan(
     require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
     check_seed("--seed", seed)
     sampler.check(config.diffusion.timesteps)
+    told: dict[str, Any] = {}
+    if n := config.num_classes:
+        scale = entry.guidance if guidance is None else guidance
+        require(math.isfinite(scale) and scale >= 0, "--guidance must be at least 0 and finite", scale)
+        told = {"classes": parse(classes, n) if classes is not None else tuple(range(n)), "guidance": float(scale)}
+    else:
+        known = " and ".join(name for name, other in EXPERIMENTS.items() if other.preset.num_classes)
+        for flag, value in (("--classes", classes), ("--guidance", guidance)):
+            require(value is None, f"{flag} is for models that know classes ({known}), not for {experiment}", value)
     step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
     settings = SampleSettings(
         step=step,
@@ -73,6 +104,7 @@ def plan(
         precision=precision_of(run, config.train.precision, "fp32"),
         sub_batch_size=entry.sub_batch_size,
         shard_size=entry.shard_size,
+        **told,
     )
     found = SampleSet(
         run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, config.data.sample.num_bytes
@@ -87,7 +119,10 @@ def read(run: RunFolder, name: str) -> "SampleSet":
     path = run.samples / name / "manifest.json"
     try:
         manifest = run.read_samples(name)
-        values = {field.name: manifest[field.name] for field in fields(SampleSettings)}
+        names = [field.name for field in fields(SampleSettings)]
+        values = {name: manifest[name] for name in names if name in manifest or name not in ("classes", "guidance")}
+        if "classes" in values:
+            values["classes"] = tuple(values["classes"])
         settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
         return SampleSet(run.path, name, settings, manifest["num_samples"], config.data.sample.num_bytes)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -153,7 +188,7 @@ class SampleSet:
     def write_manifest(self, **more: Any) -> None:
         """Settings and number of samples; `complete` and hashes once all are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        values = {**asdict(self.settings), "num_samples": self.num_samples, "complete": False, **more}
+        values = {**self.settings.as_json(), "num_samples": self.num_samples, "complete": False, **more}
         write_json(self.folder / "manifest.json", values)
 
     def add_job(self, job_id: str) -> None:
@@ -170,7 +205,8 @@ class SampleSet:
     def needed_bytes(self) -> int:
         """Disk space for the shards that are missing and for the merged file."""
         missing = sum(stop - start for start, stop in map(self.shard_range, self.missing()))
-        return (missing + self.num_samples) * self.bytes_per_sample
+        labels = LABEL_BYTES * self.num_samples if self.settings.classes else 0
+        return (missing + self.num_samples) * self.bytes_per_sample + labels
 
     def check_disk(self) -> None:
         """Raises UserError if the disk has no room for the set."""
@@ -188,7 +224,7 @@ class SampleSet:
         manifest = self.read_manifest()
         if not manifest:
             return
-        for key, value in asdict(self.settings).items():
+        for key, value in self.settings.as_json().items():
             if key == "precision" and manifest.get(key) == "auto":
                 continue  # from before it was resolved with the plan
             if manifest.get(key) != value:
@@ -211,13 +247,22 @@ class SampleSet:
         # The header with the shape of the whole set is written first, then shard after shard: one at a time in memory.
         first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
-        with (
-            whole(self.folder / "samples.npz") as temporary,
-            zipfile.ZipFile(temporary, "w") as archive,
-            archive.open(_NPZ_MEMBER, "w", force_zip64=True) as file,
-        ):
-            np.lib.format.write_array_header_1_0(file, header)
-            for shard in range(self.num_shards):
-                file.write(np.load(self.shard_path(shard)).data)
+        with whole(self.folder / "samples.npz") as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            with _member(archive, "arr_0") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for shard in range(self.num_shards):
+                    file.write(np.load(self.shard_path(shard)).data)
+            if self.settings.classes:
+                header = {"descr": "<i8", "fortran_order": False, "shape": (self.num_samples,)}
+                with _member(archive, "arr_1") as file:
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for shard in range(self.num_shards):
+                        file.write(self.settings.classes_of(*self.shard_range(shard)).astype("<i8").data)
         hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
         self.write_manifest(complete=True, sha256={"samples.npz": sha256(self.folder / "samples.npz"), **hashes})
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    """Opens a new array of an npz file."""
+    info = zipfile.ZipInfo(f"{name}.npy")  # its date is fixed, so equal samples make equal files
+    return archive.open(info, "w", force_zip64=True)

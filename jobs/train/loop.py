@@ -190,14 +190,14 @@ def advise(training: Training, advice: str | None, console: Console) -> None:
     """Says how long a model that is sized for GPUs will take on this CPU, measured on a few examples."""
     if advice is None or training.world.device.type != "cpu":
         return
-    x0, t, eps = (part[:16] for part in training.examples(1))
+    few = [part[:16] for part in training.examples(1)]
     seconds = 0.0
     for _ in range(2):  # the first pass also allocates
         started = time.perf_counter()
         with torch.no_grad():
-            training.raw(x0, t, eps)
+            training.raw(*few)
         seconds = 3 * (time.perf_counter() - started)  # the backward pass costs about twice the forward pass
     settings = training.settings
     images = (settings.steps - training.step) * settings.batch_size
-    duration = short(images / training.world.size * seconds / len(x0))
+    duration = short(images / training.world.size * seconds / len(few[0]))
     console.say(advice.format(steps=settings.steps, batch_size=settings.batch_size, duration=duration))

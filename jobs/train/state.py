@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ class Training:
         self._sum_shards = ShardSum(self._gradient, self.shards, world.rank, world.size)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Prefetch(self._draw_noise)
-        self._next: tuple[int, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._next: tuple[int, tuple[Tensor, ...]] | None = None
         # A captured step reads these two from the same memory each time, so their values are written into them.
         self._ema_share = torch.zeros((), device=world.device)
         self._norm_below = torch.full((), math.inf, device=world.device)
@@ -116,7 +117,7 @@ class Training:
         # Here the host waits for the GPU: to read the norm.
         return Update(losses, examples[1], float(norm), lr)
 
-    def _advance(self, x0: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    def _advance(self, *examples: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the step itself; returns the loss of each example, and the gradient's norm.
 
         The host decides nothing in here, so that a GPU can replay it. So the choice whether weights move is a tensor,
@@ -124,7 +125,7 @@ class Training:
         A norm that is NaN or infinite is never below it.
         """
         losses: list[Tensor] = []
-        shards = self._by_shard(x0, t, eps)
+        shards = self._by_shard(*examples)
         first, _ = self._own_shards
         self._sum_shards(lambda shard: losses.extend(map(self._pass, self._parts(*shards[shard - first]))))
         # The norm of 16 rows' norms, because one fp32 sum of ten million squares is wrong in its fourth digit.
@@ -155,7 +156,7 @@ class Training:
         return list(zip(*(tensor.split(micro) for tensor in examples), strict=True))
 
     @contextmanager
-    def _without_moving(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _without_moving(self) -> Iterator[tuple[Tensor, ...]]:
         """While entered, a step changes nothing, even if it fails halfway; yields the examples of the next step."""
         self._norm_below.zero_()
         self._next = self.step + 1, self.examples(self.step + 1)
@@ -198,7 +199,7 @@ class Training:
         """The seconds that exchanging gradients has taken so far, with waiting for processes that are slower."""
         return self._sum_shards.exchange_s
 
-    def _examples_of(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _examples_of(self, step: int) -> tuple[Tensor, ...]:
         """Returns a step's examples; if they are not drawn yet, the device waits, and `data_s` counts that time."""
         drawn, self._next = self._next, None
         if drawn is not None and drawn[0] == step:
@@ -208,14 +209,19 @@ class Training:
         self.data_s += time.perf_counter() - started
         return examples
 
-    def examples(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws this process's share of a step's global batch: x0 [n, *sample_shape], t [n], eps like x0."""
+    def examples(self, step: int) -> tuple[Tensor, ...]:
+        """Draws this process's share of a step's global batch: x0 [n, *sample_shape], t [n], eps like x0.
+
+        If the network is told classes, these [n] come last.
+        """
         seed, batch_size, device = self.settings.seed, self.settings.batch_size, self.world.device
         start, stop = self._share()
         x0 = self.experiment.batch(seed, step, start, stop, batch_size, device)
-        t, eps = (sent(drawn, device) for drawn in self._noise.of(step))
+        told = self.experiment.told(seed, step, start, stop, batch_size)
+        drawn: list[NDArray[Any]] = [*self._noise.of(step), *told]
+        t, eps, *classes = (sent(numbers, device) for numbers in drawn)
         self._noise.begin(step + 1)
-        return x0, t, eps
+        return x0, t, eps, *classes
 
     def _share(self) -> tuple[int, int]:
         """Returns [start, stop) of this process's examples in the global batch."""

@@ -14,7 +14,15 @@ from diffusion.data.mnist import MNIST
 from diffusion.images import evaluation
 from diffusion.problems.images import ImageProblem
 from diffusion.process.model import DiffusionModel, Experiment
-from diffusion.settings import SAMPLERS, DiffusionSettings, MlpSettings, SamplerSettings, UnetSettings
+from diffusion.settings import (
+    SAMPLERS,
+    ClassMlpSettings,
+    ClassUnetSettings,
+    DiffusionSettings,
+    MlpSettings,
+    SamplerSettings,
+    UnetSettings,
+)
 from diffusion.statistics.evaluator import Drawn
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
@@ -25,9 +33,12 @@ from tests.elsewhere import DEVICE, Elsewhere, elsewhere, move
 
 SMALL = {
     "1d": {"model": MlpSettings(dim=8, layers=1)},
+    "1d-classes": {"model": ClassMlpSettings(dim=8, layers=1)},
     "mnist": {"model": UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1))},
     "mnist-small": {"model": UnetSettings(dim=8, dim_mults=(1,), attn_heads=(1,), noise_skip=True, patch_size=2)},
 }
+SMALL["mnist-classes"] = {"model": ClassUnetSettings(dim=8, dim_mults=(1, 2))}
+SMALL["mnist-classes-small"] = {"model": ClassUnetSettings(dim=8, dim_mults=(1,), noise_skip=True, patch_size=2)}
 SMALL["fashion-mnist-small"] = SMALL["mnist-small"]
 
 
@@ -94,7 +105,8 @@ def test_figures_and_final_numbers(name: str, config: ExperimentConfig, tmp_path
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples(sampler: Any, config: ExperimentConfig) -> None:
-    settings = SampleSettings(1, "ema", "", SamplerSettings(sampler=sampler, steps=4, eta=0.5), 0, "fp32", 4, 8)
+    told = ((1, 0), 2.0) if config.num_classes else ()
+    settings = SampleSettings(1, "ema", "", SamplerSettings(sampler=sampler, steps=4, eta=0.5), 0, "fp32", 4, 8, *told)
 
     def act(experiment: Experiment, model: DiffusionModel) -> Any:
         with torch.inference_mode():
@@ -128,8 +140,9 @@ def test_a_batch_and_its_loss(config: ExperimentConfig) -> None:
         device = model.alphas_cumprod.device
         x0 = experiment.batch(0, 1, 0, 4, 4, device)
         t, eps = torch.arange(4).to(device), torch.linspace(-1, 1, x0.numel()).reshape(x0.shape).to(device)
+        told = [torch.from_numpy(classes).to(device) for classes in experiment.told(0, 1, 0, 4, 4)]
         with torch.no_grad():  # a backward pass would ask CUDA itself for a thread
-            return model(x0, t, eps).cpu().tolist()
+            return model(x0, t, eps, *told).cpu().tolist()
 
     here, there = both(config, act)
     assert here == there

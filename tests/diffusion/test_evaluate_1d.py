@@ -18,7 +18,14 @@ from diffusion.gaussian1d.sampler_errors import sampler_errors
 from diffusion.problems.gaussian1d import Gaussian1dProblem
 from diffusion.process.model import DiffusionModel
 from diffusion.process.randomness import Stream, normal, uniform
-from diffusion.settings import SAMPLERS, DiffusionSettings, MixtureSettings, MlpSettings, SamplerSettings
+from diffusion.settings import (
+    SAMPLERS,
+    ClassMlpSettings,
+    DiffusionSettings,
+    MixtureSettings,
+    MlpSettings,
+    SamplerSettings,
+)
 
 EXPERIMENT = Gaussian1d(MixtureSettings(), MlpSettings(), DiffusionSettings(timesteps=100))
 MIXTURE, ABAR = EXPERIMENT.mixture, EXPERIMENT.abar
@@ -155,3 +162,20 @@ def test_another_sampler_to_compare_comes_with_a_new_version() -> None:
     """Without one, what an older version has evaluated would count as complete, and never get the new rows."""
     known = {2: ["ddpm", "ddim", "dpm++", "heun"]}
     assert list(SAMPLERS) == known[Gaussian1dProblem.metrics_version]
+
+
+def test_samples_of_classes_are_compared_with_so_many_of_each() -> None:
+    told = Gaussian1d(MixtureSettings(), ClassMlpSettings(), DiffusionSettings(timesteps=100))
+    n, sampler = 4_000, SamplerSettings(sampler="ddim", steps=10)
+    classes = np.arange(n) % 4 // 3  # three of class 0 for each of class 1, unlike the mixture
+    x = MIXTURE.means[classes] + MIXTURE.stds[classes] * torch.from_numpy(normal(5, Stream.DATA, 0, 0, n))
+
+    def judged(classes: np.ndarray) -> dict[str, float]:
+        evaluator = Evaluator1d(told, x.float().numpy(), None, sampler, 0, classes)
+        found = evaluator.metrics({"samples": evaluator.units()["samples"].compute()})
+        return {name: metric.value / metric.floor.value for name, metric in found.items()}  # type: ignore[union-attr]
+
+    right = judged(classes)
+    assert max(right[name] for name in ("w1", "ks", "w1_class_0", "w1_class_1")) < 2.5
+    swapped = judged(1 - classes)
+    assert min(swapped[name] for name in ("w1", "w1_class_0", "w1_class_1")) > 10

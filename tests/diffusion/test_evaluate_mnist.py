@@ -28,6 +28,10 @@ def load(mnist_root: Path) -> Callable[[str], RealImages]:
 
 def judge(evaluator: DigitEvaluator) -> dict[str, Metric]:
     """The metrics; what takes long or does not matter here is made up: real distances of 1 to 2, accuracies of 0.9."""
+    return evaluator.metrics(computed(evaluator))
+
+
+def computed(evaluator: DigitEvaluator) -> dict[str, Result]:
     slow = pack(Estimate(0.9, np.full(REPLICATES, 0.9)))
     results: dict[str, Result] = {}
     for name, unit in evaluator.units().items():
@@ -37,7 +41,7 @@ def judge(evaluator: DigitEvaluator) -> dict[str, Metric]:
             results[name] = {"distances": np.linspace(1, 2, CHUNK)[:, None]}
         else:
             results[name] = unit.compute()
-    return evaluator.metrics(results)
+    return results
 
 
 def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(load: Callable[[str], RealImages]) -> None:
@@ -93,3 +97,25 @@ def test_a_new_metric_comes_with_a_new_version(load: Callable[[str], RealImages]
     in_features = ["frechet", "kernel", "precision", "recall", "density", "coverage", "sure"]
     known = {1: [*in_features, "classes", "copies", "usefulness"]}
     assert list(found) == known[MnistProblem.metrics_version]
+
+
+def test_digits_on_demand_are_judged_by_the_digit_asked_for(load: Callable[[str], RealImages]) -> None:
+    real = load("test").part(7, 0, 500)
+    evaluator = DigitEvaluator(load, real.images, None, 0, False, "digits", real.labels.astype(np.int64))
+    results = computed(evaluator)
+    found, rows = evaluator.metrics(results), evaluator.tables(results)["by_class"].rows
+    assert "classes" not in found  # how often each comes was asked for
+    assert list(found)[:2] == ["asked", "frechet"]
+    assert found["asked"].value == pytest.approx(0.99, abs=0.01)
+    assert [(row["digit"], row["samples"]) for row in rows] == list(enumerate(np.bincount(real.labels).tolist()))
+    assert all(row["right"] > 0.9 and row["frechet"] < 2 * row["floor"] for row in rows)  # type: ignore[operator]
+
+    # Of the 3s and 7s a half was asked for as the other digit; other digits are not there.
+    few = load("test").only(3).images[:100], load("test").only(7).images[:100]
+    asked = np.repeat([3, 7, 3, 7], 50)
+    evaluator = DigitEvaluator(load, np.concatenate(few), None, 0, False, "digits", asked)
+    results = computed(evaluator)
+    found, rows = evaluator.metrics(results), evaluator.tables(results)["by_class"].rows
+    assert list(found) == ["asked", "copies"]
+    assert found["asked"].value == pytest.approx(0.5, abs=0.02)
+    assert all(row["frechet"] > 3 * row["floor"] for row in rows)  # type: ignore[operator]
