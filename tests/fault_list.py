@@ -412,6 +412,20 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_what_would_change_existing_samples_is_refused",
     ),
     Fault(
+        "an export for OpenAI's evaluator stays grey",
+        "jobs/sample/exports.py",
+        "_write_array(member, samples, channels=3)",
+        "_write_array(member, samples)",
+        "tests/jobs/test_exports.py::test_each_form_holds_the_same_pixels",
+    ),
+    Fault(
+        "an export that fails leaves its files behind",
+        "jobs/files.py",
+        "        shutil.rmtree(made, ignore_errors=True)\n",
+        "        pass\n",
+        "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[png]",
+    ),
+    Fault(
         "samples are judged without a look at their hash",
         "jobs/evaluate/plan.py",
         'if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:',

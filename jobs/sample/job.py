@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, process_rank
 from jobs.runtime.signals import SignalWatch
+from jobs.sample import exports
+from jobs.sample.exports import Form
 from jobs.storage.faults import HANG
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.start import following
@@ -31,6 +33,8 @@ class SampleJob(IndependentJob):
     device: "Kind"
     merge: bool
     """Whether the process that finishes last merges; otherwise a `SampleMergeJob` does it."""
+    export: Form | None = None
+    """What the merged set is written as besides."""
 
     def around(self) -> AbstractContextManager[None]:
         live = process_rank() == 0 and (self.merge or 0 in self.shards)  # in an array, one element
@@ -47,6 +51,7 @@ class SampleJob(IndependentJob):
             if self.merge and not self.target.missing():
                 watchdog.phase("merging", END)
                 merge(self.target)
+                exports.export(self.target, self.export)
         return 0
 
 
@@ -55,6 +60,7 @@ class SampleMergeJob(IndependentJob):
     """Merges a set of samples after its array has ended, well or badly; if shards are missing, says so."""
 
     target: "SampleSet"
+    export: Form | None = None
 
     def around(self) -> AbstractContextManager[None]:
         return _following(self.target, live=False)
@@ -67,6 +73,7 @@ class SampleMergeJob(IndependentJob):
             print(f"{len(missing)} of {self.target.num_shards} shards are missing.", flush=True)
             return 1
         merge(self.target)
+        exports.export(self.target, self.export)
         return 0
 
     def lost(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:
