@@ -34,6 +34,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     If another process has made `path` meanwhile, with something in it, that one stays.
     """
     made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed: in a container they have the same ids
     try:
         made.mkdir()
         yield made

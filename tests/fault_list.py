@@ -421,8 +421,8 @@ FAULTS = [
     Fault(
         "an export that fails leaves its files behind",
         "jobs/files.py",
-        "        shutil.rmtree(made, ignore_errors=True)\n",
-        "        pass\n",
+        "    finally:\n        shutil.rmtree(made, ignore_errors=True)\n",
+        "    finally:\n        pass\n",
         "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[png]",
     ),
     Fault(
