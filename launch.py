@@ -12,6 +12,7 @@ from tyro.conf import CascadeSubcommandArgs, arg, subcommand
 from commands.doctor import Doctor
 from commands.drill import Drill
 from commands.evaluate import Evaluate
+from commands.export import Export
 from commands.sample import Sample
 from commands.sweep import Sweep
 from commands.train import Resume, Train
@@ -34,6 +35,7 @@ def main() -> int:
         Annotated[Train, subcommand("train")],
         Annotated[Sample, subcommand("sample")],
         Annotated[Evaluate, subcommand("evaluate")],
+        Annotated[Export, subcommand("export")],
         Annotated[Resume, subcommand("resume")],
         Annotated[Status, subcommand("status")],
         Annotated[Logs, subcommand("logs")],

@@ -426,6 +426,20 @@ FAULTS = [
         "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[png]",
     ),
     Fault(
+        "a published model begins and goes on with the same noise",
+        "jobs/publish/drawing.py",
+        "partial(noise, first, Stream.SAMPLE_STEP)",
+        "partial(noise, first, Stream.SAMPLE_START)",
+        "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project",
+    ),
+    Fault(
+        "a card shows the numbers of other samples",
+        "jobs/publish/card.py",
+        "return dict(found) if ours else {}",
+        "return dict(found)",
+        "tests/jobs/test_publish.py::test_the_card_says_what_the_model_is",
+    ),
+    Fault(
         "samples are judged without a look at their hash",
         "jobs/evaluate/plan.py",
         'if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:',
