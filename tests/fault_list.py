@@ -412,6 +412,27 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_what_would_change_existing_samples_is_refused",
     ),
     Fault(
+        "images for tests are trained on, too",
+        "diffusion/data/own_images.py",
+        "kept[held_out] = False",
+        "kept[held_out] = True",
+        "tests/diffusion/test_own_images.py::test_every_tenth_image_of_a_folder_is_held_out",
+    ),
+    Fault(
+        "a run goes on with other images",
+        "diffusion/data/own_images.py",
+        'hashed.update(f"{split} {images.shape}\\n".encode() + images.tobytes() + labels.tobytes())',
+        'hashed.update(f"{split} {images.shape[1:]}\\n".encode())',
+        "tests/diffusion/test_own_images.py::test_settings_say_what_the_images_are",
+    ),
+    Fault(
+        "CIFAR-10 has its colours in the wrong place",
+        "diffusion/data/array_files.py",
+        "reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)",
+        "reshape(-1, 32, 32, 3)",
+        "tests/diffusion/test_own_images.py::test_cifar_is_what_torchvision_reads",
+    ),
+    Fault(
         "an export for OpenAI's evaluator stays grey",
         "jobs/sample/exports.py",
         "_write_array(member, samples, channels=3)",
