@@ -13,6 +13,7 @@ from commands.audit import Audit
 from commands.doctor import Doctor
 from commands.drill import Drill
 from commands.evaluate import Evaluate
+from commands.export import Export
 from commands.report import Report
 from commands.sample import Sample
 from commands.sweep import Sweep
@@ -36,6 +37,7 @@ def main() -> int:
         Annotated[Train, subcommand("train")],
         Annotated[Sample, subcommand("sample")],
         Annotated[Evaluate, subcommand("evaluate")],
+        Annotated[Export, subcommand("export")],
         Annotated[Resume, subcommand("resume")],
         Annotated[Status, subcommand("status")],
         Annotated[Logs, subcommand("logs")],

@@ -10,9 +10,10 @@ from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.job import submitted
-from jobs.sample import sample_set
+from jobs.sample import exports, sample_set
+from jobs.sample.exports import Form
 from jobs.sample.job import SampleJob, SampleMergeJob
-from jobs.sample.sample_set import Weights
+from jobs.sample.sample_set import SampleSet, Weights
 from jobs.storage import faults, ownership, run_folder
 from slurm import queue
 from slurm.place import ROUNDS, OnSlurm
@@ -71,6 +72,9 @@ class Sample:
     """How far the classes are exaggerated: 1 is not at all, 0 is without classes (Ho & Salimans 2022, S = 1 + w)."""
     name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
     """Name of the set."""
+    export: Annotated[Form | None, optional("{adm,png,zip,npy}", "none")] = None
+    """Write the set for other tools, too: OpenAI's npz (arr_0 with three channels), a folder of PNGs, a zip file of
+    PNGs, or one array. A set that is complete is not drawn again."""
     where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
 
     def __call__(self) -> int:
@@ -93,14 +97,20 @@ class Sample:
             say=print,
         )
         where = f"{run}/samples/{asked.name}"
+        if self.export is not None:
+            exports.check(self.export, config.data.sample.shape)
         if asked.is_complete() and asked.picture.exists():
             print(f"{asked.num_samples:,} samples are in {where} already.")
+            if not self.where.dry_run:
+                exports.export(asked, self.export)
+                self._say_export(asked, where)
             return 0
         asked.check_disk()
         place = self.where.place(run)
         missing = tuple(asked.missing())
         device, retries = self.where.resolve_device(place, asked.settings.precision), self.where.retries_at(place)
-        job = SampleJob(asked, missing, self.where.processes, device, merge=True, retries=retries)
+        job = SampleJob(asked, missing, self.where.processes, device, merge=True, export=self.export, retries=retries)
+        merge = SampleMergeJob(asked, self.export)
         # On Slurm an array; with more elements than GPUs, so that a slow or late one holds up less.
         count = min(4 * self.where.processes, len(missing))
         if isinstance(place, OnSlurm):
@@ -109,20 +119,19 @@ class Sample:
         if self.where.dry_run:
             what = place.describe(job)
             if isinstance(place, OnSlurm):
-                what = replace(place, processes=1).describe_array(elements, place.processes, SampleMergeJob(asked))
+                what = replace(place, processes=1).describe_array(elements, place.processes, merge)
             return show({**asked.settings.as_json(), "num_samples": asked.num_samples}, what)
         for job_id, state in queue.active(asked.job_ids()).items():
             raise UserError(f"{where} is being drawn already: job {job_id} is {state}")
         if isinstance(place, OnSlurm):
             place = replace(place, processes=1)  # the elements of an array are one task each
-            place.check_array(elements, SampleMergeJob(asked))
+            place.check_array(elements, merge)
         print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
         faults.forgive_set(asked.folder)
         if isinstance(place, OnSlurm):
             self.where.copy_code(place)
-            at_once, merge = self.where.processes, SampleMergeJob(asked)
-            place.run_array(elements, submitted, at_once, merge, min(ROUNDS, retries))
+            place.run_array(elements, submitted, self.where.processes, merge, min(ROUNDS, retries))
             if not self.where.wait:
                 return 0
             # The ids are asked for again and again, because the last job submits more if elements were lost.
@@ -134,4 +143,9 @@ class Sample:
         if code == 0:
             files = "samples.npz, grid.png" if asked.picture.exists() else "samples.npz"
             print(f"{asked.num_samples:,} samples are in {where}: {files}.")
+            self._say_export(asked, where)
         return code
+
+    def _say_export(self, asked: SampleSet, where: str) -> None:
+        if self.export is not None:
+            print(f"For other tools: {where}/{exports.path(asked, self.export).name}")

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,28 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to fill; it becomes `path` with all its files, or is removed after an exception.
+
+    If another process has made `path` meanwhile, with something in it, that one stays.
+    """
+    made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(made, ignore_errors=True)  # of a process that was killed: in a container they have the same ids
+    try:
+        made.mkdir()
+        yield made
+        os.sync()  # there may be very many files
+        try:
+            made.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     sync_folder(path.parent)
 
 

@@ -11,6 +11,7 @@ import fcntl
 import gzip
 import hashlib
 import io
+import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,6 +74,13 @@ class IdxDataset:
         """Bytes of one of the files: a header of four bytes for each dimension and four more, then the content."""
         count = next(self.count[split] for split, prefix in _PREFIX.items() if name.startswith(prefix))  # type: ignore[index]
         return 8 + count if "idx1" in name else 16 + count * self.height * self.width
+
+    def num_test(self, root: Path) -> int:
+        return self.count["test"]
+
+    def digest(self) -> str:
+        """Returns a hash of the hashes of all files."""
+        return hashlib.sha256(json.dumps(dict(self.sha256), sort_keys=True).encode()).hexdigest()
 
     def read_images(self, root: Path, split: Split) -> NDArray[np.uint8]:
         """Returns the images [n, height, width, 1], 0 is background; call `require` once before."""

@@ -1,14 +1,14 @@
 """What all data sets of images share. Importable without torch."""
 
 import hashlib
-import json
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
-from diffusion.data.idx import IdxDataset, Split
+from diffusion.data.idx import Split
 from diffusion.problems.problem import Problem, SampleFormat, Say
 from diffusion.settings import DiffusionSettings, ModelSettings, UnetSettings, require
 
@@ -22,6 +22,25 @@ if TYPE_CHECKING:
     from diffusion.statistics.evaluator import Drawn
 
 
+class DataSet(Protocol):
+    """Images in files below a folder `root`, with what `IdxDataset` knows of them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    def num_test(self, root: Path) -> int: ...
+    def read_images(self, root: Path, split: Split) -> "NDArray[np.uint8]": ...
+    def read_labels(self, root: Path, split: Split) -> "NDArray[np.uint8]": ...
+    def digest(self) -> str: ...
+    def require(self, root: Path) -> None: ...
+    def fetch(self, root: Path, *, say: Say) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageProblem(Problem):
     """Images in files, learned by the U-Net, and judged by what needs no classifier unless there is one."""
@@ -29,11 +48,15 @@ class ImageProblem(Problem):
     root: str
     """Folder of the data set."""
 
-    data_set: ClassVar[IdxDataset]
     noun: ClassVar[str] = "images"
     """What figures and tables call the images."""
     classifier: ClassVar[Path | None] = None
     """Weights of a classifier of these images, in whose features they are judged; with an evaluator of its own."""
+
+    @property
+    @abstractmethod
+    def data_set(self) -> DataSet:
+        """Which images these are; most problems have one data set, and set this name to it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -49,7 +72,7 @@ class ImageProblem(Problem):
         if self.classifier is not None:
             return ""
         return (
-            f"{self.data_set.name} has no classifier here: its samples are judged by near copies alone, with "
+            f"There is no classifier of {self.noun} here: samples are judged by near copies alone, with "
             "--inception-fid also in Inception's features, and the model by the bits per dimension of test images."
         )
 
@@ -69,15 +92,14 @@ class ImageProblem(Problem):
         if root is not None:
             return replace(self, root=root).absolute()
         where = f"--data.root must say where {self.data_set.name} lies now, or where to fetch it to"
-        require(Path(self.root).is_dir(), where, f"none, and {self.root} is gone")
+        require(Path(self.root).exists(), where, f"none, and {self.root} is gone")
         return self
 
     def prepare(self, say: Say) -> None:
         self.data_set.fetch(Path(self.root), say=say)
 
     def digest(self, *, inception: bool) -> Mapping[str, str]:
-        files = json.dumps(dict(self.data_set.sha256), sort_keys=True)
-        found = {"data": hashlib.sha256(files.encode()).hexdigest()}
+        found = {"data": self.data_set.digest()}
         if self.classifier is not None:
             found["features"] = hashlib.sha256(self.classifier.read_bytes()).hexdigest()
         if inception:
@@ -110,7 +132,7 @@ class ImageProblem(Problem):
             self.data_set.require(root)
             return RealImages(self.data_set.read_images(root, split), self.data_set.read_labels(root, split))
 
-        samples = drawn.samples[: self.data_set.count["test"]]  # as many real ones stand beside them
+        samples = drawn.samples[: self.data_set.num_test(Path(self.root))]  # as many real ones stand beside them
         return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun, drawn.classes)
 
     def evaluator_class(self) -> "type[ImageEvaluator]":

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, process_rank
 from jobs.runtime.signals import SignalWatch
+from jobs.sample import exports
+from jobs.sample.exports import Form
 from jobs.sample.share import Share, not_given_up
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.start import following
@@ -32,6 +34,8 @@ class SampleJob(Share):
     merge: bool
     """Whether the process that finishes last merges; otherwise a `SampleMergeJob` does it."""
     retries: int = 0
+    export: Form | None = None
+    """What the merged set is written as besides."""
     advice: ClassVar[str] = "The same command draws what is missing."
 
     @property
@@ -56,6 +60,7 @@ class SampleJob(Share):
         if self.merge and not self.target.missing():
             watchdog.phase("merging", END)
             merge(self.target)
+            exports.export(self.target, self.export)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class SampleMergeJob(IndependentJob):
     """Merges a set of samples after its array has ended, well or badly; if shards are missing, says so."""
 
     target: "SampleSet"
+    export: Form | None = None
 
     def around(self) -> AbstractContextManager[None]:
         return _following(self.target, live=False)
@@ -75,6 +81,7 @@ class SampleMergeJob(IndependentJob):
             print(f"{len(missing)} of {self.target.num_shards} shards are missing.", flush=True)
             return 1
         merge(self.target)
+        exports.export(self.target, self.export)
         return 0
 
     def lost(self, jobs: Sequence[SampleJob]) -> list[SampleJob]:

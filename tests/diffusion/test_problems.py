@@ -91,8 +91,7 @@ def test_copies_are_found_without_a_classifier(problem: ImageProblem) -> None:
         assert copies.value == pytest.approx(share, abs=0.02)
         assert isinstance(copies.floor, Estimate)
         assert copies.floor.value == pytest.approx(0.01, abs=0.01)
-    assert "Blobs" not in problem.remark
-    assert "MNIST has no classifier here" in problem.remark
+    assert "There is no classifier of blobs here" in problem.remark
 
 
 def test_the_network_must_fit_the_images(problem: ImageProblem) -> None:

@@ -1,0 +1,60 @@
+"""Images of the user's own, of any size up to 64x64, grey or coloured. Importable without torch."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Self
+
+from diffusion.data.own_images import OwnImages, load
+from diffusion.problems.images import ImageProblem
+from diffusion.settings import ModelSettings, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnImagesProblem(ImageProblem):
+    """Images of your own."""
+
+    root: str = ""
+    """A folder of PNG or JPEG files, perhaps with a folder for each class, and perhaps in folders train and test; an
+    npy or npz file; a folder with MNIST's kind of files, or with CIFAR-10 as torchvision lays it out."""
+    size: tuple[int, ...] = ()
+    """Height and width, or one number for both, to which images are cut and scaled. Without it, all must have one
+    size."""
+    channels: Literal[1, 3] | None = None
+    """1 makes images grey, 3 coloured. Without it, all must be alike."""
+    sha256: str = ""
+    """Hash of the images: found at the start, and a run takes no others."""
+
+    def __post_init__(self) -> None:
+        fits = len(self.size) <= 2 and all(8 <= side <= 64 for side in self.size)
+        require(fits, "data.size must be one or two numbers from 8 to 64", self.size)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the images have been read, and the settings say what they are."""
+        return len(self.size) == 2 and self.channels is not None and self.sha256 != ""
+
+    @property
+    def data_set(self) -> OwnImages:
+        assert self.is_known and self.channels is not None
+        height, width = self.size
+        return OwnImages(name="This data set", height=height, width=width, channels=self.channels, sha256=self.sha256)
+
+    def check(self, model: ModelSettings) -> None:
+        if self.is_known:
+            super().check(model)
+
+    def absolute(self) -> Self:
+        """Also reads the images, if that has not been done, and says what they are."""
+        require(self.root != "", "--data.root must name your images, a folder or a file", "nothing")
+        found = replace(self, root=str(Path(os.path.expanduser(self.root)).absolute()))
+        if found.is_known:
+            return found
+        loaded = load(Path(found.root), self.size * 2 if len(self.size) == 1 else self.size, self.channels)
+        require(
+            self.sha256 in ("", loaded.sha256),
+            f"data.sha256 must be {loaded.sha256}, that of {found.root}",
+            self.sha256,
+        )
+        height, width, channels = loaded.shape
+        return replace(found, size=(height, width), channels=1 if channels == 1 else 3, sha256=loaded.sha256)

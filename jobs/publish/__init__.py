@@ -1,0 +1,1 @@
+"""Models to publish: weights, a card, and a program that draws samples without this project."""

@@ -1,0 +1,64 @@
+"""Draws samples with a published model: sample i depends on the weights, config.json, the seed and i alone.
+
+`export` copies this file, and those that it imports, beside the program that it belongs to.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion.process.randomness import Stream, normal
+from diffusion.process.samplers import FUNCTIONS, Clip, Denoiser, Predict
+
+
+def arguments(folder: Path) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Reads the command line, and the config.json of the model in this folder."""
+    config = json.loads((folder / "config.json").read_text())
+    parser = argparse.ArgumentParser(description="Draws samples of the model in this folder.")
+    parser.add_argument("--num-samples", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=config["seed"], help="each seed gives other samples")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("generated.npz"), help="file that is written")
+    return parser.parse_args(), config
+
+
+def exact_numerics(precision: str) -> None:
+    """Sets what equal bytes depend on: fp32 is IEEE fp32, and kernels add in a fixed order."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def draw(
+    predict: Predict, alphas_cumprod: Tensor, clip: Clip | None, config: Mapping[str, Any], asked: argparse.Namespace
+) -> Tensor:
+    """Draws x0 [num_samples, *sample_shape], in the range that the network was trained on."""
+    device, sampler, size = torch.device(asked.device), config["sampler"], config["sub_batch_size"]
+    denoiser = Denoiser(predict, alphas_cumprod.double().cpu(), clip)
+
+    def noise(first: int, stream: Stream, step: int) -> Tensor:
+        numbers = normal(asked.seed, stream, step, first, first + size, tuple(config["sample_shape"]))
+        return torch.from_numpy(numbers).to(device)
+
+    parts = []
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
+        # Always full batches, because samples depend on their size in the last bits; the surplus is dropped.
+        for first in range(0, asked.num_samples, size):
+            later = partial(noise, first, Stream.SAMPLE_STEP)
+            *_, x0 = FUNCTIONS[sampler["sampler"]](
+                denoiser,
+                noise(first, Stream.SAMPLE_START, 0),
+                steps=sampler["steps"],
+                noise=later,
+                eta=sampler["eta"],
+            )
+            parts.append(x0)
+    return torch.cat(parts)[: asked.num_samples]

@@ -1,0 +1,112 @@
+"""The folder of a published model: what lies in it, and where that comes from. Imports no torch."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import UserError
+from diffusion.settings import MlpSettings, UnetSettings
+from jobs.evaluate.plan import complete_sets
+from jobs.experiments.configs import ExperimentConfig
+from jobs.experiments.table import EXPERIMENTS
+from jobs.files import sha256, whole_folder
+from jobs.publish import card
+from jobs.sample import sample_set
+from jobs.sample.sample_set import SampleSet, SampleSettings
+from jobs.storage import checkpoints
+from jobs.storage.provenance import ROOT
+from jobs.storage.run_folder import RunFolder
+
+HERE = Path(__file__).resolve().parent
+PROGRAMS = {MlpSettings: HERE / "generate_1d.py", UnetSettings: HERE / "generate_images.py"}
+"""The program of each kind of network."""
+_OWN = re.compile(r"^from ((?:diffusion|jobs)(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
+"""An import of one of our files."""
+
+
+def code(config: ExperimentConfig) -> dict[str, str]:
+    """generate.py and the files that it needs, which lie in the folder `sampling` beside it, by name.
+
+    They are the files that `sample` runs; only the names in their imports are other ones.
+    """
+    if (program := PROGRAMS.get(type(config.model))) is None:
+        raise UserError(f"export knows no program that draws without this project for {type(config.model).__name__}")
+    found: dict[str, str] = {}
+    todo = {"generate.py": program}
+    while todo:
+        name, path = todo.popitem()
+        text = path.read_text()
+        found[name] = _OWN.sub(r"from sampling.\2 import", text)
+        for package, module in _OWN.findall(text):
+            if (needed := f"sampling/{module}.py") not in found:
+                todo[needed] = ROOT / package.replace(".", "/") / f"{module}.py"
+    return found
+
+
+def publish(run: RunFolder, step: int | None, license_id: str, target: Path, say: Callable[[str], None]) -> None:
+    """Makes the folder `target` of a checkpoint's averaged weights, whole or not at all.
+
+    Raises UserError if something is there already, or if the run cannot be published.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty folder; choose another one")
+    experiment, config = run.read_experiment()
+    programs = code(config)
+    step, _ = checkpoints.choose(run.checkpoints, step, say)
+    found = examples(run, step)
+    if found is None:
+        say(f"The card has no picture and no numbers: no samples of step {step:,} are there; `sample` draws some.")
+    settings = found.settings if found is not None else _default(run, experiment, config, step, say)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(target) as folder:
+        weights = run.checkpoints / checkpoints.folder_name(step) / checkpoints.weights_file("ema")
+        shutil.copyfile(weights, folder / "ema.safetensors")
+        if sha256(folder / "ema.safetensors") != settings.weights_sha256:
+            raise UserError(f"{weights} has changed meanwhile; run the command again")
+        for name, text in programs.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        (folder / "config.json").write_text(json.dumps(_config(experiment, config, settings), indent=2) + "\n")
+        if found is not None and found.picture.exists():
+            shutil.copyfile(found.picture, folder / "samples.png")
+        hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.*"))}
+        (folder / "README.md").write_text(card.card(run, experiment, config, settings, found, license_id, hashes))
+
+
+def examples(run: RunFolder, step: int) -> SampleSet | None:
+    """The newest complete set that the averaged weights of this step have drawn, if possible one with numbers."""
+    sets = [sample_set.read(run, name) for name in complete_sets(run)]
+    ours = [one for one in sets if one.settings.step == step and one.settings.weights == "ema"]
+    return next((one for one in ours if card.evaluation(one)), ours[0] if ours else None)
+
+
+def _default(
+    run: RunFolder, experiment: str, config: ExperimentConfig, step: int, say: Callable[[str], None]
+) -> SampleSettings:
+    """The settings of `sample` without options."""
+    sampler = EXPERIMENTS[experiment].sampler
+    sampler = replace(sampler, steps=min(sampler.steps, config.diffusion.timesteps))
+    asked = sample_set.plan(
+        run, num_samples=1, seed=0, sampler=sampler, weights="ema", checkpoint=step, name="none", say=say
+    )
+    return asked.settings
+
+
+def _config(experiment: str, config: ExperimentConfig, settings: SampleSettings) -> dict[str, Any]:
+    """The content of config.json: what generate.py needs to know."""
+    shape = config.data.sample.shape  # as in files
+    return {
+        "experiment": experiment,
+        "sample_shape": (shape[-1], *shape[:-1]) if shape else (1,),
+        "model": asdict(config.model),
+        "diffusion": asdict(config.diffusion),
+        "sampler": asdict(settings.sampler),
+        "precision": settings.precision,
+        "sub_batch_size": settings.sub_batch_size,
+        "step": settings.step,
+        "seed": settings.seed,
+    }

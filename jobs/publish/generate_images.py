@@ -1,0 +1,65 @@
+"""Draws images with the model in this folder; needs torch, safetensors and denoising-diffusion-pytorch alone.
+
+python generate.py --num-samples 16 writes generated.npz (arr_0: uint8 [n, height, width, channels]) and a picture.
+"""
+
+# SPDX-License-Identifier: MIT
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.utils import save_image
+
+from diffusion.images.unet import with_fast_layers
+from diffusion.process.schedules import alphas_cumprod_at
+from jobs.publish.drawing import arguments, draw, exact_numerics
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def main() -> None:
+    asked, config = arguments(FOLDER)
+    exact_numerics(config["precision"])
+    settings, diffusion = config["model"], config["diffusion"]
+    channels, height, width = config["sample_shape"]
+    patch = settings["patch_size"]
+    unet = Unet(
+        settings["dim"],
+        dim_mults=tuple(settings["dim_mults"]),
+        channels=channels * patch**2,
+        attn_heads=tuple(settings["attn_heads"] or [4] * len(settings["dim_mults"])),
+    )
+    abar = GaussianDiffusion(
+        unet,
+        image_size=(height // patch, width // patch),
+        timesteps=diffusion["timesteps"],
+        objective="pred_noise",
+        beta_schedule=diffusion["beta_schedule"],
+    ).alphas_cumprod.to(asked.device)
+    # The weights fit the library's own network, too; these layers compute the same, rounded as in training.
+    unet = with_fast_layers(unet)
+    unet.load_state_dict(load_file(FOLDER / "ema.safetensors"))
+    unet.to(asked.device, memory_format=torch.channels_last).eval()
+
+    def predict(xt: Tensor, t: Tensor) -> Tensor:
+        """eps of xt [batch, channels, height, width]; patch x patch pixels are channels of the network."""
+        out = F.pixel_shuffle(unet(F.pixel_unshuffle(xt, patch), t), patch)
+        if not settings["noise_skip"]:
+            return out
+        a = alphas_cumprod_at(abar, t).float().view(-1, 1, 1, 1)
+        return (1 - a).sqrt() * xt + a.sqrt() * out.float()
+
+    x0 = draw(predict, abar, (-1.0, 1.0), config, asked)
+    pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    np.savez(asked.out, pixels.permute(0, 2, 3, 1).numpy())
+    save_image(pixels[:64].float() / 255, asked.out.with_suffix(".png"))
+    print(f"{len(pixels)} samples are in {asked.out}, the first {len(pixels[:64])} in {asked.out.with_suffix('.png')}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Images of one's own are read from files of many kinds, known by their hash, and refused with the name of the file."""
+
+import gzip
+import hashlib
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision import datasets
+
+from diffusion.data import array_files, own_images, picture_files
+from diffusion.errors import UserError
+from diffusion.images import evaluation
+from diffusion.problems.own_images import OwnImagesProblem
+from diffusion.settings import DiffusionSettings, SamplerSettings, SettingsError, UnetSettings
+from diffusion.statistics.evaluator import Drawn
+from tests.launching import NO_FIGURES, done, launch
+from tests.made_images import idx
+
+N = 60
+MODEL, DIFFUSION = UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1)), DiffusionSettings(timesteps=30)
+
+
+@pytest.fixture
+def grey() -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (N, 12, 20, 1), dtype=np.uint8)
+
+
+@pytest.fixture
+def colours() -> NDArray[np.uint8]:
+    return np.random.default_rng(1).integers(0, 256, (N, 16, 16, 3), dtype=np.uint8)
+
+
+CLASSES = (np.arange(N) // 20).astype(np.uint8)
+
+
+def write_folder(folder: Path, images: NDArray[np.uint8], classes: NDArray[np.uint8] | None = None) -> Path:
+    """A PNG for each image, in a folder for each class if there are classes."""
+    for i, image in enumerate(images):
+        below = folder if classes is None else folder / f"class-{classes[i]}"
+        below.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(below / f"{i:03d}.png")
+    return folder
+
+
+def load(root: Path, size: tuple[int, ...] = (), channels: int | None = None) -> own_images.Loaded:
+    own_images._loaded.clear()
+    return own_images.load(root, size, channels)
+
+
+def test_every_tenth_image_of_a_folder_is_held_out(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    found = load(write_folder(tmp_path / "a", grey, CLASSES))
+    held_out = np.arange(N) % 10 == 9
+    for split, chosen in (("train", ~held_out), ("test", held_out)):
+        assert np.array_equal(found.images[split], grey[chosen])  # type: ignore[index]
+        assert np.array_equal(found.labels[split], CLASSES[chosen])  # type: ignore[index]
+    (tmp_path / "a" / ".hidden").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    assert load(tmp_path / "a").sha256 == found.sha256
+    other = grey.copy()
+    other[5, 0, 0] ^= 1
+    assert load(write_folder(tmp_path / "b", other, CLASSES)).sha256 != found.sha256
+    assert load(write_folder(tmp_path / "c", grey, CLASSES[::-1])).sha256 != found.sha256
+
+
+def test_a_folder_may_say_itself_what_is_for_tests(colours: NDArray[np.uint8], tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", colours[:40], CLASSES[:40])
+    write_folder(tmp_path / "test", colours[40:], np.arange(20, dtype=np.uint8) % 2)
+    found = load(tmp_path)
+    assert found.shape == (16, 16, 3)
+    assert np.array_equal(found.images["train"], colours[:40])
+    assert len(found.images["test"]) == 20
+    shutil.rmtree(tmp_path / "test" / "class-1")
+    with pytest.raises(UserError, match=r"must hold the same classes; got \['class-0', 'class-1'\] and \['class-0'\]"):
+        load(tmp_path)
+
+
+def test_files_of_arrays_hold_the_same_as_a_folder(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    of_pictures = load(write_folder(tmp_path / "pictures", grey, CLASSES)).sha256
+    np.savez(tmp_path / "a.npz", arr_0=grey, arr_1=CLASSES)  # as `sample --export adm` writes
+    np.savez_compressed(tmp_path / "b.npz", images=grey[..., 0], labels=CLASSES[:, None].astype(np.int64))
+    assert load(tmp_path / "a.npz").sha256 == load(tmp_path / "b.npz").sha256 == of_pictures
+    np.save(tmp_path / "a.npy", grey)
+    assert load(tmp_path / "a.npy").sha256 == load(write_folder(tmp_path / "no-classes", grey)).sha256
+    # Those that tell images for tests apart.
+    train, test = np.arange(40), np.arange(40, N)
+    names = [(f"{split}_images", f"{split}_labels") for split in ("train", "test")]
+    np.savez(
+        tmp_path / "medmnist.npz",
+        **{names[0][0]: grey[train], names[0][1]: CLASSES[train, None]},
+        **{names[1][0]: grey[test], names[1][1]: CLASSES[test, None]},
+        val_images=grey[:1],
+    )
+    np.savez(
+        tmp_path / "keras.npz",
+        x_train=grey[train, ..., 0],
+        y_train=CLASSES[train],
+        x_test=grey[test, ..., 0],
+        y_test=CLASSES[test],
+    )
+    (tmp_path / "idx").mkdir()
+    for name, part in zip(("train", "t10k"), (train, test), strict=True):
+        (tmp_path / "idx" / f"{name}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(grey[part, ..., 0])))
+        (tmp_path / "idx" / f"{name}-labels-idx1-ubyte").write_bytes(idx(CLASSES[part]))
+    found = [load(tmp_path / name) for name in ("medmnist.npz", "keras.npz", "idx")]
+    assert len({one.sha256 for one in found}) == 1
+    assert np.array_equal(found[0].images["test"], grey[test])
+    assert np.array_equal(found[0].labels["train"], CLASSES[train])
+
+
+def write_cifar(root: Path, monkeypatch: pytest.MonkeyPatch, batch: Callable[[int], Any]) -> Path:
+    """CIFAR-10's six files with other content, for whose hashes ours and torchvision's are exchanged."""
+    folder = root / array_files.CIFAR_FOLDER
+    folder.mkdir()
+    md5 = {}
+    for i, name in enumerate(array_files.CIFAR_MD5):
+        content = pickle.dumps(batch(i), protocol=3)
+        (folder / name).write_bytes(content)
+        md5[name] = hashlib.md5(content).hexdigest()
+    meta = pickle.dumps({"label_names": list("abcdefghij")}, protocol=2)
+    (folder / "batches.meta").write_bytes(meta)
+    monkeypatch.setattr(array_files, "CIFAR_MD5", md5)
+    *train, test = md5.items()
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", list(map(list, train)))
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [list(test)])
+    about = {**datasets.CIFAR10.meta, "md5": hashlib.md5(meta).hexdigest()}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", about)
+    return root
+
+
+def test_cifar_is_what_torchvision_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = [*datasets.CIFAR10.train_list, *datasets.CIFAR10.test_list]
+    assert dict(theirs) == array_files.CIFAR_MD5
+
+    def batch(i: int) -> dict[str, Any]:
+        random = np.random.default_rng(i)
+        return {
+            "data": random.integers(0, 256, (8, 3072), dtype=np.uint8),
+            "labels": random.integers(0, 10, 8).tolist(),
+            "filenames": ["x.png"] * 8,
+        }
+
+    root = write_cifar(tmp_path, monkeypatch, batch)
+    found = load(root)
+    assert load(root / array_files.CIFAR_FOLDER).sha256 == found.sha256
+    for split in ("train", "test"):
+        their = datasets.CIFAR10(root, train=split == "train", download=False)
+        assert np.array_equal(found.images[split], their.data)  # type: ignore[index]
+        assert np.array_equal(found.labels[split], their.targets)  # type: ignore[index]
+    (root / array_files.CIFAR_FOLDER / "data_batch_3").write_bytes(b"")
+    with pytest.raises(UserError, match=r"data_batch_3 is not CIFAR-10's own file: its md5 is d41d8cd98f"):
+        load(root)
+
+
+def test_a_pickle_executes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    root = write_cifar(tmp_path, monkeypatch, lambda i: {"data": Evil(), "labels": []})
+    with pytest.raises(UserError, match=r"cannot be read: a pickle of arrays alone has no "):
+        load(root)
+    assert not (tmp_path / "executed").exists()
+
+
+def picture(mode: str, size: tuple[int, int] = (20, 12)) -> Image.Image:
+    return Image.new(mode, size)
+
+
+def animated(path: Path) -> None:
+    picture("L").save(path, save_all=True, append_images=[Image.new("L", (20, 12), 9)])
+
+
+BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "unreadable": ("x.png", lambda path: path.write_bytes(b"no picture"), r"x\.png cannot be read: "),
+    "cut off": ("x.png", lambda path: path.write_bytes((path.parent / "003.png").read_bytes()[:80]), "cannot be read"),
+    "alpha": ("x.png", lambda path: picture("RGBA").save(path), r"x\.png has an alpha channel"),
+    "16 bit": ("x.png", lambda path: picture("I;16").save(path), r"x\.png has 16 bits a channel"),
+    "animated": ("x.png", animated, r"x\.png is animated: 2 frames"),
+    "CMYK": ("x.jpg", lambda path: picture("CMYK").save(path), r"x\.jpg is in CMYK"),
+    "another kind": ("x.gif", lambda path: picture("L").save(path), r"x\.gif is no PNG or JPEG"),
+    "large": ("x.png", lambda path: picture("L", (80, 12)).save(path), r"x\.png is 12x80, larger than 64x64"),
+    "odd size": (
+        "x.png",
+        lambda path: picture("L", (20, 13)).save(path),
+        r"most are 12x20 grey, \S*x\.png is 13x20 grey",
+    ),
+    "coloured": ("x.png", lambda path: picture("RGB").save(path), r"x\.png is 12x20 coloured"),
+    "mixed": ("x", lambda path: path.mkdir(), r"but not both: 000\.png lies beside the folder x"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_file_that_cannot_be_used_is_named(what: str, grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    name, write, words = BAD[what]
+    write(write_folder(tmp_path, grey) / name)
+    with pytest.raises(UserError, match=words):
+        load(tmp_path)
+
+
+def test_what_is_no_data_set_is_refused(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 18"):
+        load(write_folder(tmp_path / "few", grey[:20]))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 0"):
+        load(tmp_path / "empty")
+    np.save(tmp_path / "floats.npy", grey / 255)
+    with pytest.raises(UserError, match=r"images must be uint8 .* got float64 \[60, 12, 20, 1\]"):
+        load(tmp_path / "floats.npy")
+    np.savez(tmp_path / "other.npz", x=grey)
+    with pytest.raises(UserError, match="must hold images as one of train_images, x_train, images, arr_0; it holds x"):
+        load(tmp_path / "other.npz")
+    (tmp_path / "text.npy").write_text("no array")
+    with pytest.raises(UserError, match=r"text\.npy cannot be read"):
+        load(tmp_path / "text.npy")
+    with pytest.raises(UserError, match="nowhere is not there"):
+        load(tmp_path / "nowhere")
+
+
+def test_images_are_made_fit(colours: NDArray[np.uint8], tmp_path: Path) -> None:
+    for i, image in enumerate(colours):
+        Image.fromarray(image).resize((90, 90 + i)).save(tmp_path / f"{i:03d}.jpg")
+    stripes = np.zeros((40, 120), np.uint8)
+    stripes[:, :38] = stripes[:, -38:] = 255
+    Image.fromarray(stripes).save(tmp_path / "999.png")
+    found = load(tmp_path, (24, 24), 1)
+    assert found.shape == (24, 24, 1)
+    with Image.open(tmp_path / "000.jpg") as first:
+        expected = first.convert("L").resize((24, 24), Image.Resampling.LANCZOS)
+    assert np.array_equal(found.images["train"][0, ..., 0], np.asarray(expected))
+    assert found.images["train"][-1].max() < 9  # the middle of the stripes
+    np.save(tmp_path / "a.npy", colours)
+    small = load(tmp_path / "a.npy", (8, 8)).images["train"][0]
+    assert np.array_equal(small, picture_files.fitted(Image.fromarray(colours[0]), (8, 8), 3))
+
+
+def test_settings_say_what_the_images_are(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "a", grey)
+    problem = OwnImagesProblem(root=str(root)).absolute()
+    assert (problem.size, problem.channels, problem.shape) == ((12, 20), 1, (12, 20, 1))
+    assert problem.digest(inception=False) == {"data": problem.sha256}
+    assert problem.absolute() == problem
+    problem.check(UnetSettings(dim_mults=(1, 2, 4)))
+    with pytest.raises(SettingsError, match=r"model\.dim-mults halves 12x20"):
+        problem.check(UnetSettings(dim_mults=(1, 2, 4, 8)))
+    moved = root.rename(tmp_path / "b")
+    with pytest.raises(SettingsError, match=r"--data\.root must say where This data set lies now"):
+        problem.moved(None)
+    problem.moved(str(moved)).prepare(print)
+    picture("L").save(moved / "007.png")
+    own_images._loaded.clear()
+    with pytest.raises(UserError, match="are not those that the run began with: their sha256 is "):
+        problem.moved(str(moved)).prepare(print)
+    with pytest.raises(SettingsError, match=r"--data\.root must name your images"):
+        OwnImagesProblem().absolute()
+    with pytest.raises(SettingsError, match=r"data\.sha256 must be .*, that of .*; got 0123"):
+        OwnImagesProblem(root=str(moved), sha256="0123").absolute()
+    with pytest.raises(SettingsError, match=r"data\.size must be one or two numbers from 8 to 64; got \(65,\)"):
+        replace(problem, size=(65,))
+
+
+def test_coloured_images_are_trained_and_judged(
+    colours: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "BOUND_IMAGES", 4)
+    problem = OwnImagesProblem(root=str(write_folder(tmp_path / "a", colours))).absolute()
+    torch.manual_seed(0)
+    experiment = problem.build(MODEL, DIFFUSION)
+    model = experiment.build_model().requires_grad_(False).eval()
+    assert experiment.batch(0, 1, 0, 8, 8, torch.device("cpu")).shape == (8, 3, 16, 16)
+    train = problem.data_set.read_images(Path(problem.root), "train")
+    drawn = Drawn(train[:50], model, SamplerSettings(sampler="dpm++", steps=4))
+    evaluator = problem.evaluator(MODEL, DIFFUSION, drawn, seed=0, inception=False)
+    found = evaluator.metrics({name: unit.compute() for name, unit in evaluator.units().items()})
+    assert found["copies"].value == 1.0
+    assert 8 < found["bits_per_dim"].value < 30  # noise has 8; the network has learnt nothing
+
+
+def test_a_run_takes_no_other_images(colours: NDArray[np.uint8], tmp_path: Path) -> None:
+    write_folder(tmp_path / "mine", colours)
+    small = ("--model.dim", 8, "--train.batch-size", 4, "--train.steps", 2, "--name", "a")
+    done("train", "images", "--data.root", "mine", *small, cwd=tmp_path, **NO_FIGURES)
+    done("sample", "images/a", "--num-samples", 3, "--steps", 2, "--name", "s", cwd=tmp_path)
+    drawn = np.load(tmp_path / "runs" / "images" / "a" / "samples" / "s" / "samples.npz")["arr_0"]
+    assert drawn.shape == (3, 16, 16, 3)
+    picture("RGB", (16, 16)).save(tmp_path / "mine" / "new.png")
+    refused = launch("train", "images", "--data.root", "mine", *small, cwd=tmp_path)
+    assert refused.code == 2 and "exists with other settings: data.sha256 is " in refused.err
+    refused = launch("resume", "images/a", "--train.steps", 3, cwd=tmp_path)
+    assert refused.code == 2 and "are not those that the run began with" in refused.err

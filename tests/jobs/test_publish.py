@@ -1,0 +1,122 @@
+"""`export` makes a model that draws the same samples without this project, with a card that the Hub takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+
+from jobs.files import sha256, write_json
+from jobs.publish import folder
+from jobs.storage.run_folder import RunFolder
+from tests.launching import NO_FIGURES, TINY, done, launch
+
+OURS = {"launch", "commands", "jobs", "diffusion", "slurm", "tyro", "submitit"}
+LIBRARYS = {"denoising_diffusion_pytorch", "torchvision", "accelerate", "scipy", "wandb", "matplotlib"}
+REFUSE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused!r}:
+            raise ImportError(f"{{name}} is not there")
+
+sys.meta_path.insert(0, Refuse())
+"""
+"""For sitecustomize.py: a Python to which these packages are not installed."""
+
+DRAW = {
+    "1d": ("--num-samples", 5000, "--sampler", "ddpm", "--steps", 5, "--seed", 3),
+    "mnist-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--eta", 0.5),
+}
+SIZE = {"1d": TINY, "mnist-small": ("--model.dim", 8, "--train.batch-size", 4)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
+    """A folder with a 1D run and a tiny MNIST run, each with a set of samples."""
+    root = tmp_path_factory.mktemp("trained")
+    for experiment in DRAW:
+        settings = (*SIZE[experiment], "--train.steps", 3, "--train.seed", 7, "--name", "a")
+        done("train", experiment, *settings, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
+        done("sample", f"{experiment}/a", *DRAW[experiment], "--name", "s", cwd=root)
+    return root / "runs"
+
+
+def generated(model: Path, count: int, refused: set[str], tmp_path: Path) -> np.ndarray:
+    """What generate.py writes in a Python that lacks these packages."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(REFUSE.format(refused=refused))
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "site"),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, model / "generate.py", "--num-samples", str(count), "--out", tmp_path / "drawn.npz"]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    array: np.ndarray = np.load(tmp_path / "drawn.npz")["arr_0"]
+    return array
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("experiment", DRAW)
+def test_generate_py_draws_what_sample_draws_without_this_project(experiment: str, runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(runs / experiment / "a")
+    folder.publish(run, None, "mit", tmp_path / "model", print)
+    drawn = np.load(run.samples / "s" / "samples.npz")["arr_0"]
+    refused = OURS | (LIBRARYS if experiment == "1d" else set())
+    found = generated(tmp_path / "model", len(drawn) - 3, refused, tmp_path)
+    assert found.dtype == drawn.dtype
+    assert np.array_equal(found, drawn[:-3])
+    weights = run.checkpoints / "step-00000003" / "ema.safetensors"
+    assert sha256(tmp_path / "model" / "ema.safetensors") == sha256(weights)
+
+
+@pytest.mark.processes
+def test_the_card_says_what_the_model_is(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(runs / "mnist-small" / "a")
+    samples = run.samples / "s"
+    protocol = {
+        "version": 5,
+        "experiment": "mnist-small",
+        "samples": {"num_samples": 70, "sampler": {"sampler": "ddim", "steps": 2}, "seed": 0},
+        "sha256": {"samples": sha256(samples / "samples.npz")},
+    }
+    metric = {"label": "Frechet | distance", "value": 1.25, "low": 1.0, "high": 1.5, "floor": 0.0}
+    metrics = {"frechet": {**metric, "floor_low": 0.1, "floor_high": 0.2}}
+    write_json(samples / "metrics.json", {"protocol": protocol, "metrics": metrics})
+    folder.publish(run, 3, "cc-by-4.0", tmp_path / "model", print)
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.license == "cc-by-4.0"
+    (result,) = card.data.eval_results
+    assert (result.metric_name, result.metric_value) == ("Frechet | distance", 1.25)
+    flags = "--model.dim 8 --train.batch-size 4 --train.grad-shards 1 --train.seed 7 --train.steps 3"
+    assert f"| command | `python launch.py train mnist-small {flags}` |" in card.text
+    assert r"| Frechet \| distance | 1.25 | 1 to 1.5 | 0.1 to 0.2 |" in card.text
+    files = {path.relative_to(tmp_path / "model").as_posix() for path in (tmp_path / "model").rglob("*.*")}
+    assert {"ema.safetensors", "config.json", "generate.py", "samples.png", "sampling/unet.py"} < files
+    for name in files - {"README.md"}:
+        assert f"| `{name}` | `{sha256(tmp_path / 'model' / name)}` |" in card.text
+    assert str(runs) not in card.text + (tmp_path / "model" / "config.json").read_text()
+    # Numbers of other samples are not those of the model.
+    write_json(samples / "metrics.json", {"protocol": {**protocol, "sha256": {"samples": "0"}}, "metrics": metrics})
+    folder.publish(run, 3, "mit", tmp_path / "again", print)
+    assert "Frechet" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    refused = launch("export", "1d/a", tmp_path / "full", cwd=runs.parent)
+    assert refused.code == 2 and "exists and is not an empty folder; choose another one" in refused.err
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+    made = done("export", "1d/a", tmp_path / "new", "--license", "mit", cwd=runs.parent, plain=True)
+    assert "README.md is the card" in made.out
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["sampler"]["sampler"] == "ddpm"
+    assert "export" in done("--help", cwd=tmp_path).out
