@@ -22,6 +22,20 @@ class Fault:
 FAULTS = [
     # The mathematics.
     Fault(
+        "the held-out loss is that of the weights of this step, not of their average",
+        "jobs/train/state.py",
+        "model.network = self.ema.network",
+        "model.network = self.raw.network",
+        "tests/jobs/test_training.py::test_the_held_out_loss_is_that_of_the_averaged_weights_as_they_are_now",
+    ),
+    Fault(
+        "each process measures the held-out loss of its first chunks alone",
+        "jobs/train/held_out.py",
+        "for i in range(world.rank, len(self._chunks), world.size)",
+        "for i in range(0, len(self._chunks), world.size)",
+        "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[bf16-others1]",
+    ),
+    Fault(
         "ddpm adds the predicted noise instead of taking it away",
         "diffusion/process/samplers.py",
         "mu = (xt - (1 - alpha) / (1 - abar)",

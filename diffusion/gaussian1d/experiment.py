@@ -19,6 +19,9 @@ from diffusion.process.samplers import Denoiser, dpm_solver
 from diffusion.process.schedules import alphas_cumprod, alphas_cumprod_at
 from diffusion.settings import DiffusionSettings, MixtureSettings, MlpSettings
 
+HELD_OUT = 8192
+"""Draws that a training's held-out loss is the mean of."""
+
 
 class Mlp(nn.Module):
     """Predicts eps from x_t and a sinusoidal embedding of t, through hidden layers with SiLU."""
@@ -72,6 +75,9 @@ class Gaussian1d(Experiment):
         u = torch.from_numpy(uniform(seed, Stream.COMPONENT, step, start, stop))
         z = torch.from_numpy(normal(seed, Stream.DATA, step, start, stop))
         return self.mixture.sample(u, z)[:, None].float().to(device)
+
+    def held_out(self) -> Tensor:
+        return self.batch(0, 0, 0, HELD_OUT, HELD_OUT, torch.device("cpu"))  # a training draws steps from 1 on
 
     def to_array(self, x0: Tensor) -> NDArray[np.float32]:
         return x0[:, 0].float().cpu().numpy()

@@ -20,6 +20,9 @@ from diffusion.process.schedules import alphas_cumprod_at
 from diffusion.process.transfer import sent
 from diffusion.settings import DiffusionSettings, UnetSettings
 
+HELD_OUT = 512
+"""Test images that a training's held-out loss is the mean of: those whose bits per dimension `evaluate` takes."""
+
 
 def library_unet(settings: UnetSettings, image_channels: int) -> Unet:
     """Builds the library's network as it is."""
@@ -58,12 +61,13 @@ class ImageExperiment(Experiment):
         noun: str,
         model: UnetSettings,
         diffusion: DiffusionSettings,
+        load_test_images: Callable[[], Images] | None = None,
     ) -> None:
         """`load_images` returns the training images [n, height, width, channels], `shape` is that of one.
 
-        `noun` is what figures call the images.
+        `noun` is what figures call the images. `load_test_images` is None for a data set without test images.
         """
-        self.load_images = load_images
+        self.load_images, self.load_test_images = load_images, load_test_images
         height, width, channels = shape
         self.sample_shape = (channels, height, width)
         self.noun = noun
@@ -97,6 +101,13 @@ class ImageExperiment(Experiment):
         first = (step - 1) * batch_size
         indices = np.array([self._index(seed, first + i) for i in range(start, stop)])
         return scaled(self.images[sent(indices, device)])
+
+    def held_out(self) -> Tensor | None:
+        if self.load_test_images is None:
+            return None
+        images = self.load_test_images()
+        chosen = permutation(0, Stream.EVALUATION, 1, len(images))[:HELD_OUT]
+        return scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""

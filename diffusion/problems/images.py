@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -86,11 +87,12 @@ class ImageProblem(Problem):
     def build(self, model: UnetSettings, diffusion: DiffusionSettings) -> "ImageExperiment":
         from diffusion.images.experiment import ImageExperiment
 
-        def load_images() -> "Images":
+        def load(split: Split) -> "Images":
             self.data_set.require(Path(self.root))
-            return self.data_set.read_images(Path(self.root), "train")
+            return self.data_set.read_images(Path(self.root), split)
 
-        return ImageExperiment(load_images, self.shape, self.noun, model, diffusion)
+        images, test = partial(load, "train"), partial(load, "test")
+        return ImageExperiment(images, self.shape, self.noun, model, diffusion, load_test_images=test)
 
     def evaluator(
         self, model: UnetSettings, diffusion: DiffusionSettings, drawn: "Drawn", *, seed: int, inception: bool

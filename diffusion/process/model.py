@@ -59,6 +59,10 @@ class Experiment(ABC):
         """x0 [stop - start, *sample_shape]: examples [start, stop) of the global batch of this step (from 1)."""
 
     @abstractmethod
+    def held_out(self) -> Tensor | None:
+        """x0 [n, *sample_shape] on the host that no training sees, always the same; None if the data have no such."""
+
+    @abstractmethod
     def to_array(self, x0: Tensor) -> NDArray[Any]:
         """Samples as they are written to files, [n, ...]."""
 

@@ -52,6 +52,7 @@ class Curves:
         names = [f"loss_by_timestep/{low:04d}-{high - 1:04d}" for low, high in pairwise(edges)]
         return {
             "train/loss": loss,
+            "train/held_out_loss": line.get("held_out_loss"),
             "train/exact_floor": floor,
             "train/excess_loss": None if loss is None or floor is None else loss - floor,
             "train/learning_rate": line["lr"],

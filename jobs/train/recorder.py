@@ -137,7 +137,8 @@ class RunRecorder(Recorder):
             self._metrics.write({"step": step, **metrics})
             loss = metrics["loss"]
             self._progress.update(step, "skipped" if loss is None else f"loss {loss:.4f}")
-            self._status.beat(loss=loss)
+            held_out = metrics.get("held_out_loss", self._status.values["held_out_loss"])
+            self._status.beat(loss=loss, held_out_loss=held_out)
             if time.monotonic() - self._clock.time >= TIMING_S:
                 self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
