@@ -22,6 +22,20 @@ class Fault:
 FAULTS = [
     # The mathematics.
     Fault(
+        "the density along the flow forgets the network's part of the divergence",
+        "diffusion/statistics/flow.py",
+        "sigma2 * x[0].numel() - sigma2**0.5 * trace",
+        "sigma2 * x[0].numel() + 0 * trace",
+        "tests/diffusion/test_flow.py::test_a_gaussian_in_784_dimensions_has_its_likelihood[False]",
+    ),
+    Fault(
+        "uniform noise is as wide as a 256th of the range of x0, not as a grey level",
+        "diffusion/statistics/flow.py",
+        "width = 2 / 255",
+        "width = 2 / 256",
+        "tests/diffusion/test_flow.py::test_bits_per_dimension_of_a_gaussian_have_their_closed_form",
+    ),
+    Fault(
         "the held-out loss is that of the weights of this step, not of their average",
         "jobs/train/state.py",
         "model.network = self.ema.network",

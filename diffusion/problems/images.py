@@ -95,7 +95,14 @@ class ImageProblem(Problem):
         return ImageExperiment(images, self.shape, self.noun, model, diffusion, load_test_images=test)
 
     def evaluator(
-        self, model: UnetSettings, diffusion: DiffusionSettings, drawn: "Drawn", *, seed: int, inception: bool
+        self,
+        model: UnetSettings,
+        diffusion: DiffusionSettings,
+        drawn: "Drawn",
+        *,
+        seed: int,
+        inception: bool,
+        likelihood: bool = False,
     ) -> "ImageEvaluator":
         from diffusion.images.evaluation import RealImages
 
@@ -105,7 +112,7 @@ class ImageProblem(Problem):
             return RealImages(self.data_set.read_images(root, split), self.data_set.read_labels(root, split))
 
         samples = drawn.samples[: self.data_set.count["test"]]  # as many real ones stand beside them
-        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun)
+        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun, likelihood)
 
     def evaluator_class(self) -> "type[ImageEvaluator]":
         """Returns the evaluator; imports torch."""

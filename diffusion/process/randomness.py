@@ -33,6 +33,7 @@ class Stream(IntEnum):
     BOOTSTRAP = 10
     BOUND = 11
     EVALUATION = 12
+    FLOW = 13
 
 
 def generator(seed: int, stream: Stream, step: int = 0, block: int = 0) -> np.random.Generator:

@@ -31,7 +31,8 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
         model.requires_grad_(False)
     drawn = Drawn(load_samples(samples, config.data.sample), model, samples.settings.sampler)
     protocol = evaluation.protocol
-    return config.evaluator(drawn, seed=protocol["seed"], inception="inception" in protocol["sha256"])
+    inception, likelihood = "inception" in protocol["sha256"], "likelihood" in protocol
+    return config.evaluator(drawn, seed=protocol["seed"], inception=inception, likelihood=likelihood)
 
 
 @contextmanager
