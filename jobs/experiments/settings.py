@@ -73,6 +73,8 @@ class TrainSettings:
     """Minutes after which a checkpoint is written in any case."""
     keep_checkpoints: int = field(default=2, metadata=FREE)
     """Number of newest checkpoints to keep."""
+    keep_every: int = field(default=0, metadata=FREE)
+    """Also keep the first checkpoint at or after each multiple of so many steps; 0 is none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
@@ -90,7 +92,7 @@ class TrainSettings:
             f"train.grad-shards must divide train.batch-size, {self.batch_size}",
             shards,
         )
-        for name in ("warmup_steps", "held_out_every"):
+        for name in ("warmup_steps", "held_out_every", "keep_every"):
             require(getattr(self, name) >= 0, f"{_flag(name)} must be at least 0", getattr(self, name))
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.storage.checkpoints import steps
 from jobs.train.shards import fold, halves, share, subtrees
 from tests.jobs.test_resume import result
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, steps_logged, wait_until
@@ -71,13 +72,14 @@ def kill_after(lines: int, *arguments: object, cwd: Path) -> None:
 
 def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "1d"
-    more = ("--train.steps", "120", "--train.checkpoint-every", "20")
+    more = ("--train.steps", "120", "--train.checkpoint-every", "20", "--train.keep-every", "40")
     done(*command("fp32", "still", 4, *more), cwd=tmp_path, **NO_FIGURES)
     assert json.loads((runs / "still" / "experiment.json").read_text())["train"]["grad_shards"] == 4
     kill_after(30, *command("fp32", "moved", 4, *more), cwd=tmp_path)
     kill_after(70, "resume", "1d/moved", "--device", "cpu", "--gpus", 1, cwd=tmp_path)
     done("resume", "1d/moved", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
     assert result(runs / "moved") == result(runs / "still")
+    assert {step // 40 for step in steps(runs / "moved" / "checkpoints")} == {1, 2, 3}  # 40, 80, 100 and 120
     assert "bytes may differ" not in (runs / "moved" / "log.txt").read_text()
 
 
