@@ -51,6 +51,8 @@ class Evaluate:
     """All sets drawn with the newest one's weights: quality against network evaluations, as a table and a figure."""
     inception_fid: bool = False
     """Also compute Inception FID (images only; its weights file must be on this machine)."""
+    likelihood: bool = False
+    """Also compute the likelihood along the probability-flow ODE (images only, minutes on a CPU; 1d always has it)."""
     json: bool = False
     """Print it for scripts."""
     data: Data = field(default_factory=Data)
@@ -79,18 +81,18 @@ class Evaluate:
     def _asked(self) -> list[Evaluation]:
         """The evaluations that the user means; raises UserError where there are none."""
         found = [self._find(name) for name in (self.run, self.other) if name is not None]
-        if self.all:
-            asked = self._all(found[0][0])
-        else:
-            asked = [plan.plan(run, name or self.samples, self.inception_fid) for run, name in found]
+        asked = self._all(found[0][0]) if self.all else [self._plan(run, name or self.samples) for run, name in found]
         return [replace(evaluation, data_root=self.data.root) for evaluation in asked]
+
+    def _plan(self, run: RunFolder, name: str | None) -> Evaluation:
+        return plan.plan(run, name, self.inception_fid, self.likelihood)
 
     def _all(self, run: RunFolder) -> list[Evaluation]:
         """Finds the sets that can be compared with the newest one: of the same weights, with enough samples."""
-        found = [plan.plan(run, None, self.inception_fid)]
+        found = [self._plan(run, None)]
         for name in plan.complete_sets(run)[1:]:
             try:
-                other = plan.plan(run, name, self.inception_fid)
+                other = self._plan(run, name)
             except UserError as error:
                 print(f"Left out: {error}", file=sys.stderr)
                 continue

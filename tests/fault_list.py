@@ -52,6 +52,41 @@ FAULTS = [
     ),
     # The mathematics.
     Fault(
+        "the density along the flow forgets the network's part of the divergence",
+        "diffusion/statistics/flow.py",
+        "sigma2 * x[0].numel() - sigma2**0.5 * trace",
+        "sigma2 * x[0].numel() + 0 * trace",
+        "tests/diffusion/test_flow.py::test_a_gaussian_in_784_dimensions_has_its_likelihood[False]",
+    ),
+    Fault(
+        "uniform noise is as wide as a 256th of the range of x0, not as a grey level",
+        "diffusion/statistics/flow.py",
+        "width = 2 / 255",
+        "width = 2 / 256",
+        "tests/diffusion/test_flow.py::test_bits_per_dimension_of_a_gaussian_have_their_closed_form",
+    ),
+    Fault(
+        "the held-out loss is that of the weights of this step, not of their average",
+        "jobs/train/state.py",
+        "model.network = self.ema.network",
+        "model.network = self.raw.network",
+        "tests/jobs/test_training.py::test_the_held_out_loss_is_that_of_the_averaged_weights_as_they_are_now",
+    ),
+    Fault(
+        "what --train.keep-every keeps is deleted",
+        "jobs/train/recorder.py",
+        "return self._run.drawn_steps() | checkpoints.firsts(",
+        "return self._run.drawn_steps() - checkpoints.firsts(",
+        "tests/jobs/test_shards.py::test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes",
+    ),
+    Fault(
+        "each process measures the held-out loss of its first chunks alone",
+        "jobs/train/held_out.py",
+        "for i in range(world.rank, len(self._chunks), world.size)",
+        "for i in range(0, len(self._chunks), world.size)",
+        "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[bf16-others1]",
+    ),
+    Fault(
         "ddpm adds the predicted noise instead of taking it away",
         "diffusion/process/samplers.py",
         "mu = (xt - (1 - alpha) / (1 - abar)",

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from diffusion.figures.style import EXACT, MODEL, save
+from diffusion.figures.style import EXACT, MODEL, PALETTE, save
 
 
 def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path) -> None:
@@ -15,11 +15,15 @@ def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: 
 
     Dotted lines mark restarts, a dashed one the smallest loss that any network can reach, where that is known.
     """
+    held_out = [line for line in history if line.get("held_out_loss") is not None]
     history = history[:: max(1, len(history) // 2000)]
     figure = Figure(figsize=(12, 7), layout="constrained")
     loss, bands, gradient, speed = figure.subplots(2, 2, sharex=True).flat
     _curve(loss, history, "loss", "running mean")
-    loss.set(title="Training loss", ylabel="mean squared error of the noise", yscale="log")
+    if held_out:
+        steps, values = [line["step"] for line in held_out], [line["held_out_loss"] for line in held_out]
+        loss.plot(steps, values, color=PALETTE[1], linewidth=1.5, marker=".", label="held out, averaged weights")
+    loss.set(title="Loss", ylabel="mean squared error of the noise", yscale="log")
     loss.yaxis.set_major_formatter(ScalarFormatter())
     loss.yaxis.set_minor_formatter(ScalarFormatter())
     loss.tick_params(axis="y", which="minor", labelsize="small")

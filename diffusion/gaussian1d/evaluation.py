@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.experiment import Gaussian1d
-from diffusion.gaussian1d.likelihood import log_likelihood
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.gaussian1d.sample_distances import metrics_of, sample_metrics
 from diffusion.gaussian1d.sampler_errors import sampler_errors
@@ -21,6 +20,7 @@ from diffusion.process.model import DiffusionModel
 from diffusion.process.samplers import Predict
 from diffusion.settings import SAMPLERS, SamplerSettings
 from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit, pack, unpack
+from diffusion.statistics.flow import log_likelihood
 
 STEPS = (10, 20, 50, 100)
 """The samplers are compared at these numbers of network evaluations."""
@@ -154,5 +154,5 @@ class Evaluator1d(Evaluator):
         """
         u = (torch.arange(POINTS, dtype=torch.float64)[part::PARTS] + 0.5) / POINTS
         x = self._start.quantile(u)
-        modelled = log_likelihood(copy.deepcopy(model).double().predict, x, self._abar)
+        modelled = log_likelihood(copy.deepcopy(model).double().predict, x[:, None], self._abar)
         return {"gap": (self._start.pdf(x).log() - modelled).numpy()}

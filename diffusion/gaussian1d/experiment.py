@@ -20,6 +20,9 @@ from diffusion.process.samplers import Denoiser, Predict, dpm_solver
 from diffusion.process.schedules import alphas_cumprod, alphas_cumprod_at
 from diffusion.settings import ClassSettings, DiffusionSettings, MixtureSettings, MlpSettings
 
+HELD_OUT = 8192
+"""Draws that a training's held-out loss is the mean of."""
+
 
 class Mlp(nn.Module):
     """Predicts eps from x_t, a sinusoidal embedding of t and perhaps the class, through hidden layers with SiLU."""
@@ -81,6 +84,9 @@ class Gaussian1d(Experiment):
     def classes(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.int64]:
         """Returns the components that `batch` has drawn."""
         return self.mixture.components(torch.from_numpy(uniform(seed, Stream.COMPONENT, step, start, stop))).numpy()
+
+    def held_out(self) -> Tensor:
+        return self.batch(0, 0, 0, HELD_OUT, HELD_OUT, torch.device("cpu"))  # a training draws steps from 1 on
 
     def to_array(self, x0: Tensor) -> NDArray[np.float32]:
         return x0[:, 0].float().cpu().numpy()

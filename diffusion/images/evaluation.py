@@ -13,7 +13,7 @@ from diffusion.images.nearest import nearest
 from diffusion.images.pixels import Images
 from diffusion.process.model import DiffusionModel
 from diffusion.process.randomness import Stream, permutation
-from diffusion.statistics import bits_per_dim, bits_table, bootstrap
+from diffusion.statistics import bits_per_dim, bits_table, bootstrap, flow
 from diffusion.statistics.bits_per_dim import Bound
 from diffusion.statistics.bootstrap import Estimate, Resampled
 from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit
@@ -61,10 +61,14 @@ class ImageEvaluator(Evaluator):
         inception: bool,
         noun: str,
         classes: NDArray[np.int64] | None = None,
+        likelihood: bool = False,
     ) -> None:
-        """`noun` is what tables call the images; `classes` are those that the samples were to be of."""
+        """`noun` is what tables call the images; `classes` are those that the samples were to be of.
+
+        `likelihood` asks for that of the flow, which costs the most.
+        """
         self._load, self._samples, self._model, self._seed = load, samples[:LARGEST], model, seed
-        self._inception, self._noun = inception, noun
+        self._inception, self._noun, self._likelihood = inception, noun, likelihood
         self._n = len(self._samples)
         self._asked = classes[: self._n] if classes is not None else None
 
@@ -110,6 +114,8 @@ class ImageEvaluator(Evaluator):
         if self._model is not None:
             for first in range(0, len(self._bounded), BOUND_CHUNK):
                 units[f"bound-{first}"] = Unit("weights", partial(self._bound, self._model, first))
+            for first in range(0, len(self._bounded) if self._likelihood else 0, BOUND_CHUNK):
+                units[f"flow-{first}"] = Unit("weights", partial(self._flow, self._model, first))
         return units
 
     def metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
@@ -123,6 +129,7 @@ class ImageEvaluator(Evaluator):
             **found,
             "held_out_loss": Metric(f"loss of test {self._noun}", self._mean(bits_table.mean_loss(bound)), None),
             "bits_per_dim": Metric(f"bits per dimension of test {self._noun}", self._mean(bound.total), None),
+            **(self._flow_metrics(results) if self._likelihood else {}),
         }
 
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
@@ -161,6 +168,18 @@ class ImageEvaluator(Evaluator):
             clip=(-1, 1),
         )
         return vars(found)
+
+    def _flow(self, model: DiffusionModel, first: int) -> Result:
+        images = self._bounded[first : first + BOUND_CHUNK]
+        return flow.bits(model.predict_for, images, model.alphas_cumprod, first=first, seed=self._seed, clip=(-1, 1))
+
+    def _flow_metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
+        labels = {"model": "the same by the flow (ODE), its own noise", "uniform": "the same, uniform noise"}
+        parts = [results[f"flow-{first}"] for first in range(0, len(self._bounded), BOUND_CHUNK)]
+        return {
+            f"flow_bits_{noise}": Metric(label, self._mean(np.concatenate([part[noise] for part in parts])), None)
+            for noise, label in labels.items()
+        }
 
     def _inception_features(self, of: str, first: int) -> Result:
         from diffusion.images.inception import inception_features  # here, because few ask for it

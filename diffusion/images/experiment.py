@@ -21,6 +21,9 @@ from diffusion.process.schedules import alphas_cumprod_at
 from diffusion.process.transfer import sent
 from diffusion.settings import ClassSettings, DiffusionSettings, UnetSettings
 
+HELD_OUT = 512
+"""Test images that a training's held-out loss is the mean of: those whose bits per dimension `evaluate` takes."""
+
 
 def library_unet(settings: UnetSettings, image_channels: int, num_classes: int = 0) -> Unet | with_classes.Unet:
     """Builds the library's network as it is."""
@@ -72,13 +75,14 @@ class ImageExperiment(Experiment):
         diffusion: DiffusionSettings,
         load_classes: Callable[[], NDArray[np.uint8]] | None = None,
         num_classes: int = 0,
+        load_test_images: Callable[[], Images] | None = None,
     ) -> None:
         """`load_images` returns the training images [n, height, width, channels], `shape` is that of one.
 
-        `noun` is what figures call the images. `load_classes` returns their classes [n], for networks that are told
-        `num_classes` of them.
+        `noun` is what figures call the images. `load_test_images` is None for a data set without test images.
+        `load_classes` returns the classes of the training images [n], for networks that are told `num_classes` of them.
         """
-        self.load_images, self.load_classes = load_images, load_classes
+        self.load_images, self.load_test_images, self.load_classes = load_images, load_test_images, load_classes
         if isinstance(model, ClassSettings):
             self.num_classes, self.class_dropout = num_classes, model.class_dropout
         height, width, channels = shape
@@ -123,6 +127,13 @@ class ImageExperiment(Experiment):
         if self.images.device != device:
             self.images = self.images.to(device)
         return scaled(self.images[sent(self._indices(seed, step, start, stop, batch_size), device)])
+
+    def held_out(self) -> Tensor | None:
+        if self.load_test_images is None:
+            return None
+        images = self.load_test_images()
+        chosen = permutation(0, Stream.EVALUATION, 1, len(images))[:HELD_OUT]
+        return scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""

@@ -46,7 +46,14 @@ class Gaussian1dProblem(MixtureSettings, Problem):
         return Gaussian1d(self, model, diffusion)
 
     def evaluator(
-        self, model: MlpSettings, diffusion: DiffusionSettings, drawn: "Drawn", *, seed: int, inception: bool
+        self,
+        model: MlpSettings,
+        diffusion: DiffusionSettings,
+        drawn: "Drawn",
+        *,
+        seed: int,
+        inception: bool,
+        likelihood: bool = False,
     ) -> "Evaluator":
         from diffusion.gaussian1d.evaluation import Evaluator1d
 

@@ -5,6 +5,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
@@ -111,19 +112,27 @@ class ImageProblem(Problem):
     def build(self, model: UnetSettings, diffusion: DiffusionSettings) -> "ImageExperiment":
         from diffusion.images.experiment import ImageExperiment
 
-        def load_images() -> "Images":
+        def load(split: Split) -> "Images":
             self.data_set.require(Path(self.root))
-            return self.data_set.read_images(Path(self.root), "train")
+            return self.data_set.read_images(Path(self.root), split)
 
         def load_classes() -> "NDArray[np.uint8]":
             return self.data_set.read_labels(Path(self.root), "train")
 
+        images, test = partial(load, "train"), partial(load, "test")
         return ImageExperiment(
-            load_images, self.shape, self.noun, model, diffusion, load_classes, num_classes=self.num_classes
+            images, self.shape, self.noun, model, diffusion, load_classes, self.num_classes, load_test_images=test
         )
 
     def evaluator(
-        self, model: UnetSettings, diffusion: DiffusionSettings, drawn: "Drawn", *, seed: int, inception: bool
+        self,
+        model: UnetSettings,
+        diffusion: DiffusionSettings,
+        drawn: "Drawn",
+        *,
+        seed: int,
+        inception: bool,
+        likelihood: bool = False,
     ) -> "ImageEvaluator":
         from diffusion.images.evaluation import RealImages
 
@@ -133,7 +142,7 @@ class ImageProblem(Problem):
             return RealImages(self.data_set.read_images(root, split), self.data_set.read_labels(root, split))
 
         samples = drawn.samples[: self.data_set.num_test(Path(self.root))]  # as many real ones stand beside them
-        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun, drawn.classes)
+        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun, drawn.classes, likelihood)
 
     def evaluator_class(self) -> "type[ImageEvaluator]":
         """Returns the evaluator; imports torch."""

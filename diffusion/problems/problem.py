@@ -89,6 +89,13 @@ class Problem(ABC):
 
     @abstractmethod
     def evaluator(
-        self, model: Any, diffusion: DiffusionSettings, drawn: "Drawn", *, seed: int, inception: bool
+        self,
+        model: Any,
+        diffusion: DiffusionSettings,
+        drawn: "Drawn",
+        *,
+        seed: int,
+        inception: bool,
+        likelihood: bool = False,
     ) -> "Evaluator":
-        """Builds the evaluation of samples; imports torch."""
+        """Builds the evaluation of samples; imports torch. `likelihood` asks for that of the flow, if it costs much."""

@@ -91,6 +91,10 @@ class Experiment(ABC):
         return (np.where(dropped, self.num_classes, self.classes(seed, step, start, stop, batch_size)),)
 
     @abstractmethod
+    def held_out(self) -> Tensor | None:
+        """x0 [n, *sample_shape] on the host that no training sees, always the same; None if the data have no such."""
+
+    @abstractmethod
     def to_array(self, x0: Tensor) -> NDArray[Any]:
         """Samples as they are written to files, [n, ...]."""
 

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     BOUND = 11
     EVALUATION = 12
     CLASS_DROPOUT = 13
+    FLOW = 14
 
 
 def generator(seed: int, stream: Stream, step: int = 0, block: int = 0) -> np.random.Generator:

@@ -114,6 +114,11 @@ def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
     return torch.where(x0 < -0.999, lowest, torch.where(x0 > 0.999, highest, inside))
 
 
+def decoder_std(alphas_cumprod: Tensor) -> float:
+    """The standard deviation of p(x | x_0), which is that of the reverse step from t = 1."""
+    return float(_Process.of(alphas_cumprod, "small").variance[0].sqrt())
+
+
 @dataclass(frozen=True)
 class _Process:
     """The constants of each timestep that the terms need, each [T] in float64."""

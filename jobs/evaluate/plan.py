@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from diffusion.errors import UserError
+from diffusion.problems.images import ImageProblem
 from diffusion.problems.problem import SampleFormat
 from jobs.experiments.configs import ExperimentConfig
 from jobs.files import sha256, write_atomically, write_json
@@ -72,7 +73,9 @@ class Evaluation:
     def result_path(self, unit: str, of: Literal["samples", "weights"]) -> Path:
         """Returns where the result of a unit lies; another protocol has other paths."""
         if of == "samples":
-            return self.kept / f"{unit}-{_key(self.protocol)}.npz"
+            # The likelihood is the weights' alone, so asking for it computes nothing of the samples again.
+            samples = {name: value for name, value in self.protocol.items() if name != "likelihood"}
+            return self.kept / f"{unit}-{_key(samples)}.npz"
         hashes = {name: value for name, value in self.protocol["sha256"].items() if name != "samples"}
         weights = {name: self.protocol[name] for name in ("version", "experiment", "model", "diffusion", "seed")}
         return self.samples.run / ".evaluation" / f"{unit}-{_key({**weights, **hashes})}.npz"
@@ -134,12 +137,14 @@ def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
     write_atomically(path, content.getvalue())
 
 
-def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluation:
+def plan(run: RunFolder, name: str | None, inception: bool = False, likelihood: bool = False) -> Evaluation:
     """The evaluation of a complete set of the run, the newest unless it is named.
 
     Raises UserError where there is none, or where its files are not those that were written.
     """
     experiment, config = run.read_experiment()
+    if likelihood and not isinstance(config.data, ImageProblem):
+        raise UserError(f"--likelihood is for images, others always have it; got {experiment}")
     chosen = sample_set.read(run, _choose(run, name))
     load_samples(chosen, config.data.sample)
     manifest = chosen.read_manifest()
@@ -156,6 +161,7 @@ def plan(run: RunFolder, name: str | None, inception: bool = False) -> Evaluatio
             "weights": chosen.settings.weights_sha256,
             **config.data.digest(inception=inception),
         },
+        **({"likelihood": True} if likelihood else {}),
     }
     # As JSON gives it back (tuples become lists), because it is compared with what metrics.json says.
     whole = Evaluation(chosen, json.loads(json.dumps(protocol)))

@@ -32,7 +32,8 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     classes = samples.settings.classes_of(0, samples.num_samples) if samples.settings.classes else None
     drawn = Drawn(load_samples(samples, config.data.sample), model, samples.settings.sampler, classes)
     protocol = evaluation.protocol
-    return config.evaluator(drawn, seed=protocol["seed"], inception="inception" in protocol["sha256"])
+    inception, likelihood = "inception" in protocol["sha256"], "likelihood" in protocol
+    return config.evaluator(drawn, seed=protocol["seed"], inception=inception, likelihood=likelihood)
 
 
 @contextmanager

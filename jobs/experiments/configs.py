@@ -46,6 +46,8 @@ class ExperimentConfig:
         """Builds the experiment itself; imports torch."""
         return self.data.build(self.model, self.diffusion)
 
-    def evaluator(self, drawn: "Drawn", *, seed: int, inception: bool) -> "Evaluator":
+    def evaluator(self, drawn: "Drawn", *, seed: int, inception: bool, likelihood: bool = False) -> "Evaluator":
         """Builds the evaluation of samples; imports torch."""
-        return self.data.evaluator(self.model, self.diffusion, drawn, seed=seed, inception=inception)
+        return self.data.evaluator(
+            self.model, self.diffusion, drawn, seed=seed, inception=inception, likelihood=likelihood
+        )

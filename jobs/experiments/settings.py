@@ -64,12 +64,17 @@ class TrainSettings:
     """On one GPU, capture a step once (CUDA graph) and launch it as a whole: small batches are several times faster."""
     log_every: int = field(default=10, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
+    held_out_every: int = field(default=0, metadata=FREE)
+    """Steps between measurements of the held-out loss: that of the averaged weights on test images (1d: on draws of its
+    own), always with the same timesteps and noise; 0 is none."""
     checkpoint_every: int = field(default=1000, metadata=FREE)
     """Steps between checkpoints."""
     checkpoint_minutes: float = field(default=10.0, metadata=FREE)
     """Minutes after which a checkpoint is written in any case."""
     keep_checkpoints: int = field(default=2, metadata=FREE)
     """Number of newest checkpoints to keep."""
+    keep_every: int = field(default=0, metadata=FREE)
+    """Also keep the first checkpoint at or after each multiple of so many steps; 0 is none."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
@@ -87,7 +92,8 @@ class TrainSettings:
             f"train.grad-shards must divide train.batch-size, {self.batch_size}",
             shards,
         )
-        require(self.warmup_steps >= 0, "train.warmup-steps must be at least 0", self.warmup_steps)
+        for name in ("warmup_steps", "held_out_every", "keep_every"):
+            require(getattr(self, name) >= 0, f"{_flag(name)} must be at least 0", getattr(self, name))
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)
         require(self.keep_checkpoints >= 2, "train.keep-checkpoints must be at least 2", self.keep_checkpoints)

@@ -34,7 +34,7 @@ EXPERIMENTS: dict[str, Entry] = {
         preset=ExperimentConfig(
             data=Gaussian1dProblem(),
             model=MlpSettings(),
-            train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32"),
+            train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32", held_out_every=200),
         ),
         help="an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop",
         sub_batch_size=4096,
@@ -56,7 +56,9 @@ EXPERIMENTS: dict[str, Entry] = {
         preset=ExperimentConfig(
             data=MnistProblem(),
             model=UnetSettings(),
-            train=TrainSettings(steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995),
+            train=TrainSettings(
+                steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995, held_out_every=500
+            ),
         ),
         help="a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs",
         sub_batch_size=256,
@@ -69,7 +71,9 @@ EXPERIMENTS: dict[str, Entry] = {
         preset=ExperimentConfig(
             data=MnistProblem(),
             model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
-            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
+            train=TrainSettings(
+                steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, held_out_every=200, checkpoint_every=500
+            ),
         ),
         help="a DDPM on MNIST that trains in minutes on a CPU",
         sub_batch_size=64,
@@ -104,7 +108,9 @@ EXPERIMENTS: dict[str, Entry] = {
         preset=ExperimentConfig(
             data=FashionMnistProblem(),
             model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
-            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
+            train=TrainSettings(
+                steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, held_out_every=200, checkpoint_every=500
+            ),
         ),
         help="a DDPM on Fashion-MNIST that trains in minutes on a CPU",
         sub_batch_size=64,

@@ -6,7 +6,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +206,17 @@ def prune(folder: Path, keep: int, needed: Collection[int] = ()) -> None:
     for step in steps(folder)[keep:]:
         if step not in needed:
             _remove(folder / folder_name(step))
+
+
+def firsts(found: Iterable[int], every: int) -> set[int]:
+    """Returns the first of the steps at or after each multiple of `every`, none if that is 0.
+
+    At or after, because a checkpoint may be late when the disk is slow, and a stopped run saves at any step.
+    """
+    first: dict[int, int] = {}
+    for step in sorted(found):
+        first.setdefault(step // every if every else 0, step)
+    return {step for multiple, step in first.items() if multiple > 0}
 
 
 def clean(folder: Path) -> None:

@@ -116,6 +116,7 @@ class Status:
             "step": 0,
             "total": total,
             "loss": previous.get("loss"),
+            "held_out_loss": previous.get("held_out_loss"),
             "rate_images_per_s": None,
             "eta_s": None,
             "updated": None,

@@ -66,6 +66,7 @@ class Curves:
         names = [f"loss_by_timestep/{low:04d}-{high - 1:04d}" for low, high in pairwise(edges)]
         return {
             "loss/train": loss,
+            "loss/held_out": line.get("held_out_loss"),
             "loss/floor": floor,
             "loss/excess": None if loss is None or floor is None else loss - floor,
             "optimizer/learning_rate": line["lr"],

@@ -134,7 +134,9 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watc
 def logged(training: Training, update: Update) -> dict[str, Any] | None:
     """Returns the line of metrics.jsonl for this step, None for a step that is not logged."""
     settings, step = training.settings, training.step
-    if not (step % settings.log_every == 0 or step == settings.steps or update.skipped):
+    is_last = step == settings.steps
+    held_out = settings.held_out_every > 0 and (step % settings.held_out_every == 0 or is_last)
+    if not (step % settings.log_every == 0 or is_last or held_out or update.skipped):
         return None
     loss, *bands = training.sums(update)
     means = [s / n if n else math.nan for s, n in zip(*(values.tolist() for values in bands), strict=True)]
@@ -147,6 +149,8 @@ def logged(training: Training, update: Update) -> dict[str, Any] | None:
         "ema_decay": decay_at(step, settings.ema_decay),
         "skipped": int(update.skipped),
     }
+    if held_out and (held_out_loss := training.held_out.loss()) is not None:
+        values["held_out_loss"] = held_out_loss
     # JSON has no NaN.
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 

@@ -119,7 +119,7 @@ class RunRecorder(Recorder):
         # Before Metrics cuts lines: how far a job has come that was killed.
         self._reached = max(self._status.previous.get("step", 0), last_step(run.metrics))
         self._writer = checkpoints.Writer(
-            run.checkpoints, settings.keep_checkpoints, training.step, owner.check, console.say, run.drawn_steps
+            run.checkpoints, settings.keep_checkpoints, training.step, owner.check, console.say, self._needed
         )
         self._metrics = Metrics(run.metrics, training.step)
         self._progress = Progress(console, "train", settings.steps, training.step, "images", settings.batch_size)
@@ -156,7 +156,8 @@ class RunRecorder(Recorder):
             self._metrics.write({"step": step, **metrics})
             loss = metrics["loss"]
             self._progress.update(step, "skipped" if loss is None else f"loss {loss:.4f}")
-            self._status.beat(loss=loss)
+            held_out = metrics.get("held_out_loss", self._status.values["held_out_loss"])
+            self._status.beat(loss=loss, held_out_loss=held_out)
             if time.monotonic() - self._clock.time >= TIMING_S:
                 self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
@@ -265,6 +266,11 @@ class RunRecorder(Recorder):
         training = self._training
         communication_s = training.communication_s
         return _Clock(time.monotonic(), training.step, training.data_s, self._checkpoint_wait_s(), communication_s)
+
+    def _needed(self) -> set[int]:
+        """The steps of the checkpoints that are kept besides the newest ones."""
+        every = self._training.settings.keep_every
+        return self._run.drawn_steps() | checkpoints.firsts(checkpoints.steps(self._run.checkpoints), every)
 
     def _checkpoint_wait_s(self) -> float:
         """How long this job's steps have waited for checkpoints so far."""

@@ -23,6 +23,7 @@ from jobs.runtime.world import World
 from jobs.storage.checkpoints import Snapshot
 from jobs.train.ema import Ema, decay_at
 from jobs.train.flat_weights import ALIGNMENT, Flat, FlatAdamW
+from jobs.train.held_out import HeldOut
 from jobs.train.shards import ShardSum, share
 
 LOSS_BANDS = 4
@@ -85,6 +86,7 @@ class Training:
         flat = Flat(self.raw.network)
         self._gradient = flat.place_gradients()
         self.ema = Ema(self.raw.network, flat.weights)
+        self.held_out = HeldOut(experiment, self.ema_model, world)
         # The model is on its device already. Placement by Accelerate would copy the parameters out of the flat tensor.
         # In evaluation mode it adds autocast alone: gradients are summed in an order of our own (jobs/train/shards.py).
         self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False, evaluation_mode=True)

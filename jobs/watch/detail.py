@@ -34,6 +34,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
     time = account.of_run(run, launch, {**status, "state": overview.state}, until)
     return {
         **asdict(overview),
+        "held_out_loss": status.get("held_out_loss"),
         "time": {"whole_s": round(time.whole_s, 3), **asdict(time)},
         "settings": _settings(run),
         "checkpoints": checkpoints.steps(run.checkpoints),
@@ -88,9 +89,11 @@ def _progress(detail: dict[str, Any]) -> str:
     age_s = detail["heartbeat_age_s"]
     silent = age_s is not None and age_s > states.SILENT_S
     total, loss, rate = detail["total"], detail["loss"], detail["rate_images_per_s"]
+    held_out = detail["held_out_loss"]
     parts = [
         f"step {detail['step']:,}" + (f" of {total:,}" if total is not None else ""),
         f"loss {loss:.4f}" if loss is not None else "",
+        f"held-out loss {held_out:.4f}" if held_out is not None else "",
         f"{rate:,.0f} images/s" if rate is not None else "",
         f"{tables.short(detail['eta_s'])} left" if detail["eta_s"] is not None else "",
         f"{restarts} restart{'s' if restarts > 1 else ''}" if (restarts := detail["restarts"]) else "",

@@ -202,7 +202,7 @@ def read_status(run: RunFolder) -> dict[str, Any]:
     """Reads status.json; if it cannot be read, that run has failed, and the list of all runs goes on."""
     try:
         status = run.read_status()
-        for name in ("step", "total", "loss", "rate_images_per_s", "eta_s", "restarts"):
+        for name in ("step", "total", "loss", "held_out_loss", "rate_images_per_s", "eta_s", "restarts"):
             if not isinstance(status.get(name), int | float | None):
                 raise UserError(f"{name} in {run.status} must be a number; got {status[name]!r}")
         if not isinstance(status.get("state", ""), str):

@@ -11,7 +11,6 @@ from torch import Tensor
 from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.evaluation import Evaluator1d
 from diffusion.gaussian1d.experiment import Gaussian1d
-from diffusion.gaussian1d.likelihood import log_likelihood
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.gaussian1d.sample_distances import BINS, sample_metrics
 from diffusion.gaussian1d.sampler_errors import sampler_errors
@@ -26,6 +25,7 @@ from diffusion.settings import (
     MlpSettings,
     SamplerSettings,
 )
+from diffusion.statistics.flow import log_likelihood
 
 EXPERIMENT = Gaussian1d(MixtureSettings(), MlpSettings(), DiffusionSettings(timesteps=100))
 MIXTURE, ABAR = EXPERIMENT.mixture, EXPERIMENT.abar
@@ -100,7 +100,7 @@ def test_intervals_cover_what_another_draw_gives() -> None:
 
 def test_the_exact_denoiser_has_the_likelihood_of_the_data() -> None:
     x = quantiles(START, 200)
-    found = log_likelihood(EXPERIMENT.exact_predict, x, ABAR)
+    found = log_likelihood(EXPERIMENT.exact_predict, x[:, None], ABAR)
     torch.testing.assert_close(found[5:-5], START.pdf(x).log()[5:-5], atol=5e-3, rtol=0)
     gap = float((START.pdf(x).log() - found).mean())
     assert gap == pytest.approx(0, abs=5e-4)
@@ -113,7 +113,7 @@ def test_the_likelihood_of_a_shifted_gaussian_lacks_its_kl_divergence() -> None:
     wrong, right = (Gaussian1d(each, MlpSettings(), DiffusionSettings(timesteps=1000)) for each in settings)
     start = right.mixture.at(float(right.abar[0]))
     x = quantiles(start, 400)
-    gap = float((start.pdf(x).log() - log_likelihood(wrong.exact_predict, x, right.abar)).mean())
+    gap = float((start.pdf(x).log() - log_likelihood(wrong.exact_predict, x[:, None], right.abar)).mean())
     assert gap == pytest.approx(0.125, rel=0.02)
 
 

@@ -15,6 +15,7 @@ from diffusion.images import evaluation
 from diffusion.images.experiment import ImageExperiment
 from diffusion.problems.images import ImageProblem
 from diffusion.settings import DiffusionSettings, SamplerSettings, SettingsError, UnetSettings
+from diffusion.statistics import flow
 from diffusion.statistics.bootstrap import Estimate
 from diffusion.statistics.evaluator import Drawn, Metric
 from jobs.sample.draw import draw
@@ -44,7 +45,7 @@ def problem(tmp_path: Path) -> ImageProblem:
 def judged(problem: ImageProblem, samples: Any, model: Any) -> tuple[dict[str, Metric], dict[str, Any]]:
     """The metrics, and what else an evaluation tells."""
     drawn = Drawn(samples, model, SamplerSettings(sampler="dpm++", steps=4))
-    evaluator = problem.evaluator(MODEL, DIFFUSION, drawn, seed=0, inception=False)
+    evaluator = problem.evaluator(MODEL, DIFFUSION, drawn, seed=0, inception=False, likelihood=model is not None)
     results = {name: unit.compute() for name, unit in evaluator.units().items()}
     evaluator.draw(results, Path(problem.root))
     return evaluator.metrics(results), {**evaluator.tables(results), **evaluator.curves(results)}
@@ -54,6 +55,7 @@ def test_images_of_any_size_are_trained_drawn_and_judged(
     problem: ImageProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluation, "BOUND_IMAGES", 4)
+    monkeypatch.setattr(flow, "IMAGE_STEPS", 2)
     torch.manual_seed(0)
     experiment = problem.build(MODEL, DIFFUSION)
     model = experiment.build_model()
@@ -67,7 +69,7 @@ def test_images_of_any_size_are_trained_drawn_and_judged(
     assert (samples.dtype.name, samples.shape) == (problem.sample.dtype, (100, *problem.sample.shape))
     experiment.report(model, Path(problem.root))
     found, more = judged(problem, samples, model)
-    assert list(found) == ["copies", "held_out_loss", "bits_per_dim"]
+    assert list(found) == ["copies", "held_out_loss", "bits_per_dim", "flow_bits_model", "flow_bits_uniform"]
     assert "test blobs" in found["bits_per_dim"].label
     assert set(more) == {"bound", "bound_by_t"}
 

@@ -199,6 +199,18 @@ def test_a_checkpoint_that_samples_are_still_drawn_from_is_kept(tmp_path: Path) 
     assert checkpoints.steps(run.checkpoints) == [40, 30, 10]
 
 
+def test_the_first_checkpoint_after_each_multiple_is_kept_for_good(tmp_path: Path) -> None:
+    def needed() -> set[int]:
+        return checkpoints.firsts(checkpoints.steps(tmp_path), 20)
+
+    writer = checkpoints.Writer(tmp_path, 2, 0, ours, pytest.fail, needed)
+    for step in (4, 10, 21, 30, 34, 40, 41, 50, 83, 90):  # one was late, and none was written between 60 and 80
+        writer.write(snapshot(step))
+    writer.wait()
+    assert checkpoints.steps(tmp_path) == [90, 83, 40, 21]
+    assert checkpoints.firsts([10, 20], 0) == set()
+
+
 def made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder

@@ -73,6 +73,11 @@ def sentence(ended: Finished) -> str:
     return " ".join(ended.err.split())
 
 
+def test_only_images_are_asked_for_their_likelihood(evaluated: Path) -> None:
+    with pytest.raises(UserError, match="--likelihood is for images, others always have it; got 1d"):
+        plan(RunFolder(evaluated / "runs" / "1d" / "a"), "few", likelihood=True)
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_any_number_of_processes_gives_the_same_numbers(processes: int, root: Path, evaluated: Path) -> None:
     done("evaluate", "1d/a", "--samples", "more", "--device", "cpu", "--gpus", processes, cwd=root)

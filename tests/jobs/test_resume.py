@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
         *("--train.batch-size", "4", "--train.steps", "40", "--train.checkpoint-every", "10"),
-        *("--train.log-every", "1", "--train.precision", "bf16"),
+        *("--train.log-every", "1", "--train.precision", "bf16", "--train.held-out-every", "15"),
     ),
 }
 

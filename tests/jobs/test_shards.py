@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.storage.checkpoints import steps
 from jobs.train.shards import fold, halves, share, subtrees
 from tests.jobs.test_resume import result
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, steps_logged, wait_until
@@ -17,6 +18,7 @@ KINDS = {
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
         *("--train.batch-size", "12", "--train.steps", "8", "--train.log-every", "1", "--train.precision", "bf16"),
+        *("--train.held-out-every", "6"),
     ),
 }
 
@@ -51,6 +53,7 @@ def test_any_number_of_processes_trains_the_same_bytes(
     runs = tmp_path / "runs" / KINDS[kind][0]
     done(*command(kind, "one", 1, "--train.grad-shards", "4"), cwd=tmp_path, **env)
     expected = result(runs / "one")
+    assert b'"held_out_loss": 0.' in expected["metrics"] or b'"held_out_loss": 1.' in expected["metrics"]
     for processes in others:
         done(*command(kind, f"on-{processes}", processes, "--train.grad-shards", "4"), cwd=tmp_path, **env)
         assert result(runs / f"on-{processes}") == expected
@@ -69,13 +72,14 @@ def kill_after(lines: int, *arguments: object, cwd: Path) -> None:
 
 def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "1d"
-    more = ("--train.steps", "120", "--train.checkpoint-every", "20")
+    more = ("--train.steps", "120", "--train.checkpoint-every", "20", "--train.keep-every", "40")
     done(*command("fp32", "still", 4, *more), cwd=tmp_path, **NO_FIGURES)
     assert json.loads((runs / "still" / "experiment.json").read_text())["train"]["grad_shards"] == 4
     kill_after(30, *command("fp32", "moved", 4, *more), cwd=tmp_path)
     kill_after(70, "resume", "1d/moved", "--device", "cpu", "--gpus", 1, cwd=tmp_path)
     done("resume", "1d/moved", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
     assert result(runs / "moved") == result(runs / "still")
+    assert {step // 40 for step in steps(runs / "moved" / "checkpoints")} == {1, 2, 3}  # 40, 80, 100 and 120
     assert "bytes may differ" not in (runs / "moved" / "log.txt").read_text()
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffusion.gaussian1d.experiment import Gaussian1d
+from diffusion.process.model import DiffusionModel
 from diffusion.settings import MlpSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start
@@ -53,6 +55,49 @@ def test_an_update_is_that_of_plain_torch(max_grad_norm: float, micro_batch_size
         assert update.grad_norm == pytest.approx(float(norm), rel=1e-5)
     torch.testing.assert_close(training.raw.network.state_dict(), model.network.state_dict(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(training.ema.network.state_dict(), average.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_held_out_loss_of_the_exact_network_is_the_smallest_that_any_can_have() -> None:
+    """On draws that no training makes, at timesteps and with noise that are the same whatever the run's seed."""
+    preset = EXPERIMENTS["1d"].preset
+    experiment = preset.build()
+    assert isinstance(experiment, Gaussian1d)
+    training = Training(experiment, replace(preset.train, seed=7), start(1, "cpu", "fp32"))
+    training.held_out._build = lambda: Exact(experiment)
+    found, floor = training.held_out.loss(), experiment.loss_floor()
+    assert found == pytest.approx(floor, rel=0.02)  # 8,192 draws
+    other = Training(experiment, replace(preset.train, seed=8), training.world)
+    other.held_out._build = training.held_out._build
+    assert other.held_out.loss() == found
+
+
+class Exact(DiffusionModel):
+    """The best possible network."""
+
+    def __init__(self, experiment: Gaussian1d) -> None:
+        super().__init__(nn.Identity(), experiment.abar)
+        self.exact = experiment
+
+    def predict(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.exact.exact_predict(xt, t)
+
+
+def test_the_held_out_loss_is_that_of_the_averaged_weights_as_they_are_now() -> None:
+    preset = EXPERIMENTS["1d"].preset
+    training = Training(preset.build(), replace(preset.train, batch_size=64), start(1, "cpu", "fp32"))
+    first = training.held_out.loss()
+    assert training.held_out.loss() == first
+    for _ in range(3):
+        training.update()
+    moved = training.held_out.loss()
+    assert moved != first
+    again = Training(preset.build(), replace(preset.train, batch_size=64), training.world)
+    again.restore(training.snapshot())
+    assert again.held_out.loss() == moved
+    with torch.no_grad():
+        for weights in training.raw.network.parameters():
+            weights.zero_()
+    assert training.held_out.loss() == moved
 
 
 def test_the_learning_rate_rises_to_its_peak_and_falls_along_a_cosine() -> None:
