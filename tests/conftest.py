@@ -13,6 +13,7 @@ from tests import launching, processes
 
 # A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -66,15 +66,8 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
-    ended = launch(
-        *COMMAND,
-        "--train.compile",
-        "--name",
-        "a",
-        cwd=tmp_path,
-        CXX="/nowhere/g++",
-        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
-    )
+    nothing = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    ended = launch("train", "1d", *TINY, "--train.compile", "--device", "cpu", "--name", "a", cwd=tmp_path, **nothing)
     assert ended.code == 1
     assert "--train.compile failed on this machine:" in ended.err
     assert "Traceback" not in ended.err
