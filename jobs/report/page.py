@@ -1,6 +1,7 @@
 """Puts a report together: what the runs' folders say, their curves, and the page that shows both."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,10 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise UserError("report compares different runs; one of these is given twice")
     found = [contents.read(run, jobs, WIDE if len(runs) == 1 else NARROW) for run in runs]
-    figures = {f"{i}/{title}": plot for i, run in enumerate(found) for title, plot in curves.of_run(run).items()}
+    if len({run.label for run in found}) < len(found):  # of several folders of all runs
+        found = [replace(run, label=run.detail["path"]) for run in found]
+    most = curves.points_of(len(found))
+    figures = {f"{i}/{title}": plot for i, run in enumerate(found) for title, plot in curves.of_run(run, most).items()}
     if len(found) > 1:
         figures |= {f"all/{title}": plot for title, plot in curves.compared(found).items()}
     script, places = components(figures) if figures else ("", {})
