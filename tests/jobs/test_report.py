@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from commands.report import Report
 from diffusion.errors import UserError
 from jobs.report import contents, curves, page
 from jobs.report.curves import Point
@@ -179,7 +180,8 @@ def test_runs_are_compared(run: RunFolder) -> None:
     (other.path / "experiment.json").write_text(json.dumps(settings))
     found = [contents.read(entry, {}, 100) for entry in (run, other)]
     assert page.differing(found) == {"train.lr": [found[0].config.train.lr, 0.125]}
-    assert [row and row.value for row in page.measured(found)["W1 to the exact mixture"]] == ["0.018", None]
+    rows, floor = page.measured(found)["W1 to the exact mixture"]
+    assert ([row and row.value for row in rows], floor) == (["0.018", None], "0.006 to 0.031")
     together = curves.compared(found)["Training loss"]
     assert [item.label.value for item in together.legend[0].items] == ["1d/old", "1d/other"]
     hovered = together.renderers[-1].data_source.data
@@ -191,6 +193,14 @@ def test_runs_are_compared(run: RunFolder) -> None:
     assert f"{same_name} interrupted" in shown(run, RunFolder(same_name)).text
     with pytest.raises(UserError, match="given twice"):
         page.render([run, run], {})
+
+
+def test_a_sweep_stands_for_its_runs(run: RunFolder, tmp_path: Path) -> None:
+    for name in ("s-000", "s-001"):
+        copy = RunFolder(shutil.copytree(run.path, run.path.with_name(name)))
+        copy.update_launch(sweep="s", point={})
+    assert Report(runs=("s",), out=tmp_path / "s.html", runs_dir=tmp_path / "runs")() == 0
+    assert "2 runs compared" in (tmp_path / "s.html").read_text()
 
 
 def test_the_command_writes_the_page_whole_or_not_at_all(run: RunFolder, tmp_path: Path) -> None:
