@@ -12,14 +12,17 @@ from commands.where import optional
 from diffusion.errors import UserError
 from jobs.files import write_atomically
 from jobs.storage import run_folder
-from jobs.watch import detail
+from jobs.storage.run_folder import RunFolder
+from jobs.watch import detail, sweep
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Writes one HTML page about a run, or about several and how they compare; it needs no network."""
 
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere.")]
+    runs: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere, or sweeps.")
+    ]
     out: Annotated[Path | None, optional("FILE", "RUN/report.html, or reports/ for several runs")] = None
     """Where the page goes."""
     runs_dir: Path = Path("runs")
@@ -28,7 +31,7 @@ class Report:
     def __call__(self) -> int:
         if not self.runs:
             raise UserError("report needs a RUN: a run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run")
-        runs = [run_folder.find(name, self.runs_dir) for name in self.runs]
+        runs = [run for name in self.runs for run in self._find(name)]
         path = self.out or _usual_path(runs)
         if path.is_dir():
             raise UserError(f"--out names the page itself; {path} is a folder")
@@ -44,8 +47,13 @@ class Report:
         print(path)
         return 0
 
+    def _find(self, name: str) -> list[RunFolder]:
+        """The run that the user means, or all runs of a sweep; an existing folder is a run."""
+        points = [] if Path(name).is_dir() else sweep.runs_of(name, self.runs_dir)
+        return points or [run_folder.find(name, self.runs_dir)]
 
-def _usual_path(runs: list[run_folder.RunFolder]) -> Path:
+
+def _usual_path(runs: list[RunFolder]) -> Path:
     """Where a page goes unless the user says so; file names end at 255 bytes."""
     if len(runs) == 1:
         return Path(run_folder.as_typed(runs[0].path / "report.html"))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from bokeh.models import ColumnDataSource, DataRange1d, HoverTool, NumeralTickFormatter
 from bokeh.models.annotations import Legend, Span
 from bokeh.plotting import figure
@@ -41,7 +42,12 @@ def points(lines: Sequence[Json], name: str) -> list[Point]:
     ]
 
 
-def thin(found: Sequence[Point], most: int = POINTS) -> list[Point]:
+def points_of(runs: int) -> int:
+    """How many points of a curve are kept on a page about so many runs."""
+    return max(200, POINTS // runs)
+
+
+def thin(found: Sequence[Point], most: int) -> list[Point]:
     """Keeps at most `most` points: of each stretch its smallest and its largest value, so that no peak is lost."""
     if len(found) <= most:
         return list(found)
@@ -55,8 +61,11 @@ def thin(found: Sequence[Point], most: int = POINTS) -> list[Point]:
     return kept
 
 
-def of_run(run: Content) -> dict[str, Any]:
-    """Returns the figures of a run by their titles; what it has not recorded has none. They are zoomed together."""
+def of_run(run: Content, most: int) -> dict[str, Any]:
+    """Returns the figures of a run by their titles, with `most` points of each curve. They are zoomed together.
+
+    What the run has not recorded has no figure.
+    """
     steps = DataRange1d(range_padding=0.02)
     floor, progress = run.floor, [line for line in run.timing if line["event"] == "progress"]
     loss = points(run.history, "loss")
@@ -75,7 +84,7 @@ def of_run(run: Content) -> dict[str, Any]:
     figures = {}
     for title, (curves, scale) in quantities.items():
         if any(curves.values()):
-            figures[title] = _figure(curves, scale, steps, with_values=len(curves) == 1)
+            figures[title] = _figure(curves, scale, steps, most, with_values=len(curves) == 1)
             _mark_restarts(figures[title], run.starts)
     if floor is not None and "Training loss" in figures:
         figures["Training loss"].add_layout(
@@ -101,9 +110,8 @@ def compared(runs: Sequence[Content]) -> dict[str, Any]:
         "Norm of the gradient before clipping": (norms, "log"),
         "Images per second": (rates, "linear"),
     }
-    most = max(100, 2 * POINTS // len(runs))
     return {
-        title: _figure({name: thin(curve, most) for name, curve in curves.items()}, scale, steps, with_values=False)
+        title: _figure(curves, scale, steps, points_of(len(runs)), with_values=False)
         for title, (curves, scale) in quantities.items()
         if any(curves.values())
     }
@@ -112,13 +120,15 @@ def compared(runs: Sequence[Content]) -> dict[str, Any]:
 def note(runs: Sequence[Content]) -> str:
     """Says how many points the curves show, if that is not all of them."""
     longest = max(len(run.history) for run in runs)
-    if longest <= POINTS:
+    if longest <= points_of(len(runs)):
         return ""
     return f"Of up to {longest:,} logged steps a curve shows the smallest and the largest value of each stretch."
 
 
-def _figure(curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRange1d, *, with_values: bool) -> Any:
-    """Draws running means by step; `with_values` also the values themselves, fainter."""
+def _figure(
+    curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRange1d, most: int, *, with_values: bool
+) -> Any:
+    """Draws running means by step, of each curve `most` points; `with_values` also the values themselves, fainter."""
     plot = figure(
         height=280,
         sizing_mode="stretch_width",
@@ -140,16 +150,16 @@ def _figure(curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRang
     named = len(curves) > 1
     lines: list[tuple[str, list[Any]]] = []
     for color, (name, curve) in zip(COLORS * len(curves), curves.items(), strict=False):
-        shown = thin(curve)
+        shown = thin(curve, most)
         # A logarithm has no place for what is not above zero: there the curve has a gap.
         above = [point if scale == "linear" or point.mean > 0 else point._replace(mean=math.nan) for point in shown]
-        source = ColumnDataSource(
-            {
-                "step": [point.step for point in shown],
-                "value": [point.value for point in shown],
-                "mean": [point.mean for point in above],
-            }
-        )
+        columns: dict[str, list[float]] = {
+            "step": [point.step for point in shown],
+            "mean": [point.mean for point in above],
+        }
+        if with_values:
+            columns["value"] = [point.value for point in shown]
+        source = _source(columns)
         if with_values:
             plot.line("step", "value", source=source, color=color, alpha=0.3)
         line = plot.line("step", "mean", source=source, color=color, line_width=2)
@@ -159,7 +169,7 @@ def _figure(curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRang
     tips = {"value": "value", "running mean": "mean"}
     if named:
         # One tip for all of them, on a line that nobody sees: a tip for each would cover the others.
-        source, tips = ColumnDataSource(_side_by_side(curves)), {name: f"c{i}" for i, name in enumerate(curves)}
+        source, tips = _source(_side_by_side(curves, most // 2)), {name: f"c{i}" for i, name in enumerate(curves)}
         line = plot.line("step", "place", source=source, alpha=0)
     shown_tips = [("step", "@step{0,0}"), *((name, f"@{column}{{0.[000000]}}") for name, column in tips.items())]
     plot.add_tools(HoverTool(renderers=[line], mode="vline", tooltips=shown_tips, visible=False))
@@ -177,7 +187,13 @@ def _figure(curves: Mapping[str, Sequence[Point]], scale: Scale, steps: DataRang
     return plot
 
 
-def _side_by_side(curves: Mapping[str, Sequence[Point]], most: int = POINTS // 2) -> dict[str, list[float]]:
+def _source(columns: Mapping[str, Sequence[float]]) -> ColumnDataSource:
+    """Holds columns as 4 bytes a number: as text they would be four times as much of the page."""
+    arrays = {name: np.array(column, np.int32 if name == "step" else np.float32) for name, column in columns.items()}
+    return ColumnDataSource(arrays)
+
+
+def _side_by_side(curves: Mapping[str, Sequence[Point]], most: int) -> dict[str, list[float]]:
     """Returns the means of several curves at the same steps in columns c0, c1, ...; NaN where a curve has ended."""
     steps = sorted({point.step for curve in curves.values() for point in curve})
     steps = steps[:: -(-len(steps) // most)]

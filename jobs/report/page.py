@@ -1,6 +1,7 @@
 """Puts a report together: what the runs' folders say, their curves, and the page that shows both."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from diffusion.errors import UserError
+from jobs.evaluate.report import MetricRow
 from jobs.report import contents, curves
 from jobs.report.contents import Content
 from jobs.storage import checkpoints
@@ -33,7 +35,10 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise UserError("report compares different runs; one of these is given twice")
     found = [contents.read(run, jobs, WIDE if len(runs) == 1 else NARROW) for run in runs]
-    figures = {f"{i}/{title}": plot for i, run in enumerate(found) for title, plot in curves.of_run(run).items()}
+    if len({run.label for run in found}) < len(found):  # of several folders of all runs
+        found = [replace(run, label=run.detail["path"]) for run in found]
+    most = curves.points_of(len(found))
+    figures = {f"{i}/{title}": plot for i, run in enumerate(found) for title, plot in curves.of_run(run, most).items()}
     if len(found) > 1:
         figures |= {f"all/{title}": plot for title, plot in curves.compared(found).items()}
     script, places = components(figures) if figures else ("", {})
@@ -76,11 +81,22 @@ def differing(runs: Sequence[Content]) -> dict[str, list[Any]]:
     return {flag: found for flag, found in values.items() if any(value != found[0] for value in found)}
 
 
-def measured(runs: Sequence[Content]) -> dict[str, list[Any]]:
-    """Returns the metrics of the newest evaluation of each run by their labels, None where a run has none."""
-    rows = [{} if run.evaluated is None else run.evaluated.metrics for run in runs]
-    names = {name: row.label for metrics in rows for name, row in metrics.items()}
-    return {label: [metrics.get(name) for metrics in rows] for name, label in names.items()}
+def measured(runs: Sequence[Content]) -> dict[str, tuple[list[MetricRow | None], str]]:
+    """Returns the metrics of the newest evaluation of each run by their labels, None where a run has none, and a floor.
+
+    Floors depend on the number of samples: where these differ, all floors are named.
+    """
+    evaluated = [run.evaluated for run in runs]
+    labels = {name: row.label for entry in evaluated if entry for name, row in entry.metrics.items()}
+    found = {}
+    for name, label in labels.items():
+        rows = [entry.metrics.get(name) if entry else None for entry in evaluated]
+        floors = {
+            entry.facts["num_samples"]: row.floor for entry, row in zip(evaluated, rows, strict=True) if entry and row
+        }
+        texts = [f"{floor} ({n:,} samples)" for n, floor in floors.items() if floor]
+        found[label] = (rows, "; ".join(texts) if len(set(floors.values())) > 1 else next(iter(floors.values())))
+    return found
 
 
 def events(run: Content) -> list[Mapping[str, Any]]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from commands.report import Report
 from diffusion.errors import UserError
 from jobs.report import contents, curves, page
 from jobs.report.curves import Point
@@ -90,7 +91,7 @@ def test_the_page_says_what_the_folder_says(run: RunFolder) -> None:
 def test_the_curves_are_those_of_the_files(run: RunFolder) -> None:
     append_timing(run, {"event": "progress", "step": 1253, "images_per_s": 5000.0, "checkpoint_s": 0.0})
     content = contents.read(run, {}, 100)
-    figures = curves.of_run(content)
+    figures = curves.of_run(content, 1200)
     assert figures["Images per second"].renderers[0].data_source.data["value"] == [5000.0]
     assert [title.partition(":")[0] for title in figures] == [
         "Training loss",
@@ -101,17 +102,17 @@ def test_the_curves_are_those_of_the_files(run: RunFolder) -> None:
         "Images per second",
     ]
     drawn = figures["Training loss"].renderers[0].data_source.data
-    assert list(zip(drawn["step"], drawn["value"], strict=True)) == [
-        (line["step"], line["loss"]) for line in map(json.loads, run.metrics.read_text().splitlines())
-    ]
-    losses = np.array(drawn["value"])
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    losses = np.array([line["loss"] for line in lines])
+    assert list(drawn["step"]) == [line["step"] for line in lines]
+    assert drawn["value"] == pytest.approx(losses)
     width = len(losses) // 20
     assert drawn["mean"][-1] == pytest.approx(losses[-width:].mean())
     assert drawn["mean"][width // 2] == pytest.approx(losses[: width // 2 + 1].mean())
     (floor,) = [item.location for item in figures["Training loss"].center if hasattr(item, "location")]
     assert floor == content.machine["loss_floor"]
     excess = figures[next(title for title in figures if title.startswith("Excess"))].renderers[0].data_source.data
-    assert excess["value"] == pytest.approx(losses - floor)
+    assert excess["value"] == pytest.approx(losses - floor, abs=1e-6)
 
 
 def test_a_long_curve_keeps_its_peaks() -> None:
@@ -179,15 +180,27 @@ def test_runs_are_compared(run: RunFolder) -> None:
     (other.path / "experiment.json").write_text(json.dumps(settings))
     found = [contents.read(entry, {}, 100) for entry in (run, other)]
     assert page.differing(found) == {"train.lr": [found[0].config.train.lr, 0.125]}
-    assert [row and row.value for row in page.measured(found)["W1 to the exact mixture"]] == ["0.018", None]
+    rows, floor = page.measured(found)["W1 to the exact mixture"]
+    assert ([row and row.value for row in rows], floor) == (["0.018", None], "0.006 to 0.031")
     together = curves.compared(found)["Training loss"]
     assert [item.label.value for item in together.legend[0].items] == ["1d/old", "1d/other"]
     hovered = together.renderers[-1].data_source.data
-    assert hovered["c0"] == hovered["c1"] == [point.mean for point in curves.points(found[0].history, "loss")]
+    means = [point.mean for point in curves.points(found[0].history, "loss")]
+    assert hovered["c0"] == pytest.approx(means) and hovered["c1"] == pytest.approx(means)
     text = shown(run, other).text
     assert "2 runs compared" in text and "Evaluations side by side" in text
+    same_name = shutil.copytree(run.path, run.path.parent.parent.parent / "elsewhere" / "1d" / "old")
+    assert f"{same_name} interrupted" in shown(run, RunFolder(same_name)).text
     with pytest.raises(UserError, match="given twice"):
         page.render([run, run], {})
+
+
+def test_a_sweep_stands_for_its_runs(run: RunFolder, tmp_path: Path) -> None:
+    for name in ("s-000", "s-001"):
+        copy = RunFolder(shutil.copytree(run.path, run.path.with_name(name)))
+        copy.update_launch(sweep="s", point={})
+    assert Report(runs=("s",), out=tmp_path / "s.html", runs_dir=tmp_path / "runs")() == 0
+    assert "2 runs compared" in (tmp_path / "s.html").read_text()
 
 
 def test_the_command_writes_the_page_whole_or_not_at_all(run: RunFolder, tmp_path: Path) -> None:
