@@ -12,16 +12,14 @@ from diffusion.settings import ModelSettings, require
 
 @dataclass(frozen=True, kw_only=True)
 class OwnImagesProblem(ImageProblem):
-    """Images of your own."""
+    """The images below --data.root."""
 
     root: str = ""
-    """A folder of PNG or JPEG files, perhaps with a folder for each class, and perhaps in folders train and test; an
-    npy or npz file; a folder with MNIST's kind of files, or with CIFAR-10 as torchvision lays it out."""
+    """A folder of PNG or JPEG files, an npy or npz file, IDX files, or CIFAR-10: see docs/your-own-data.md."""
     size: tuple[int, ...] = ()
-    """Height and width, or one number for both, to which images are cut and scaled. Without it, all must have one
-    size."""
+    """Height and width, or one number for both, to cut and scale images to; else all must have one size."""
     channels: Literal[1, 3] | None = None
-    """1 makes images grey, 3 coloured. Without it, all must be alike."""
+    """1 makes images grey, 3 coloured; else all must be alike."""
     sha256: str = ""
     """Hash of the images: found at the start, and a run takes no others."""
 

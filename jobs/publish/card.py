@@ -30,8 +30,7 @@ def card(
     parts = [
         f"---\n{_header(run, experiment, config, results, license_id)}\n---",
         f"# {run.label}",
-        f"{EXPERIMENTS[experiment].help[:1].upper()}{EXPERIMENTS[experiment].help[1:]}. "
-        f"Made with diffusion-launcher; nothing of it is needed to use the model.",
+        f"A diffusion model, trained as `{experiment}` of diffusion-launcher, of which nothing is needed to use it.",
         *(["![samples](samples.png)"] if "samples.png" in hashes else []),
         _facts(experiment, config, settings),
         _use(config, settings),
