@@ -232,7 +232,7 @@ def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
     files = {"experiment.json", "launch.json", "metrics.jsonl", "timing.jsonl", "status.json", "log.txt"}
-    assert names == files | {"code", "checkpoints", "figures", "samples", "wandb"}
+    assert names == files | {"checkpoints.jsonl", "code", "checkpoints", "figures", "samples", "wandb"}
     checkpoint = run / "checkpoints" / "step-00000030"
     assert sorted(os.listdir(checkpoint)) == ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.pt"]
     assert set(json.loads((checkpoint / "manifest.json").read_text())) == {"step", "files"}

@@ -119,7 +119,10 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     train = config.train
     always = {"train.batch-size": train.batch_size, "train.lr": train.lr, "train.seed": train.seed}
     changed = experiment_json.differences(EXPERIMENTS[experiment].preset, config)
-    return {**always, **{flag: value for flag, _, value in sorted(changed) if flag != "train.steps"}}
+    usual = {"train.steps"}
+    if train.grad_shards == states.read_launch(run).get("resources", {}).get("processes"):
+        usual.add("train.grad-shards")  # they are as many without being asked for
+    return {**always, **{flag: value for flag, _, value in sorted(changed) if flag not in usual}}
 
 
 def _faults(run: RunFolder) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from jobs.storage.checkpoints import steps
+from jobs.storage.run_folder import RunFolder
 from jobs.train.shards import fold, halves, share, subtrees
+from jobs.watch import detail
 from tests.jobs.test_resume import result
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, steps_logged, wait_until
 
@@ -54,6 +56,7 @@ def test_any_number_of_processes_trains_the_same_bytes(
     done(*command(kind, "one", 1, "--train.grad-shards", "4"), cwd=tmp_path, **env)
     expected = result(runs / "one")
     assert b'"held_out_loss": 0.' in expected["metrics"] or b'"held_out_loss": 1.' in expected["metrics"]
+    assert detail.describe(RunFolder(runs / "one"), None)["settings"]["train.grad-shards"] == 4
     for processes in others:
         done(*command(kind, f"on-{processes}", processes, "--train.grad-shards", "4"), cwd=tmp_path, **env)
         assert result(runs / f"on-{processes}") == expected
@@ -75,6 +78,7 @@ def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: 
     more = ("--train.steps", "120", "--train.checkpoint-every", "20", "--train.keep-every", "40")
     done(*command("fp32", "still", 4, *more), cwd=tmp_path, **NO_FIGURES)
     assert json.loads((runs / "still" / "experiment.json").read_text())["train"]["grad_shards"] == 4
+    assert "train.grad-shards" not in detail.describe(RunFolder(runs / "still"), None)["settings"]  # nobody has set it
     kill_after(30, *command("fp32", "moved", 4, *more), cwd=tmp_path)
     kill_after(70, "resume", "1d/moved", "--device", "cpu", "--gpus", 1, cwd=tmp_path)
     done("resume", "1d/moved", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
@@ -98,3 +102,14 @@ def test_shards_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None
     assert refused.code == 2
     assert "train.grad-shards must divide train.batch-size, 60; got 7" in refused.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_processes_train_the_same_bytes_as_one(kind: str, tmp_path: Path, mnist_root: Path) -> None:
+    more = ("--train.batch-size", "16", "--train.steps", "8", "--train.grad-shards", "8")
+    for processes in (1, 8):
+        name, env = f"on-{processes}", {"MNIST_ROOT": str(mnist_root), **NO_FIGURES}
+        done(*command(kind, name, processes, *more), cwd=tmp_path, **env)
+    runs = tmp_path / "runs" / KINDS[kind][0]
+    assert result(runs / "on-8") == result(runs / "on-1")

@@ -19,6 +19,8 @@ TRAINING = (
 
 UPDATE = "        self.step += 1\n"
 """Where a step of a training begins, in jobs/train/state.py."""
+SLOW = f"{UPDATE}        import time\n        time.sleep(0.02)\n"
+"""The same, with a pause."""
 START = "    experiment, config = run.read_experiment()\n"
 """Where a training begins, in jobs/train/loop.py, before its first step."""
 
@@ -43,8 +45,7 @@ class Site:
         assert "Submitted" in submitted.out, submitted
         run = self.root / "runs" / "1d" / name
         if slow:
-            waits = "        import time\n        time.sleep(0.02)\n"
-            change(run / "code" / "jobs" / "train" / "state.py", UPDATE, UPDATE + waits)
+            change(run / "code" / "jobs" / "train" / "state.py", UPDATE, SLOW)
         return run
 
     def job_id(self, run: Path) -> str:

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from jobs.storage import faults
+from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
-from tests.slurm.site import START, UPDATE, Site, change, state, task_pids
+from tests.slurm.site import SLOW, START, UPDATE, Site, change, state, task_pids
 
 pytestmark = pytest.mark.slurm
 
@@ -164,6 +165,34 @@ def test_scontrol_requeue(site: Site, undisturbed: Callable[[int], dict[str, byt
     site.cluster.run("scontrol", "requeue", site.job_id(run))
     wait_until(lambda: restarted(run), timeout_s=60)
     site.finish(run)
+    assert_equal(run, expected)
+
+
+def test_a_run_that_is_killed_goes_on_with_other_numbers_of_tasks(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]]
+) -> None:
+    expected = undisturbed(4)
+    run = site.train("a", 4, "--retries", 0, slow=True)
+    for tasks, step, then in ((4, 120, 1), (1, 220, 2)):
+        site.wait_for_step(run, step)
+        pids = task_pids(run)
+        assert len(pids) == tasks
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
+        site.wait_for_state(run, "failed")
+        where = ("--device", "cpu", "--slurm.cpus-per-gpu", 1, "--slurm.gpus-per-node", 2, "--slurm.time-min", 10)
+        resumed = site.launch("resume", run, "--cluster", "slurm", *where, "--gpus", then, "--retries", 0)
+        assert resumed.code == 0, resumed
+        # Today's code is not the slow one, so the job has a copy of its own; the last job finds that one.
+        if then == 1:
+            (copy,) = run.glob("code-*")
+            change(copy / "jobs" / "train" / "state.py", UPDATE, SLOW)
+    site.finish(run)
+    starts = [line for line in read_jsonl(run / "timing.jsonl") if line["event"] == "start"]
+    assert [line["processes"] for line in starts] == [4, 1, 2]
+    assert all(line["step"] < line["reached"] for line in starts[1:])  # killed, not stopped
+    assert "bytes may differ" not in site.log(run)
     assert_equal(run, expected)
 
 
