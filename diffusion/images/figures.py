@@ -37,11 +37,11 @@ def without_single_channel(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def grid(images: Images, path: Path, num_classes: int = 0) -> None:
     """The first 64 images in a square, three times enlarged, nothing around them.
 
-    Where classes come in turn, a column holds one class, if there are enough of them for columns.
+    Where classes come in turn, a column holds one class, if there are enough of them for columns and images for a row.
     """
-    shown = images[:64]
-    columns = num_classes if 4 <= num_classes <= 16 else max(1, round(len(shown) ** 0.5))
-    Image.fromarray(_enlarged(tile(shown, columns))).save(path)
+    columns = num_classes if 4 <= num_classes <= min(16, len(images)) else 0
+    shown = images[: 64 // columns * columns] if columns else images[:64]
+    Image.fromarray(_enlarged(tile(shown, columns or max(1, round(len(shown) ** 0.5))))).save(path)
 
 
 def forward_process(images: Tensor, abar: Tensor, noun: str, path: Path) -> None:
