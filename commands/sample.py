@@ -1,5 +1,6 @@
 """`sample` draws a set of samples, on this machine or as an array on Slurm."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -21,14 +22,21 @@ from slurm.place import ROUNDS, OnSlurm
 
 def _by_experiment(setting: str) -> str:
     """Writes the experiments' defaults, for the help."""
-    return ", ".join(f"{getattr(entry.sampler, setting)} for {name}" for name, entry in EXPERIMENTS.items())
+    return _by_value({name: getattr(entry.sampler, setting) for name, entry in EXPERIMENTS.items()})
 
 
 def _guidance() -> str:
     """The default guidance of models with classes, for the help."""
-    return ", ".join(
-        f"{entry.guidance:g} for {name}" for name, entry in EXPERIMENTS.items() if entry.preset.num_classes
-    )
+    with_classes = {name: entry for name, entry in EXPERIMENTS.items() if entry.preset.num_classes}
+    return _by_value({name: f"{entry.guidance:g}" for name, entry in with_classes.items()})
+
+
+def _by_value(defaults: Mapping[str, object]) -> str:
+    """Writes defaults of experiments, equal ones together."""
+    names: dict[object, list[str]] = {}
+    for name, value in defaults.items():
+        names.setdefault(value, []).append(name)
+    return "; ".join(f"{value} for {', '.join(same)}" for value, same in names.items())
 
 
 def _of_other_samplers() -> str:

@@ -37,11 +37,11 @@ def without_single_channel(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def grid(images: Images, path: Path, num_classes: int = 0) -> None:
     """The first 64 images in a square, three times enlarged, nothing around them.
 
-    Where classes come in turn, a column holds one class, if there are enough of them for columns.
+    Where classes come in turn, a column holds one class, if there are enough of them for columns and images for a row.
     """
-    shown = images[:64]
-    columns = num_classes if 4 <= num_classes <= 16 else max(1, round(len(shown) ** 0.5))
-    Image.fromarray(_enlarged(tile(shown, columns))).save(path)
+    columns = num_classes if 4 <= num_classes <= min(16, len(images)) else 0
+    shown = images[: 64 // columns * columns] if columns else images[:64]
+    Image.fromarray(_enlarged(tile(shown, columns or max(1, round(len(shown) ** 0.5))))).save(path)
 
 
 def forward_process(images: Tensor, abar: Tensor, noun: str, path: Path) -> None:
@@ -79,25 +79,26 @@ def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n:
 
 
 def classes(model: DiffusionModel, experiment: Experiment, noun: str, folder: Path) -> None:
-    """classes.png has a row of each class, all rows from the same noise; guidance.png a column for each scale."""
-    number, columns, scales = model.num_classes, 8, (0.0, 1.0, 2.0, 4.0, 8.0)
+    """classes.png has a row of each class, all rows from the same noise; guidance.png a row for each scale."""
+    number, columns, scales = model.num_classes, 8, (0.0, 1.0, 2.0, 4.0)
     noise = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, columns, experiment.sample_shape))
     rows = _of_classes(model, experiment, noise.repeat(number, 1, 1, 1), np.arange(number).repeat(columns), 1.0)
     Image.fromarray(_enlarged(tile(rows, columns))).save(folder / "classes.png")
     first = noise[:1].expand(number, -1, -1, -1)
     by_scale = [_of_classes(model, experiment, first, np.arange(number), scale) for scale in scales]
-    title = f"{noun.capitalize()} of each class from the same noise, over guidance"
-    _labelled(by_scale, [f"{scale:g}" for scale in scales], title, folder / "guidance.png")
+    downwards = ", ".join(f"{scale:g}" for scale in scales)
+    title = f"{noun.capitalize()} of each class, from the same noise; downwards with guidance {downwards}"
+    _labelled(list(np.stack(by_scale, 1)), [f"{k}" for k in range(number)], title, folder / "guidance.png")
 
 
 def _of_classes(
     model: DiffusionModel, experiment: Experiment, xt: Tensor, classes: NDArray[np.int64], guidance: float
 ) -> Images:
-    """Draws images of these classes [n] from noise xt by 25 steps of DDIM, which adds none."""
+    """Draws images of these classes [n] from noise xt by DDIM, which adds none and needs few steps."""
     abar = model.alphas_cumprod.double().cpu()
     predict = guided(model.predict_for, torch.from_numpy(classes), model.num_classes, guidance)
     with torch.inference_mode():
-        *_, x0 = ddim(Denoiser(predict, abar, (-1, 1)), xt, steps=min(25, len(abar)), noise=torch.randn)
+        *_, x0 = ddim(Denoiser(predict, abar, (-1, 1)), xt, steps=10, noise=torch.randn)
     images: Images = experiment.to_array(x0)
     return images
 

@@ -127,7 +127,7 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     told = () if rows[0]["guidance"] is None else ("GUIDANCE",)
     headers = ("SAMPLER", "STEPS", *told, "N", *(name.upper() for name in names))
     shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
-    reference = rows[-1]
+    reference = _reference(rows)
     legend = f"* within the 95% interval of the set with most network evaluations, or better: {reference['name']}"
     return f"{shown}\n\n{textwrap.fill(legend, width, break_on_hyphens=False)}"
 
@@ -146,7 +146,7 @@ def headline(rows: Sequence[Json], number: int) -> list[str]:
 
 
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Returns each set with sampler and metrics, sorted by network evaluations; the last set is the reference."""
+    """Returns each set with sampler and metrics, sorted by network evaluations."""
     rows: list[dict[str, Any]] = []
     for evaluation in evaluations:
         metrics, sampler = evaluation.read()["metrics"], evaluation.samples.settings.sampler
@@ -162,10 +162,19 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             }
         )
     rows.sort(key=lambda row: (row["steps"], row["sampler"], row["guidance"] or 0, row["name"]))
-    reference = rows[-1]["metrics"]
+    reference = _reference(rows)["metrics"]
     for row in rows:
         row["as_reference"] = {name: _is_as_good(metric, reference[name]) for name, metric in row["metrics"].items()}
     return rows
+
+
+def _reference(rows: Sequence[Json]) -> Json:
+    """Returns the set with most network evaluations, the last of several; with classes, one without exaggeration."""
+
+    def key(row: Json) -> tuple[int, float]:
+        return row["steps"], -abs(row["guidance"] - 1) if row["guidance"] is not None else 0.0
+
+    return max(reversed(rows), key=key)
 
 
 def _is_as_good(metric: Json, reference: Json) -> bool | None:

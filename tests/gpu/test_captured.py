@@ -52,7 +52,7 @@ def tensors(snapshot: Snapshot) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("experiment", ["1d", "mnist"])
+@pytest.mark.parametrize("experiment", ["1d", "1d-classes", "mnist"])
 def test_a_captured_step_is_the_step(experiment: str, precision: Precision, device: Kind, mnist_root: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # else it would stay at the precision of the test before
     world = start(1, device, precision)
