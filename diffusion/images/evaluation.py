@@ -174,7 +174,7 @@ class ImageEvaluator(Evaluator):
         return flow.bits(model.predict_for, images, model.alphas_cumprod, first=first, seed=self._seed, clip=(-1, 1))
 
     def _flow_metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
-        labels = {"model": "the same by the flow (ODE), its own noise", "uniform": "the same, uniform noise"}
+        labels = {"model": "bits by the flow (ODE), its own noise", "uniform": "bits by the flow (ODE), uniform noise"}
         parts = [results[f"flow-{first}"] for first in range(0, len(self._bounded), BOUND_CHUNK)]
         return {
             f"flow_bits_{noise}": Metric(label, self._mean(np.concatenate([part[noise] for part in parts])), None)

@@ -65,8 +65,7 @@ class TrainSettings:
     log_every: int = field(default=10, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
     held_out_every: int = field(default=0, metadata=FREE)
-    """Steps between measurements of the held-out loss: that of the averaged weights on test images (1d: on draws of its
-    own), always with the same timesteps and noise; 0 is none."""
+    """Steps between held-out losses: the averaged weights on test images, at fixed timesteps and noise; 0 is none."""
     checkpoint_every: int = field(default=1000, metadata=FREE)
     """Steps between checkpoints."""
     checkpoint_minutes: float = field(default=10.0, metadata=FREE)
