@@ -75,7 +75,7 @@ def test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good(tmp_path: Path) ->
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", run / "checkpoints"], check=True)
     try:
         process.send_signal(signal.SIGINT)
-        ended = finish(process)
+        ended = finish(process, timeout_s=60)
     finally:
         subprocess.run(["umount", run / "checkpoints"], check=True)
     assert ended.code == 1, ended
