@@ -18,6 +18,7 @@ from jobs.evaluate import report as report
 from jobs.evaluate.job import EvaluateJob
 from jobs.evaluate.plan import Evaluation, plan
 from jobs.files import sha256
+from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, TINY, Finished, done, finish, launch, relatives, start, wait_until, workers
 
@@ -64,7 +65,9 @@ def folder(root: Path, name: str = "more") -> Path:
 
 
 def results(root: Path, name: str = "more") -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder(root, name).iterdir() if path.is_file()}
+    """All files but the one that tells of what has gone wrong."""
+    files = (path for path in folder(root, name).iterdir() if path.is_file() and path.name != faults.FILE)
+    return {path.name: path.read_bytes() for path in files}
 
 
 def sentence(ended: Finished) -> str:

@@ -75,7 +75,7 @@ def test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good(tmp_path: Path) ->
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", run / "checkpoints"], check=True)
     try:
         process.send_signal(signal.SIGINT)
-        ended = finish(process)
+        ended = finish(process, timeout_s=60)
     finally:
         subprocess.run(["umount", run / "checkpoints"], check=True)
     assert ended.code == 1, ended
@@ -87,9 +87,10 @@ def test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good(tmp_path: Path) ->
 def test_a_resume_that_dies_before_it_has_said_anything_is_tried_again(tmp_path: Path) -> None:
     done(*COMMAND, "--train.steps", 50, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
-    process = start("resume", run, "--train.steps", 100, "--device", "cpu", "--retries", 1, cwd=tmp_path, **NO_FIGURES)
+    where = ("--cluster", "local", "--device", "cpu", "--retries", 1)  # no other process than the one that trains
+    process = start("resume", run, "--train.steps", 100, *where, cwd=tmp_path, **NO_FIGURES)
     wait_until(lambda: len(workers(process)) == 2)
-    os.kill(workers(process)[-1], signal.SIGKILL)
+    os.kill(next(pid for pid in workers(process) if pid != process.pid), signal.SIGKILL)
     ended = finish(process)
     assert ended.code == 0, ended
     (fault,) = lines(run)
