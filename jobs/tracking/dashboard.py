@@ -166,7 +166,8 @@ def settings_of(identity: Identity, stop: Callable[[], None]) -> dict[str, Any]:
         "x_save_requirements": False,
         "x_primary": _is_first(identity),
         "x_update_finish_state": _is_first(identity),
-        "stop_fn": stop,
+        # wandb copies its settings deeply: a function stays what it is, a method would have its whole object copied.
+        "stop_fn": lambda: stop(),
         **_watching(identity.machine, identity.folder),
         "x_transaction_log_flush_interval": FLUSH_S,
         "init_timeout": FINISH_S,
