@@ -2,7 +2,7 @@
 
 Measures the seconds that the training process spends inside tracker calls (starting the follower, waiting for it at
 the end) and in making a line of metrics.jsonl, and the rate of the steps between, where the follower only competes for
-the processor.
+the processor: so it measures, too, the processor's time that the training and the processes of tracking have used.
 """
 
 import argparse
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil  # type: ignore[import-untyped]
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -33,6 +35,12 @@ def timed(call: Callable[..., Any], seconds: dict[str, float], name: str) -> Cal
     return wrapper
 
 
+def cpu_s(pid: int) -> float:
+    """Seconds of the processor that a process has used, and all that it has started."""
+    root = psutil.Process(pid)
+    return float(sum(sum(process.cpu_times()[:4]) for process in (root, *root.children(recursive=True))))
+
+
 def train(mode: str, steps: int) -> dict[str, float]:
     """Trains in this process and returns the seconds spent where."""
     import jobs.train.loop
@@ -42,7 +50,24 @@ def train(mode: str, steps: int) -> dict[str, float]:
 
     seconds: dict[str, float] = {}
     jobs.train.recorder.follow_training = timed(jobs.train.recorder.follow_training, seconds, "start")  # type: ignore[attr-defined]
-    FollowerProcess.close = timed(FollowerProcess.close, seconds, "end")  # type: ignore[method-assign]
+    close = timed(FollowerProcess.close, seconds, "end")
+
+    def measured_close(self: FollowerProcess, wait: bool) -> None:
+        assert self._process is not None
+        seconds["follower_cpu"] = cpu_s(self._process.pid)
+        close(self, wait)
+
+    FollowerProcess.close = measured_close  # type: ignore[method-assign]
+    run_steps = jobs.train.loop.run_steps
+
+    def measured_steps(*arguments: Any) -> Any:
+        started = time.process_time()
+        try:
+            return run_steps(*arguments)
+        finally:
+            seconds["cpu"] = time.process_time() - started
+
+    jobs.train.loop.run_steps = measured_steps  # type: ignore[assignment]
     jobs.train.loop.logged = timed(jobs.train.loop.logged, seconds, "lines")
     jobs.train.loop.run_steps = timed(jobs.train.loop.run_steps, seconds, "steps")
     jobs.train.loop.train = timed(jobs.train.loop.train, seconds, "total")
@@ -76,7 +101,9 @@ def main() -> None:
         print(
             f"{mode:>9}: total {median['total']:6.1f} s, {1000 * median['steps'] / options.steps:6.1f} ms/step; "
             f"tracker calls: start {median['start']:.3f} s, end {median['end']:.3f} s, "
-            f"together {calls / median['total']:.2%}; making lines {median['lines'] / median['total']:.2%}"
+            f"together {calls / median['total']:.2%}; making lines {median['lines'] / median['total']:.2%}; "
+            f"processor: {1000 * median['cpu'] / options.steps:.1f} ms/step, "
+            f"tracking's processes {median['follower_cpu']:.1f} s"
         )
 
 

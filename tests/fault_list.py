@@ -591,6 +591,20 @@ FAULTS = [
         "tests/jobs/test_tracking.py::test_a_kill_two_requeues_and_a_move_leave_one_curve",
     ),
     Fault(
+        "wandb shows how busy the process is that tracks",
+        "jobs/tracking/dashboard.py",
+        '        "x_stats_pid": machine.pid,\n',
+        '        "x_stats_pid": os.getpid(),\n',
+        "tests/jobs/test_tracking.py::test_what_the_training_processes_use_is_shown_and_what_they_print",
+    ),
+    Fault(
+        "a training that stands still is not told",
+        "jobs/tracking/follow_training.py",
+        "        if step == now < self._config.train.steps:\n",
+        "        if step < now < self._config.train.steps:\n",
+        "tests/jobs/test_tracking.py::test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts",
+    ),
+    Fault(
         "a line that is read while it is written is lost",
         "jobs/storage/records.py",
         "_objects(self._rest + self._file.read())",

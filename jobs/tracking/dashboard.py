@@ -151,23 +151,29 @@ class Wandb(Dashboard):
             config=_hyphens(identity.config),
             mode=mode,
             resume="allow",
-            settings=self._wandb.Settings(
-                silent=True,
-                console="off",
-                disable_code=True,
-                disable_git=True,
-                disable_job_creation=True,
-                x_save_requirements=False,
-                x_primary=_is_first(identity),
-                x_update_finish_state=_is_first(identity),
-                stop_fn=self._stop,
-                **_watching(identity.machine, identity.folder),
-                x_transaction_log_flush_interval=FLUSH_S,
-                init_timeout=FINISH_S,
-                finish_timeout=FINISH_S,
-                finish_timeout_raises=True,
-            ),
+            settings=self._wandb.Settings(**settings_of(identity, self._stop)),
         )
+
+
+def settings_of(identity: Identity, stop: Callable[[], None]) -> dict[str, Any]:
+    """Returns how wandb is to behave; it refuses a setting that it does not know."""
+    return {
+        "silent": True,
+        "console": "off",
+        "disable_code": True,
+        "disable_git": True,
+        "disable_job_creation": True,
+        "x_save_requirements": False,
+        "x_primary": _is_first(identity),
+        "x_update_finish_state": _is_first(identity),
+        # wandb copies its settings deeply: a function stays what it is, a method would have its whole object copied.
+        "stop_fn": lambda: stop(),
+        **_watching(identity.machine, identity.folder),
+        "x_transaction_log_flush_interval": FLUSH_S,
+        "init_timeout": FINISH_S,
+        "finish_timeout": FINISH_S,
+        "finish_timeout_raises": True,
+    }
 
 
 def _is_first(identity: Identity) -> bool:

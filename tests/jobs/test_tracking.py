@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import socket
+import string
 import subprocess
 import sys
 import threading
@@ -23,13 +24,14 @@ import torch
 from safetensors.torch import load_file
 
 from jobs import notify
+from jobs.experiments.settings import TrackingSettings
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking import follow_training
+from jobs.tracking import dashboard, follow_training
 from jobs.tracking.dashboard import Level, NoDashboard, why_not_online
 from jobs.tracking.follow_training import Curves, TrainingFollower
-from jobs.tracking.identity import Machine
+from jobs.tracking.identity import Identity, Machine
 from jobs.train.state import LOSS_BANDS, band_sums
 from tests.launching import (
     NO_FIGURES,
@@ -426,6 +428,36 @@ def test_the_dashboard_names_what_the_lines_say() -> None:
     assert row["optimizer/skipped_steps"] == 1
     assert row["loss_by_timestep/0250-0499"] == 1.0
     assert row["loss_by_timestep/0750-0999"] == 3.0
+
+
+def test_what_wandb_is_asked_for_it_knows_and_the_rule_for_projects_is_its_own() -> None:
+    import wandb
+
+    here = Machine(pid=1, tree=True, gpus=[], node="n1", nodes=2, is_first=False)
+    identity = Identity(
+        folder=Path("/tmp"),
+        run_id="a",
+        project="p",
+        name="n",
+        group="g",
+        job_type="train",
+        tags=[],
+        config={},
+        machine=here,
+    )
+    for machine in (here, None):
+        asked = dashboard.settings_of(replace(identity, machine=machine), print)
+        taken = wandb.Settings(**asked)  # raises for one that it does not know
+        assert {name: getattr(taken, name) for name in asked} == asked
+    assert asked["x_disable_stats"]
+    for name in ("a" * 128, "a" * 129, *(f"a{character}b" for character in string.punctuation + " ")):
+        refused = []
+        for check in (lambda n=name: wandb.Settings(project=n), TrackingSettings(project=name).check):
+            try:
+                check()
+            except Exception:
+                refused.append(check)
+        assert len(refused) in (0, 2), name
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # a Tail is open as long as its process lives
