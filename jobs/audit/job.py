@@ -23,7 +23,7 @@ class AuditJob(IndependentJob):
     stretch: Stretch
     processes: int
     device: "Kind"
-    advice: ClassVar[str] = "nothing is concluded."
+    advice: ClassVar[str] = "Nothing is concluded."
 
     def work(self, signals: SignalWatch) -> int:
         from jobs.audit.compute import compute

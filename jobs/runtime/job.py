@@ -57,7 +57,7 @@ class IndependentJob(ABC):
 
     target: Target
     """What the job completes; it keeps the ids of the jobs that work on it."""
-    advice: ClassVar[str] = "the same command goes on from here."
+    advice: ClassVar[str] = "The same command goes on from here."
     """What a person is told who stops it."""
 
     @abstractmethod
@@ -103,7 +103,7 @@ def _stopped(reason: Stop, requeue: Requeue | None, advice: str) -> int:
         print(f"Stopped; queued again as job {job_id}.", flush=True)
         return 0
     if process_rank() == 0:
-        print(f"Stopped; {advice}", file=sys.stderr, flush=True)
+        print(f"Stopped. {advice}", file=sys.stderr, flush=True)
     return 130
 
 

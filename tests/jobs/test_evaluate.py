@@ -110,7 +110,7 @@ def test_ctrl_c_stops_it_between_two_steps(root: Path) -> None:
     process.send_signal(signal.SIGINT)
     ended = finish(process)
     assert ended.code == 130
-    assert "the same command goes on from here" in ended.err
+    assert "Stopped. The same command computes what is missing." in ended.err
     assert "Traceback" not in ended.err
 
 

@@ -17,6 +17,7 @@ from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
+from jobs.tracking.start import machine_of
 from jobs.train.recorder import RunRecorder
 from jobs.train.state import Training
 from tests.launching import wait_until
@@ -49,7 +50,9 @@ def recorded(folder: Path, **train: int) -> Iterator[tuple[Training, RunRecorder
     run = RunFolder(folder)
     run.create("1d", config, {"wandb_id": "a"}, lambda code: code.mkdir())
     training = Training(config.build(), config.train, start(1, "cpu", "fp32"))
-    recorder = RunRecorder(run, training, Ownership.take(run.path), Console(run.log), False, {})
+    alone = machine_of([("here", None)], 0)
+    assert alone is not None
+    recorder = RunRecorder(run, training, Ownership.take(run.path), Console(run.log), False, {}, alone)
     try:
         yield training, recorder
     finally:
