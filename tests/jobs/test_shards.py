@@ -16,10 +16,7 @@ from tests.jobs.test_resume import result
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, steps_logged, wait_until
 
 KINDS = {
-    "fp32": (
-        *("1d", *TINY, "--train.batch-size", "60", "--train.steps", "90", "--train.checkpoint-every", "30"),
-        *("--train.held-out-every", "40"),
-    ),
+    "fp32": ("1d", *TINY, "--train.batch-size", "60", "--train.steps", "300", "--train.checkpoint-every", "100"),
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
         *("--train.batch-size", "12", "--train.steps", "8", "--train.log-every", "1", "--train.precision", "bf16"),
