@@ -173,7 +173,7 @@ def test_what_a_damaged_file_costs_is_one_sentence(
     shutil.copytree(trained, tmp_path / "runs")
     (tmp_path / "runs" / "1d" / "a" / file).write_text(content)
     command = ("sample", "1d/a", "--num-samples", 20, "--name", "s") if "samples" in file else ("resume", "1d/a")
-    ended = launch(*command, "--device", "cpu", cwd=tmp_path)
+    ended = launch(*command, "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     assert ended.code == code, ended
     assert words in sentence(ended.err)
 
@@ -259,8 +259,8 @@ def test_commands_on_a_run_as_a_user_starts_them(tmp_path: Path, no_plots: dict[
 
     assert "Finished" in command("train", "1d", *TWENTY, "--name", "a")
     assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu", "--gpus", 2, **no_plots)
-    assert "50 samples are in" in command("sample", "1d/a", "--num-samples", 50, "--device", "cpu")
-    assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--device", "cpu")
+    assert "50 samples are in" in command("sample", "1d/a", "--num-samples", 50, "--device", "cpu", **no_plots)
+    assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--device", "cpu", **no_plots)
     assert "1d/a" in command("status")
     assert "Finished" in command("logs", "1d/a")
     assert "finished" in launch("cancel", "1d/a", cwd=tmp_path, plain=True).err

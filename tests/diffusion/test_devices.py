@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.data.mnist import MNIST
 from diffusion.images import evaluation
 from diffusion.problems.images import ImageProblem
 from diffusion.process.model import DiffusionModel, Experiment
@@ -42,18 +41,19 @@ SMALL["mnist-classes-small"] = {"model": ClassUnetSettings(dim=8, dim_mults=(1,)
 SMALL["fashion-mnist-small"] = SMALL["mnist-small"]
 
 
-@pytest.fixture(params=[name for name in EXPERIMENTS if name != "images"])  # which has no data of its own
-def config(
-    request: pytest.FixtureRequest, mnist_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> ExperimentConfig:
-    """Each experiment of the table, with a small network and few timesteps."""
+NAMES = [name for name in EXPERIMENTS if name != "images"]  # which has no data of its own
+OF_EACH_NETWORK = list({type(EXPERIMENTS[name].preset.model): name for name in NAMES}.values())
+"""One experiment of each kind of network: what figures depend on, which take most of the time here."""
+
+
+@pytest.fixture(params=NAMES)
+def config(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentConfig:
+    """Each experiment of the table, with a small network, few timesteps and small images."""
     preset = EXPERIMENTS[request.param].preset
     changes: dict[str, Any] = {**SMALL[request.param], "diffusion": DiffusionSettings(timesteps=21)}
     if isinstance(preset.data, ImageProblem):
-        root = mnist_root
-        if preset.data.data_set is not MNIST:
-            root = tmp_path / "data"
-            monkeypatch.setattr(type(preset.data), "data_set", made_images.make(root, preset.data.data_set, 28, 28))
+        root = tmp_path / "data"
+        monkeypatch.setattr(type(preset.data), "data_set", made_images.make(root, preset.data.data_set, 8, 8))
         changes["data"] = dataclasses.replace(preset.data, root=str(root))
     return dataclasses.replace(preset, **changes)
 
@@ -90,6 +90,7 @@ def test_the_device_of_these_tests_is_as_strict_as_a_gpu() -> None:
             there.numpy()
 
 
+@pytest.mark.parametrize("config", OF_EACH_NETWORK, indirect=True)
 @pytest.mark.parametrize("name", ["report", "sketch"])
 def test_figures_and_final_numbers(name: str, config: ExperimentConfig, tmp_path: Path) -> None:
     def act(experiment: Experiment, model: DiffusionModel) -> Any:

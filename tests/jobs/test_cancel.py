@@ -13,7 +13,7 @@ ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--d
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_running_run_is_cancelled_with_a_last_checkpoint(processes: int, tmp_path: Path) -> None:
-    training = start(*ENDLESS, "--gpus", processes, cwd=tmp_path)
+    training = start(*ENDLESS, "--gpus", processes, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) > 10)
     assert ownership.holders(run) == [training.pid]
@@ -26,7 +26,7 @@ def test_a_running_run_is_cancelled_with_a_last_checkpoint(processes: int, tmp_p
 
 
 def test_processes_that_have_lost_their_parent_are_found(tmp_path: Path) -> None:
-    training = start(*ENDLESS, "--gpus", "2", cwd=tmp_path)
+    training = start(*ENDLESS, "--gpus", "2", cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) > 10)
     children = [pid for pid in relatives(training) if pid != training.pid]
@@ -40,7 +40,7 @@ def test_processes_that_have_lost_their_parent_are_found(tmp_path: Path) -> None
 
 
 def test_a_run_that_is_being_started_is_cancelled_too(tmp_path: Path) -> None:
-    training = start(*ENDLESS, cwd=tmp_path)
+    training = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: ownership.is_locked(run))
     done("cancel", run, cwd=tmp_path)

@@ -67,6 +67,7 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
     nothing = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    nothing["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes of its own, which import torch each
     ended = launch("train", "1d", *TINY, "--train.compile", "--device", "cpu", "--name", "a", cwd=tmp_path, **nothing)
     assert ended.code == 1
     assert "--train.compile failed on this machine:" in ended.err

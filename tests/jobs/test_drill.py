@@ -4,12 +4,12 @@ from pathlib import Path
 
 from jobs.doctor.drill import differences
 from jobs.storage.run_folder import RunFolder
-from tests.launching import done
+from tests.launching import NO_FIGURES, done
 
 
 def test_a_drill_finds_equal_results_and_would_see_a_changed_byte(tmp_path: Path) -> None:
     where = ("--cluster", "local", "--device", "cpu", "--gpus", "2")  # in turn two processes and one
-    ended = done("drill", "--steps", "240", "--kills", "4", *where, cwd=tmp_path)
+    ended = done("drill", "--steps", "240", "--kills", "4", *where, cwd=tmp_path, **NO_FIGURES)
     assert "Equal byte for byte" in ended.out
     for name in ("SIGKILL", "SIGTERM", "SIGUSR2", "SIGINT"):
         assert name in ended.out

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from jobs.storage.run_folder import RunFolder
 from jobs.watch import logs
-from tests.launching import TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
 
 
 def test_the_log_of_a_run_that_has_ended(tmp_path: Path) -> None:
-    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=tmp_path)
+    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=tmp_path, **NO_FIGURES)
     shown = done("logs", "1d/a", cwd=tmp_path)
     assert shown.out == (tmp_path / "runs" / "1d" / "a" / "log.txt").read_text()
     assert "Finished runs/1d/a at step 50" in shown.out
@@ -22,7 +22,7 @@ def test_the_log_of_a_run_that_has_ended(tmp_path: Path) -> None:
 
 
 def test_following_ends_with_the_run(tmp_path: Path) -> None:
-    training = start(*ENDLESS, cwd=tmp_path)
+    training = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until((run / ".lock").exists)
     training.send_signal(signal.SIGSTOP)  # before it writes a log
@@ -38,7 +38,7 @@ def test_following_ends_with_the_run(tmp_path: Path) -> None:
 
 
 def test_following_a_run_that_is_killed_ends_too(tmp_path: Path) -> None:
-    training = start(*ENDLESS, cwd=tmp_path)
+    training = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) > 10)
     following = start("logs", run, "--follow", cwd=tmp_path)
@@ -48,7 +48,7 @@ def test_following_a_run_that_is_killed_ends_too(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_following_and_nothing_else(tmp_path: Path) -> None:
-    training = start(*ENDLESS, cwd=tmp_path)
+    training = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) > 10)
     following = start("logs", run, "--follow", cwd=tmp_path)

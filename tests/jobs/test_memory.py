@@ -18,7 +18,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 def step():
-    return sum(torch.ones(20_000_000 // 4) * i for i in range(5)).sum()  # some 20 MB at a time
+    return sum(torch.ones(4_000_000 // 4) * i for i in range(5)).sum()  # some 4 MB at a time
 
 for _ in range(10):
     step()
@@ -29,7 +29,7 @@ print(faults() - before)
 """
 
 
-PAGES = 20_000_000 // 4096  # of one such tensor
+PAGES = 4_000_000 // 4096  # of one such tensor
 
 
 # glibc's own first choice, which it revises by chance as a program goes on.

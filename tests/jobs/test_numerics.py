@@ -2,8 +2,9 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,49 +16,49 @@ from diffusion.errors import OutsideError
 from jobs.runtime import numerics
 from jobs.runtime.job import JobError
 from jobs.runtime.world import World
-from tests.launching import NO_FIGURES, ROOT, TINY, done, launch, status
+from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, launch, start, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "20", "--name", "a")
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Runs of a precision, each with a set of samples."""
+
+    @cache
+    def runs(precision: str) -> Path:
+        root = tmp_path_factory.mktemp("trained")
+        done(*A_RUN, "--device", "cpu", "--train.precision", precision, cwd=root, **NO_FIGURES)
+        done("sample", "1d/a", "--num-samples", "100", "--device", "cpu", cwd=root, **NO_FIGURES)
+        return root / "runs"
+
+    return runs
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("job", "precision"),
-    [("train", "fp32"), ("train", "auto"), ("train", "bf16"), ("sample", "bf16"), ("evaluate", "")],
+    [("train", "fp32"), ("train", "auto"), ("train", "bf16"), ("sample", "bf16"), ("evaluate", "fp32")],
 )
-def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(job: str, precision: str, tmp_path: Path) -> None:
+def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(
+    job: str, precision: str, trained: Callable[[str], Path], tmp_path: Path
+) -> None:
     """As a Slurm task on a node whose GPU is gone: the launcher has looked at another machine."""
-    done(*A_RUN, "--device", "cpu", "--train.precision", precision or "fp32", cwd=tmp_path, **NO_FIGURES)
-    done("sample", "1d/a", "--num-samples", "100", "--device", "cpu", cwd=tmp_path)
+    shutil.copytree(trained(precision), tmp_path / "runs")
     run = tmp_path / "runs" / "1d" / "a"
-    calls = {
-        "train": "TrainJob(run, 1, 'cuda')",
-        "sample": "SampleJob(sample_set.read(RunFolder(run), name), (0,), 1, 'cuda', merge=True)",
-        "evaluate": "EvaluateJob(plan.plan(RunFolder(run), name), (0, 1), 'cuda', merge=True)",
-    }
-    code = (
-        "import sys; from pathlib import Path\n"
-        "from jobs.evaluate import plan; from jobs.sample import sample_set\n"
-        "from jobs.evaluate.job import EvaluateJob; from jobs.sample.job import SampleJob\n"
-        "from jobs.train.job import TrainJob; from jobs.storage.run_folder import RunFolder\n"
-        "run = Path(sys.argv[1]); name = next((run / 'samples').iterdir()).name\n"
-        f"sys.exit({calls[job]}())"
-    )
     if precision == "auto":
         (run / "timing.jsonl").unlink()  # so that it has to be resolved
     logged = (run / "metrics.jsonl").read_bytes()
-    env = {**os.environ, **NO_GPU, "RANK": "0", "LOCAL_RANK": "0", "SLURMD_NODENAME": "n7", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(
-        [sys.executable, "-c", code, run], cwd=ROOT, env=env, capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 1, ended
-    assert "Traceback" not in ended.stderr
+    task = {"RANK": "0", "LOCAL_RANK": "0", "SLURMD_NODENAME": "n7"}
+    ended = finish(start(job, run, cwd=ROOT, module="tests.jobs.for_gpu", **task))
+    assert ended.code == 1, ended
+    assert "Traceback" not in ended.err
     for word in ("process 0", "n7", "CUDA_VISIBLE_DEVICES=", "finds no GPU"):
-        assert word in ended.stderr, ended
+        assert word in ended.err, ended
     assert (run / "metrics.jsonl").read_bytes() == logged
     if job == "train":
         assert status(run)["state"] == "failed"

@@ -1,27 +1,44 @@
 """A run of any earlier version is sampled, evaluated and continued as if the code had never changed."""
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.launching import done, status
+from tests.launching import NO_FIGURES, done, status
 from tests.old_runs import ARCHIVES, EXPERIMENTS, unpack
 
 HERE = ("--device", "cpu", "--cluster", "local")
 SAMPLING = ("--name", "before", "--sampler", "ddim", "--steps", "5", *HERE)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Callable[..., Path]:
+    """The run that today's code alone makes of the arguments of an old one; once for all formats."""
+    root = tmp_path_factory.mktemp("alone")
+
+    @cache
+    def today(*arguments: str) -> Path:
+        done(*arguments, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
+        return root / "runs" / arguments[1] / arguments[arguments.index("--name") + 1]
+
+    return today
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name.partition(".")[0])
-def test_a_run_of_an_earlier_version(archive: Path, experiment: str, tmp_path: Path, mnist_root: Path) -> None:
+def test_a_run_of_an_earlier_version(
+    archive: Path, experiment: str, alone: Callable[..., Path], tmp_path: Path, mnist_root: Path
+) -> None:
     run = unpack(archive, experiment, tmp_path / "runs", mnist_root)
     drawn = np.load(run / "samples" / "before" / "samples.npz")["arr_0"]
     logged = (run / "metrics.jsonl").read_bytes()
 
     # Samples are functions of the weights, the seed and their number: more of them begin with the same.
-    done("sample", run, "--num-samples", 160, *SAMPLING, cwd=tmp_path)
+    done("sample", run, "--num-samples", 160, *SAMPLING, cwd=tmp_path, **NO_FIGURES)
     more = np.load(run / "samples" / "before" / "samples.npz")["arr_0"]
     assert more.shape == (160, *drawn.shape[1:])
     assert more.dtype == drawn.dtype
@@ -31,16 +48,12 @@ def test_a_run_of_an_earlier_version(archive: Path, experiment: str, tmp_path: P
     if experiment == "1d":  # digits take a minute: below
         evaluated(run, tmp_path)
 
-    done("resume", run, *HERE, cwd=tmp_path)
+    done("resume", run, *HERE, cwd=tmp_path, **NO_FIGURES)
     assert (status(run)["state"], status(run)["restarts"]) == ("finished", 1)
-    # The same training by today's code alone.
-    alone = tmp_path / "runs" / experiment / "today"
-    arguments = json.loads((run / "launch.json").read_text())["argv"][1:]
-    arguments[arguments.index("--name") + 1] = alone.name
-    done(*arguments, cwd=tmp_path, MNIST_ROOT=str(mnist_root))
+    theirs_alone = alone(*json.loads((run / "launch.json").read_text())["argv"][1:])
     continued = (run / "metrics.jsonl").read_bytes()
     assert continued.startswith(logged)
-    ours, theirs = (list(map(json.loads, text.splitlines())) for text in (continued, read(alone)))
+    ours, theirs = (list(map(json.loads, text.splitlines())) for text in (continued, read(theirs_alone)))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-3)
 

@@ -22,7 +22,7 @@ from jobs.storage import ownership
 from jobs.storage.run_folder import RunFolder, State, find
 from jobs.watch import listing, states, sweep
 from slurm.queue import JobState
-from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 ENDLESS = ("train", "1d", *TINY, "--train.steps", "1000000", "--device", "cpu")
 
@@ -256,7 +256,7 @@ def shown(cwd: Path) -> dict[str, Any]:
 
 
 def test_one_run_in_detail(tmp_path: Path) -> None:
-    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=tmp_path)
+    done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=tmp_path, **NO_FIGURES)
     done("sample", "1d/a", "--num-samples", "100", "--steps", "5", "--name", "few", cwd=tmp_path)
     samples = tmp_path / "runs" / "1d" / "a" / "samples"
     shutil.copytree(samples / "few", samples / "many")  # of which the second shard is not there yet

@@ -76,7 +76,7 @@ def test_the_same_command_continues_and_other_settings_are_refused(tmp_path: Pat
     assert "train.lr is 0.004, not 0.5" in sentence(refused.err)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert launch("resume", "1d", "--train.steps", "40", cwd=tmp_path).code == 2
-    done("resume", "1d", "--train.steps", "80", cwd=tmp_path)
+    done("resume", "1d", "--train.steps", "80", cwd=tmp_path, **NO_FIGURES)
     assert status(run)["step"] == steps_logged(run) == 80
     assert status(run)["restarts"] == 1
     (tmp_path / "runs" / "mnist").mkdir()
@@ -100,7 +100,7 @@ def test_a_run_is_not_finished_without_its_last_checkpoint(tmp_path: Path, capsy
 
 def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    process = start(*ENDLESS, cwd=tmp_path)
+    process = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     try:
         wait_until(lambda: steps_logged(run) >= 5)
         second = launch(*ENDLESS, cwd=tmp_path)
@@ -110,7 +110,7 @@ def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_
         process.kill()
         process.communicate()
     lines = steps_logged(run)
-    third = start(*ENDLESS, cwd=tmp_path)
+    third = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     wait_until(lambda: (run / "status.json").exists() and status(run)["restarts"] == 1 and steps_logged(run) >= 5)
     third.send_signal(signal.SIGINT)
     out, _ = third.communicate(timeout=60)

@@ -60,7 +60,7 @@ def test_nohup_holds() -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_closed_terminal_saves(processes: int, tmp_path: Path) -> None:
     where = ("--device", "cpu", "--gpus", processes)
-    process = start("train", "1d", *TINY, "--train.steps", 1000000, "--name", "a", *where, cwd=tmp_path)
+    process = start("train", "1d", *TINY, "--train.steps", 1000000, "--name", "a", *where, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) > 10)
     process.send_signal(signal.SIGHUP)

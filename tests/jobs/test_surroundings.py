@@ -21,17 +21,18 @@ A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device",
 NOTEBOOK = {"MPLBACKEND": "module://a_backend_that_is_not_installed"}
 
 
-def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(
-    tmp_path: Path, no_plots: dict[str, str]
-) -> None:
+GONE = "import of matplotlib halted"
+
+
+def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    ended = done(*A_RUN, cwd=tmp_path, **no_plots)
-    assert "figures and final numbers could not be drawn (fonts are gone)" in ended.out
+    ended = done(*A_RUN, cwd=tmp_path, **NO_FIGURES)
+    assert f"figures and final numbers could not be drawn ({GONE}" in ended.out
     assert "Traceback" not in ended.out + ended.err
-    assert "fonts are gone" in (run / "log.txt").read_text()
+    assert GONE in (run / "log.txt").read_text()
     assert (status(run)["state"], status(run)["step"]) == ("finished", 30)
-    assert "fonts are gone" in status(run)["missing"]
-    assert "fonts are gone" in done("status", "1d/a", cwd=tmp_path).out
+    assert GONE in status(run)["missing"]
+    assert GONE in done("status", "1d/a", cwd=tmp_path).out
     weights = (run / "checkpoints" / "step-00000030" / "model.safetensors").read_bytes()
     metrics = (run / "metrics.jsonl").read_bytes()
     again = done(*A_RUN, cwd=tmp_path)
@@ -43,12 +44,12 @@ def test_figures_that_cannot_be_drawn_are_named_and_drawn_by_the_same_command(
     assert "is finished" in done(*A_RUN, cwd=tmp_path).out
 
 
-def test_so_are_those_of_samples_and_evaluations(tmp_path: Path, no_plots: dict[str, str]) -> None:
+def test_so_are_those_of_samples_and_evaluations(tmp_path: Path) -> None:
     done(*A_RUN, cwd=tmp_path, **NO_FIGURES)
     sample = ("sample", "1d/a", "--num-samples", "50", "--device", "cpu")
     evaluate = ("evaluate", "1d/a", "--device", "cpu")
-    ended = done(*sample, cwd=tmp_path, **no_plots)
-    assert "grid.png could not be drawn (fonts are gone)" in ended.out
+    ended = done(*sample, cwd=tmp_path, **NO_FIGURES)
+    assert f"grid.png could not be drawn ({GONE}" in ended.out
     [folder] = (tmp_path / "runs" / "1d" / "a" / "samples").iterdir()
     assert json.loads((folder / "manifest.json").read_text())["complete"]
     samples = (folder / "samples.npz").read_bytes()
@@ -57,8 +58,8 @@ def test_so_are_those_of_samples_and_evaluations(tmp_path: Path, no_plots: dict[
     assert (folder / "samples.npz").read_bytes() == samples
     assert "already" in done(*sample, cwd=tmp_path).out
 
-    ended = done(*evaluate, cwd=tmp_path, **no_plots)
-    assert "its figures could not be drawn (fonts are gone)" in ended.err
+    ended = done(*evaluate, cwd=tmp_path, **NO_FIGURES)
+    assert f"its figures could not be drawn ({GONE}" in ended.err
     assert "W1 to the exact mixture" in ended.out
     assert not (folder / "samplers.png").exists()
     done(*evaluate, cwd=tmp_path)
@@ -127,12 +128,12 @@ def test_who_reads_the_output_does_not_decide_over_the_run(redirection: str, tmp
     assert (run / "figures" / "training.png").exists()
 
 
-def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path) -> None:
+def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path, no_plots: dict[str, str]) -> None:
     """As after `disown`: the terminal is closed while the training writes its bar onto it."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     command = [sys.executable, str(ROOT / "launch.py"), *A_RUN[:-6], "--train.steps", "1000", *A_RUN[-4:]]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": "", **no_plots}
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     seen = b""

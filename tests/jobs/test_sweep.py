@@ -8,9 +8,9 @@ import pytest
 
 from diffusion.errors import UserError
 from jobs.experiments import grid
-from tests.launching import TINY, done, finish, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until
 
-GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=0,1")
+GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=1")
 COMMAND = ("sweep", "1d", *TINY, "--train.steps", "30", "--name", "S", "--cluster", "local", *GRID)
 
 
@@ -35,27 +35,27 @@ def test_an_axis_that_is_none_is_refused(axis: str) -> None:
 
 def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) -> None:
     done(*COMMAND, cwd=tmp_path)
-    runs = [tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(4)]
+    runs = [tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(2)]
     settings = [json.loads((run / "experiment.json").read_text())["train"] for run in runs]
-    assert [(s["lr"], s["seed"]) for s in settings] == [(1e-3, 0), (1e-3, 1), (4e-3, 0), (4e-3, 1)]
-    assert [status(run)["state"] for run in runs] == ["finished"] * 4
+    assert [(s["lr"], s["seed"]) for s in settings] == [(1e-3, 1), (4e-3, 1)]
+    assert [status(run)["state"] for run in runs] == ["finished"] * 2
     shown = json.loads(done("status", "S", "--json", cwd=tmp_path).out)
     assert [entry["loss"] for entry in shown] == sorted(status(run)["loss"] for run in runs)
     assert shown[0]["point"].keys() == {"train.lr", "train.seed"}
     table = done("status", "S", cwd=tmp_path, COLUMNS="80").out
     assert "train.lr" in table.splitlines()[0]
     assert max(map(len, table.splitlines())) <= 80
-    (runs[2] / "status.json").write_text(json.dumps({**status(runs[2]), "state": "interrupted"}))
-    untouched = [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[2]]
+    (runs[1] / "status.json").write_text(json.dumps({**status(runs[1]), "state": "interrupted"}))
+    untouched = [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[1]]
     done(*COMMAND, cwd=tmp_path)
-    assert status(runs[2])["state"] == "finished"
-    assert [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[2]] == untouched
+    assert status(runs[1])["state"] == "finished"
+    assert [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[1]] == untouched
     assert "finished or on their way" in done(*COMMAND, cwd=tmp_path).out
 
 
 def test_ctrl_c_ends_the_whole_sweep(tmp_path: Path) -> None:
     endless = ("--train.steps", "1000000", "--name", "S", "--cluster", "local", "--grid", "train.seed=0,1")
-    process = start("sweep", "1d", *TINY, *endless, cwd=tmp_path)
+    process = start("sweep", "1d", *TINY, *endless, cwd=tmp_path, **NO_FIGURES)
     first, second = (tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(2))
     wait_until(lambda: steps_logged(first) > 10)
     process.send_signal(signal.SIGINT)
@@ -66,7 +66,7 @@ def test_ctrl_c_ends_the_whole_sweep(tmp_path: Path) -> None:
 
 def test_a_sweep_goes_on_after_a_failed_run_and_says_in_the_end_that_one_has_failed(tmp_path: Path) -> None:
     diverging = ("--train.warmup-steps", "0", "--train.steps", "30", "--grid", "train.lr=1e30,1e-3")
-    ended = launch("sweep", "1d", *TINY, "--name", "S", "--cluster", "local", *diverging, cwd=tmp_path)
+    ended = launch("sweep", "1d", *TINY, "--name", "S", "--cluster", "local", *diverging, cwd=tmp_path, **NO_FIGURES)
     assert ended.code == 1
     runs = [tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(2)]
     assert [status(run)["state"] for run in runs] == ["failed", "finished"]

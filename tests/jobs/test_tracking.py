@@ -89,10 +89,10 @@ def resident_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
 
 
-def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
+def assert_one_curve(run: Path) -> list[list[dict[str, Any]]]:
     """One id in all segments; every logged step is there, with the values of metrics.jsonl however often it is there.
 
-    Returns steps and losses of each segment.
+    Returns the segments.
     """
     found = segments(run)
     ids = {record["run"]["run_id"] for segment in found for record in segment if record["type"] == "run"}
@@ -102,7 +102,7 @@ def assert_one_curve(run: Path) -> list[list[tuple[int, float]]]:
         rows = [row for segment in found for row in history(segment, name)]
         assert {step for step, _ in rows} == lines.keys()
         assert [row for row in rows if row[1] != lines[row[0]][key]] == []
-    return [history(segment, "loss/train") for segment in found]
+    return found
 
 
 def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
@@ -128,14 +128,15 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     process = start("resume", moved, cwd=tmp_path, **OFFLINE)
     wait_until(lambda: status(moved)["restarts"] == 3 and steps_logged(moved) >= before + 500)
     assert interrupt(process, signal.SIGTERM).code == 130
-    curves = assert_one_curve(moved)
-    assert len(curves) >= 3
-    assert sum(map(len, curves)) > steps_logged(moved)  # so values logged twice have been compared
-    restarts = [row for segment in segments(moved) for row in history(segment, "run/restarts")]
+    found = assert_one_curve(moved)
+    assert len(found) >= 3
+    compared = sum(len(history(segment, "loss/train")) for segment in found)
+    assert compared > steps_logged(moved)  # so values logged twice have been among them
+    restarts = [row for segment in found for row in history(segment, "run/restarts")]
     assert sorted({count for _, count in restarts}) == [0, 1, 2, 3]
     assert (moved / "figures" / "training.png").stat().st_size > 10_000
     times = json.loads(done("status", moved, "--json", cwd=tmp_path).out)["time"]
-    rows = [history(segments(moved)[-1], name)[-1][1] for name in ("time/redone_steps", "time/useful_s")]
+    rows = [history(found[-1], name)[-1][1] for name in ("time/redone_steps", "time/useful_s")]
     assert rows == [times["redone_steps"], pytest.approx(times["seconds"]["useful"], rel=0.01)]
 
 
@@ -156,19 +157,20 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
         used = sum(map(resident_mb, relatives(process)))
         alone = resident_mb(status(run)["pid"])
         assert interrupt(process, signal.SIGTERM).code == 130
-    last = segments(run)[-1]
+    found = segments(run)
+    last = found[-1]
     assert max(system(last, "proc.memory.rssMB")) == pytest.approx(used, rel=0.3)
     assert used > 2 * alone
     assert max(system(last, "cpu")) > 0
     # Each line once, in the segment of the start that has printed it.
-    assert "".join(map(printed, segments(run))) == (run / "log.txt").read_text()
+    assert "".join(map(printed, found)) == (run / "log.txt").read_text()
     assert "Continuing" in printed(last)
-    assert [count for segment in segments(run) for _, count in history(segment, "run/processes")] == [1, 2]
+    assert [count for segment in found for _, count in history(segment, "run/processes")] == [1, 2]
 
 
 def test_a_failure_is_told_and_shown_and_so_are_skipped_steps(tmp_path: Path) -> None:
     explode = ("--train.lr", "1e30", "--train.warmup-steps", "0", "--train.steps", "200", "--name", "a")
-    ended = launch("train", "1d", *TINY, *explode, "--tracking.notify", "wandb", cwd=tmp_path, **OFFLINE)
+    ended = launch("train", "1d", *TINY, *explode, "--tracking.notify", "wandb", cwd=tmp_path, **OFFLINE, **NO_FIGURES)
     assert ended.code == 1
     training, told = segments(tmp_path / "runs" / "1d" / "a")
     assert "was not finite in the 5 steps" in printed(training)
@@ -349,7 +351,7 @@ def test_auto_is_offline_within_three_seconds_where_online_cannot_work(
 
 def test_a_server_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
     command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name")
-    env = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": KEY, "WANDB_MODE": ""}
+    env = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": KEY, "WANDB_MODE": "", **NO_FIGURES}
     with silent() as server:
         started = {
             mode: start(*command, mode, "--tracking.mode", mode, cwd=tmp_path, WANDB_BASE_URL=server, **env)
@@ -375,7 +377,7 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--tracking.mode", "auto")
     with serving(_Dying) as server:
         env = {"WANDB_BASE_URL": server, "WANDB_API_KEY": KEY, "WANDB_MODE": ""}
-        process = start(*command, cwd=tmp_path, **env)
+        process = start(*command, cwd=tmp_path, **env, **NO_FIGURES)
         wait_until(lambda: not _Dying.alive)
         lines = steps_logged(run)
         wait_until(lambda: steps_logged(run) >= lines + 500)
@@ -393,7 +395,7 @@ def test_a_full_disk_stops_tracking_and_not_the_training(tmp_path: Path) -> None
     command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
 
     def train_on(condition: Callable[[], bool], mode: str) -> Finished:
-        process = start(*command, cwd=tmp_path, WANDB_MODE=mode)
+        process = start(*command, cwd=tmp_path, WANDB_MODE=mode, **NO_FIGURES)
         wait_until(condition)
         return interrupt(process, signal.SIGTERM)
 
