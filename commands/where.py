@@ -238,7 +238,9 @@ class LaunchTraining(Launch):
         """
         if self.least == self.processes:
             return self
-        shards = config.train.grad_shards or self.processes
+        shards = config.train.grad_shards
+        if shards is None:  # its sums have followed the number of processes
+            raise UserError(f"--gpus must be a number: {run} is of a version before ranges; got {self.gpus}")
         sizes = [size for size in range(self.processes, self.least - 1, -1) if shards % size == 0]
         if not sizes:
             raise UserError(
