@@ -253,7 +253,7 @@ FAULTS = [
     Fault(
         "each restart adds a line for the same checkpoint",
         "jobs/storage/checkpoints.py",
-        "if files not in known[-1:]:",
+        "if _valid(lines).get(step) != files:",
         "if files:",
         "tests/jobs/test_checkpoints.py"
         "::test_hashes_of_checkpoints_outlive_them_and_a_step_that_is_made_again_has_one_line",
