@@ -1,11 +1,12 @@
 """`audit` computes steps of a run again and compares them with its records, here or as an array on Slurm."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.where import Data, Launch, Run, optional, show
+from commands.where import Data, Run, Start, optional, show
 from diffusion.errors import UserError
 from jobs.audit import plan, report
 from jobs.audit.job import AuditJob, ReportJob
@@ -28,7 +29,7 @@ class Audit:
     stop: Annotated[int | None, arg(name="to"), optional("STEP", "the last checkpoint")] = None
     """The last step: one whose checkpoint has been made; it may be deleted."""
     data: Data = field(default_factory=Data)
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[Start, arg(name="")] = field(default_factory=Start)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)
@@ -60,7 +61,10 @@ class Audit:
         config.prepare(print)
         if code_folder(run.path).name != "code":
             print(f"{run} began with other code than this.")
-        audit.begin()
+        try:
+            audit.begin()
+        except FileExistsError:  # another command was started in the same second
+            return self()
         if isinstance(place, OnSlurm):
             self.where.copy_code(place)
             place.run_array(jobs, submitted, self.where.processes, after)
@@ -69,9 +73,12 @@ class Audit:
                 return 0
             place.wait(audit.job_ids, lambda: None)
         else:
-            for job in jobs:
-                if (code := place.run(job)) != 0:
-                    return code
+            with ExitStack() as stopped:
+                stopped.callback(audit.stop)
+                for job in jobs:
+                    if (code := place.run(job)) != 0:
+                        return code
+                stopped.pop_all()
         equal, text = report.conclude(audit)
         print(text)
         return 0 if equal else 1

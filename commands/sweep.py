@@ -49,7 +49,7 @@ class Sweep:
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
-            config = with_shards(run, config, self.where.processes)
+            config = with_shards(run, config, self.where)
             if run.exists():
                 check_same_settings(run, experiment, config)
             if is_finished(run, config):

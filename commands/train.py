@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.where import Data, Launch, LaunchTraining, Run, changes, given, optional, show
+from commands.where import Data, Launch, LaunchTraining, Run, Where, changes, given, optional, show
 from diffusion.errors import UserError, reason
 from jobs import notify
 from jobs.experiments import experiment_json
@@ -51,10 +51,10 @@ class Train:
             while True:
                 run = RunFolder(folder / run_folder.new_name(folder))
                 with suppress(NameTaken):  # by a command that was started in the same second
-                    begun = with_shards(run, config, self.where.processes)
+                    begun = with_shards(run, config, self.where)
                     return run_training(run, experiment, begun, self.where, is_new=True)
         run = RunFolder(folder / run_folder.check_name(self.name))
-        config, is_new = with_shards(run, config, self.where.processes), not run.exists()
+        config, is_new = with_shards(run, config, self.where), not run.exists()
         if not is_new:
             check_same_settings(run, experiment, config)
             if run.state() is State.FAILED:
@@ -175,13 +175,18 @@ def check_settings(config: ExperimentConfig, processes: int) -> None:
         )
 
 
-def with_shards(run: RunFolder, config: ExperimentConfig, processes: int) -> ExperimentConfig:
-    """Returns the settings with the shards of the gradient decided: the run's own, or one for each of its processes."""
-    check_settings(config, processes)
-    if config.train.grad_shards is not None:
-        return config
-    shards = run.read_experiment()[1].train.grad_shards if run.exists() else processes
-    return replace(config, train=replace(config.train, grad_shards=shards))
+def with_shards(run: RunFolder, config: ExperimentConfig, where: Where) -> ExperimentConfig:
+    """Returns the settings with the shards of the gradient decided.
+
+    An old run keeps its own; a new one has one for each process, and of a range as many as divide the batch.
+    """
+    train = config.train
+    if train.grad_shards is None:
+        sizes = (size for size in range(where.processes, where.least - 1, -1) if train.batch_size % size == 0)
+        shards = run.read_experiment()[1].train.grad_shards if run.exists() else next(sizes, None)
+        config = replace(config, train=replace(train, grad_shards=shards))
+    check_settings(config, where.least)
+    return config
 
 
 def _check_idle(run: RunFolder) -> None:

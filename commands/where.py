@@ -199,13 +199,19 @@ class Where:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch(Where):
+class Start(Where):
     """Where the job runs, and how it is started."""
 
     dry_run: bool = False
     """Show the settings and, for Slurm, the script; touch nothing."""
     wait: bool = False
     """Stay until the Slurm job has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch(Start):
+    """Where the job runs, how it is started, and how often."""
+
     retries: Annotated[int | None, optional("INT", "3 on Slurm, 0 here")] = None
     """How often the job is tried again after a fault of the machine, without progress between."""
 
@@ -238,7 +244,9 @@ class LaunchTraining(Launch):
         """
         if self.least == self.processes:
             return self
-        shards = config.train.grad_shards or self.processes
+        shards = config.train.grad_shards
+        if shards is None:  # its sums have followed the number of processes
+            raise UserError(f"--gpus must be a number: {run} is of a version before ranges; got {self.gpus}")
         sizes = [size for size in range(self.processes, self.least - 1, -1) if shards % size == 0]
         if not sizes:
             raise UserError(

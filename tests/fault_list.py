@@ -253,7 +253,7 @@ FAULTS = [
     Fault(
         "each restart adds a line for the same checkpoint",
         "jobs/storage/checkpoints.py",
-        "if files not in known[-1:]:",
+        "if _valid(lines).get(step) != files:",
         "if files:",
         "tests/jobs/test_checkpoints.py"
         "::test_hashes_of_checkpoints_outlive_them_and_a_step_that_is_made_again_has_one_line",
@@ -264,6 +264,28 @@ FAULTS = [
         "replace(config.train, **settings)",
         "config.train",
         "tests/jobs/test_audit.py::test_a_run_is_what_the_code_makes_of_its_settings_though_most_checkpoints_are_gone",
+    ),
+    Fault(
+        "what a start has not set is audited as it is set today",
+        "jobs/audit/plan.py",
+        "for name in AS_STARTED if name in start}",
+        "for name in AS_STARTED if start.get(name) is not None}",
+        "tests/jobs/test_audit.py::test_what_a_start_has_not_set_is_not_taken_from_today",
+    ),
+    Fault(
+        "processes of an audit do not wait for the one that saves",
+        "jobs/audit/compute.py",
+        "            self._training.world.of_first(None)\n",
+        "",
+        "tests/jobs/test_audit.py::test_processes_wait_as_long_as_a_save_may_take",
+    ),
+    Fault(
+        "checkpoints that a run has gone back on are audited",
+        "jobs/storage/checkpoints.py",
+        "if any(step > newer_than for step in _valid(lines)):",
+        "if False:",
+        "tests/jobs/test_checkpoints.py"
+        "::test_what_a_run_has_gone_back_on_no_longer_counts_though_none_of_its_steps_is_made_again",
     ),
     Fault(
         "of an audit only the last stretch counts",

@@ -60,6 +60,7 @@ from tests.launching import (
             ["multiple of the number of GPUs", "2048", "3"],
         ),
         (["train", "1d", "--tracking.project", "a/b"], ["tracking.project must have at most 128 characters", "a/b"]),
+        (["audit", "1d/a", "--retries", "3"], ["--retries"]),
         (["resume", "nowhere"], ["nowhere", "1d, 1d-classes, mnist, mnist-small"]),
         (["resume", "1d"], ["no run of 1d"]),
         (["sample", "1d/a"], ["1d/a"]),

@@ -3,9 +3,10 @@
 from typing import Any
 
 from jobs.audit.plan import Part, Stretch
-from jobs.health.watchdog import COMPILING, END, START, Watchdog
-from jobs.runtime.job import JobError
-from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision
+from jobs.health import gpu_test
+from jobs.health.watchdog import COMPILING, END, SAVING, START, Watchdog
+from jobs.runtime.job import JobError, MachineError
+from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.world import World, start
 from jobs.storage import checkpoints
@@ -14,28 +15,44 @@ from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 from jobs.train.loop import capture, run_steps
-from jobs.train.recorder import NoRecorder, Recorder
+from jobs.train.recorder import NoRecorder
 from jobs.train.state import Training
 
 
 class AuditRecorder(NoRecorder):
-    """Writes checkpoints at the steps at which the run has written them, and metrics; of files, nothing else."""
+    """Waits at the steps at which the run has written checkpoints, until the first process has done so again."""
 
-    def __init__(self, stretch: Stretch, part: Part, training: Training, signals: SignalWatch, say: Console) -> None:
-        self.found_other_bytes = False
-        self._stretch, self._part, self._training, self._signals = stretch, part, training, signals
+    found_other_bytes = False
+
+    def __init__(self, stretch: Stretch, part: Part, training: Training, watchdog: Watchdog) -> None:
+        self._stretch, self._part, self._training, self._watchdog = stretch, part, training, watchdog
+
+    def after_step(self, metrics: dict[str, Any] | None) -> None:
+        step = self._training.step
+        if step in self._stretch.hashes or step == self._part.stop:
+            self._watchdog.phase("saving", SAVING)
+            self.save()
+            self._training.world.of_first(None)
+
+
+class WritingRecorder(AuditRecorder):
+    """Writes these checkpoints, and metrics; of files, nothing else."""
+
+    def __init__(
+        self, stretch: Stretch, part: Part, training: Training, watchdog: Watchdog, signals: SignalWatch, say: Console
+    ) -> None:
+        super().__init__(stretch, part, training, watchdog)
+        self._signals = signals
         self._run = RunFolder(stretch.again)
         self._metrics = Metrics(self._run.metrics, training.step)
         total, batch_size = stretch.stop, training.settings.batch_size
         self._progress = Progress(say, f"audit from {stretch.start}", total, training.step, "images", batch_size)
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
-        step = self._training.step
         if metrics is not None:
-            self._metrics.write({"step": step, **metrics})
-            self._progress.update(step, "")
-        if step in self._stretch.hashes or step == self._part.stop:
-            self.save()
+            self._metrics.write({"step": self._training.step, **metrics})
+            self._progress.update(self._training.step, "")
+        super().after_step(metrics)
 
     def save(self) -> None:
         snapshot = self._training.snapshot()
@@ -59,6 +76,8 @@ def compute(stretch: Stretch, processes: int, device: Kind, signals: SignalWatch
         if unfit := lacking(precision, device):
             raise JobError(unfit)
         world = start(processes, device, precision)
+        if device == "cuda" and (fault := gpu_test.fault_of(world.device)):
+            raise MachineError(f"{whereabouts()} must not be used: {fault}")
         if _compute(stretch, part, world, signals, watchdog):
             break
     watchdog.phase("the end", END)
@@ -76,11 +95,11 @@ def _compute(stretch: Stretch, part: Part, world: World, signals: SignalWatch, w
     if step:
         checkpoints.verify(run.checkpoints, step)
         training.restore(checkpoints.load(run.checkpoints, step))
-    recorder: Recorder = NoRecorder()
+    recorder = AuditRecorder(stretch, part, training, watchdog)
     if world.rank == 0:
         now = {"precision": world.precision, "grad_shards": training.shards, **facts(world.device)}
         append_timing(run, {"event": "start", "step": step, "differing": differing(part.facts, now), **now})
-        recorder = AuditRecorder(stretch, part, training, signals, console)
+        recorder = WritingRecorder(stretch, part, training, watchdog, signals, console)
     try:
         if settings.compile:
             watchdog.phase("compiling", COMPILING)
@@ -88,7 +107,7 @@ def _compute(stretch: Stretch, part: Part, world: World, signals: SignalWatch, w
         capture(training, console)
         watchdog.phase("the first step", START)
         reason = run_steps(training, recorder, signals, watchdog, part.stop)
-        differs = world.of_first(getattr(recorder, "found_other_bytes", False))
+        differs = world.of_first(recorder.found_other_bytes)
         if reason is not Stop.NO and not differs:
             recorder.save()  # a job that comes back goes on from here
             raise Stopped

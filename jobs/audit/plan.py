@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import OutsideError, UserError
+from diffusion.errors import OutsideError, UserError, reason
 from jobs.experiments.configs import ExperimentConfig
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, folder_name
@@ -27,6 +27,8 @@ class Part:
     config: ExperimentConfig
     facts: dict[str, Any]
     """Of the machine, as the start has recorded them."""
+    is_known: bool
+    """Whether the settings are those of that start; versions before audits did not record them."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,42 @@ class Audit:
         return min(part.config.train.grad_shards or 1 for stretch in self.stretches for part in stretch.parts)
 
     def begin(self) -> None:
-        """Makes the folder, with copies of the checkpoints from which stretches start: the run may delete its own."""
-        source, ledger = RunFolder(self.run).checkpoints, checkpoints.ledger(RunFolder(self.run).checkpoints)
+        """Makes the folder, with copies of the checkpoints from which stretches start: the run may delete its own.
+
+        Raises FileExistsError if another audit has the folder.
+        """
+        self.folder.mkdir(parents=True)
+        ledger = checkpoints.ledger(RunFolder(self.run).checkpoints)
+        try:
+            for stretch in self.stretches:
+                RunFolder(stretch.again).checkpoints.mkdir(parents=True)
+                if stretch.start > 0 and self._copied(stretch) != ledger[stretch.start]:
+                    path = RunFolder(self.run).checkpoints / folder_name(stretch.start)
+                    raise OutsideError(f"{path} has other bytes than checkpoints.jsonl says")
+        except BaseException:  # Ctrl-C, too
+            shutil.rmtree(self.folder)
+            raise
+
+    def _copied(self, stretch: Stretch) -> dict[str, str]:
+        """Copies the checkpoint that the stretch starts from; returns the hash of each file."""
+        copies, name = RunFolder(stretch.again).checkpoints, folder_name(stretch.start)
+        source = RunFolder(self.run).checkpoints / name
+        try:
+            (copies / name).mkdir()
+            for file in (*checkpoints.FILES, "manifest.json"):
+                shutil.copyfile(source / file, copies / name / file)
+            files = checkpoints.verify(copies, stretch.start)["files"]
+        except (FileNotFoundError, CorruptCheckpoint):
+            raise OutsideError(f"the run has just deleted {source}; start the audit again") from None
+        except OSError as error:
+            raise OutsideError(f"{source} cannot be copied: {reason(error)}") from error
+        return {file: facts["sha256"] for file, facts in files.items()}
+
+    def stop(self) -> None:
+        """Deletes the checkpoints of an audit that nobody goes on with, but for those that differ."""
         for stretch in self.stretches:
-            copies = RunFolder(stretch.again).checkpoints
-            copies.mkdir(parents=True)
-            if stretch.start == 0:
-                continue
-            name = folder_name(stretch.start)
-            try:
-                shutil.copytree(source / name, copies / name)
-                files = checkpoints.verify(copies, stretch.start)["files"]
-            except (OSError, shutil.Error, CorruptCheckpoint):
-                shutil.rmtree(self.folder)
-                raise OutsideError(f"the run has just deleted {source / name}; start the audit again") from None
-            if {file: facts["sha256"] for file, facts in files.items()} != ledger[stretch.start]:
-                shutil.rmtree(self.folder)
-                raise OutsideError(f"{source / name} has other bytes than checkpoints.jsonl says")
+            if stretch.different() is None:
+                shutil.rmtree(RunFolder(stretch.again).checkpoints, ignore_errors=True)
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the audit."""
@@ -118,7 +139,7 @@ def plan(
     cuts = [*(step for step in kept if start <= step < stop and _is_good(run, step, say)), stop]
     if cuts[0] != start:
         raise UserError(f"the checkpoint of --from {start} is damaged")
-    starts = _starts(run)
+    starts = _starts(run) or [{}]
 
     def stretch(first: int, last: int) -> Stretch:
         hashes = {step: files for step, files in ledger.items() if first < step <= last}
@@ -143,7 +164,8 @@ def _starts(run: RunFolder) -> list[dict[str, Any]]:
     for line in read_jsonl(run.timing):
         if line.get("event") == "start":
             found = [before for before in found if before["step"] < line["step"]]
-            found.append({"grad_shards": line.get("processes"), **line})  # as older versions cut the batch
+            older = {"grad_shards": line["processes"]} if "processes" in line else {}  # as these cut the batch
+            found.append({**older, **line})
     return found
 
 
@@ -151,8 +173,10 @@ def _parts(starts: list[dict[str, Any]], config: ExperimentConfig, first: int, l
     """Returns the parts of the steps from `first` to `last`, each with the settings that it was trained with."""
     ends = [start["step"] for start in starts[1:]] + [last]
     parts = []
-    for start, end in zip(starts or [{}], ends, strict=True):
+    for start, end in zip(starts, ends, strict=True):
         if end > first and start.get("step", 0) < last:
-            settings = {name: start[name] for name in AS_STARTED if start.get(name) is not None}
-            parts.append(Part(min(end, last), replace(config, train=replace(config.train, **settings)), start))
+            settings = {name: start[name] for name in AS_STARTED if name in start}
+            is_known = "steps" in start or start is starts[-1]  # experiment.json has the settings of the last one
+            again = replace(config, train=replace(config.train, **settings))
+            parts.append(Part(min(end, last), again, start, is_known))
     return tuple(parts)

@@ -42,6 +42,11 @@ def _compare(stretch: Stretch, recorded: dict[int, dict[str, Any]]) -> tuple[boo
         files = [name for name, digest in stretch.hashes[other].items() if computed[other].get(name) != digest]
         last = max((step for step in computed if step < other), default=stretch.start)
         more += [f"equal at step {last}, different at step {other}: {', '.join(files)}"]
+    more += [
+        f"the settings of the start at step {part.facts['step']} were not recorded: it is computed with today's"
+        for part in stretch.parts
+        if not part.is_known
+    ]
     more += _elsewhere(stretch)
     if other is not None or parting:
         return False, ["DIFFERENT", *more]

@@ -122,20 +122,29 @@ def load(folder: Path, step: int) -> Snapshot:
 def ledger(folder: Path) -> dict[int, dict[str, str]]:
     """Returns the hash of each file of every checkpoint that was ever made, by step; the files may be gone.
 
-    Where a step was made again with other bytes, the newer ones count, and what had followed from the older ones does
-    not. Checkpoints that are older than the ledger itself are known as long as they are kept.
+    What had followed a step does not count any more once the run has gone back to that step, or has made it again with
+    other bytes. Checkpoints that are older than the ledger itself are known as long as they are kept.
     """
-    found: dict[int, dict[str, str]] = {}
-    for line in _entries(folder):
-        step, files = line["step"], line["sha256"]
-        if found.get(step, files) != files:
-            found = {other: known for other, known in found.items() if other < step}
-        found[step] = files
+    found = _valid(_entries(folder))
     for step in set(steps(folder)) - found.keys():
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or just being deleted
             manifest = json.loads((folder / folder_name(step) / "manifest.json").read_text())
             found[step] = {name: recorded["sha256"] for name, recorded in manifest["files"].items()}
     return dict(sorted(found.items()))
+
+
+def _valid(lines: Iterable[dict[str, Any]]) -> dict[int, dict[str, str]]:
+    """Returns the hashes of each step that lines of the ledger give, without those that the run has gone back on."""
+    found: dict[int, dict[str, str]] = {}
+    for line in lines:
+        if "continued" in line:
+            found = {step: files for step, files in found.items() if step <= line["continued"]}
+            continue
+        step, files = line["step"], line["sha256"]
+        if found.get(step, files) != files:
+            found = {other: known for other, known in found.items() if other < step}
+        found[step] = files
+    return found
 
 
 def _ledger_file(folder: Path) -> Path:
@@ -145,7 +154,9 @@ def _ledger_file(folder: Path) -> Path:
 def _entries(folder: Path) -> list[dict[str, Any]]:
     """Reads the lines of the ledger, without those that are damaged: no checkpoint must fail because of them."""
     lines = read_jsonl(_ledger_file(folder))
-    return [line for line in lines if isinstance(line, dict) and {"step", "sha256"} <= line.keys()]
+    return [
+        line for line in lines if isinstance(line, dict) and ({"step", "sha256"} <= line.keys() or "continued" in line)
+    ]
 
 
 def _enter(folder: Path, step: int, files: dict[str, str]) -> bool:
@@ -154,11 +165,14 @@ def _enter(folder: Path, step: int, files: dict[str, str]) -> bool:
     The file is written anew, because a disk that is full might take half of a line.
     """
     lines = _entries(folder)
-    known = [line["sha256"] for line in lines if line["step"] == step]
-    if files not in known[-1:]:
-        lines.append({"step": step, "sha256": files})
-        write_atomically(_ledger_file(folder), "".join(json.dumps(line) + "\n" for line in lines))
+    known = [line["sha256"] for line in lines if line.get("step") == step]
+    if _valid(lines).get(step) != files:
+        _write_ledger(folder, [*lines, {"step": step, "sha256": files}])
     return bool(known) and known[-1] != files
+
+
+def _write_ledger(folder: Path, lines: Iterable[dict[str, Any]]) -> None:
+    write_atomically(_ledger_file(folder), "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> bool:
@@ -226,7 +240,13 @@ def clean(folder: Path) -> None:
 
 
 def set_aside(folder: Path, newer_than: int) -> None:
-    """Renames the checkpoints that are newer than the good one from which training continues: they are corrupt."""
+    """Renames the checkpoints that are newer than the good one from which training continues: they are corrupt.
+
+    From now on the ledger counts none of them either: the next steps may be made with other settings.
+    """
+    lines = _entries(folder)
+    if any(step > newer_than for step in _valid(lines)):
+        _write_ledger(folder, [*lines, {"continued": newer_than}])
     for step in steps(folder):
         if step > newer_than:
             corrupt = folder / f"corrupt-{folder_name(step)}"

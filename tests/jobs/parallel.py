@@ -17,10 +17,17 @@ import torch
 from torch import Tensor
 
 from diffusion.gaussian1d.experiment import Gaussian1d
+from jobs.audit.compute import AuditRecorder, WritingRecorder
+from jobs.audit.plan import Part, Stretch
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
+from jobs.health.watchdog import Watchdog
 from jobs.runtime import world
+from jobs.runtime.signals import SignalWatch
 from jobs.runtime.world import start
+from jobs.storage import checkpoints
+from jobs.storage.run_folder import RunFolder
+from jobs.terminal.console import Console
 from jobs.train.state import Training
 from slurm import local
 from tests.launching import ROOT, finish, wait_until
@@ -125,6 +132,34 @@ class FailJob:
         import threading
 
         threading.Event().wait()
+        return 0
+
+
+@dataclass(frozen=True)
+class AuditSaveJob:
+    """A step of an audit with a slow save after it: each process writes whether it is done when it may go on."""
+
+    folder: Path
+    processes: int
+
+    def __call__(self) -> int:
+        settings = config(64)
+        run = RunFolder(self.folder)
+        part = Part(1, settings, {}, is_known=True)
+        stretch = Stretch(0, 1, {1: {}}, (part,), run.path)
+        watchdog = Watchdog(self.folder / "hang")
+        training = Training(settings.build(), settings.train, start(self.processes, "cpu", "fp32"))  # type: ignore[arg-type]
+        recorder = AuditRecorder(stretch, part, training, watchdog)
+        if training.world.rank == 0:
+            recorder = WritingRecorder(stretch, part, training, watchdog, SignalWatch(), Console(None))
+            run.checkpoints.mkdir()
+        training.update()
+        if training.world.rank == 0:
+            time.sleep(0.5)
+        recorder.after_step(None)
+        seen = [checkpoints.steps(run.checkpoints), watchdog.doing]
+        (self.folder / f"{training.world.rank}.json").write_text(json.dumps(seen))
+        training.world.close()
         return 0
 
 

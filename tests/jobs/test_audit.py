@@ -1,15 +1,25 @@
 """An audit computes a run again, and names the steps that are not what the code makes of the settings."""
 
 import json
+import resource
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from diffusion.errors import UserError
-from jobs.audit.plan import plan
+from diffusion.errors import OutsideError, UserError
+from jobs.audit import compute, report
+from jobs.audit.plan import Audit, plan
+from jobs.health import gpu_test
+from jobs.health.watchdog import Watchdog
+from jobs.runtime.job import MachineError
+from jobs.runtime.signals import SignalWatch
+from jobs.runtime.world import start as start_world
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, start
+from tests.jobs import parallel
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, wait_until
 
 TRAIN = ("train", "1d", *TINY, "--train.checkpoint-every", "20", "--device", "cpu", "--cluster", "local")
 HERE = ("--device", "cpu", "--cluster", "local")
@@ -96,3 +106,82 @@ def test_more_processes_than_shards_are_refused(trained: Path) -> None:
     refused = launch("audit", "1d/a", "--gpus", 3, *HERE, cwd=trained)
     assert refused.code == 2
     assert "--gpus must not exceed the 2 shards of the run's gradient" in refused.err
+
+
+def planned(root: Path, folder: Path, **today: int) -> Audit:
+    """An audit of the run, whose settings have been changed since it was trained."""
+    run = RunFolder(root / "runs" / "1d" / "a")
+    config = run.read_experiment()[1]
+    return plan(run, replace(config, train=replace(config.train, **today)), 0, None, folder, print)  # type: ignore[arg-type]
+
+
+def test_what_a_start_has_not_set_is_not_taken_from_today(trained: Path, tmp_path: Path) -> None:
+    first = planned(trained, tmp_path, micro_batch_size=16).stretches[0].parts[0]
+    assert (first.config.train.micro_batch_size, first.config.train.steps, first.is_known) == (None, 50, True)
+
+
+def test_a_start_without_its_settings_is_named(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    timing = tmp_path / "runs" / "1d" / "a" / "timing.jsonl"
+    lines = [json.loads(line) for line in timing.read_text().splitlines()]
+    for line in lines:
+        line.pop("steps", None)
+    timing.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    audit = planned(tmp_path, tmp_path / "audit")
+    audit.folder.mkdir()
+    said = report.conclude(audit)[1].splitlines()
+    assert said[1] == "  the settings of the start at step 0 were not recorded: it is computed with today's"
+    assert [line for line in said if "step 50 were not recorded" in line] == []
+
+
+@pytest.mark.parametrize("harm", ["the run deletes it", "the disk takes no more"])
+def test_a_checkpoint_that_cannot_be_copied_leaves_nothing(harm: str, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    audit = planned(tmp_path, tmp_path / "audit")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if harm == "the run deletes it":
+        shutil.rmtree(tmp_path / "runs" / "1d" / "a" / "checkpoints")
+        rule = "the run has just deleted .*; start the audit again"
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        rule = "step-.* cannot be copied: .*File too large"
+    try:
+        with pytest.raises(OutsideError, match=rule):
+            audit.begin()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not audit.folder.exists()
+
+
+def test_no_two_audits_have_one_folder(trained: Path, tmp_path: Path) -> None:
+    audit = planned(trained, tmp_path / "audit")
+    audit.begin()
+    with pytest.raises(FileExistsError):
+        audit.begin()
+    assert list(audit.folder.rglob("step-*"))
+
+
+def test_an_audit_that_is_stopped_leaves_no_copies(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs" / "1d", tmp_path / "runs" / "1d")
+    process = start("audit", "1d/a", *HERE, cwd=tmp_path)
+    audits = tmp_path / "runs" / "audit"
+    wait_until(lambda: any(audits.rglob("step-*")))
+    process.send_signal(signal.SIGINT)
+    assert finish(process).code == 130
+    assert not any(audits.rglob("step-*"))
+
+
+def test_a_gpu_that_computes_wrongly_audits_nothing(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_test, "fault_of", lambda device: "it computes wrongly")
+    monkeypatch.setattr(compute, "start", lambda processes, device, precision: start_world(1, "cpu", precision))
+    stretch = planned(trained, tmp_path).stretches[0]
+    with SignalWatch() as signals, pytest.raises(MachineError, match="must not be used: it computes wrongly"):
+        compute.compute(stretch, 1, "cuda", signals, Watchdog(tmp_path))
+
+
+def test_processes_wait_as_long_as_a_save_may_take(tmp_path: Path) -> None:
+    outcome, err = parallel.run(parallel.AuditSaveJob(tmp_path, 2), 2)
+    assert outcome.exit_code == 0, err
+    assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[[1], "saving"]] * 2

@@ -309,3 +309,16 @@ def test_a_step_that_comes_out_otherwise_is_told_and_what_had_followed_no_longer
     assert after[20]["ema.safetensors"] == before[20]["ema.safetensors"]
     shutil.rmtree(folder)
     assert sorted(checkpoints.ledger(folder)) == [10, 20]
+
+
+def test_what_a_run_has_gone_back_on_no_longer_counts_though_none_of_its_steps_is_made_again(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save(folder, 10, 20, 30)
+    known = checkpoints.ledger(folder)
+    checkpoints.set_aside(folder, newer_than=30)
+    assert checkpoints.ledger(folder) == known
+    checkpoints.set_aside(folder, newer_than=10)
+    assert sorted(checkpoints.ledger(folder)) == [10]
+    save(folder, 20, 40)
+    assert checkpoints.ledger(folder).keys() == {10, 20, 40}
+    assert checkpoints.ledger(folder)[20] == known[20]
