@@ -4,6 +4,8 @@ import gzip
 import hashlib
 import pickle
 import shutil
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,11 +181,19 @@ def animated(path: Path) -> None:
     picture("L").save(path, save_all=True, append_images=[Image.new("L", (20, 12), 9)])
 
 
+def write_16_bit(path: Path) -> None:
+    """A coloured PNG, which Pillow reads as if it had 8 bits."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 20, 12, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(12 * 121)))
+    parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "unreadable": ("x.png", lambda path: path.write_bytes(b"no picture"), r"x\.png cannot be read: "),
     "cut off": ("x.png", lambda path: path.write_bytes((path.parent / "003.png").read_bytes()[:80]), "cannot be read"),
     "alpha": ("x.png", lambda path: picture("RGBA").save(path), r"x\.png has an alpha channel"),
     "16 bit": ("x.png", lambda path: picture("I;16").save(path), r"x\.png has 16 bits a channel"),
+    "16 bit, coloured": ("x.png", write_16_bit, r"x\.png has 16 bits a channel"),
     "animated": ("x.png", animated, r"x\.png is animated: 2 frames"),
     "CMYK": ("x.jpg", lambda path: picture("CMYK").save(path), r"x\.jpg is in CMYK"),
     "another kind": ("x.gif", lambda path: picture("L").save(path), r"x\.gif is no PNG or JPEG"),
@@ -237,6 +247,9 @@ def test_images_are_made_fit(colours: NDArray[np.uint8], tmp_path: Path) -> None
         expected = first.convert("L").resize((24, 24), Image.Resampling.LANCZOS)
     assert np.array_equal(found.images["train"][0, ..., 0], np.asarray(expected))
     assert found.images["train"][-1].max() < 9  # the middle of the stripes
+    cameras = Image.fromarray(colours[0]).resize((90, 90))  # with a preview behind it
+    cameras.save(tmp_path / "000.jpg", format="MPO", save_all=True, append_images=[picture("RGB")])
+    assert np.array_equal(load(tmp_path, (24, 24), 1).images["train"], found.images["train"])
     np.save(tmp_path / "a.npy", colours)
     small = load(tmp_path / "a.npy", (8, 8)).images["train"][0]
     assert np.array_equal(small, picture_files.fitted(Image.fromarray(colours[0]), (8, 8), 3))
