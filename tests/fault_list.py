@@ -701,9 +701,16 @@ FAULTS = [
     Fault(
         "the password of wandb's server is printed and kept in the log",
         "jobs/tracking/dashboard.py",
-        '    return re.sub(r"(?<=://)[^/@\\s]+@", "", text)\n',
+        '    return re.sub(r"(?<=://)([^/\\s:]*:\\S*|[^/\\s]*)@", "", text)\n',
         "    return text\n",
         "tests/jobs/test_secrets.py::test_a_run_holds_no_secret[auto]",
+    ),
+    Fault(
+        "wandb's Logs show the password in an address that a job prints",
+        "jobs/tracking/dashboard.py",
+        "self._run.write_logs(public(lines))",
+        "self._run.write_logs(lines)",
+        "tests/jobs/test_secrets.py::test_an_address_loses_its_user_and_password[me]",
     ),
     Fault(
         "a run without its last checkpoint is finished",
