@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_the_card_says_what_the_model_is(runs: Path, tmp_path: Path) -> None:
     write_json(samples / "metrics.json", {"protocol": {**protocol, "sha256": {"samples": "0"}}, "metrics": metrics})
     folder.publish(run, 3, "mit", tmp_path / "again", print)
     assert "Frechet" not in (tmp_path / "again" / "README.md").read_text()
+
+
+@pytest.mark.processes
+def test_samples_of_other_weights_of_the_step_are_no_examples(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(runs / "1d" / "a", tmp_path / "runs" / "1d" / "a"))
+    manifest = {**run.read_samples("s"), "precision": "auto"}  # of an earlier version
+    write_json(run.samples / "s" / "manifest.json", manifest)
+    folder.publish(run, 3, "mit", tmp_path / "model", print)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["seed"], config["precision"]) == (3, "fp32")  # the set's, and the run's
+    write_json(run.samples / "s" / "manifest.json", {**manifest, "weights_sha256": 64 * "0"})
+    said: list[str] = []
+    folder.publish(run, 3, "mit", tmp_path / "again", said.append)
+    assert "no samples of step 3 are there" in said[-1]
 
 
 def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) -> None:
