@@ -49,6 +49,8 @@ def read_split(
         deeper, inside = _listed(below)
         if deeper:
             raise UserError(f"{below} must hold the images of a class and no folders; it holds {deeper[0].name}")
+        if not inside:
+            raise UserError(f"each folder in {folder} must hold the images of a class; {below.name} holds none")
         files += [(path, number) for path in inside]
     images, bad = [], []
     for path, _ in files:

@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import shutil
 import struct
+import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -216,21 +217,88 @@ def test_a_file_that_cannot_be_used_is_named(what: str, grey: NDArray[np.uint8],
         load(tmp_path)
 
 
+def test_a_folder_without_images_is_no_class(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    (write_folder(tmp_path, grey, CLASSES) / "notes").mkdir()
+    with pytest.raises(UserError, match=r"must hold the images of a class; notes holds none"):
+        load(tmp_path)
+
+
+def write_claim(path: Path, shape: tuple[int, ...]) -> None:
+    """An npy file whose header claims an array of this shape, and which holds four bytes of it."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.write(b"four")
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_member(path: Path, write: Callable[[Path], Any]) -> None:
+    """An npz file with one member, arr_0, as `write` makes it."""
+    write(path.with_name("member"))
+    with zipfile.ZipFile(path, "w") as file:
+        file.write(path.with_name("member"), "arr_0.npy")
+
+
+GREY = np.zeros((N, 12, 20), np.uint8)
+ONE_HOT = np.eye(3, dtype=np.uint8)[CLASSES]
+IDX = array_files.IDX_NAMES[0]
+BAD_ARRAYS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "floats": ("x.npy", lambda path: np.save(path, GREY / 255), r"must be uint8 .* got float64 \[60, 12, 20\]"),
+    "other names": (
+        "x.npz",
+        lambda path: write_npz(path, x=GREY),
+        "must hold images as one of train_images, x_train, images, arr_0; it holds x",
+    ),
+    "text": ("x.npy", lambda path: path.write_text("no array"), r"x\.npy cannot be read"),
+    "npz as npy": ("x.npy", lambda path: write_npz(path, images=GREY), r"x\.npy must hold an array; it is an \.npz"),
+    "npy as npz": ("x.npz", lambda path: write_claim(path, (4,)), r"x\.npz must be an \.npz file; it is an \.npy"),
+    "large claim": ("x.npy", lambda path: write_claim(path, (10**9, 64, 64)), r"x\.npy cannot be read: "),
+    "huge claim": ("x.npy", lambda path: write_claim(path, (2**62, 64, 64)), r"x\.npy cannot be read: "),
+    "large claim inside": (
+        "x.npz",
+        lambda path: write_member(path, lambda member: write_claim(member, (10**11, 64, 64))),
+        r"x\.npz cannot be read: ",
+    ),
+    "text inside": (
+        "x.npz",
+        lambda path: write_member(path, lambda member: member.write_text("no array")),
+        r"images must be uint8 .*; got \|S8 \[\]",
+    ),
+    "large claim in IDX": (
+        "idx",
+        lambda path: (path.mkdir(), (path / IDX).write_bytes(struct.pack(">HBB3I", 0, 8, 3, 10**9, 64, 64))),
+        "must be an IDX file of unsigned bytes",
+    ),
+    "one label": (
+        "x.npz",
+        lambda path: write_npz(path, images=GREY, labels=np.uint8(1)),
+        r"must be one class for each image, as \[n\] or \[n, 1\]; got \[\] for 60 images in \S*x\.npz",
+    ),
+    "one-hot labels": (
+        "x.npz",
+        lambda path: write_npz(path, images=GREY, labels=ONE_HOT),
+        r"as \[n\] or \[n, 1\]; got \[60, 3\] for 60 images",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_a_file_of_arrays_that_cannot_be_used_is_named(what: str, tmp_path: Path) -> None:
+    name, write, words = BAD_ARRAYS[what]
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=words):
+        load(tmp_path / name)
+
+
 def test_what_is_no_data_set_is_refused(grey: NDArray[np.uint8], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 18"):
         load(write_folder(tmp_path / "few", grey[:20]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 0"):
         load(tmp_path / "empty")
-    np.save(tmp_path / "floats.npy", grey / 255)
-    with pytest.raises(UserError, match=r"images must be uint8 .* got float64 \[60, 12, 20, 1\]"):
-        load(tmp_path / "floats.npy")
-    np.savez(tmp_path / "other.npz", x=grey)
-    with pytest.raises(UserError, match="must hold images as one of train_images, x_train, images, arr_0; it holds x"):
-        load(tmp_path / "other.npz")
-    (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(UserError, match=r"text\.npy cannot be read"):
-        load(tmp_path / "text.npy")
     with pytest.raises(UserError, match="nowhere is not there"):
         load(tmp_path / "nowhere")
 
