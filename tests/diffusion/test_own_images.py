@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -333,7 +334,9 @@ def test_settings_say_what_the_images_are(grey: NDArray[np.uint8], tmp_path: Pat
     with pytest.raises(SettingsError, match=r"model\.dim-mults halves 12x20"):
         problem.check(UnetSettings(dim_mults=(1, 2, 4, 8)))
     moved = root.rename(tmp_path / "b")
-    with pytest.raises(SettingsError, match=r"--data\.root must say where This data set lies now"):
+    with pytest.raises(
+        SettingsError, match=r"--data\.root must say where your images lie now; got none, and \S* is gone"
+    ):
         problem.moved(None)
     problem.moved(str(moved)).prepare(print)
     picture("L").save(moved / "007.png")
@@ -346,6 +349,13 @@ def test_settings_say_what_the_images_are(grey: NDArray[np.uint8], tmp_path: Pat
         OwnImagesProblem(root=str(moved), sha256="0123").absolute()
     with pytest.raises(SettingsError, match=r"data\.size must be one or two numbers from 8 to 64; got \(65,\)"):
         replace(problem, size=(65,))
+
+
+def test_images_of_too_few_pixels_are_refused_by_their_own_size(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((N, 4, 12), np.uint8))
+    with pytest.raises(SettingsError, match=r"images must have 8 to 64 pixels on a side; got 4x12 in \S*a\.npy"):
+        OwnImagesProblem(root=str(tmp_path / "a.npy")).absolute()
+    assert OwnImagesProblem(root=str(tmp_path / "a.npy"), size=(16,)).absolute().shape == (16, 16, 1)
 
 
 def test_coloured_images_are_trained_and_judged(
@@ -372,6 +382,13 @@ def test_a_run_takes_no_other_images(colours: NDArray[np.uint8], tmp_path: Path)
     done("sample", "images/a", "--num-samples", 3, "--steps", 2, "--name", "s", cwd=tmp_path)
     drawn = np.load(tmp_path / "runs" / "images" / "a" / "samples" / "s" / "samples.npz")["arr_0"]
     assert drawn.shape == (3, 16, 16, 3)
+    done("export", "images/a", "model", cwd=tmp_path)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| data | The author's own images, 16x16 and coloured. Their sha256: " in card
+    (command,) = re.findall(r"python launch\.py (train images .*?)`", card)
+    again = (*command.replace("YOUR_IMAGES", "mine").split(), "--name", "again", "--train.steps", 2)
+    assert "--data.sha256" in command
+    done(*again, cwd=tmp_path, **NO_FIGURES)
     picture("RGB", (16, 16)).save(tmp_path / "mine" / "new.png")
     refused = launch("train", "images", "--data.root", "mine", *small, cwd=tmp_path)
     assert refused.code == 2 and "exists with other settings: data.sha256 is " in refused.err
