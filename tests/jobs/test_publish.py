@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jobs.files import sha256, write_json
-from jobs.publish import folder
+from jobs.publish import drawing, folder
 from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, TINY, done, launch
 
@@ -135,3 +135,22 @@ def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) ->
     assert "README.md is the card" in made.out
     assert json.loads((tmp_path / "new" / "config.json").read_text())["sampler"]["sampler"] == "ddpm"
     assert "export" in done("--help", cwd=tmp_path).out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("--num-samples", "0", "must be at least 1; got 0"), ("--out", "foo", "must end in .npz; got foo")],
+)
+def test_a_published_model_refuses_what_it_cannot_draw_or_write(
+    flag: str,
+    value: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_json(tmp_path / "config.json", {"seed": 0, "num_classes": 0})
+    monkeypatch.setattr(sys, "argv", ["generate.py", flag, value])
+    with pytest.raises(SystemExit, match="2"):
+        drawing.arguments(tmp_path)
+    assert f"argument {flag}: {words}" in capsys.readouterr().err
