@@ -21,7 +21,8 @@ class Report:
     """Writes one HTML page about a run, or about several and how they compare; it needs no network."""
 
     runs: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere, or sweeps.")
+        Positional[tuple[str, ...]],
+        arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere, or sweeps.", help_behavior_hint="(required)"),
     ]
     out: Annotated[Path | None, optional("FILE", "RUN/report.html, or reports/ for several runs")] = None
     """Where the page goes."""
