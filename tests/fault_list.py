@@ -46,7 +46,7 @@ FAULTS = [
     Fault(
         "a report follows links out of the run's folder",
         "jobs/report/pictures.py",
-        "if not path.is_relative_to(folder.resolve()):",
+        "if leads_out(folder, path):",
         "if False:",
         "tests/jobs/test_report.py::test_the_page_needs_no_network_and_holds_no_file_of_elsewhere",
     ),
