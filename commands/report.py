@@ -21,7 +21,8 @@ class Report:
     """Writes one HTML page about a run, or about several and how they compare; it needs no network."""
 
     runs: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere, or sweeps.")
+        Positional[tuple[str, ...]],
+        arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere, or sweeps.", help_behavior_hint="(required)"),
     ]
     out: Annotated[Path | None, optional("FILE", "RUN/report.html, or reports/ for several runs")] = None
     """Where the page goes."""
@@ -38,13 +39,16 @@ class Report:
         if self.out is not None and not path.parent.is_dir():
             raise UserError(f"--out names a file in a folder that is there; {path.parent} is none")
         jobs = ask_slurm([job_id for run in runs for job_id in detail.all_jobs(run)])
-        from jobs.report import page  # here, because Bokeh takes a second to import
+        from jobs.report import contents, page  # here, because Bokeh takes a second to import
 
         content = page.render(runs, jobs)
         if self.out is None:
             path.parent.mkdir(exist_ok=True)
         write_atomically(path, content)
         print(path)
+        for run in runs:
+            if names := contents.outside(run):
+                print(f"Left out of {run.label}, because links lead out of its folder: {', '.join(names)}")
         return 0
 
     def _find(self, name: str) -> list[RunFolder]:

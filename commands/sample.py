@@ -113,7 +113,8 @@ class Sample:
                 exports.export(asked, self.export)
                 self._say_export(asked, where)
             return 0
-        asked.check_disk()
+        more = exports.needed_bytes(asked, self.export, config.data.sample.shape)
+        asked.check_disk(more)
         place = self.where.place(run)
         missing = tuple(asked.missing())
         device, retries = self.where.resolve_device(place, asked.settings.precision), self.where.retries_at(place)
@@ -134,7 +135,7 @@ class Sample:
         if isinstance(place, OnSlurm):
             place = replace(place, processes=1)  # the elements of an array are one task each
             place.check_array(elements, merge)
-        print(f"{asked.num_samples:,} samples need {asked.needed_bytes() / 1e6:,.1f} MB of disk.")
+        print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
         asked.write_manifest()
         faults.forgive_set(asked.folder)
         if isinstance(place, OnSlurm):

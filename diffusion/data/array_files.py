@@ -30,6 +30,8 @@ NPZ_NAMES = (
     ("arr_0", "arr_1"),
 )
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+MOST_PACKED = 1032
+"""gzip makes data at most so many times smaller."""
 CIFAR_FOLDER = "cifar-10-batches-py"
 CIFAR_MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -44,19 +46,30 @@ CIFAR_MD5 = {
 
 def read_npy(path: Path) -> list[Split]:
     """The images of an npy file; UserError if it holds anything but an array."""
-    return [(_numpy(path), None)]
+    import numpy as np
+
+    array = _numpy(path)
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} must hold an array; it is an .npz file")
+    return [(np.array(array), None)]
 
 
 def read_npz(path: Path) -> list[Split]:
     """The images of an npz file for training, and for tests if there are any."""
+    import numpy as np
+
     arrays = _numpy(path)
+    if isinstance(arrays, np.ndarray):
+        raise UserError(f"{path} must be an .npz file; it is an .npy file")
     for names in NPZ_NAMES:
         if names[0] in arrays:
             pairs = zip(names[::2], names[1::2], strict=True)
             try:
-                return [(arrays[images], arrays.get(labels)) for images, labels in pairs if images in arrays]
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+                found = [(arrays[images], arrays.get(labels)) for images, labels in pairs if images in arrays]
+            except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
                 raise UserError(f"{path} cannot be read: {error}") from None
+            # What is no array in there, numpy returns as bytes.
+            return [(np.asarray(images), None if labels is None else np.asarray(labels)) for images, labels in found]
     known = ", ".join(names[0] for names in NPZ_NAMES)
     raise UserError(f"{path} must hold images as one of {known}; it holds {', '.join(arrays) or 'nothing'}")
 
@@ -105,8 +118,10 @@ def _numpy(path: Path) -> Any:
     import numpy as np
 
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # Mapped, so that a file which claims to be larger than it is takes no memory.
+        with np.errstate(over="raise"):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, ArithmeticError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
@@ -114,12 +129,14 @@ def _idx(path: Path) -> NDArray[Any]:
     import numpy as np
 
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zero, kind, dimensions = struct.unpack(">HBB", content[:4])
-        shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            zero, kind, dimensions = struct.unpack(">HBB", file.read(4))
+            shape = struct.unpack(f">{dimensions}I", file.read(4 * dimensions))
+            size = math.prod(shape)
+            fits = (zero, kind) == (0, 8) and size <= MOST_PACKED * path.stat().st_size
+            body = file.read(size + 1) if fits else b""  # not more, however much is packed in there
     except (OSError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    body = content[4 + 4 * dimensions :]
-    if zero != 0 or kind != 8 or len(body) != math.prod(shape):
+    if not fits or len(body) != size:
         raise UserError(f"{path} must be an IDX file of unsigned bytes, as MNIST's are")
     return np.frombuffer(body, np.uint8).reshape(shape)

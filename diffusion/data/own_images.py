@@ -185,9 +185,10 @@ def _checked(
         images = np.stack([picture_files.fitted(picture, size, channels) for picture in pictures])
     if labels is None or len(images) == 0:
         return np.ascontiguousarray(images), np.zeros(len(images), np.uint8)
-    if len(labels) != len(images):
-        raise UserError(f"there must be a class for each image; got {len(labels)} for {len(images)} in {path}")
-    first = labels.reshape(len(images), -1)[:, 0]
+    if labels.shape not in ((len(images),), (len(images), 1)):
+        got = f"{list(labels.shape)} for {len(images)} images in {path}"
+        raise UserError(f"there must be one class for each image, as [n] or [n, 1]; got {got}")
+    first = labels.reshape(-1)
     if not (np.issubdtype(first.dtype, np.integer) and first.min() >= 0 and first.max() < 256):
         raise UserError(f"classes must be whole numbers from 0 to 255; {path} holds others")
     return np.ascontiguousarray(images), first.astype(np.uint8)

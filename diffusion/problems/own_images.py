@@ -38,6 +38,11 @@ class OwnImagesProblem(ImageProblem):
         height, width = self.size
         return OwnImages(name="This data set", height=height, width=width, channels=self.channels, sha256=self.sha256)
 
+    @property
+    def about(self) -> str:
+        height, width, channels = self.shape
+        return f"The author's own images, {height}x{width} and {'grey' if channels == 1 else 'coloured'}."
+
     def check(self, model: ModelSettings) -> None:
         if self.is_known:
             super().check(model)
@@ -55,4 +60,11 @@ class OwnImagesProblem(ImageProblem):
             self.sha256,
         )
         height, width, channels = loaded.shape
+        fits = min(height, width) >= 8
+        require(fits, "images must have 8 to 64 pixels on a side", f"{height}x{width} in {found.root}")
         return replace(found, size=(height, width), channels=1 if channels == 1 else 3, sha256=loaded.sha256)
+
+    def moved(self, root: str | None) -> Self:
+        found = root is not None or Path(self.root).exists()
+        require(found, "--data.root must say where your images lie now", f"none, and {self.root} is gone")
+        return super().moved(root)

@@ -52,6 +52,11 @@ class Problem(ABC):
         """What samples are in files."""
 
     @property
+    def about(self) -> str:
+        """Says in a sentence what the data are."""
+        return " ".join((type(self).__doc__ or "").split("\n\n")[0].split())
+
+    @property
     def remark(self) -> str:
         """Says, in a sentence, what readers of an evaluation should know; mostly nothing."""
         return ""

@@ -76,11 +76,10 @@ def _header(
 def _facts(experiment: str, config: ExperimentConfig, settings: SampleSettings) -> str:
     """What was trained on what, and how: a table."""
     train, sampler = config.train, settings.sampler
-    about = " ".join((type(config.data).__doc__ or "").split("\n\n")[0].split())
     network = "denoising-diffusion-pytorch's U-Net" if isinstance(config.model, UnetSettings) else "MLP"
     numbers = ", ".join(f"{name}={value}" for name, value in vars(config.model).items())
     rows = [
-        ("data", f"{about} Their sha256: `{config.data.digest(inception=False)['data']}`"),
+        ("data", f"{config.data.about} Their sha256: `{config.data.digest(inception=False)['data']}`"),
         ("network", f"{network} with {numbers}; it predicts the noise"),
         ("process", f"{config.diffusion.timesteps:,} noise levels, {config.diffusion.beta_schedule} schedule"),
         ("training", f"{settings.step:,} steps of {train.batch_size}; the weights are their moving average"),
@@ -92,8 +91,10 @@ def _facts(experiment: str, config: ExperimentConfig, settings: SampleSettings) 
 
 def _command(experiment: str, config: ExperimentConfig) -> str:
     """The command that trains such a model, without what leaves the result alone, such as paths."""
-    words = ["python launch.py train", experiment]
-    for flag, _, value in sorted(experiment_json.differences(EXPERIMENTS[experiment].preset, config)):
+    words, preset = ["python launch.py train", experiment], EXPERIMENTS[experiment].preset
+    if getattr(preset.data, "root", None) == "":  # whoever runs it has to name their own
+        words.append("--data.root YOUR_IMAGES")
+    for flag, _, value in sorted(experiment_json.differences(preset, config)):
         section, _, name = flag.rpartition(".")
         if flag in MAY_CHANGE:
             continue

@@ -22,11 +22,24 @@ def arguments(folder: Path) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Reads the command line, and the config.json of the model in this folder."""
     config = json.loads((folder / "config.json").read_text())
     parser = argparse.ArgumentParser(description="Draws samples of the model in this folder.")
-    parser.add_argument("--num-samples", type=int, default=16)
+    parser.add_argument("--num-samples", type=count, default=16)
     parser.add_argument("--seed", type=int, default=config["seed"], help="each seed gives other samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("generated.npz"), help="file that is written")
+    parser.add_argument("--out", type=npz_file, default=Path("generated.npz"), help="file that is written")
     return parser.parse_args(), config
+
+
+def count(text: str) -> int:
+    if (n := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1; got {n}")
+    return n
+
+
+def npz_file(text: str) -> Path:
+    """A path that numpy takes as it is: to another one it would add the suffix."""
+    if (path := Path(text)).suffix != ".npz":
+        raise argparse.ArgumentTypeError(f"must end in .npz; got {text}")
+    return path
 
 
 def exact_numerics(precision: str) -> None:

@@ -19,6 +19,7 @@ from jobs.sample import sample_set
 from jobs.sample.sample_set import SampleSet, SampleSettings
 from jobs.storage import checkpoints
 from jobs.storage.provenance import ROOT
+from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -56,11 +57,13 @@ def publish(run: RunFolder, step: int | None, license_id: str, target: Path, say
         raise UserError(f"{target} exists and is not an empty folder; choose another one")
     experiment, config = run.read_experiment()
     programs = code(config)
-    step, _ = checkpoints.choose(run.checkpoints, step, say)
-    found = examples(run, step)
+    step, manifest = checkpoints.choose(run.checkpoints, step, say)
+    found = examples(run, manifest["files"][checkpoints.weights_file("ema")]["sha256"])
     if found is None:
         say(f"The card has no picture and no numbers: no samples of step {step:,} are there; `sample` draws some.")
     settings = found.settings if found is not None else _default(run, experiment, config, step, say)
+    # Older sets have "auto" here, which means the run's own.
+    settings = replace(settings, precision=precision_of(run, settings.precision, "fp32"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(target) as folder:
         weights = run.checkpoints / checkpoints.folder_name(step) / checkpoints.weights_file("ema")
@@ -77,10 +80,10 @@ def publish(run: RunFolder, step: int | None, license_id: str, target: Path, say
         (folder / "README.md").write_text(card.card(run, experiment, config, settings, found, license_id, hashes))
 
 
-def examples(run: RunFolder, step: int) -> SampleSet | None:
-    """The newest complete set that the averaged weights of this step have drawn, if possible one with numbers."""
+def examples(run: RunFolder, weights_sha256: str) -> SampleSet | None:
+    """The newest complete set that the weights with this hash have drawn, if possible one with numbers."""
     sets = [sample_set.read(run, name) for name in complete_sets(run)]
-    ours = [one for one in sets if one.settings.step == step and one.settings.weights == "ema"]
+    ours = [one for one in sets if one.settings.weights_sha256 == weights_sha256]
     return next((one for one in ours if card.evaluation(one)), ours[0] if ours else None)
 
 

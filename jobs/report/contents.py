@@ -11,7 +11,7 @@ from diffusion.errors import UserError
 from jobs.evaluate import report
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
-from jobs.report.pictures import Picture, picture
+from jobs.report.pictures import Picture, leads_out, picture
 from jobs.storage import account, checkpoints
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
@@ -124,6 +124,12 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
         left_out=list(complete)[SETS:],
         checkpoints=_checkpoints(run.checkpoints),
     )
+
+
+def outside(run: RunFolder) -> list[str]:
+    """The names of pictures of samples, and in figures/, that a page leaves out: links lead to them, out of the run."""
+    found = [*run.figures.glob("[!.]*.png"), *run.samples.glob("[!.]*/[!.]*.png")]
+    return sorted(path.relative_to(run.path).as_posix() for path in found if leads_out(run.path, path))
 
 
 def _command(argv: list[str]) -> str:

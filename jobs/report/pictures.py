@@ -27,8 +27,8 @@ def picture(folder: Path, name: str, text: str, width: int) -> Picture | None:
 
     A link that leads out of the folder is not followed: the page may be passed on to people who may not see that file.
     """
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    path = folder / name
+    if leads_out(folder, path):
         return None
     try:
         with Image.open(path) as opened:
@@ -39,3 +39,8 @@ def picture(folder: Path, name: str, text: str, width: int) -> Picture | None:
     content = BytesIO()
     image.save(content, "WEBP", quality=85, method=4)
     return Picture(name, text, f"data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}", *image.size)
+
+
+def leads_out(folder: Path, path: Path) -> bool:
+    """Whether a path in a folder is that of something elsewhere."""
+    return not path.resolve().is_relative_to(folder.resolve())

@@ -30,6 +30,14 @@ def path(samples: SampleSet, form: Form) -> Path:
     return samples.folder / f"export-{form}-{samples.num_samples}{_SUFFIX[form]}"
 
 
+def needed_bytes(samples: SampleSet, form: Form | None, sample_shape: Sequence[int]) -> int:
+    """Disk space for the export if it is missing; PNGs count as much as the pixels in them."""
+    if form is None or path(samples, form).exists():
+        return 0
+    copies = 3 if form == "adm" and sample_shape[-1] == 1 else 1  # grey as three equal channels
+    return copies * samples.num_samples * samples.bytes_per_sample
+
+
 def export(samples: SampleSet, form: Form | None) -> None:
     """Writes a complete set in this form, whole or not at all; does nothing for None or if it is there already.
 

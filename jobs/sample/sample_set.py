@@ -208,11 +208,11 @@ class SampleSet:
         labels = LABEL_BYTES * self.num_samples if self.settings.classes else 0
         return (missing + self.num_samples) * self.bytes_per_sample + labels
 
-    def check_disk(self) -> None:
-        """Raises UserError if the disk has no room for the set."""
-        free, needed = shutil.disk_usage(self.run).free, self.num_samples * self.bytes_per_sample
+    def check_disk(self, more: int) -> None:
+        """Raises UserError if the disk has no room for the set and for so many bytes more."""
+        free, needed = shutil.disk_usage(self.run).free, self.num_samples * self.bytes_per_sample + more
         if needed <= free:  # else there may be more shards than can be counted
-            needed = self.needed_bytes()
+            needed = self.needed_bytes() + more
         if needed > free:
             raise UserError(
                 f"{self.num_samples:,} samples need {needed / 1e9:.2f} GB of disk; "

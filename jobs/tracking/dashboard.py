@@ -113,7 +113,7 @@ class Wandb(Dashboard):
         self._run.log({"step": step, **images})
 
     def write(self, lines: str) -> None:
-        self._run.write_logs(lines)
+        self._run.write_logs(public(lines))
 
     def keep(self, name: str, kind: str, files: Sequence[Path], root: Path, *, in_place: bool) -> None:
         artifact = self._wandb.Artifact(short(name), kind)
@@ -124,7 +124,7 @@ class Wandb(Dashboard):
 
     def alert(self, title: str, text: str, level: Level) -> None:
         cut = title if len(title) <= MAX_TITLE else f"...{title[3 - MAX_TITLE :]}"
-        self._run.alert(title=cut, text=text, level=level, wait_duration=ALERT_S)
+        self._run.alert(title=cut, text=public(text), level=level, wait_duration=ALERT_S)
 
     def finish(self, exit_code: int, preempted: bool) -> None:
         if preempted:
@@ -282,8 +282,11 @@ def why_not_online(base_url: str) -> str | None:
 
 
 def public(text: str) -> str:
-    """The text without users and passwords in its addresses, as in http://USER:PASSWORD@HOST."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    """The text without users and passwords in its addresses, as in http://USER:PASSWORD@HOST.
+
+    A password is cut to the last @: one with / or @ in it ought to be encoded, and often is not.
+    """
+    return re.sub(r"(?<=://)([^/\s:]*:\S*|[^/\s]*)@", "", text)
 
 
 def _offline(folder: Path) -> str:

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -133,9 +132,9 @@ def render(
         for i, (overview, row) in enumerate(zip(fitting, table[1:], strict=True)):
             block = [_colored(row, overview.state)]
             if overview.reason:
-                block.append(
-                    _colored(f"  {textwrap.shorten(overview.reason, width - 2, placeholder=' ..')}", overview.state)
-                )
+                reason = " ".join(overview.reason.split())
+                cut = reason if len(reason) <= width - 2 else f"{reason[: width - 5]} .."
+                block.append(_colored(f"  {cut}", overview.state))
             left = len(overviews) - i
             if height is not None and len(lines) + len(block) + (left > 1) > height:
                 hidden = [o.state for o in overviews[i:]]

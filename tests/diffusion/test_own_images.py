@@ -3,7 +3,11 @@
 import gzip
 import hashlib
 import pickle
+import re
 import shutil
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -179,11 +183,19 @@ def animated(path: Path) -> None:
     picture("L").save(path, save_all=True, append_images=[Image.new("L", (20, 12), 9)])
 
 
+def write_16_bit(path: Path) -> None:
+    """A coloured PNG, which Pillow reads as if it had 8 bits."""
+    chunks = (b"IHDR" + struct.pack(">IIBBBBB", 20, 12, 16, 2, 0, 0, 0), b"IDAT" + zlib.compress(bytes(12 * 121)))
+    parts = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "unreadable": ("x.png", lambda path: path.write_bytes(b"no picture"), r"x\.png cannot be read: "),
     "cut off": ("x.png", lambda path: path.write_bytes((path.parent / "003.png").read_bytes()[:80]), "cannot be read"),
     "alpha": ("x.png", lambda path: picture("RGBA").save(path), r"x\.png has an alpha channel"),
     "16 bit": ("x.png", lambda path: picture("I;16").save(path), r"x\.png has 16 bits a channel"),
+    "16 bit, coloured": ("x.png", write_16_bit, r"x\.png has 16 bits a channel"),
     "animated": ("x.png", animated, r"x\.png is animated: 2 frames"),
     "CMYK": ("x.jpg", lambda path: picture("CMYK").save(path), r"x\.jpg is in CMYK"),
     "another kind": ("x.gif", lambda path: picture("L").save(path), r"x\.gif is no PNG or JPEG"),
@@ -206,21 +218,88 @@ def test_a_file_that_cannot_be_used_is_named(what: str, grey: NDArray[np.uint8],
         load(tmp_path)
 
 
+def test_a_folder_without_images_is_no_class(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    (write_folder(tmp_path, grey, CLASSES) / "notes").mkdir()
+    with pytest.raises(UserError, match=r"must hold the images of a class; notes holds none"):
+        load(tmp_path)
+
+
+def write_claim(path: Path, shape: tuple[int, ...]) -> None:
+    """An npy file whose header claims an array of this shape, and which holds four bytes of it."""
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        file.write(b"four")
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_member(path: Path, write: Callable[[Path], Any]) -> None:
+    """An npz file with one member, arr_0, as `write` makes it."""
+    write(path.with_name("member"))
+    with zipfile.ZipFile(path, "w") as file:
+        file.write(path.with_name("member"), "arr_0.npy")
+
+
+GREY = np.zeros((N, 12, 20), np.uint8)
+ONE_HOT = np.eye(3, dtype=np.uint8)[CLASSES]
+IDX = array_files.IDX_NAMES[0]
+BAD_ARRAYS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "floats": ("x.npy", lambda path: np.save(path, GREY / 255), r"must be uint8 .* got float64 \[60, 12, 20\]"),
+    "other names": (
+        "x.npz",
+        lambda path: write_npz(path, x=GREY),
+        "must hold images as one of train_images, x_train, images, arr_0; it holds x",
+    ),
+    "text": ("x.npy", lambda path: path.write_text("no array"), r"x\.npy cannot be read"),
+    "npz as npy": ("x.npy", lambda path: write_npz(path, images=GREY), r"x\.npy must hold an array; it is an \.npz"),
+    "npy as npz": ("x.npz", lambda path: write_claim(path, (4,)), r"x\.npz must be an \.npz file; it is an \.npy"),
+    "large claim": ("x.npy", lambda path: write_claim(path, (10**9, 64, 64)), r"x\.npy cannot be read: "),
+    "huge claim": ("x.npy", lambda path: write_claim(path, (2**62, 64, 64)), r"x\.npy cannot be read: "),
+    "large claim inside": (
+        "x.npz",
+        lambda path: write_member(path, lambda member: write_claim(member, (10**11, 64, 64))),
+        r"x\.npz cannot be read: ",
+    ),
+    "text inside": (
+        "x.npz",
+        lambda path: write_member(path, lambda member: member.write_text("no array")),
+        r"images must be uint8 .*; got \|S8 \[\]",
+    ),
+    "large claim in IDX": (
+        "idx",
+        lambda path: (path.mkdir(), (path / IDX).write_bytes(struct.pack(">HBB3I", 0, 8, 3, 10**9, 64, 64))),
+        "must be an IDX file of unsigned bytes",
+    ),
+    "one label": (
+        "x.npz",
+        lambda path: write_npz(path, images=GREY, labels=np.uint8(1)),
+        r"must be one class for each image, as \[n\] or \[n, 1\]; got \[\] for 60 images in \S*x\.npz",
+    ),
+    "one-hot labels": (
+        "x.npz",
+        lambda path: write_npz(path, images=GREY, labels=ONE_HOT),
+        r"as \[n\] or \[n, 1\]; got \[60, 3\] for 60 images",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD_ARRAYS)
+def test_a_file_of_arrays_that_cannot_be_used_is_named(what: str, tmp_path: Path) -> None:
+    name, write, words = BAD_ARRAYS[what]
+    write(tmp_path / name)
+    with pytest.raises(UserError, match=words):
+        load(tmp_path / name)
+
+
 def test_what_is_no_data_set_is_refused(grey: NDArray[np.uint8], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 18"):
         load(write_folder(tmp_path / "few", grey[:20]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 0"):
         load(tmp_path / "empty")
-    np.save(tmp_path / "floats.npy", grey / 255)
-    with pytest.raises(UserError, match=r"images must be uint8 .* got float64 \[60, 12, 20, 1\]"):
-        load(tmp_path / "floats.npy")
-    np.savez(tmp_path / "other.npz", x=grey)
-    with pytest.raises(UserError, match="must hold images as one of train_images, x_train, images, arr_0; it holds x"):
-        load(tmp_path / "other.npz")
-    (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(UserError, match=r"text\.npy cannot be read"):
-        load(tmp_path / "text.npy")
     with pytest.raises(UserError, match="nowhere is not there"):
         load(tmp_path / "nowhere")
 
@@ -237,6 +316,9 @@ def test_images_are_made_fit(colours: NDArray[np.uint8], tmp_path: Path) -> None
         expected = first.convert("L").resize((24, 24), Image.Resampling.LANCZOS)
     assert np.array_equal(found.images["train"][0, ..., 0], np.asarray(expected))
     assert found.images["train"][-1].max() < 9  # the middle of the stripes
+    cameras = Image.fromarray(colours[0]).resize((90, 90))  # with a preview behind it
+    cameras.save(tmp_path / "000.jpg", format="MPO", save_all=True, append_images=[picture("RGB")])
+    assert np.array_equal(load(tmp_path, (24, 24), 1).images["train"], found.images["train"])
     np.save(tmp_path / "a.npy", colours)
     small = load(tmp_path / "a.npy", (8, 8)).images["train"][0]
     assert np.array_equal(small, picture_files.fitted(Image.fromarray(colours[0]), (8, 8), 3))
@@ -252,7 +334,9 @@ def test_settings_say_what_the_images_are(grey: NDArray[np.uint8], tmp_path: Pat
     with pytest.raises(SettingsError, match=r"model\.dim-mults halves 12x20"):
         problem.check(UnetSettings(dim_mults=(1, 2, 4, 8)))
     moved = root.rename(tmp_path / "b")
-    with pytest.raises(SettingsError, match=r"--data\.root must say where This data set lies now"):
+    with pytest.raises(
+        SettingsError, match=r"--data\.root must say where your images lie now; got none, and \S* is gone"
+    ):
         problem.moved(None)
     problem.moved(str(moved)).prepare(print)
     picture("L").save(moved / "007.png")
@@ -265,6 +349,13 @@ def test_settings_say_what_the_images_are(grey: NDArray[np.uint8], tmp_path: Pat
         OwnImagesProblem(root=str(moved), sha256="0123").absolute()
     with pytest.raises(SettingsError, match=r"data\.size must be one or two numbers from 8 to 64; got \(65,\)"):
         replace(problem, size=(65,))
+
+
+def test_images_of_too_few_pixels_are_refused_by_their_own_size(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((N, 4, 12), np.uint8))
+    with pytest.raises(SettingsError, match=r"images must have 8 to 64 pixels on a side; got 4x12 in \S*a\.npy"):
+        OwnImagesProblem(root=str(tmp_path / "a.npy")).absolute()
+    assert OwnImagesProblem(root=str(tmp_path / "a.npy"), size=(16,)).absolute().shape == (16, 16, 1)
 
 
 def test_coloured_images_are_trained_and_judged(
@@ -291,6 +382,13 @@ def test_a_run_takes_no_other_images(colours: NDArray[np.uint8], tmp_path: Path)
     done("sample", "images/a", "--num-samples", 3, "--steps", 2, "--name", "s", cwd=tmp_path)
     drawn = np.load(tmp_path / "runs" / "images" / "a" / "samples" / "s" / "samples.npz")["arr_0"]
     assert drawn.shape == (3, 16, 16, 3)
+    done("export", "images/a", "model", cwd=tmp_path)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| data | The author's own images, 16x16 and coloured. Their sha256: " in card
+    (command,) = re.findall(r"python launch\.py (train images .*?)`", card)
+    again = (*command.replace("YOUR_IMAGES", "mine").split(), "--name", "again", "--train.steps", 2)
+    assert "--data.sha256" in command
+    done(*again, cwd=tmp_path, **NO_FIGURES)
     picture("RGB", (16, 16)).save(tmp_path / "mine" / "new.png")
     refused = launch("train", "images", "--data.root", "mine", *small, cwd=tmp_path)
     assert refused.code == 2 and "exists with other settings: data.sha256 is " in refused.err

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jobs.files import sha256, write_json
-from jobs.publish import folder
+from jobs.publish import drawing, folder
 from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, TINY, done, launch
 
@@ -110,6 +111,20 @@ def test_the_card_says_what_the_model_is(runs: Path, tmp_path: Path) -> None:
     assert "Frechet" not in (tmp_path / "again" / "README.md").read_text()
 
 
+@pytest.mark.processes
+def test_samples_of_other_weights_of_the_step_are_no_examples(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(runs / "1d" / "a", tmp_path / "runs" / "1d" / "a"))
+    manifest = {**run.read_samples("s"), "precision": "auto"}  # of an earlier version
+    write_json(run.samples / "s" / "manifest.json", manifest)
+    folder.publish(run, 3, "mit", tmp_path / "model", print)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["seed"], config["precision"]) == (3, "fp32")  # the set's, and the run's
+    write_json(run.samples / "s" / "manifest.json", {**manifest, "weights_sha256": 64 * "0"})
+    said: list[str] = []
+    folder.publish(run, 3, "mit", tmp_path / "again", said.append)
+    assert "no samples of step 3 are there" in said[-1]
+
+
 def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
@@ -120,3 +135,22 @@ def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) ->
     assert "README.md is the card" in made.out
     assert json.loads((tmp_path / "new" / "config.json").read_text())["sampler"]["sampler"] == "ddpm"
     assert "export" in done("--help", cwd=tmp_path).out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [("--num-samples", "0", "must be at least 1; got 0"), ("--out", "foo", "must end in .npz; got foo")],
+)
+def test_a_published_model_refuses_what_it_cannot_draw_or_write(
+    flag: str,
+    value: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_json(tmp_path / "config.json", {"seed": 0, "num_classes": 0})
+    monkeypatch.setattr(sys, "argv", ["generate.py", flag, value])
+    with pytest.raises(SystemExit, match="2"):
+        drawing.arguments(tmp_path)
+    assert f"argument {flag}: {words}" in capsys.readouterr().err

@@ -164,6 +164,7 @@ def test_the_page_needs_no_network_and_holds_no_file_of_elsewhere(run: RunFolder
     Image.new("RGB", (40, 30), "red").save(private)
     (run.samples / "before" / "other.png").symlink_to(private)
     assert [entry.name for entry in contents.read(run, {}, 100).samples[0].pictures] == ["samples/before/grid.png"]
+    assert contents.outside(run) == ["samples/before/other.png"]
     written = page.render([run], {})
     loaded = Page(written).loaded
     assert [name.partition(":")[0] for name in loaded] == ["data"]
@@ -206,6 +207,9 @@ def test_a_sweep_stands_for_its_runs(run: RunFolder, tmp_path: Path) -> None:
 def test_the_command_writes_the_page_whole_or_not_at_all(run: RunFolder, tmp_path: Path) -> None:
     assert done("report", "1d/old", cwd=tmp_path, plain=True).out == "runs/1d/old/report.html\n"
     assert Page((run.path / "report.html").read_text()).text.count("1d/old")
+    run.figures.mkdir(exist_ok=True)
+    (run.figures / "x.png").symlink_to("/x.png")
+    assert "because links lead out of its folder: figures/x.png" in sentence(done("report", "1d/old", cwd=tmp_path).out)
     for arguments, reason in (
         ((), "report needs a RUN"),
         (("1d/nothing",), "RUN is a run folder"),

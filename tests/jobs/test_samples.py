@@ -224,7 +224,10 @@ def test_a_sampler_takes_its_own_number_of_steps(arguments: list[str], sampler: 
     ("arguments", "words"),
     [
         (["--num-samples", "0"], "--num-samples must be at least 1"),
-        (["--num-samples", "1000000000000000"], "1,000,000,000,000,000 samples need 4000000.00 GB of disk"),
+        (
+            ["--num-samples", "1000000000000000", "--export", "npy"],
+            "1,000,000,000,000,000 samples need 8000000.00 GB of disk",
+        ),
         (["--steps", "0"], "steps must lie between 1 and diffusion.timesteps=50"),
         (["--steps", "51"], "steps must lie between 1 and diffusion.timesteps=50"),
         (["--eta", "2"], "eta must lie between 0 and 1"),

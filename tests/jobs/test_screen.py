@@ -55,7 +55,7 @@ def test_bars_and_curves_are_to_scale() -> None:
 def test_what_does_not_fit_is_counted_and_what_runs_is_shown(width: int, tmp_path: Path) -> None:
     runs = [make(tmp_path, f"old-{i:02}", age_s=i, state="finished") for i in range(28)]
     runs.append(make(tmp_path, "a-run-with-a-name-that-is-far-longer-than-others", 5000, state="running", jobs=["1"]))
-    runs.append(make(tmp_path, "failed", 0, state="failed", traceback=f"ValueError: {'why ' * 50}"))
+    runs.append(make(tmp_path, "failed", 0, state="failed", traceback=f"ValueError: {'why' * 50}"))
     (runs[28].timing).write_text('{"event": "start", "processes": 4, "device": "cuda:0"}\n')
     found = screen.in_order([states.summarize(run, {"1": JobState("RUNNING", nodes="n1")}) for run in runs])
     records = {run.path: screen.Record(run) for run in runs}
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_counted_and_what_runs_is_shown(width: int, tmp_pat
     assert lines[0].endswith("1 running, 1 failed, 28 finished; 4 GPUs busy; Slurm does not answer"[: width - 10])
     assert re.match(r"1d/.* running .* 75%", lines[3])
     assert lines[4].startswith("  silent for 83 min")
-    assert " failed " in lines[5] and lines[6].startswith("  ValueError: why why")
+    assert " failed " in lines[5] and lines[6].startswith("  ValueError: whywhy") and lines[6].endswith(" ..")
     assert [line.split()[0][-2:] for line in lines[7:9]] == ["00", "01"]
     assert lines[9] == "and 26 more: 26 finished"
     assert len(screen.render(found, records, width, None, is_silent=False)) == 3 + 32

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.tracking.dashboard import Wandb, public
 from jobs.train.job import TrainJob
 from slurm.profile import Profile
 from slurm.submit import Submission
@@ -39,6 +40,31 @@ def test_a_run_holds_no_secret(mode: str, tmp_path: Path) -> None:
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert [path for path in files if path.suffix == ".wandb"]
     assert [path for path in files if b"SECRET" in path.read_bytes()] == []
+
+
+class Sent:
+    """wandb's run, of which only the sent lines and alerts are looked at."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def write_logs(self, lines: str) -> None:
+        self.texts.append(lines)
+
+    def alert(self, *, text: str, **_: object) -> None:
+        self.texts.append(text)
+
+
+@pytest.mark.parametrize("secret", ["me", "me:p", "me:p@ss", "me:pa/ss", "me@x:p/a@ss", ":p"])
+def test_an_address_loses_its_user_and_password(secret: str) -> None:
+    line = "GET http://{}host:80/a, then mail b@c.d or https://e/f@g (step 3)\n"
+    printed, sent = line.format(f"{secret}@"), Sent()
+    assert public(printed) == line.format("")
+    shown = Wandb.__new__(Wandb)
+    shown._run = sent
+    shown.write(printed)
+    shown.alert("a has failed", printed, "ERROR")
+    assert sent.texts == [line.format("")] * 2
 
 
 def test_what_is_submitted_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
