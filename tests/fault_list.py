@@ -755,6 +755,13 @@ FAULTS = [
         "tests/jobs/test_retries.py::test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebacks",
     ),
     Fault(
+        "a run that dies on the machine it stays on accuses it",
+        "jobs/storage/faults.py",
+        "[] if stays else sorted(",
+        "sorted(",
+        "tests/jobs/test_retries.py::test_a_job_that_stays_on_its_machine_leaves_out_no_node",
+    ),
+    Fault(
         "a share of a set that fails for good is tried again",
         "jobs/storage/faults.py",
         "        fault = replace(fault, again=False)\n",
