@@ -769,6 +769,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_fault_that_repeats_without_progress_ends_a_share",
     ),
     Fault(
+        "a share that comes back as another job is not found there",
+        "jobs/runtime/job.py",
+        "            self.comes_back_as(job_id)\n            print(",
+        "            print(",
+        "tests/jobs/test_stop.py::test_a_share_that_comes_back_as_another_job_is_found_under_its_new_id",
+    ),
+    Fault(
         "a run that fails after Ctrl-C is started again",
         "slurm/place.py",
         "retried = replace(told, retries=0)",
