@@ -80,14 +80,15 @@ def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str =
 def _channels(run: RunFolder, event: Event) -> list[str]:
     """Those that the settings name. wandb alerts also where a run is tracked online and its settings want alerts.
 
-    That a run is finished is then said by the process that follows it, which is still there.
+    That a run is finished is then said by the process that follows it, which is still there. One that follows it
+    offline leaves it to wandb as a channel, because the network may be back.
     """
     _, config = run.read_experiment()
     named: list[str] = [*(config.tracking.notify or ())]
-    alerts = config.tracking.alerts
-    if alerts and event == "finished":
-        return [channel for channel in named if channel != "wandb"]
-    return named if "wandb" in named or not (alerts and online_mark(run).exists()) else [*named, "wandb"]
+    if not (config.tracking.alerts and online_mark(run).exists()):
+        return named
+    others = [channel for channel in named if channel != "wandb"]
+    return others if event == "finished" else [*others, "wandb"]
 
 
 def _mark(run: RunFolder, event: Event) -> Path:

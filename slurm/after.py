@@ -44,7 +44,7 @@ def main() -> int:
         new = come_back([])
         if new is None:
             job.failed(0, "the job could not be queued again")
-        elif isinstance(job, Retried):
+        else:
             job.comes_back_as(new)
     elif isinstance(job, Retried):
         job.ended(cause, node, come_back, queue.on_cluster(cluster, task.own_id()))

@@ -591,6 +591,13 @@ FAULTS = [
         "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[png]",
     ),
     Fault(
+        "an export removes one that goes on elsewhere",
+        "jobs/sample/exports.py",
+        "            if time.time() - left.stat().st_mtime > ABANDONED_S:\n",
+        "            if True:\n",
+        "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[npy]",
+    ),
+    Fault(
         "a published model begins and goes on with the same noise",
         "jobs/publish/drawing.py",
         "partial(noise, first, Stream.SAMPLE_STEP)",
@@ -791,11 +798,25 @@ FAULTS = [
         "tests/jobs/test_retries.py::test_the_same_exception_at_the_same_step_twice_ends_a_run_with_both_tracebacks",
     ),
     Fault(
+        "a run that dies on the machine it stays on accuses it",
+        "jobs/storage/faults.py",
+        "[] if stays else sorted(",
+        "sorted(",
+        "tests/jobs/test_retries.py::test_a_job_that_stays_on_its_machine_leaves_out_no_node",
+    ),
+    Fault(
         "a share of a set that fails for good is tried again",
         "jobs/storage/faults.py",
         "        fault = replace(fault, again=False)\n",
         "        pass\n",
         "tests/jobs/test_samples.py::test_a_fault_that_repeats_without_progress_ends_a_share",
+    ),
+    Fault(
+        "a share that comes back as another job is not found there",
+        "jobs/runtime/job.py",
+        "            self.comes_back_as(job_id)\n            print(",
+        "            print(",
+        "tests/jobs/test_stop.py::test_a_share_that_comes_back_as_another_job_is_found_under_its_new_id",
     ),
     Fault(
         "a run that fails after Ctrl-C is started again",

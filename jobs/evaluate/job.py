@@ -1,13 +1,16 @@
 """Evaluating samples as a job, for the place where it runs. Importable without torch, picklable."""
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from diffusion.errors import UserError
 from jobs.evaluate.plan import Evaluation
+from jobs.files import write_json
 from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, JobError, process_rank
 from jobs.runtime.signals import SignalWatch
@@ -38,7 +41,17 @@ class EvaluateJob(Share):
 
     @property
     def left(self) -> str:
-        return f"share {self.share[0]} of {self.share[1]} with {self.target.num_results()} units done"
+        try:
+            results = json.loads(self._results.read_text())
+        except FileNotFoundError:
+            results = []
+        done = sum(Path(result).exists() for result in results)
+        return f"share {self.share[0]} of {self.share[1]} with {done} units done"
+
+    @property
+    def _results(self) -> Path:
+        """Returns where the results of this share's units are listed: who judges a fault knows no units."""
+        return self.target.kept / f"{self.name}.json"
 
     def around(self) -> AbstractContextManager[Any]:
         return redirect_stdout(sys.stderr)  # what is printed for scripts is JSON alone, after the job
@@ -48,6 +61,11 @@ class EvaluateJob(Share):
 
         first, step = self.share
         evaluator = open_evaluator(self.target, self.device)
+        if process_rank() == 0:
+            units = list(evaluator.units().items())
+            mine = units if self.merge else units[first::step]
+            self.target.kept.mkdir(exist_ok=True)
+            write_json(self._results, [str(self.target.result_path(name, unit.of)) for name, unit in mine])
         evaluate(self.target, evaluator, (first + process_rank(), step), signals, watchdog)
         # Two processes that end together merge twice, into the same bytes.
         if self.merge and not missing(self.target, evaluator) and not self.target.is_done():

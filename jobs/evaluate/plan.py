@@ -80,10 +80,6 @@ class Evaluation:
         weights = {name: self.protocol[name] for name in ("version", "experiment", "model", "diffusion", "seed")}
         return self.samples.run / ".evaluation" / f"{unit}-{_key({**weights, **hashes})}.npz"
 
-    def num_results(self) -> int:
-        """How many results of units lie beside these samples and these weights, of whatever protocol."""
-        return sum(1 for folder in (self.kept, self.samples.run / ".evaluation") for _ in folder.glob("*-*.npz"))
-
     def read(self) -> dict[str, Any]:
         """metrics.json, {} if there is none of this protocol."""
         try:

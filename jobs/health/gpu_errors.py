@@ -50,12 +50,14 @@ class Question:
         """Says what is wrong with the GPU, None if nothing is known of that; takes at most `PATIENCE_S`."""
         deadline = time.monotonic() + PATIENCE_S
         answers = _read(self._asked, deadline)
-        if not answers and self._asked:  # one name that it does not know is enough
+        # One name that it does not know is enough. One that hangs does so again.
+        if not answers and self._asked and time.monotonic() < deadline:
             answers = _read(self._ask([[field] for field in ERRORS]), deadline)
         for fields, (index, *values) in answers:
             for field, value in zip(fields, values, strict=True):
                 if BAD.fullmatch(value):
-                    return f"GPU {index} ({self._uuid}) {ERRORS[field].format(value)} ({field} is {value})"
+                    what = f"{ERRORS[field].format(value)} ({field} is {value})"
+                    return f"GPU {index} ({self._uuid}) {what}; {IGNORE}=1 uses it all the same"
         return None
 
 

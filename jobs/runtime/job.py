@@ -76,7 +76,7 @@ class IndependentJob(ABC):
                     try:
                         return self.work(signals)
                     except Stopped:
-                        return _stopped(signals.requested, requeue, self.advice)
+                        return self._stopped(signals.requested, requeue)
             except (UserError, JobError) as error:
                 self.failed(process_rank(), str(error))
             except Exception:
@@ -91,20 +91,26 @@ class IndependentJob(ABC):
         self.target.add_job(job_id)
         return job_id
 
+    def comes_back_as(self, job_id: str) -> None:
+        """Records under which id the job is queued again, unless it is known, or an element of a known array."""
+        known = self.target.job_ids()
+        if not any(job_id == other or job_id.startswith(f"{other}_") for other in known):
+            self.target.add_job(job_id)
+
+    def _stopped(self, reason: Stop, requeue: Requeue | None) -> int:
+        """Ends the job after a signal, and queues it again where that is meant; returns the exit code."""
+        if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
+            self.comes_back_as(job_id)
+            print(f"Stopped; queued again as job {job_id}.", flush=True)
+            return 0
+        if process_rank() == 0:
+            print(f"Stopped. {self.advice}", file=sys.stderr, flush=True)
+        return 130
+
 
 def submitted(jobs: Sequence[IndependentJob], submit: Callable[[], str]) -> str:
     """Submits an array of jobs with one target. A function with a name, since the job after the array pickles it."""
     return jobs[0].submitted(submit)
-
-
-def _stopped(reason: Stop, requeue: Requeue | None, advice: str) -> int:
-    """Ends an independent job after a signal, and queues it again where that is meant; returns the exit code."""
-    if requeue is not None and reason is not Stop.INTERRUPT and (job_id := requeue()) is not None:
-        print(f"Stopped; queued again as job {job_id}.", flush=True)
-        return 0
-    if process_rank() == 0:
-        print(f"Stopped. {advice}", file=sys.stderr, flush=True)
-    return 130
 
 
 OUTSIDE = re.compile(r"gloo|nccl|connection|socket|timed out|timeout|\bECC\b", re.IGNORECASE)

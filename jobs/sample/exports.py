@@ -1,8 +1,11 @@
 """Sets of samples in the forms that other tools read. Imports numpy and Pillow when it writes one."""
 
 import io
+import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 Form = Literal["adm", "png", "zip", "npy"]
 """OpenAI's npz, a folder of PNGs, a zip file of PNGs, one array."""
 
+ABANDONED_S = 3600
+"""An export that has written nothing for so long is not going on any more."""
 _SUFFIX: dict[Form, str] = {"adm": ".npz", "png": "", "zip": ".zip", "npy": ".npy"}
 
 
@@ -43,7 +48,10 @@ def export(samples: SampleSet, form: Form | None) -> None:
 
     Memory does not grow with the number of samples.
     """
-    if form is None or (target := path(samples, form)).exists():
+    if form is None:
+        return
+    _remove_abandoned(samples.folder)
+    if (target := path(samples, form)).exists():
         return
     if form == "png":
         with whole_folder(target) as folder:
@@ -65,7 +73,15 @@ def export(samples: SampleSet, form: Form | None) -> None:
                         if name == "arr_0.npy":
                             _write_array(member, samples, channels=3)
                         else:
-                            member.write(merged.read(name))
+                            shutil.copyfileobj(merged.open(name), member)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what exports have left behind that were killed; one that goes on, perhaps elsewhere, writes often."""
+    for left in folder.glob(".export-*.tmp"):
+        with suppress(OSError):  # another process removes it, too, or has finished it
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _write_array(file: IO[bytes], samples: SampleSet, channels: int | None = None) -> None:

@@ -40,7 +40,7 @@ class SampleJob(Share):
 
     @property
     def name(self) -> str:
-        return f"shard-{self.shards[0]}"
+        return f"shard-{self.shards[0]}" if self.shards else "merging"
 
     @property
     def left(self) -> str:

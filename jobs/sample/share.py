@@ -81,11 +81,6 @@ class Share(IndependentJob):
             self.comes_back_as(job_id)
         return job_id is not None
 
-    def comes_back_as(self, job_id: str) -> None:
-        known = self.target.job_ids()
-        if not any(job_id == other or job_id.startswith(f"{other}_") for other in known):
-            self.target.add_job(job_id)
-
 
 S = TypeVar("S", bound=Share)
 

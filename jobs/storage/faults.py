@@ -25,6 +25,8 @@ PLACES = ("In step ", "In evaluation ", "In unit ")
 """So a traceback begins that names what was being done when it came; each is a pure function."""
 TWICE = 2
 """A node on which so many jobs of a run have died without progress is left out."""
+REPAIRED_S = 30 * 24 * 3600
+"""A node may have been repaired since a fault that is older."""
 HANG = "hang"
 """The folder below the run's for the stacks of processes that hung."""
 HUNG = re.compile(
@@ -76,8 +78,8 @@ def _read(folder: Path) -> list[Fault]:
 
 
 def bad_nodes(folder: Path) -> dict[str, Fault]:
-    """Returns the nodes that the run or the set in this folder has ever left out, with the newest fault on each."""
-    found = [Fault(**line) for line in read_jsonl(folder / FILE) if "continued" not in line]
+    """Returns the nodes that the run or the set in this folder has left out lately, with the newest fault on each."""
+    found = [Fault(**line) for line in read_jsonl(folder / FILE) if line.get("time", "") >= now(REPAIRED_S)]
     left_out = {node for fault in found for node in fault.left_out}
     return {fault.node: fault for fault in found if fault.node in left_out}
 
@@ -96,12 +98,14 @@ def forgive_set(folder: Path) -> None:
         _append(folder, {"continued": now(), "hangs": seen})
 
 
-def judge(run: RunFolder, budget: int, cause: str | None, node: str | None, begun: str = "") -> Fault | None:
+def judge(
+    run: RunFolder, budget: int, cause: str | None, node: str | None, begun: str = "", *, stays: bool = False
+) -> Fault | None:
     """Decides whether a run is tried again whose processes have ended badly, and writes that down.
 
     `cause` is what is known from outside, such as a signal that has ended a process, and `node` where. Returns None if
     the end is no such fault: the run has come to an end of its own, or was used wrongly. A status from before they have
-    `begun` says nothing of them.
+    `begun` says nothing of them. A job that `stays` on its machine leaves out no node.
     """
     status, failure = run.read_status(), run.read_failure()
     # Created, too: a process may die before it has written the first status.json.
@@ -109,7 +113,7 @@ def judge(run: RunFolder, budget: int, cause: str | None, node: str | None, begu
     if "state" in failure or not (goes_on or status.get("updated", "") < begun):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)
-    fault, first, tries = _weigh(run.path, budget, cause, node, failure, new_hang(run), checkpoint=checkpoint)
+    fault, first, tries = _weigh(run.path, budget, cause, node, failure, new_hang(run), stays, checkpoint=checkpoint)
     # Nothing is counted before all else is written: if the disk is full, all of this is done again.
     if fault.again:
         write_json(run.status, {**status, "state": State.REQUEUED, "updated": now()})
@@ -137,7 +141,7 @@ def judge_share(
     except (OSError, ValueError):
         failure = {}
     hang = _new_hang(folder, "" if own is None else f"-{number(own)}_port_")
-    fault, _, _ = _weigh(folder, budget, cause, node, failure, hang, left=left)
+    fault, _, _ = _weigh(folder, budget, cause, node, failure, hang, own is None, left=left)
     if failure.get("for_good"):
         fault = replace(fault, again=False)
     _append(folder, {name: value for name, value in asdict(fault).items() if name != "checkpoint"})
@@ -169,6 +173,7 @@ def _weigh(
     node: str | None,
     failure: dict[str, Any],
     hang: Path | None,
+    stays: bool,
     *,
     checkpoint: int = 0,
     left: str = "",
@@ -189,7 +194,7 @@ def _weigh(
         node = failure.get("node", node)
     nodes = [fault.node for fault in tries] + [node]
     dead = {node for node in nodes if node is not None and nodes.count(node) >= TWICE}
-    left_out = sorted(dead.union(*(fault.left_out for fault in past)))
+    left_out = [] if stays else sorted(dead.union(*(fault.left_out for fault in past)))
     again = first is None and len(tries) < budget
     fault = Fault(
         time=now(),

@@ -301,7 +301,8 @@ class TrainingFollower:
         """Alerts people that the run is finished, once however often its figures are drawn again."""
         with contextlib.suppress(FileExistsError):
             self._run.path.joinpath(".told-finished-wandb").touch(exist_ok=False)
-            if self._config.tracking.alerts:
+            settings = self._config.tracking
+            if settings.alerts and (self._dashboard.is_online or "wandb" not in (settings.notify or ())):
                 loss = self._history[-1]["loss"] if self._history else None
                 text = f"step {self._timing[-1]['step']:,}" + (f", loss {loss:.4f}" if loss is not None else "")
                 self._dashboard.alert(f"{self._run.label} is finished", f"{text}\n{self._run.path}", "INFO")

@@ -79,7 +79,7 @@ class TrainJob:
             return False  # another job goes on with the run
         if _has_been_taken_over(run, on_slurm=come_back is not None):
             return False
-        fault = self._judged(run, cause, node)
+        fault = self._judged(run, cause, node, stays=come_back is None)
         if fault is None:
             return False
         then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"
@@ -104,14 +104,14 @@ class TrainJob:
         if job_id not in run.read_launch().get("job_ids", []):
             run.add_job("job_ids", job_id)
 
-    def _judged(self, run: RunFolder, cause: str | None, node: str | None) -> faults.Fault | None:
+    def _judged(self, run: RunFolder, cause: str | None, node: str | None, *, stays: bool) -> faults.Fault | None:
         for pause_s in FULL_S:
             try:
-                return faults.judge(run, self.retries, cause, node, self.begun)
+                return faults.judge(run, self.retries, cause, node, self.begun, stays=stays)
             except OSError as error:
                 print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
                 time.sleep(pause_s)
-        return faults.judge(run, self.retries, cause, node, self.begun)
+        return faults.judge(run, self.retries, cause, node, self.begun, stays=stays)
 
     def _record(self, rank: int, trace: str, **facts: Any) -> None:
         try:

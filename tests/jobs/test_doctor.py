@@ -52,6 +52,10 @@ def test_nodes_that_runs_have_left_out_are_named_with_run_and_reason(tmp_path: P
             faults.judge(run, 9, "task 1 was ended: Killed", node)
         faults.forgive(run)  # a person has continued it: the node is as bad as before
     (run.path / faults.FILE).write_text('{"of": "a later version"}\n')
+    old = (tmp_path / "1d" / "a" / faults.FILE).read_text().replace("n7", "n8")
+    run = RunFolder(tmp_path / "1d" / "d")
+    run.path.mkdir()
+    (run.path / faults.FILE).write_text(re.sub(r'"time": "\d+-', '"time": "2020-', old))
     found = find(examine(tmp_path, mnist_root), "was left out by")
     assert found.level == "warning"
     assert re.fullmatch(r"n7 was left out by 1d/a \(\d{4}-\d\d-\d\d: task 1 was ended: Killed\)", found.what)

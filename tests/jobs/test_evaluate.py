@@ -231,6 +231,12 @@ def test_constant_samples_get_the_right_numbers(root: Path) -> None:
     disturb(root, np.full(5000, 1.5, np.float32))
     shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints")  # which is faster
     evaluation = planned(root, "more")
+    first, second = (EvaluateJob(evaluation, (share, 2), "cpu", merge=False) for share in (0, 1))
+    left = first.left, second.left
+    assert first() == 0  # without weights there is one unit, which is its
+    assert first.left != left[0]
+    assert second.left == left[1]  # so a share that was given up stays so, whatever others do
+    assert second() == 0
     assert EvaluateJob(evaluation, (0, 1), "cpu", merge=True)() == 0
     found = evaluation.read()["metrics"]
     assert found["kl"]["value"] == pytest.approx(np.log(64))

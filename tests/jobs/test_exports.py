@@ -2,6 +2,8 @@
 
 import errno
 import io
+import os
+import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -153,15 +155,20 @@ def test_each_form_holds_the_same_pixels(digits: NDArray[np.uint8], colours: NDA
             }
 
 
-def test_classes_go_into_openais_file(colours: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_classes_go_into_openais_file_in_little_memory(colours: NDArray[np.uint8], tmp_path: Path) -> None:
     samples = complete(tmp_path, colours)
     classes = io.BytesIO()
-    np.save(classes, np.arange(N) % 10)
+    np.save(classes, np.arange(2**20) % 10)  # of many more samples than there are
     with zipfile.ZipFile(samples.folder / "samples.npz", "a") as merged:
         merged.writestr("arr_1.npy", classes.getvalue())
-    with np.load(exported(samples, "adm")) as archive:
+    tracemalloc.start()
+    path = exported(samples, "adm")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20
+    with np.load(path) as archive:
         assert np.array_equal(archive["arr_0"], colours)
-        assert np.array_equal(archive["arr_1"], np.arange(N) % 10)
+        assert np.array_equal(archive["arr_1"], np.arange(2**20) % 10)
 
 
 @pytest.mark.parametrize("form", ["adm", "png", "zip", "npy"])
@@ -169,7 +176,12 @@ def test_an_export_appears_whole_or_not_at_all(
     form: Form, colours: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = complete(tmp_path, colours)
+    goes_on, killed = samples.folder / ".export-png-9.1.tmp", samples.folder / ".export-png-9.2.tmp"
+    goes_on.mkdir()
     before = sorted(samples.folder.iterdir())
+    killed.mkdir()
+    (killed / "00000000.png").touch()
+    os.utime(killed, (0, 0))
     whole_shard, load = samples.shard_path(1), np.load
 
     def full_disk(path: Path, *rest: Any, **more: Any) -> Any:

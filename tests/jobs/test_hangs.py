@@ -173,6 +173,7 @@ def test_a_gpu_that_computes_one_wrong_number_is_found() -> None:
 
 SMI = """#!/bin/sh
 # Answers as nvidia-smi does for one GPU: it refuses a question with a name that its driver does not know.
+echo >> "$0.asked"
 fields=${{2#--query-gpu=}}
 [ "$1 $3" = "--id=GPU-1f --format=csv,noheader,nounits" ] || exit 6
 {odd}
@@ -217,6 +218,10 @@ def test_a_gpu_whose_driver_knows_of_errors_in_its_memory_is_named(
     said = Question("GPU-1f").answer()
     assert time.monotonic() - begun < PATIENCE_S + 0.5
     assert said is None if fault is None else said is not None and said.startswith("GPU 3 (GPU-1f) ") and fault in said
+    assert said is None or said.endswith("; IGNORE_GPU_ERRORS=1 uses it all the same")
+    if "sleep" in answers.get("odd", ""):
+        asked = tmp_path / "nvidia-smi.asked"
+        assert not asked.exists() or asked.read_text() == "\n"  # one that hangs is not asked again
     monkeypatch.setenv(IGNORE, "1")
     assert Question("GPU-1f").answer() is None
 

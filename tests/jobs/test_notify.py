@@ -12,7 +12,7 @@ import pytest
 
 from jobs import notify
 from jobs.storage.run_folder import RunFolder
-from tests.jobs.test_tracking import alerts, segments
+from tests.jobs.test_tracking import alerts, history, segments
 from tests.launching import NO_FIGURES, TINY, Finished, interrupt, launch, sentence, start, steps_logged, wait_until
 
 SECRET = "services/T0/xoxb-secret"
@@ -143,11 +143,12 @@ def test_a_server_that_is_slow_or_refuses_does_not_fail_a_run(tmp_path: Path, ma
     assert mail.read_text().count("is finished") == 2
 
 
-def test_wandb_gets_one_alert(tmp_path: Path, server: Server) -> None:
+def test_wandb_gets_one_alert_and_not_in_the_file_of_an_offline_run(tmp_path: Path, server: Server) -> None:
     ended = train(tmp_path, server, "--train.steps", 20, channels="wandb", WANDB_MODE="offline")
     assert ended.code == 0
     shown = segments(tmp_path / "runs" / "1d" / "a")
-    assert [title for segment in shown for title in alerts(segment)] == ["1d/a is finished"]
+    told = [(alerts(segment), history(segment, "loss/train") != []) for segment in shown]
+    assert sorted(told) == [([], True), (["1d/a is finished"], False)]  # in one of its own, sent if the network is back
 
 
 def test_only_one_of_several_who_notice_tells(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,3 +187,11 @@ def test_a_node_on_which_a_run_has_died_twice_without_progress_is_left_out(run: 
     assert [list(die(run, node=node, budget=9).left_out) for node in ("n1", "n2", "n1")] == [[], [], ["n1"]]
     (run.checkpoints / "step-00000100").mkdir()
     assert [list(die(run, node=node).left_out) for node in ("n2", "n3", "n2")] == [["n1"], ["n1"], ["n1", "n2"]]
+
+
+def test_a_job_that_stays_on_its_machine_leaves_out_no_node(run: RunFolder) -> None:
+    here = {"state": State.RUNNING, "on_slurm": False, "host": platform.node()}
+    for _ in range(2):
+        write_json(run.status, here)
+        assert TrainJob(run.path, 1, "cpu", retries=9).ended("process 0 was ended by SIGKILL", platform.node(), None)
+    assert [(fault.node, fault.left_out) for fault in faults.read(run)] == [(platform.node(), [])] * 2

@@ -155,6 +155,8 @@ def test_a_fault_that_repeats_without_progress_ends_a_share(tmp_path: Path, monk
     assert [end(jobs[1], ValueError("why")) for _ in range(2)] == [True, False]
     assert not end(jobs[2], JobError("the weights are gone"))
     assert end(jobs[3], None, "task 0 was ended: Killed")
+    only_merges = SampleJob(asked, (), 1, "cpu", merge=True, retries=1)
+    assert [end(only_merges, OSError(28, "No space left on device")) for _ in range(2)] == [True, False]
     assert not SampleMergeJob(asked).lost(jobs[:3])
     assert SampleMergeJob(asked).lost(jobs) == jobs[3:]
     np.save(asked.shard_path(0), np.zeros(65536, np.float32))

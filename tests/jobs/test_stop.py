@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs.runtime.signals import SignalWatch, Stop
+from jobs.audit.plan import Audit
+from jobs.runtime import job
+from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.storage import checkpoints
 from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status, steps_logged, wait_until
 
@@ -84,3 +86,26 @@ def test_a_job_that_gets_nowhere_is_queued_again_unless_it_has_had_two_whole_tim
     assert ended == [(130, "interrupted"), *5 * [(0, "requeued")], (1, "failed")]
     assert "no progress in two whole time limits: both times the job had to stop at step 0" in process.err
     assert json.loads((run / "launch.json").read_text())["job_ids"] == ["17"]
+
+
+class Stopping(job.IndependentJob):
+    """Is stopped by a signal in the middle of its work."""
+
+    def __init__(self, target: Audit, number: signal.Signals) -> None:
+        self.target, self._number = target, number
+
+    def work(self, signals: SignalWatch) -> int:
+        signal.raise_signal(self._number)
+        raise Stopped
+
+
+def test_a_share_that_comes_back_as_another_job_is_found_under_its_new_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "keep_freed_memory", lambda: None)  # it would hold for all tests that follow
+    target = Audit(tmp_path, tmp_path, ())
+    target.add_job("17")
+    for number, comes_back_as in ((signal.SIGTERM, "17_1"), (signal.SIGUSR2, "18_1"), (signal.SIGTERM, "18_1")):
+        assert Stopping(target, number)(lambda job_id=comes_back_as: job_id) == 0  # type: ignore[arg-type]
+    assert Stopping(target, signal.SIGINT)(lambda: "19_1") == 130  # type: ignore[arg-type]
+    assert target.job_ids() == ["17", "18_1"]
