@@ -76,13 +76,8 @@ def kill_after(lines: int, *arguments: object, cwd: Path) -> None:
 def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "1d"
     more = ("--train.steps", "120", "--train.checkpoint-every", "20", "--train.keep-every", "40")
-    more += (
-        "--train.held-out-every",
-        "20",
-        "--train.keep-best",
-        "--train.lr",
-        "1",
-    )  # with which it gets worse and worse
+    worse = ("--train.lr", "1")  # its first checkpoint is its best
+    more += (*worse, "--train.held-out-every", "20", "--train.keep-best")
     done(*command("fp32", "still", 4, *more), cwd=tmp_path, **NO_FIGURES)
     assert json.loads((runs / "still" / "experiment.json").read_text())["train"]["grad_shards"] == 4
     assert "train.grad-shards" not in detail.describe(RunFolder(runs / "still"), None)["settings"]  # nobody has set it
