@@ -18,6 +18,7 @@ from jobs.evaluate.plan import Evaluation
 from jobs.runtime.job import submitted
 from jobs.runtime.surroundings import decorate
 from jobs.storage import faults, ownership, run_folder
+from jobs.storage.checkpoints import Named
 from jobs.storage.run_folder import RunFolder
 from slurm import queue
 from slurm.place import ROUNDS, Here, OnSlurm
@@ -47,6 +48,8 @@ class Evaluate:
     ] = None
     samples: Annotated[str | None, optional("NAME", "the newest complete set")] = None
     """Name of the set of samples, in both runs."""
+    checkpoint: Annotated[Named | None, optional("{STEP,best}", "of any")] = None
+    """Take the newest complete set of this checkpoint; best is the one with the lowest held-out loss."""
     all: bool = False
     """All sets drawn with the newest one's weights: quality against network evaluations, as a table and a figure."""
     inception_fid: bool = False
@@ -61,6 +64,8 @@ class Evaluate:
     def __call__(self) -> int:
         if self.all and (self.other is not None or self.samples is not None):
             raise UserError("--all takes one RUN and no --samples")
+        if self.checkpoint is not None and self.samples is not None:
+            raise UserError("--checkpoint and --samples both choose the set; give one of them")
         asked = self._asked()
         experiments = {found.protocol["experiment"] for found in asked}
         if len(experiments) > 1:
@@ -85,7 +90,7 @@ class Evaluate:
         return [replace(evaluation, data_root=self.data.root) for evaluation in asked]
 
     def _plan(self, run: RunFolder, name: str | None) -> Evaluation:
-        return plan.plan(run, name, self.inception_fid, self.likelihood)
+        return plan.plan(run, name, self.inception_fid, self.likelihood, self.checkpoint)
 
     def _all(self, run: RunFolder) -> list[Evaluation]:
         """Finds the sets that can be compared with the newest one: of the same weights, with enough samples."""

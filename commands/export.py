@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.where import Run, optional
+from commands.where import Checkpoint, Run
 from jobs.publish import folder
 from jobs.storage import run_folder
 
@@ -17,8 +17,7 @@ class Export:
 
     run: Run
     folder: Annotated[Positional[Path], arg(metavar="FOLDER", help="The folder to make; if it is there, it is empty.")]
-    checkpoint: Annotated[int | None, optional("STEP", "the newest")] = None
-    """Step of the checkpoint."""
+    checkpoint: Checkpoint = None
     license: str = "unknown"
     """Licence of the weights, as the Hugging Face Hub names it: mit, apache-2.0, cc-by-4.0, ..."""
     runs_dir: Path = Path("runs")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.where import Launch, Run, optional, show
+from commands.where import Checkpoint, Launch, Run, optional, show
 from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS
@@ -71,8 +71,7 @@ class Sample:
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
     weights: Weights = "ema"
     """The moving average of the weights, or the weights themselves."""
-    checkpoint: Annotated[int | None, optional("STEP", "the newest")] = None
-    """Step of the checkpoint."""
+    checkpoint: Checkpoint = None
     classes: Annotated[str | None, optional("LIST", "all of them")] = None
     """Classes to draw, such as 7, 3,5 or 0-9: sample i has the (i mod n)-th of these n. For models that know
     classes."""

@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 
 from diffusion.errors import UserError
 from jobs.experiments.configs import ExperimentConfig
+from jobs.storage.checkpoints import Named
 from jobs.storage.provenance import code_folder, save_code
 from jobs.storage.run_folder import RunFolder
 from slurm import allocation, queue
@@ -43,6 +44,16 @@ def optional(metavar: str, default: str) -> Any:
 Run = Annotated[
     Positional[str],
     arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),
+]
+
+
+Checkpoint = Annotated[
+    Named | None,
+    arg(
+        metavar="{STEP,best}",
+        help="Step of the checkpoint, or best: the one with the lowest held-out loss.",
+        help_behavior_hint="(default: the newest)",
+    ),
 ]
 
 

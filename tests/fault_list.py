@@ -75,9 +75,23 @@ FAULTS = [
     Fault(
         "what --train.keep-every keeps is deleted",
         "jobs/train/recorder.py",
-        "return self._run.drawn_steps() | checkpoints.firsts(",
-        "return self._run.drawn_steps() - checkpoints.firsts(",
+        "| checkpoints.firsts(checkpoints.steps(folder), settings.keep_every)",
+        "",
         "tests/jobs/test_shards.py::test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes",
+    ),
+    Fault(
+        "what --train.keep-best keeps is deleted",
+        "jobs/train/recorder.py",
+        "return best | self._run",
+        "return self._run",
+        "tests/jobs/test_shards.py::test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes",
+    ),
+    Fault(
+        "a checkpoint has the held-out loss that was measured after it",
+        "jobs/storage/checkpoints.py",
+        "losses[measured[after - 1]]",
+        "losses[measured[min(after, len(measured) - 1)]]",
+        "tests/jobs/test_checkpoints.py::test_the_checkpoint_with_the_lowest_held_out_loss_is_kept",
     ),
     Fault(
         "each process measures the held-out loss of its first chunks alone",

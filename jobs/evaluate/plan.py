@@ -21,7 +21,7 @@ from jobs.files import sha256, write_atomically, write_json
 from jobs.sample import sample_set
 from jobs.sample.sample_set import SampleSet
 from jobs.storage import checkpoints
-from jobs.storage.checkpoints import CorruptCheckpoint
+from jobs.storage.checkpoints import CorruptCheckpoint, Named
 from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
 
 if TYPE_CHECKING:
@@ -133,15 +133,21 @@ def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
     write_atomically(path, content.getvalue())
 
 
-def plan(run: RunFolder, name: str | None, inception: bool = False, likelihood: bool = False) -> Evaluation:
-    """The evaluation of a complete set of the run, the newest unless it is named.
+def plan(
+    run: RunFolder,
+    name: str | None,
+    inception: bool = False,
+    likelihood: bool = False,
+    checkpoint: Named | None = None,
+) -> Evaluation:
+    """The evaluation of a complete set of the run: the named one, or the newest, of any checkpoint or of that one.
 
     Raises UserError where there is none, or where its files are not those that were written.
     """
     experiment, config = run.read_experiment()
     if likelihood and not isinstance(config.data, ImageProblem):
         raise UserError(f"--likelihood is for images, others always have it; got {experiment}")
-    chosen = sample_set.read(run, _choose(run, name))
+    chosen = sample_set.read(run, _choose(run, name, checkpoint))
     load_samples(chosen, config.data.sample)
     manifest = chosen.read_manifest()
     protocol = {
@@ -199,13 +205,17 @@ def load_samples(chosen: SampleSet, sample: SampleFormat) -> "NDArray[Any]":
     return array
 
 
-def _choose(run: RunFolder, name: str | None) -> str:
+def _choose(run: RunFolder, name: str | None, checkpoint: Named | None) -> str:
     """The name of the set that a user means."""
     complete = complete_sets(run)
-    draw = f"python launch.py sample {run} --num-samples 10000"
+    draw, of = f"python launch.py sample {run} --num-samples 10000", ""
+    if checkpoint is not None:
+        step = checkpoints.best(run.checkpoints) if checkpoint == "best" else checkpoint
+        complete = [name for name in complete if run.read_samples(name).get("step") == step]
+        draw, of = f"{draw} --checkpoint {checkpoint}", f" of the checkpoint of step {step}"
     if name is None:
         if not complete:
-            raise UserError(f"{run} has no complete set of samples; draw one with: {draw}")
+            raise UserError(f"{run} has no complete set of samples{of}; draw one with: {draw}")
         return complete[0]
     if check_name(name, SAMPLES_NAME) not in complete:
         held = f"it has {', '.join(complete)}" if complete else f"it has none; draw one with: {draw}"

@@ -74,6 +74,8 @@ class TrainSettings:
     """Number of newest checkpoints to keep."""
     keep_every: int = field(default=0, metadata=FREE)
     """Also keep the first checkpoint at or after each multiple of so many steps; 0 is none."""
+    keep_best: bool = field(default=False, metadata=FREE)
+    """Also keep the checkpoint with the lowest held-out loss so far."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
@@ -93,6 +95,8 @@ class TrainSettings:
         )
         for name in ("warmup_steps", "held_out_every", "keep_every"):
             require(getattr(self, name) >= 0, f"{_flag(name)} must be at least 0", getattr(self, name))
+        needs = "train.keep-best needs train.held-out-every to be at least 1"
+        require(self.held_out_every >= 1 or not self.keep_best, needs, self.held_out_every)
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)
         require(self.keep_checkpoints >= 2, "train.keep-checkpoints must be at least 2", self.keep_checkpoints)

@@ -18,6 +18,7 @@ from jobs.publish import card
 from jobs.sample import sample_set
 from jobs.sample.sample_set import SampleSet, SampleSettings
 from jobs.storage import checkpoints
+from jobs.storage.checkpoints import Named
 from jobs.storage.provenance import ROOT
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder
@@ -48,7 +49,9 @@ def code(config: ExperimentConfig) -> dict[str, str]:
     return found
 
 
-def publish(run: RunFolder, step: int | None, license_id: str, target: Path, say: Callable[[str], None]) -> None:
+def publish(
+    run: RunFolder, checkpoint: Named | None, license_id: str, target: Path, say: Callable[[str], None]
+) -> None:
     """Makes the folder `target` of a checkpoint's averaged weights, whole or not at all.
 
     Raises UserError if something is there already, or if the run cannot be published.
@@ -57,7 +60,7 @@ def publish(run: RunFolder, step: int | None, license_id: str, target: Path, say
         raise UserError(f"{target} exists and is not an empty folder; choose another one")
     experiment, config = run.read_experiment()
     programs = code(config)
-    step, manifest = checkpoints.choose(run.checkpoints, step, say)
+    step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
     found = examples(run, manifest["files"][checkpoints.weights_file("ema")]["sha256"])
     if found is None:
         say(f"The card has no picture and no numbers: no samples of step {step:,} are there; `sample` draws some.")

@@ -73,7 +73,7 @@ def plan(
     seed: int,
     sampler: SamplerSettings,
     weights: Weights,
-    checkpoint: int | None,
+    checkpoint: checkpoints.Named | None,
     classes: str | None = None,
     guidance: float | None = None,
     name: str | None,

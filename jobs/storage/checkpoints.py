@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from bisect import bisect
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,13 +17,15 @@ from safetensors import SafetensorError
 
 from diffusion.errors import UserError
 from jobs.files import sha256, sync_file, sync_folder, write_atomically, write_json
-from jobs.storage.records import read_jsonl
+from jobs.storage.records import held_out_losses, read_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 FILES = (MODEL, EMA, OPTIMIZER)
+Named = int | Literal["best"]
+"""How users name a checkpoint: by its step, or as the one with the lowest held-out loss."""
 SLOW_S = 10.0
 """The user is told about a checkpoint that takes longer to write."""
 
@@ -98,9 +101,31 @@ def newest(folder: Path, say: Callable[[str], None]) -> int | None:
     return None
 
 
-def choose(folder: Path, step: int | None, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
+def lowest(folder: Path) -> set[int]:
+    """Returns the step of the checkpoint with the lowest held-out loss; an empty set if none was measured.
+
+    The loss of a checkpoint is the last one that was measured at or before its step. Where several share it, the first
+    of them counts, which is nearest to it.
+    """
+    losses = held_out_losses(folder.with_name("metrics.jsonl"))
+    measured = sorted(losses)
+    known = [(losses[measured[after - 1]], step) for step in steps(folder) if (after := bisect(measured, step))]
+    return {min(known)[1]} if known else set()
+
+
+def best(folder: Path) -> int:
+    """Returns the step of the checkpoint with the lowest held-out loss; raises UserError if none was measured."""
+    if not (found := lowest(folder)):
+        raise UserError(
+            f"--checkpoint best needs a checkpoint with a held-out loss, which {folder.parent} has not: train it with "
+            "--train.held-out-every N, or name a step"
+        )
+    return found.pop()
+
+
+def choose(folder: Path, named: Named | None, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
     """(step, manifest) of the good checkpoint that a user means, None meaning the newest; raises UserError."""
-    found = newest(folder, say) if step is None else step
+    found = newest(folder, say) if named is None else best(folder) if named == "best" else named
     if found is None:
         raise UserError(f"{folder.parent} has no checkpoint yet: train it first")
     if found not in steps(folder):

@@ -52,6 +52,15 @@ def last_step(metrics: Path) -> int:
     return int(lines[-1]["step"]) if lines else 0
 
 
+def held_out_losses(metrics: Path) -> dict[int, float]:
+    """Returns the held-out losses in metrics.jsonl by step, without those that were not finite."""
+    if not metrics.exists():
+        return {}
+    with metrics.open(errors="replace") as file:  # only few of its lines have one, and are parsed
+        lines = _objects("".join(line for line in file if '"held_out_loss"' in line))[0]
+    return {line["step"]: line["held_out_loss"] for line in lines if line["held_out_loss"] is not None}
+
+
 def last_start(run: RunFolder) -> dict[str, Any]:
     """Returns the last start in timing.jsonl, with its step and the facts of its machine; {} before the first."""
     return next((line for line in reversed(read_jsonl(run.timing)) if line.get("event") == "start"), {})

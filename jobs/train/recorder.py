@@ -269,8 +269,9 @@ class RunRecorder(Recorder):
 
     def _needed(self) -> set[int]:
         """The steps of the checkpoints that are kept besides the newest ones."""
-        every = self._training.settings.keep_every
-        return self._run.drawn_steps() | checkpoints.firsts(checkpoints.steps(self._run.checkpoints), every)
+        settings, folder = self._training.settings, self._run.checkpoints
+        best = checkpoints.lowest(folder) if settings.keep_best else set()
+        return best | self._run.drawn_steps() | checkpoints.firsts(checkpoints.steps(folder), settings.keep_every)
 
     def _checkpoint_wait_s(self) -> float:
         """How long this job's steps have waited for checkpoints so far."""

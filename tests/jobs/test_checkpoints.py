@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from diffusion.errors import UserError
+from diffusion.settings import SettingsError
+from jobs.experiments.settings import TrainSettings
 from jobs.files import write_json
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, Snapshot
@@ -211,6 +213,37 @@ def test_the_first_checkpoint_after_each_multiple_is_kept_for_good(tmp_path: Pat
     assert checkpoints.firsts([10, 20], 0) == set()
 
 
+@pytest.fixture
+def measured(tmp_path: Path) -> Path:
+    """The folder of checkpoints of a run whose held-out loss is lowest at step 20."""
+    losses = {5: 0.1, 10: 0.4, 20: 0.2, 30: 0.3, 40: None, 60: 0.9}
+    lines = [{"step": step, "held_out_loss": loss} for step, loss in losses.items()]
+    text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": 61, "loss": 0.0}])
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 62, "held_out_loss": 0.0')  # cut by a kill
+    return tmp_path / "checkpoints"
+
+
+def test_the_checkpoint_with_the_lowest_held_out_loss_is_kept(measured: Path) -> None:
+    writer = checkpoints.Writer(measured, 2, 0, ours, pytest.fail, lambda: checkpoints.lowest(measured))
+    found = []
+    for step in (3, 11, 22, 25, 30, 44, 60):  # the first has no loss, 22 and 25 have that of 20
+        writer.write(snapshot(step))
+        writer.wait()
+        found.append((checkpoints.steps(measured), checkpoints.lowest(measured)))
+    # A writer that begins anew, after a kill, knows no less.
+    checkpoints.Writer(measured, 2, 60, ours, pytest.fail, lambda: checkpoints.lowest(measured)).write(snapshot(70))
+    assert found == [
+        ([3], set()),
+        ([11, 3], {11}),
+        ([22, 11], {22}),
+        ([25, 22], {22}),
+        ([30, 25, 22], {22}),
+        ([44, 30, 22], {22}),
+        ([60, 44, 22], {22}),
+    ]
+    assert checkpoints.choose(measured, "best", pytest.fail)[0] == 22
+
+
 def made(folder: Path) -> Path:
     folder.mkdir(parents=True)
     return folder
@@ -322,3 +355,11 @@ def test_what_a_run_has_gone_back_on_no_longer_counts_though_none_of_its_steps_i
     save(folder, 20, 40)
     assert checkpoints.ledger(folder).keys() == {10, 20, 40}
     assert checkpoints.ledger(folder)[20] == known[20]
+
+
+def test_best_is_for_runs_with_a_held_out_loss(tmp_path: Path) -> None:
+    save(tmp_path / "checkpoints", 10)
+    with pytest.raises(UserError, match="needs a checkpoint with a held-out loss"):
+        checkpoints.choose(tmp_path / "checkpoints", "best", pytest.fail)
+    with pytest.raises(SettingsError, match=r"keep-best needs train.held-out-every to be at least 1; got 0"):
+        TrainSettings(steps=1, batch_size=1, lr=1, keep_best=True)

@@ -156,6 +156,17 @@ def test_a_comparison_finds_the_earlier_checkpoint_worse_and_a_set_equal_to_itse
     assert all(entry["value"] == 0 and entry["verdict"] == "" for entry in report.differences(late, late).values())
 
 
+def test_a_checkpoint_stands_for_its_newest_set(root: Path) -> None:
+    run = RunFolder(root / "runs" / "1d" / "a")
+    os.utime(run.samples / "more" / "manifest.json")
+    found = {named: plan(run, None, checkpoint=named).samples.name for named in (20, 40, "best")}
+    assert found == {20: "early", 40: "more", "best": "more"}  # whose held-out loss is the only one
+    with pytest.raises(UserError, match=r"no complete set of samples of the checkpoint of step 7; .* --checkpoint 7"):
+        plan(run, None, checkpoint=7)
+    both = launch("evaluate", "1d/a", "--checkpoint", "best", "--samples", "few", cwd=root)
+    assert "--checkpoint and --samples both choose the set" in sentence(both)
+
+
 def test_all_sets_of_the_newest_weights_are_compared(evaluated: Path) -> None:
     os.utime(folder(evaluated) / "manifest.json")
     shown = done("evaluate", "1d/a", "--all", "--json", cwd=evaluated)

@@ -256,7 +256,8 @@ def test_a_run_without_a_checkpoint_is_refused(root: Path) -> None:
 
 
 def test_the_manifest_says_what_was_used(root: Path) -> None:
-    done("sample", "1d", "--num-samples", "100", "--sampler", "ddim", "--steps", "3", "--name", "kept", cwd=root)
+    how = ("--num-samples", "100", "--sampler", "ddim", "--steps", "3", "--checkpoint", "best")
+    done("sample", "1d", *how, "--name", "kept", cwd=root)
     manifest = json.loads((root / "runs" / "1d" / "a" / "samples" / "kept" / "manifest.json").read_text())
     assert manifest["complete"] is True
     assert manifest["num_samples"] == 100

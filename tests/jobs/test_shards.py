@@ -76,6 +76,8 @@ def kill_after(lines: int, *arguments: object, cwd: Path) -> None:
 def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "1d"
     more = ("--train.steps", "120", "--train.checkpoint-every", "20", "--train.keep-every", "40")
+    worse = ("--train.lr", "1")  # its first checkpoint is its best
+    more += (*worse, "--train.held-out-every", "20", "--train.keep-best")
     done(*command("fp32", "still", 4, *more), cwd=tmp_path, **NO_FIGURES)
     assert json.loads((runs / "still" / "experiment.json").read_text())["train"]["grad_shards"] == 4
     assert "train.grad-shards" not in detail.describe(RunFolder(runs / "still"), None)["settings"]  # nobody has set it
@@ -83,7 +85,7 @@ def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: 
     kill_after(70, "resume", "1d/moved", "--device", "cpu", "--gpus", 1, cwd=tmp_path)
     done("resume", "1d/moved", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
     assert result(runs / "moved") == result(runs / "still")
-    assert {step // 40 for step in steps(runs / "moved" / "checkpoints")} == {1, 2, 3}  # 40, 80, 100 and 120
+    assert {step // 40 for step in steps(runs / "moved" / "checkpoints")} == {0, 1, 2, 3}  # 20, 40, 80, 100, 120
     assert "bytes may differ" not in (runs / "moved" / "log.txt").read_text()
 
 
