@@ -569,6 +569,13 @@ FAULTS = [
         "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project",
     ),
     Fault(
+        "a published model does not listen to --guidance",
+        "jobs/publish/drawing.py",
+        "guided(predict, classes, n, asked.guidance)",
+        'guided(predict, classes, n, config["guidance"])',
+        "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project[1d-classes]",
+    ),
+    Fault(
         "a card shows the numbers of other samples",
         "jobs/publish/card.py",
         "return dict(found) if ours else {}",

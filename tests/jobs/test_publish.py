@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jobs.files import sha256, write_json
-from jobs.publish import folder
+from jobs.publish import drawing, folder
 from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, TINY, done, launch
 
@@ -29,11 +29,14 @@ sys.meta_path.insert(0, Refuse())
 """
 """For sitecustomize.py: a Python to which these packages are not installed."""
 
+ASKED = ("--classes", "1,0", "--guidance", "1.5")
 DRAW = {
     "1d": ("--num-samples", 5000, "--sampler", "ddpm", "--steps", 5, "--seed", 3),
     "mnist-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--eta", 0.5),
+    "1d-classes": ("--num-samples", 5000, "--steps", 3, *ASKED),
+    "mnist-classes-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--guidance", 2),
 }
-SIZE = {"1d": TINY, "mnist-small": ("--model.dim", 8, "--train.batch-size", 4)}
+SIZE = {name: TINY if name.startswith("1d") else ("--model.dim", 8, "--train.batch-size", 4) for name in DRAW}
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +47,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
         settings = (*SIZE[experiment], "--train.steps", 3, "--train.seed", 7, "--name", "a")
         done("train", experiment, *settings, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
         done("sample", f"{experiment}/a", *DRAW[experiment], "--name", "s", cwd=root)
+    done("sample", "1d-classes/a", *DRAW["1d-classes"][:4], "--name", "newer", cwd=root)  # what export takes over
     return root / "runs"
 
 
-def generated(model: Path, count: int, refused: set[str], tmp_path: Path) -> np.ndarray:
+def generated(model: Path, count: int, refused: set[str], tmp_path: Path, *more: str) -> dict[str, np.ndarray]:
     """What generate.py writes in a Python that lacks these packages."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(REFUSE.format(refused=refused))
@@ -57,11 +61,18 @@ def generated(model: Path, count: int, refused: set[str], tmp_path: Path) -> np.
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, model / "generate.py", "--num-samples", str(count), "--out", tmp_path / "drawn.npz"]
+    command = [
+        sys.executable,
+        model / "generate.py",
+        "--num-samples",
+        str(count),
+        "--out",
+        tmp_path / "drawn.npz",
+        *more,
+    ]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    array: np.ndarray = np.load(tmp_path / "drawn.npz")["arr_0"]
-    return array
+    return dict(np.load(tmp_path / "drawn.npz"))
 
 
 @pytest.mark.processes
@@ -69,11 +80,14 @@ def generated(model: Path, count: int, refused: set[str], tmp_path: Path) -> np.
 def test_generate_py_draws_what_sample_draws_without_this_project(experiment: str, runs: Path, tmp_path: Path) -> None:
     run = RunFolder(runs / experiment / "a")
     folder.publish(run, None, "mit", tmp_path / "model", print)
-    drawn = np.load(run.samples / "s" / "samples.npz")["arr_0"]
-    refused = OURS | (LIBRARYS if experiment == "1d" else set())
-    found = generated(tmp_path / "model", len(drawn) - 3, refused, tmp_path)
-    assert found.dtype == drawn.dtype
-    assert np.array_equal(found, drawn[:-3])
+    drawn = dict(np.load(run.samples / "s" / "samples.npz"))
+    refused = OURS | (LIBRARYS if experiment.startswith("1d") else set())
+    asked = ASKED if experiment == "1d-classes" else ()
+    found = generated(tmp_path / "model", len(drawn["arr_0"]) - 3, refused, tmp_path, *asked)
+    assert found.keys() == drawn.keys() == ({"arr_0", "arr_1"} if "classes" in experiment else {"arr_0"})
+    for name, array in found.items():
+        assert array.dtype == drawn[name].dtype
+        assert np.array_equal(array, drawn[name][:-3])
     weights = run.checkpoints / "step-00000003" / "ema.safetensors"
     assert sha256(tmp_path / "model" / "ema.safetensors") == sha256(weights)
 
@@ -120,3 +134,15 @@ def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) ->
     assert "README.md is the card" in made.out
     assert json.loads((tmp_path / "new" / "config.json").read_text())["sampler"]["sampler"] == "ddpm"
     assert "export" in done("--help", cwd=tmp_path).out
+
+
+def test_a_published_model_refuses_classes_as_sample_does(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.publish(RunFolder(runs / "1d-classes" / "a"), None, "mit", tmp_path / "model", print)
+    for flags, words in (("--classes 2", "--classes must lie between 0 and 1; got 2"), ("--guidance nan", "finite")):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *flags.split()])
+        with pytest.raises(SystemExit, match="2"):
+            drawing.arguments(tmp_path / "model")
+        assert words in capsys.readouterr().err
+    assert "of classes 0-1 in turn with guidance 1" in (tmp_path / "model" / "README.md").read_text()
