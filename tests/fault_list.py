@@ -576,6 +576,13 @@ FAULTS = [
         "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project[1d-classes]",
     ),
     Fault(
+        "a report blurs the held-out loss with a running mean",
+        "jobs/report/curves.py",
+        "[point._replace(mean=point.value) for point in points(lines, name)]",
+        "points(lines, name)",
+        "tests/jobs/test_report.py::test_the_held_out_loss_lies_beside_the_training_loss",
+    ),
+    Fault(
         "a card shows the numbers of other samples",
         "jobs/publish/card.py",
         "return dict(found) if ours else {}",
