@@ -534,6 +534,13 @@ FAULTS = [
         "tests/diffusion/test_own_images.py::test_every_tenth_image_of_a_folder_is_held_out",
     ),
     Fault(
+        "the held-out loss of two test images is that at two timesteps",
+        "diffusion/images/experiment.py",
+        "np.resize(permutation(0, Stream.EVALUATION, 1, len(images)), HELD_OUT)",
+        "permutation(0, Stream.EVALUATION, 1, len(images))[:HELD_OUT]",
+        "tests/diffusion/test_own_images.py::test_few_test_images_are_held_out_at_many_timesteps",
+    ),
+    Fault(
         "a run goes on with other images",
         "diffusion/data/own_images.py",
         'hashed.update(f"{split} {images.shape}\\n".encode() + images.tobytes() + labels.tobytes())',

@@ -19,6 +19,7 @@ from torchvision import datasets
 from diffusion.data import array_files, own_images, picture_files
 from diffusion.errors import UserError
 from diffusion.images import evaluation
+from diffusion.images.pixels import unscaled
 from diffusion.problems.own_images import OwnImagesProblem
 from diffusion.settings import DiffusionSettings, SamplerSettings, SettingsError, UnetSettings
 from diffusion.statistics.evaluator import Drawn
@@ -265,6 +266,17 @@ def test_settings_say_what_the_images_are(grey: NDArray[np.uint8], tmp_path: Pat
         OwnImagesProblem(root=str(moved), sha256="0123").absolute()
     with pytest.raises(SettingsError, match=r"data\.size must be one or two numbers from 8 to 64; got \(65,\)"):
         replace(problem, size=(65,))
+
+
+def test_few_test_images_are_held_out_at_many_timesteps(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "a", grey[:23], CLASSES[:23])
+    problem = OwnImagesProblem(root=str(root)).absolute()
+    found = problem.build(MODEL, DIFFUSION).held_out()
+    assert found is not None
+    (x0,) = found
+    images, counts = np.unique(unscaled(x0), axis=0, return_counts=True)
+    assert {image.tobytes() for image in images} == {grey[i].tobytes() for i in (9, 19)}
+    assert counts.tolist() == [256, 256]
 
 
 def test_coloured_images_are_trained_and_judged(
