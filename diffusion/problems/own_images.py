@@ -56,3 +56,27 @@ class OwnImagesProblem(ImageProblem):
         )
         height, width, channels = loaded.shape
         return replace(found, size=(height, width), channels=1 if channels == 1 else 3, sha256=loaded.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnClassesProblem(OwnImagesProblem):
+    """The images below --data.root, and their classes."""
+
+    classes: int = 0
+    """Number of classes: found at the start."""
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes
+
+    def absolute(self) -> Self:
+        """Also counts the classes, if that has not been done."""
+        found = super().absolute()
+        if self.is_known and self.classes:
+            return found
+        labels = load(Path(found.root), found.size, found.channels).labels
+        classes = 1 + max(int(of_split.max()) for of_split in labels.values())
+        rule = f"images-classes needs at least two classes, such as a folder for each, in {found.root}"
+        require(classes >= 2, rule, classes)
+        require(self.classes in (0, classes), f"data.classes must be {classes}, that of {found.root}", self.classes)
+        return replace(found, classes=classes)

@@ -90,7 +90,7 @@ def plan(
         check_guidance(scale)
         told = {"classes": parse(classes, n) if classes is not None else tuple(range(n)), "guidance": float(scale)}
     else:
-        known = ", ".join(name for name, other in EXPERIMENTS.items() if other.preset.num_classes)
+        known = ", ".join(name for name, other in EXPERIMENTS.items() if other.preset.knows_classes)
         for flag, value in (("--classes", classes), ("--guidance", guidance)):
             require(value is None, f"{flag} is for models that know classes ({known}), not for {experiment}", value)
     step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
