@@ -28,7 +28,7 @@ from tests.launching import (
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "2d"], ["2d", "1d, mnist, mnist-small"]),
+        (["train", "2d"], ["2d", "1d, 1d-classes, mnist, mnist-small"]),
         (["train", "1d", "--train.stps", "3"], ["--train.stps", "--train.steps"]),
         (["train", "1d", "--train.steps", "0"], ["train.steps must be at least 1", "0"]),
         (["train", "1d", "--train.steps", "-5"], ["train.steps must be at least 1", "-5"]),
@@ -60,7 +60,7 @@ from tests.launching import (
             ["multiple of the number of GPUs", "2048", "3"],
         ),
         (["train", "1d", "--tracking.project", "a/b"], ["tracking.project must have at most 128 characters", "a/b"]),
-        (["resume", "nowhere"], ["nowhere", "1d, mnist, mnist-small"]),
+        (["resume", "nowhere"], ["nowhere", "1d, 1d-classes, mnist, mnist-small"]),
         (["resume", "1d"], ["no run of 1d"]),
         (["sample", "1d/a"], ["1d/a"]),
     ],
