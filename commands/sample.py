@@ -27,7 +27,7 @@ def _by_experiment(setting: str) -> str:
 
 def _guidance() -> str:
     """The default guidance of models with classes, for the help."""
-    with_classes = {name: entry for name, entry in EXPERIMENTS.items() if entry.preset.num_classes}
+    with_classes = {name: entry for name, entry in EXPERIMENTS.items() if entry.preset.knows_classes}
     return _by_value({name: f"{entry.guidance:g}" for name, entry in with_classes.items()})
 
 

@@ -577,6 +577,13 @@ FAULTS = [
         "tests/diffusion/test_own_images.py::test_a_file_that_cannot_be_used_is_named[16 bit, coloured]",
     ),
     Fault(
+        "the held-out loss of two test images is that at two timesteps",
+        "diffusion/images/experiment.py",
+        "np.resize(permutation(0, Stream.EVALUATION, 1, len(images)), HELD_OUT)",
+        "permutation(0, Stream.EVALUATION, 1, len(images))[:HELD_OUT]",
+        "tests/diffusion/test_own_images.py::test_few_test_images_are_held_out_at_many_timesteps",
+    ),
+    Fault(
         "a run goes on with other images",
         "diffusion/data/own_images.py",
         'hashed.update(f"{split} {images.shape}\\n".encode() + images.tobytes() + labels.tobytes())',
@@ -617,6 +624,20 @@ FAULTS = [
         "partial(noise, first, Stream.SAMPLE_STEP)",
         "partial(noise, first, Stream.SAMPLE_START)",
         "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project",
+    ),
+    Fault(
+        "a published model does not listen to --guidance",
+        "jobs/publish/drawing.py",
+        "guided(predict, classes, n, asked.guidance)",
+        'guided(predict, classes, n, config["guidance"])',
+        "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project[1d-classes]",
+    ),
+    Fault(
+        "a report blurs the held-out loss with a running mean",
+        "jobs/report/curves.py",
+        "[point._replace(mean=point.value) for point in points(lines, name)]",
+        "points(lines, name)",
+        "tests/jobs/test_report.py::test_the_held_out_loss_lies_beside_the_training_loss",
     ),
     Fault(
         "a card shows the numbers of other samples",

@@ -59,7 +59,7 @@ ARROWS = {
     "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.health", "jobs.sample"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.report": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking", "jobs.watch"}
-    | {"jobs.evaluate"},
+    | {"jobs.sample", "jobs.evaluate"},
     "jobs.publish": {"diffusion.settings", "diffusion.process", "diffusion.images", "jobs.evaluate", "jobs.sample"}
     | {"jobs.files", "jobs.experiments", "jobs.storage"},
 }

@@ -22,7 +22,10 @@ from diffusion.process.transfer import sent
 from diffusion.settings import ClassSettings, DiffusionSettings, UnetSettings
 
 HELD_OUT = 512
-"""Test images that a training's held-out loss is the mean of: those whose bits per dimension `evaluate` takes."""
+"""Test images that a training's held-out loss is the mean of: those whose bits per dimension `evaluate` takes.
+
+Fewer of them come several times, at other timesteps and with other noise.
+"""
 
 
 def library_unet(settings: UnetSettings, image_channels: int, num_classes: int = 0) -> Unet | with_classes.Unet:
@@ -76,13 +79,16 @@ class ImageExperiment(Experiment):
         load_classes: Callable[[], NDArray[np.uint8]] | None = None,
         num_classes: int = 0,
         load_test_images: Callable[[], Images] | None = None,
+        load_test_classes: Callable[[], NDArray[np.uint8]] | None = None,
     ) -> None:
         """`load_images` returns the training images [n, height, width, channels], `shape` is that of one.
 
         `noun` is what figures call the images. `load_test_images` is None for a data set without test images.
-        `load_classes` returns the classes of the training images [n], for networks that are told `num_classes` of them.
+        `load_classes` returns the classes of the training images [n], for networks that are told `num_classes` of them,
+        and `load_test_classes` those of the test images.
         """
-        self.load_images, self.load_test_images, self.load_classes = load_images, load_test_images, load_classes
+        self.load_images, self.load_test_images = load_images, load_test_images
+        self.load_classes, self.load_test_classes = load_classes, load_test_classes
         if isinstance(model, ClassSettings):
             self.num_classes, self.class_dropout = num_classes, model.class_dropout
         height, width, channels = shape
@@ -128,12 +134,16 @@ class ImageExperiment(Experiment):
             self.images = self.images.to(device)
         return scaled(self.images[sent(self._indices(seed, step, start, stop, batch_size), device)])
 
-    def held_out(self) -> Tensor | None:
+    def held_out(self) -> tuple[Tensor, ...] | None:
         if self.load_test_images is None:
             return None
         images = self.load_test_images()
-        chosen = permutation(0, Stream.EVALUATION, 1, len(images))[:HELD_OUT]
-        return scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
+        chosen = np.resize(permutation(0, Stream.EVALUATION, 1, len(images)), HELD_OUT)
+        x0 = scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
+        if not self.num_classes:
+            return (x0,)
+        assert self.load_test_classes is not None
+        return x0, torch.from_numpy(self.load_test_classes()[chosen].astype(np.int64))
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""

@@ -68,3 +68,27 @@ class OwnImagesProblem(ImageProblem):
         found = root is not None or Path(self.root).exists()
         require(found, "--data.root must say where your images lie now", f"none, and {self.root} is gone")
         return super().moved(root)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnClassesProblem(OwnImagesProblem):
+    """The images below --data.root, and their classes."""
+
+    classes: int = 0
+    """Number of classes: found at the start."""
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes
+
+    def absolute(self) -> Self:
+        """Also counts the classes, if that has not been done."""
+        found = super().absolute()
+        if self.is_known and self.classes:
+            return found
+        labels = load(Path(found.root), found.size, found.channels).labels
+        classes = 1 + max(int(of_split.max()) for of_split in labels.values())
+        rule = f"images-classes needs at least two classes, such as a folder for each, in {found.root}"
+        require(classes >= 2, rule, classes)
+        require(self.classes in (0, classes), f"data.classes must be {classes}, that of {found.root}", self.classes)
+        return replace(found, classes=classes)

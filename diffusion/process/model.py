@@ -91,8 +91,9 @@ class Experiment(ABC):
         return (np.where(dropped, self.num_classes, self.classes(seed, step, start, stop, batch_size)),)
 
     @abstractmethod
-    def held_out(self) -> Tensor | None:
-        """x0 [n, *sample_shape] on the host that no training sees, always the same; None if the data have no such."""
+    def held_out(self) -> tuple[Tensor, ...] | None:
+        """x0 [n, *sample_shape] that no training sees, always the same, and their classes [n] if the network is told
+        them, both on the host; None if the data have no such."""
 
     @abstractmethod
     def to_array(self, x0: Tensor) -> NDArray[Any]:

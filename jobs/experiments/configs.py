@@ -26,9 +26,14 @@ class ExperimentConfig:
         self.data.check(self.model)
 
     @property
+    def knows_classes(self) -> bool:
+        """Whether the network is told classes; the data may still have to say how many there are."""
+        return isinstance(self.model, ClassSettings)
+
+    @property
     def num_classes(self) -> int:
         """Classes that the network is told; 0 if it is told none."""
-        return self.data.num_classes if isinstance(self.model, ClassSettings) else 0
+        return self.data.num_classes if self.knows_classes else 0
 
     def absolute(self) -> "ExperimentConfig":
         """Returns the same settings where another working folder must find the same files."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from diffusion.problems.fashion_mnist import FashionMnistProblem
 from diffusion.problems.gaussian1d import Gaussian1dProblem
 from diffusion.problems.mnist import MnistProblem
-from diffusion.problems.own_images import OwnImagesProblem
+from diffusion.problems.own_images import OwnClassesProblem, OwnImagesProblem
 from diffusion.settings import ClassMlpSettings, ClassUnetSettings, MlpSettings, SamplerSettings, UnetSettings
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrainSettings
@@ -124,6 +124,17 @@ EXPERIMENTS: dict[str, Entry] = {
             train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
         ),
         help="a DDPM on images of your own: --data.root FOLDER",
+        sub_batch_size=64,
+        shard_size=256,
+        sampler=SamplerSettings(sampler="ddpm", steps=50),
+    ),
+    "images-classes": Entry(
+        preset=ExperimentConfig(
+            data=OwnClassesProblem(),
+            model=ClassUnetSettings(dim=32, dim_mults=(1, 2), noise_skip=True, patch_size=2),
+            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
+        ),
+        help="the same on demand: it is told the class, which is an image's folder",
         sub_batch_size=64,
         shard_size=256,
         sampler=SamplerSettings(sampler="ddpm", steps=50),

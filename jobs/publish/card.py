@@ -9,6 +9,7 @@ from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.table import EXPERIMENTS
+from jobs.sample.classes import label
 from jobs.sample.sample_set import SampleSet, SampleSettings
 from jobs.storage.provenance import versions
 from jobs.storage.run_folder import RunFolder
@@ -57,7 +58,7 @@ def _header(
     """The YAML that the Hub reads."""
     from huggingface_hub import EvalResult, ModelCardData  # here, because it takes a while to import
 
-    is_image = isinstance(config.model, UnetSettings)
+    is_image, is_told = isinstance(config.model, UnetSettings), config.num_classes > 0
     found = [
         EvalResult(TASK, experiment, experiment, name, metric["value"], metric_name=metric["label"])
         for name, metric in results.get("metrics", {}).items()
@@ -65,8 +66,8 @@ def _header(
     data = ModelCardData(
         license=license_id,
         library_name="pytorch",
-        tags=["diffusion", "ddpm", "safetensors"],
-        pipeline_tag=TASK if is_image else None,
+        tags=["diffusion", "ddpm", "safetensors", *(["classifier-free-guidance"] if is_told else [])],
+        pipeline_tag=TASK if is_image and not is_told else None,
         model_name=run.label,
         eval_results=found if is_image and found else None,
     )
@@ -78,13 +79,14 @@ def _facts(experiment: str, config: ExperimentConfig, settings: SampleSettings) 
     train, sampler = config.train, settings.sampler
     network = "denoising-diffusion-pytorch's U-Net" if isinstance(config.model, UnetSettings) else "MLP"
     numbers = ", ".join(f"{name}={value}" for name, value in vars(config.model).items())
+    told = _told(settings.classes, settings.guidance)
     rows = [
         ("data", f"{config.data.about} Their sha256: `{config.data.digest(inception=False)['data']}`"),
         ("network", f"{network} with {numbers}; it predicts the noise"),
         ("process", f"{config.diffusion.timesteps:,} noise levels, {config.diffusion.beta_schedule} schedule"),
         ("training", f"{settings.step:,} steps of {train.batch_size}; the weights are their moving average"),
         ("command", f"`{_command(experiment, config)}`"),
-        ("sampler", f"`{sampler.sampler}` with {sampler.steps} network evaluations, in {settings.precision}"),
+        ("sampler", f"`{sampler.sampler}` with {sampler.steps} network evaluations, in {settings.precision}{told}"),
     ]
     return _table(("what", "is"), rows)
 
@@ -108,31 +110,45 @@ def _command(experiment: str, config: ExperimentConfig) -> str:
 def _use(config: ExperimentConfig, settings: SampleSettings) -> str:
     """How to draw samples, and how to load the weights."""
     model, known = config.model, versions()
-    packages = ["torch", "safetensors"]
+    packages, told = ["torch", "safetensors"], ""
     text = "Sample i depends on the weights, `config.json`, the seed and i alone."
+    if settings.classes:
+        told = f" --classes {settings.classes[0]} --guidance {settings.guidance:g}"
+        text += (
+            f" `--classes 0-{config.num_classes - 1}` draws all classes in turn, and `arr_1` says which; "
+            "`--guidance 0` is without classes, 1 the class as it is, and more exaggerates it."
+        )
     if isinstance(model, UnetSettings):
         packages.append(f"denoising-diffusion-pytorch=={known['denoising-diffusion-pytorch']}")
         channels = config.data.sample.shape[-1] * model.patch_size**2
+        module, size = "denoising_diffusion_pytorch", f"dim={model.dim}"
+        if settings.classes:
+            module, size = f"{module}.classifier_free_guidance", f"{size}, num_classes={config.num_classes}"
         heads = f", attn_heads={model.attn_heads}" if model.attn_heads else ""
         text += f"""
 
 The network is the library's own; `generate.py` says how it takes images and what it predicts:
 
 ```python
-from denoising_diffusion_pytorch import Unet
+from {module} import Unet
 from safetensors.torch import load_file
 
-unet = Unet(dim={model.dim}, dim_mults={model.dim_mults}, channels={channels}{heads})
+unet = Unet({size}, dim_mults={model.dim_mults}, channels={channels}{heads})
 unet.load_state_dict(load_file("ema.safetensors"))
 ```"""
     return f"""## Use
 
 ```sh
 pip install {" ".join(packages)}   # made with torch {known["torch"]}
-python generate.py --num-samples 16
+python generate.py --num-samples 16{told}
 ```
 
 {text}"""
+
+
+def _told(classes: Sequence[int] | None, guidance: float | None) -> str:
+    """Says which classes were drawn, if there are some."""
+    return f", of classes {label(tuple(classes))} in turn with guidance {guidance:g}" if classes else ""
 
 
 def _numbers(results: Mapping[str, Any]) -> str:
@@ -153,14 +169,14 @@ def _numbers(results: Mapping[str, Any]) -> str:
     ]
     protocol = results["protocol"]
     drawn = protocol["samples"]
-    sampler = drawn["sampler"]
+    sampler, told = drawn["sampler"], _told(drawn.get("classes"), drawn.get("guidance"))
     hashes = ", ".join(f"{name} `{value}`" for name, value in protocol["sha256"].items())
     return f"""## Numbers
 
 {_table(("metric", "value", "95% interval", "floor"), rows)}
 
 The floor is the value of a perfect model with as many samples. Measured on {drawn["num_samples"]:,} samples of
-`{sampler["sampler"]}` with {sampler["steps"]} network evaluations and seed {drawn["seed"]}, by version
+`{sampler["sampler"]}` with {sampler["steps"]} network evaluations and seed {drawn["seed"]}{told}, by version
 {protocol["version"]} of the metrics. sha256: {hashes}."""
 
 

@@ -6,16 +6,21 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion.errors import UserError
+from diffusion.process.guidance import guided
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import FUNCTIONS, Clip, Denoiser, Predict
+from diffusion.process.samplers import FUNCTIONS, Clip, Denoiser
+from jobs.sample.classes import check_guidance, parse
 
 
 def arguments(folder: Path) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -26,7 +31,17 @@ def arguments(folder: Path) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--seed", type=int, default=config["seed"], help="each seed gives other samples")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=npz_file, default=Path("generated.npz"), help="file that is written")
-    return parser.parse_args(), config
+    if not (n := config["num_classes"]):
+        return parser.parse_args(), config
+    parser.add_argument("--classes", help=f"such as 7, 3,5 or 0-{n - 1}: sample i has the (i mod n)-th of these n")
+    parser.add_argument("--guidance", type=float, default=config["guidance"], help="how far they are exaggerated")
+    asked = parser.parse_args()
+    try:
+        asked.classes = config["classes"] if asked.classes is None else parse(asked.classes, n)
+        check_guidance(asked.guidance)
+    except UserError as error:
+        parser.error(str(error))
+    return asked, config
 
 
 def count(text: str) -> int:
@@ -51,11 +66,17 @@ def exact_numerics(precision: str) -> None:
 
 
 def draw(
-    predict: Predict, alphas_cumprod: Tensor, clip: Clip | None, config: Mapping[str, Any], asked: argparse.Namespace
+    predict: Callable[..., Tensor],
+    alphas_cumprod: Tensor,
+    clip: Clip | None,
+    config: Mapping[str, Any],
+    asked: argparse.Namespace,
 ) -> Tensor:
-    """Draws x0 [num_samples, *sample_shape], in the range that the network was trained on."""
+    """Draws x0 [num_samples, *sample_shape], in the range that the network was trained on.
+
+    `predict` takes xt and t, and classes if the model has some.
+    """
     device, sampler, size = torch.device(asked.device), config["sampler"], config["sub_batch_size"]
-    denoiser = Denoiser(predict, alphas_cumprod.double().cpu(), clip)
 
     def noise(first: int, stream: Stream, step: int) -> Tensor:
         numbers = normal(asked.seed, stream, step, first, first + size, tuple(config["sample_shape"]))
@@ -66,8 +87,12 @@ def draw(
         # Always full batches, because samples depend on their size in the last bits; the surplus is dropped.
         for first in range(0, asked.num_samples, size):
             later = partial(noise, first, Stream.SAMPLE_STEP)
+            eps = predict
+            if n := config["num_classes"]:
+                classes = torch.from_numpy(classes_of(asked, first, first + size)).to(device)
+                eps = guided(predict, classes, n, asked.guidance)
             *_, x0 = FUNCTIONS[sampler["sampler"]](
-                denoiser,
+                Denoiser(eps, alphas_cumprod.double().cpu(), clip),
                 noise(first, Stream.SAMPLE_START, 0),
                 steps=sampler["steps"],
                 noise=later,
@@ -75,3 +100,14 @@ def draw(
             )
             parts.append(x0)
     return torch.cat(parts)[: asked.num_samples]
+
+
+def save(samples: NDArray[Any], asked: argparse.Namespace) -> None:
+    """Writes the samples as arr_0, and their classes, if there are some, as arr_1."""
+    told = (classes_of(asked, 0, len(samples)),) if "classes" in asked else ()
+    np.savez(asked.out, samples, *told)
+
+
+def classes_of(asked: argparse.Namespace, start: int, stop: int) -> NDArray[np.int64]:
+    """The classes of samples [start, stop)."""
+    return np.array(asked.classes)[np.arange(start, stop) % len(asked.classes)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import UserError
-from diffusion.settings import MlpSettings, UnetSettings
+from diffusion.settings import ClassMlpSettings, ClassUnetSettings, MlpSettings, UnetSettings
 from jobs.evaluate.plan import complete_sets
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
@@ -24,7 +24,12 @@ from jobs.storage.records import precision_of
 from jobs.storage.run_folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = {MlpSettings: HERE / "generate_1d.py", UnetSettings: HERE / "generate_images.py"}
+PROGRAMS = {
+    MlpSettings: HERE / "generate_1d.py",
+    ClassMlpSettings: HERE / "generate_1d.py",
+    UnetSettings: HERE / "generate_images.py",
+    ClassUnetSettings: HERE / "generate_images.py",
+}
 """The program of each kind of network."""
 _OWN = re.compile(r"^from ((?:diffusion|jobs)(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 """An import of one of our files."""
@@ -110,7 +115,10 @@ def _config(experiment: str, config: ExperimentConfig, settings: SampleSettings)
         "sample_shape": (shape[-1], *shape[:-1]) if shape else (1,),
         "model": asdict(config.model),
         "diffusion": asdict(config.diffusion),
+        "num_classes": config.num_classes,
         "sampler": asdict(settings.sampler),
+        "classes": settings.classes,
+        "guidance": settings.guidance,
         "precision": settings.precision,
         "sub_batch_size": settings.sub_batch_size,
         "step": settings.step,

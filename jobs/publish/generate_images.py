@@ -1,15 +1,16 @@
 """Draws images with the model in this folder; needs torch, safetensors and denoising-diffusion-pytorch alone.
 
-python generate.py --num-samples 16 writes generated.npz (arr_0: uint8 [n, height, width, channels]) and a picture.
+python generate.py --num-samples 16 writes generated.npz (arr_0: uint8 [n, height, width, channels]; arr_1: classes,
+if the model has some) and a picture.
 """
 
 # SPDX-License-Identifier: MIT
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+from denoising_diffusion_pytorch import classifier_free_guidance as with_classes
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +18,7 @@ from torchvision.utils import save_image
 
 from diffusion.images.unet import with_fast_layers
 from diffusion.process.schedules import alphas_cumprod_at
-from jobs.publish.drawing import arguments, draw, exact_numerics
+from jobs.publish.drawing import arguments, draw, exact_numerics, save
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -28,13 +29,15 @@ def main() -> None:
     settings, diffusion = config["model"], config["diffusion"]
     channels, height, width = config["sample_shape"]
     patch = settings["patch_size"]
-    unet = Unet(
-        settings["dim"],
-        dim_mults=tuple(settings["dim_mults"]),
-        channels=channels * patch**2,
-        attn_heads=tuple(settings["attn_heads"] or [4] * len(settings["dim_mults"])),
-    )
-    abar = GaussianDiffusion(
+    mults, num_classes = tuple(settings["dim_mults"]), config["num_classes"]
+    unet: Unet | with_classes.Unet
+    if num_classes:
+        unet = with_classes.Unet(settings["dim"], num_classes, dim_mults=mults, channels=channels * patch**2)
+    else:
+        heads = tuple(settings["attn_heads"] or [4] * len(mults))
+        unet = Unet(settings["dim"], dim_mults=mults, channels=channels * patch**2, attn_heads=heads)
+    process = with_classes.GaussianDiffusion if num_classes else GaussianDiffusion
+    abar = process(
         unet,
         image_size=(height // patch, width // patch),
         timesteps=diffusion["timesteps"],
@@ -46,9 +49,12 @@ def main() -> None:
     unet.load_state_dict(load_file(FOLDER / "ema.safetensors"))
     unet.to(asked.device, memory_format=torch.channels_last).eval()
 
-    def predict(xt: Tensor, t: Tensor) -> Tensor:
+    def predict(xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         """eps of xt [batch, channels, height, width]; patch x patch pixels are channels of the network."""
-        out = F.pixel_shuffle(unet(F.pixel_unshuffle(xt, patch), t), patch)
+        told = {}
+        if classes is not None:  # num_classes stands for no class; the network takes one that exists, and a mask
+            told = {"classes": classes.clamp(max=num_classes - 1), "cond_keep_mask": classes < num_classes}
+        out = F.pixel_shuffle(unet(F.pixel_unshuffle(xt, patch), t, **told), patch)
         if not settings["noise_skip"]:
             return out
         a = alphas_cumprod_at(abar, t).float().view(-1, 1, 1, 1)
@@ -56,7 +62,7 @@ def main() -> None:
 
     x0 = draw(predict, abar, (-1.0, 1.0), config, asked)
     pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-    np.savez(asked.out, pixels.permute(0, 2, 3, 1).numpy())
+    save(pixels.permute(0, 2, 3, 1).numpy(), asked)
     save_image(pixels[:64].float() / 255, asked.out.with_suffix(".png"))
     print(f"{len(pixels)} samples are in {asked.out}, the first {len(pixels[:64])} in {asked.out.with_suffix('.png')}.")
 

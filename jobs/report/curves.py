@@ -16,6 +16,8 @@ from jobs.report.contents import Content, Json
 COLORS = ("#4c78c8", "#dd8452", "#3fa46a", "#d1495b", "#8f79c4", "#a3785f", "#d977b5", "#8c8c8c", "#b5a33c", "#3fa9c2")
 """Of the figures of a run, a bit stronger, so that they are seen on light and on dark."""
 CURVE, FLOOR = COLORS[0], COLORS[2]
+HELD_OUT = "held out, averaged weights"
+"""Names the curve of the held-out loss beside that of the training loss, as training.png does."""
 POINTS = 1200
 """So many points of a curve are kept: more than a screen can show."""
 
@@ -40,6 +42,11 @@ def points(lines: Sequence[Json], name: str) -> list[Point]:
         Point(step, value, (sums[i + 1] - sums[max(0, i + 1 - width)]) / (i + 1 - max(0, i + 1 - width)))
         for i, (step, value) in enumerate(found)
     ]
+
+
+def without_noise(lines: Sequence[Json], name: str) -> list[Point]:
+    """Returns a quantity that needs no running mean."""
+    return [point._replace(mean=point.value) for point in points(lines, name)]
 
 
 def points_of(runs: int) -> int:
@@ -68,23 +75,22 @@ def of_run(run: Content, most: int) -> dict[str, Any]:
     """
     steps = DataRange1d(range_padding=0.02)
     floor, progress = run.floor, [line for line in run.timing if line["event"] == "progress"]
-    loss = points(run.history, "loss")
+    loss, held_out = points(run.history, "loss"), without_noise(run.history, "held_out_loss")
     excess = [] if floor is None else [Point(p.step, p.value - floor, p.mean - floor) for p in loss]
     names = sorted({name for line in run.history for name in line if name.startswith("loss_t")})
     bands = {f"t < {i + 1}/{len(names)} T": points(run.history, name) for i, name in enumerate(names)}
-    rates = [point._replace(mean=point.value) for point in points(run.history, "lr")]  # known without any noise
     quantities: dict[str, tuple[Mapping[str, Sequence[Point]], Scale]] = {
-        "Training loss": ({"": loss}, "log"),
+        "Training loss": ({"in training": loss, HELD_OUT: held_out} if held_out else {"": loss}, "log"),
         "Excess loss: above the smallest loss that any network can reach": ({"": excess}, "log"),
         "Loss by noise level": (bands, "log"),
         "Norm of the gradient before clipping": ({"": points(run.history, "grad_norm")}, "log"),
-        "Learning rate": ({"": rates}, "linear"),
+        "Learning rate": ({"": without_noise(run.history, "lr")}, "linear"),
         "Images per second": ({"": points(progress, "images_per_s")}, "linear"),
     }
     figures = {}
     for title, (curves, scale) in quantities.items():
         if any(curves.values()):
-            figures[title] = _figure(curves, scale, steps, most, with_values=len(curves) == 1)
+            figures[title] = _figure(curves, scale, steps, most, with_values=curves is not bands)
             _mark_restarts(figures[title], run.starts)
     if floor is not None and "Training loss" in figures:
         figures["Training loss"].add_layout(
@@ -104,8 +110,10 @@ def compared(runs: Sequence[Content]) -> dict[str, Any]:
     }
     rates = {run.label: points([x for x in run.timing if x["event"] == "progress"], "images_per_s") for run in runs}
     norms = {run.label: points(run.history, "grad_norm") for run in runs}
+    held_out = {run.label: without_noise(run.history, "held_out_loss") for run in runs}
     quantities: dict[str, tuple[Mapping[str, Sequence[Point]], Scale]] = {
         "Training loss": (losses, "log"),
+        "Held-out loss of the averaged weights": (held_out, "log"),
         "Excess loss": (excesses, "log"),
         "Norm of the gradient before clipping": (norms, "log"),
         "Images per second": (rates, "linear"),
@@ -160,10 +168,9 @@ def _figure(
         if with_values:
             columns["value"] = [point.value for point in shown]
         source = _source(columns)
-        if with_values:
-            plot.line("step", "value", source=source, color=color, alpha=0.3)
+        drawn = [plot.line("step", "value", source=source, color=color, alpha=0.3)] if with_values else []
         line = plot.line("step", "mean", source=source, color=color, line_width=2)
-        lines.append((name, [line]))
+        lines.append((name, [*drawn, line]))
         if len(shown) == 1:  # a line of one point cannot be seen
             plot.scatter("step", "mean", source=source, color=color, size=6)
     tips = {"value": "value", "running mean": "mean"}

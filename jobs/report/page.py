@@ -15,6 +15,7 @@ from diffusion.errors import UserError
 from jobs.evaluate.report import MetricRow
 from jobs.report import contents, curves
 from jobs.report.contents import Content
+from jobs.sample import classes
 from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.tables import short
@@ -56,7 +57,12 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": short, "moment": _moment, "setting": _setting}
+    environment.filters |= {
+        "short": short,
+        "moment": _moment,
+        "setting": _setting,
+        "classes": lambda told: classes.label(tuple(told)),
+    }
     page = environment.get_template("page.html.jinja")
     return page.render(
         runs=found,

@@ -1,5 +1,6 @@
-"""Classes as on the command line: `7`, `3,5` or `0-9`. Imports neither torch nor numpy."""
+"""Classes as on the command line, `7`, `3,5` or `0-9`, and their guidance. Imports neither torch nor numpy."""
 
+import math
 import re
 from itertools import groupby
 
@@ -21,6 +22,11 @@ def parse(text: str, num_classes: int) -> tuple[int, ...]:
         found += range(first, last + 1)
     require(len(set(found)) == len(found), RULE, repr(text))
     return tuple(found)
+
+
+def check_guidance(scale: float) -> None:
+    """Raises SettingsError for a scale that exaggerates nothing."""
+    require(math.isfinite(scale) and scale >= 0, "--guidance must be at least 0 and finite", scale)
 
 
 def label(classes: tuple[int, ...]) -> str:

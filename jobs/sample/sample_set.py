@@ -1,6 +1,5 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
-import math
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import sha256, whole, write_json
-from jobs.sample.classes import label, parse
+from jobs.sample.classes import check_guidance, label, parse
 from jobs.storage import checkpoints
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
@@ -88,10 +87,10 @@ def plan(
     told: dict[str, Any] = {}
     if n := config.num_classes:
         scale = entry.guidance if guidance is None else guidance
-        require(math.isfinite(scale) and scale >= 0, "--guidance must be at least 0 and finite", scale)
+        check_guidance(scale)
         told = {"classes": parse(classes, n) if classes is not None else tuple(range(n)), "guidance": float(scale)}
     else:
-        known = ", ".join(name for name, other in EXPERIMENTS.items() if other.preset.num_classes)
+        known = ", ".join(name for name, other in EXPERIMENTS.items() if other.preset.knows_classes)
         for flag, value in (("--classes", classes), ("--guidance", guidance)):
             require(value is None, f"{flag} is for models that know classes ({known}), not for {experiment}", value)
     step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)

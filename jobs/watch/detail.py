@@ -97,7 +97,9 @@ def _progress(detail: dict[str, Any]) -> str:
         f"{rate:,.0f} images/s" if rate is not None else "",
         f"{tables.short(detail['eta_s'])} left" if detail["eta_s"] is not None else "",
         f"{restarts} restart{'s' if restarts > 1 else ''}" if (restarts := detail["restarts"]) else "",
-        f"last heard of {tables.short(age_s)} ago" if silent else "",
+        f"{'ended' if detail['state'] == State.FINISHED else 'last heard of'} {tables.short(age_s)} ago"
+        if silent
+        else "",
     ]
     return ", ".join(filter(None, parts))
 
@@ -119,7 +121,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     train = config.train
     always = {"train.batch-size": train.batch_size, "train.lr": train.lr, "train.seed": train.seed}
     changed = experiment_json.differences(EXPERIMENTS[experiment].preset, config)
-    usual = {"train.steps"}
+    usual = {"train.steps", "data.sha256"}  # a hash is no choice
     if train.grad_shards == states.read_launch(run).get("resources", {}).get("processes"):
         usual.add("train.grad-shards")  # they are as many without being asked for
     return {**always, **{flag: value for flag, _, value in sorted(changed) if flag not in usual}}

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import pickle
 import re
 import shutil
@@ -23,7 +24,8 @@ from torchvision import datasets
 from diffusion.data import array_files, own_images, picture_files
 from diffusion.errors import UserError
 from diffusion.images import evaluation
-from diffusion.problems.own_images import OwnImagesProblem
+from diffusion.images.pixels import unscaled
+from diffusion.problems.own_images import OwnClassesProblem, OwnImagesProblem
 from diffusion.settings import DiffusionSettings, SamplerSettings, SettingsError, UnetSettings
 from diffusion.statistics.evaluator import Drawn
 from tests.launching import NO_FIGURES, done, launch
@@ -358,6 +360,17 @@ def test_images_of_too_few_pixels_are_refused_by_their_own_size(tmp_path: Path) 
     assert OwnImagesProblem(root=str(tmp_path / "a.npy"), size=(16,)).absolute().shape == (16, 16, 1)
 
 
+def test_few_test_images_are_held_out_at_many_timesteps(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "a", grey[:23], CLASSES[:23])
+    problem = OwnImagesProblem(root=str(root)).absolute()
+    found = problem.build(MODEL, DIFFUSION).held_out()
+    assert found is not None
+    (x0,) = found
+    images, counts = np.unique(unscaled(x0), axis=0, return_counts=True)
+    assert {image.tobytes() for image in images} == {grey[i].tobytes() for i in (9, 19)}
+    assert counts.tolist() == [256, 256]
+
+
 def test_coloured_images_are_trained_and_judged(
     colours: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +386,25 @@ def test_coloured_images_are_trained_and_judged(
     found = evaluator.metrics({name: unit.compute() for name, unit in evaluator.units().items()})
     assert found["copies"].value == 1.0
     assert 8 < found["bits_per_dim"].value < 30  # noise has 8; the network has learnt nothing
+
+
+def test_a_folder_for_each_class_is_drawn_by_class(grey: NDArray[np.uint8], tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "mine", grey, CLASSES)
+    small = ("--model.dim", 8, "--train.batch-size", 4, "--train.steps", 4, "--train.held-out-every", 4, "--name", "a")
+    done("train", "images-classes", "--data.root", root, *small, cwd=tmp_path)
+    run = tmp_path / "runs" / "images-classes" / "a"
+    assert json.loads((run / "experiment.json").read_text())["data"]["classes"] == 3
+    assert (run / "figures" / "classes.png").exists()
+    sample = ("sample", "images-classes/a", "--num-samples", 5, "--steps", 2, "--name", "s", "--classes")
+    done(*sample, "1", cwd=tmp_path)
+    with np.load(run / "samples" / "s" / "samples.npz") as drawn:
+        assert drawn["arr_0"].shape == (5, 12, 20, 1) and drawn["arr_1"].tolist() == [1] * 5
+    refused = launch(*sample, "3", cwd=tmp_path)
+    assert refused.code == 2 and "--classes must lie between 0 and 2; got 3" in refused.err
+    with pytest.raises(SettingsError, match=r"needs at least two classes, .*; got 1"):
+        OwnClassesProblem(root=str(write_folder(tmp_path / "plain", grey))).absolute()
+    with pytest.raises(SettingsError, match=r"data\.classes must be 3, .*; got 2"):
+        OwnClassesProblem(root=str(root), classes=2).absolute()
 
 
 def test_a_run_takes_no_other_images(colours: NDArray[np.uint8], tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import ownership
 from jobs.storage.run_folder import RunFolder, State, find
-from jobs.watch import listing, states, sweep
+from jobs.watch import detail, listing, states, sweep
 from slurm.queue import JobState
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until
 
@@ -269,9 +269,14 @@ def test_one_run_in_detail(tmp_path: Path) -> None:
     assert "few: 100, complete" in text
     assert "many: 70,000, 1 of 2 shards" in text
     assert re.search(r"settings .*train.batch-size 64.*model.dim 16", text)
-    detail = json.loads(done("status", "1d", "--json", cwd=tmp_path).out)
-    assert detail["checkpoints"] == [50]
-    assert detail["samples"][1]["shards"] == 1
+    said = json.loads(done("status", "1d", "--json", cwd=tmp_path).out)
+    assert said["checkpoints"] == [50]
+    assert said["samples"][1]["shards"] == 1
+
+
+def test_only_a_run_that_has_not_finished_is_one_not_heard_of(make: Callable[..., RunFolder]) -> None:
+    for name, words in (("finished", "ended 60 min ago"), ("interrupted", "last heard of 60 min ago")):
+        assert words in detail.render(detail.describe(make(name, state=name), {}), 80)
 
 
 def test_the_traceback_of_the_first_failure_is_shown(make: Callable[..., RunFolder], tmp_path: Path) -> None:

@@ -30,11 +30,14 @@ sys.meta_path.insert(0, Refuse())
 """
 """For sitecustomize.py: a Python to which these packages are not installed."""
 
+ASKED = ("--classes", "1,0", "--guidance", "1.5")
 DRAW = {
     "1d": ("--num-samples", 5000, "--sampler", "ddpm", "--steps", 5, "--seed", 3),
     "mnist-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--eta", 0.5),
+    "1d-classes": ("--num-samples", 5000, "--steps", 3, *ASKED),
+    "mnist-classes-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--guidance", 2),
 }
-SIZE = {"1d": TINY, "mnist-small": ("--model.dim", 8, "--train.batch-size", 4)}
+SIZE = {name: TINY if name.startswith("1d") else ("--model.dim", 8, "--train.batch-size", 4) for name in DRAW}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +48,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
         settings = (*SIZE[experiment], "--train.steps", 3, "--train.seed", 7, "--name", "a")
         done("train", experiment, *settings, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
         done("sample", f"{experiment}/a", *DRAW[experiment], "--name", "s", cwd=root)
+    done("sample", "1d-classes/a", *DRAW["1d-classes"][:4], "--name", "newer", cwd=root)  # what export takes over
     return root / "runs"
 
 
-def generated(model: Path, count: int, refused: set[str], tmp_path: Path) -> np.ndarray:
+def generated(model: Path, count: int, refused: set[str], tmp_path: Path, *more: str) -> dict[str, np.ndarray]:
     """What generate.py writes in a Python that lacks these packages."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(REFUSE.format(refused=refused))
@@ -58,11 +62,18 @@ def generated(model: Path, count: int, refused: set[str], tmp_path: Path) -> np.
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, model / "generate.py", "--num-samples", str(count), "--out", tmp_path / "drawn.npz"]
+    command = [
+        sys.executable,
+        model / "generate.py",
+        "--num-samples",
+        str(count),
+        "--out",
+        tmp_path / "drawn.npz",
+        *more,
+    ]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
-    array: np.ndarray = np.load(tmp_path / "drawn.npz")["arr_0"]
-    return array
+    return dict(np.load(tmp_path / "drawn.npz"))
 
 
 @pytest.mark.processes
@@ -70,11 +81,14 @@ def generated(model: Path, count: int, refused: set[str], tmp_path: Path) -> np.
 def test_generate_py_draws_what_sample_draws_without_this_project(experiment: str, runs: Path, tmp_path: Path) -> None:
     run = RunFolder(runs / experiment / "a")
     folder.publish(run, None, "mit", tmp_path / "model", print)
-    drawn = np.load(run.samples / "s" / "samples.npz")["arr_0"]
-    refused = OURS | (LIBRARYS if experiment == "1d" else set())
-    found = generated(tmp_path / "model", len(drawn) - 3, refused, tmp_path)
-    assert found.dtype == drawn.dtype
-    assert np.array_equal(found, drawn[:-3])
+    drawn = dict(np.load(run.samples / "s" / "samples.npz"))
+    refused = OURS | (LIBRARYS if experiment.startswith("1d") else set())
+    asked = ASKED if experiment == "1d-classes" else ()
+    found = generated(tmp_path / "model", len(drawn["arr_0"]) - 3, refused, tmp_path, *asked)
+    assert found.keys() == drawn.keys() == ({"arr_0", "arr_1"} if "classes" in experiment else {"arr_0"})
+    for name, array in found.items():
+        assert array.dtype == drawn[name].dtype
+        assert np.array_equal(array, drawn[name][:-3])
     weights = run.checkpoints / "step-00000003" / "ema.safetensors"
     assert sha256(tmp_path / "model" / "ema.safetensors") == sha256(weights)
 
@@ -154,3 +168,15 @@ def test_a_published_model_refuses_what_it_cannot_draw_or_write(
     with pytest.raises(SystemExit, match="2"):
         drawing.arguments(tmp_path)
     assert f"argument {flag}: {words}" in capsys.readouterr().err
+
+
+def test_a_published_model_refuses_classes_as_sample_does(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.publish(RunFolder(runs / "1d-classes" / "a"), None, "mit", tmp_path / "model", print)
+    for flags, words in (("--classes 2", "--classes must lie between 0 and 1; got 2"), ("--guidance nan", "finite")):
+        monkeypatch.setattr(sys, "argv", ["generate.py", *flags.split()])
+        with pytest.raises(SystemExit, match="2"):
+            drawing.arguments(tmp_path / "model")
+        assert words in capsys.readouterr().err
+    assert "of classes 0-1 in turn with guidance 1" in (tmp_path / "model" / "README.md").read_text()

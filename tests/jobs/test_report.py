@@ -115,6 +115,30 @@ def test_the_curves_are_those_of_the_files(run: RunFolder) -> None:
     assert excess["value"] == pytest.approx(losses - floor, abs=1e-6)
 
 
+def test_the_held_out_loss_lies_beside_the_training_loss(run: RunFolder) -> None:
+    lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    lines[2]["held_out_loss"], lines[5]["held_out_loss"] = 0.5, 0.25
+    lines.append({"step": lines[-1]["step"] + 1, "held_out_loss": 0.125})  # a step that was not to be logged
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.status.write_text(json.dumps({**run.read_status(), "held_out_loss": 0.125}))
+    content = contents.read(run, {}, 100)
+    figure = curves.of_run(content, 1200)["Training loss"]
+    values, means, _, held_out, _ = (line.data_source.data for line in figure.renderers)
+    assert len(values["value"]) == len(means["mean"]) == len(lines) - 1
+    assert held_out["step"].tolist() == [lines[i]["step"] for i in (2, 5, -1)]
+    assert held_out["value"].tolist() == held_out["mean"].tolist() == [0.5, 0.25, 0.125]
+    other = RunFolder(shutil.copytree(run.path, run.path.with_name("other")))
+    assert "Held-out loss of the averaged weights" in curves.compared([content, contents.read(other, {}, 100)])
+    assert "held-out loss 0.1250" in shown(run).text
+
+
+def test_a_set_of_classes_says_which(run: RunFolder) -> None:
+    manifest = run.samples / "before" / "manifest.json"
+    assert "guidance" not in shown(run).text
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "classes": [0, 1, 2, 7], "guidance": 1.5}))
+    assert "seed 0; classes 0-2+7 in turn, guidance 1.5." in shown(run).text
+
+
 def test_a_long_curve_keeps_its_peaks() -> None:
     values = np.random.default_rng(0).normal(size=50_000)
     values[[12_345, 40_001]] = 9, -9

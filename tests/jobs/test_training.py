@@ -57,13 +57,15 @@ def test_an_update_is_that_of_plain_torch(max_grad_norm: float, micro_batch_size
     torch.testing.assert_close(training.ema.network.state_dict(), average.state_dict(), rtol=1e-4, atol=1e-6)
 
 
-def test_the_held_out_loss_of_the_exact_network_is_the_smallest_that_any_can_have() -> None:
+@pytest.mark.parametrize("name", ["1d", "1d-classes"])
+def test_the_held_out_loss_of_the_exact_network_is_the_smallest_that_any_can_have(name: str) -> None:
     """On draws that no training makes, at timesteps and with noise that are the same whatever the run's seed."""
-    preset = EXPERIMENTS["1d"].preset
+    preset = EXPERIMENTS[name].preset
     experiment = preset.build()
     assert isinstance(experiment, Gaussian1d)
     training = Training(experiment, replace(preset.train, seed=7), start(1, "cpu", "fp32"))
     training.held_out._build = lambda: Exact(experiment)
+    experiment.class_dropout = 0.0  # here all classes are told
     found, floor = training.held_out.loss(), experiment.loss_floor()
     assert found == pytest.approx(floor, rel=0.02)  # 8,192 draws
     other = Training(experiment, replace(preset.train, seed=8), training.world)
@@ -78,8 +80,8 @@ class Exact(DiffusionModel):
         super().__init__(nn.Identity(), experiment.abar)
         self.exact = experiment
 
-    def predict(self, xt: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return self.exact.exact_predict(xt, t)
+    def predict(self, xt: torch.Tensor, t: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
+        return self.exact.exact_predict(xt, t, classes)
 
 
 def test_the_held_out_loss_is_that_of_the_averaged_weights_as_they_are_now() -> None:
