@@ -11,8 +11,8 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 
-FORMAT = 2
-"""Raise it when a setting comes, goes or changes its meaning. 1 had no number."""
+FORMAT = 3
+"""Raise it when a setting comes, goes or changes its meaning. 1 had no number, 1 and 2 no alerts."""
 
 
 def write(experiment: str, config: ExperimentConfig) -> str:
@@ -30,6 +30,8 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
             f"experiment.json is of a newer version of this program: its format is {number}, and this version reads "
             f"up to {FORMAT}"
         )
+    if number < 3 and isinstance(values.get("tracking"), dict):
+        values["tracking"].setdefault("alerts", False)  # whoever began such a run has not asked for any
     experiment = values.pop("experiment", None)
     if experiment not in EXPERIMENTS:
         raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")

@@ -44,3 +44,5 @@ def test_the_format_has_a_number() -> None:
         read(json.dumps({**values, "format": FORMAT + 1, "train": {**values["train"], "new": 3}}))
     del values["format"]  # as before it had one
     assert read(json.dumps(values)) == ("1d", EXPERIMENTS["1d"].preset)
+    del values["tracking"]["alerts"]
+    assert not read(json.dumps(values))[1].tracking.alerts
