@@ -76,12 +76,15 @@ class ImageExperiment(Experiment):
         load_classes: Callable[[], NDArray[np.uint8]] | None = None,
         num_classes: int = 0,
         load_test_images: Callable[[], Images] | None = None,
+        load_test_classes: Callable[[], NDArray[np.uint8]] | None = None,
     ) -> None:
         """`load_images` returns the training images [n, height, width, channels], `shape` is that of one.
 
         `noun` is what figures call the images. `load_test_images` is None for a data set without test images.
-        `load_classes` returns the classes of the training images [n], for networks that are told `num_classes` of them.
+        `load_classes` returns the classes of the training images [n], for networks that are told `num_classes` of them;
+        `load_test_classes` those of the test images.
         """
+        self.load_test_classes = load_test_classes
         self.load_images, self.load_test_images, self.load_classes = load_images, load_test_images, load_classes
         if isinstance(model, ClassSettings):
             self.num_classes, self.class_dropout = num_classes, model.class_dropout
@@ -128,12 +131,17 @@ class ImageExperiment(Experiment):
             self.images = self.images.to(device)
         return scaled(self.images[sent(self._indices(seed, step, start, stop, batch_size), device)])
 
-    def held_out(self) -> Tensor | None:
+    def held_out(self) -> tuple[Tensor, ...] | None:
         if self.load_test_images is None:
             return None
         images = self.load_test_images()
         chosen = permutation(0, Stream.EVALUATION, 1, len(images))[:HELD_OUT]
-        return scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
+        x0 = scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
+        if not self.num_classes:
+            return (x0,)
+        assert self.load_test_classes is not None
+        classes = self.load_test_classes()[chosen].astype(np.int64)
+        return x0, torch.from_numpy(self.with_dropout(classes, 0, 0, 0))  # a training draws steps from 1 on
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""

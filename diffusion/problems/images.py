@@ -116,12 +116,19 @@ class ImageProblem(Problem):
             self.data_set.require(Path(self.root))
             return self.data_set.read_images(Path(self.root), split)
 
-        def load_classes() -> "NDArray[np.uint8]":
-            return self.data_set.read_labels(Path(self.root), "train")
+        def load_classes(split: Split) -> "NDArray[np.uint8]":
+            return self.data_set.read_labels(Path(self.root), split)
 
-        images, test = partial(load, "train"), partial(load, "test")
         return ImageExperiment(
-            images, self.shape, self.noun, model, diffusion, load_classes, self.num_classes, load_test_images=test
+            partial(load, "train"),
+            self.shape,
+            self.noun,
+            model,
+            diffusion,
+            partial(load_classes, "train"),
+            self.num_classes,
+            load_test_images=partial(load, "test"),
+            load_test_classes=partial(load_classes, "test"),
         )
 
     def evaluator(
