@@ -93,7 +93,7 @@ class Evaluate:
         return plan.plan(run, name, self.inception_fid, self.likelihood, self.checkpoint)
 
     def _all(self, run: RunFolder) -> list[Evaluation]:
-        """Finds the sets that can be compared with the newest one: of the same weights, with enough samples."""
+        """Finds the sets to compare with the newest one: of the same weights and classes, with enough samples."""
         found = [self._plan(run, None)]
         for name in plan.complete_sets(run)[1:]:
             try:
@@ -101,10 +101,13 @@ class Evaluate:
             except UserError as error:
                 print(f"Left out: {error}", file=sys.stderr)
                 continue
-            if other.protocol["sha256"]["weights"] == found[0].protocol["sha256"]["weights"]:
-                found.append(other)
-            else:
+            if other.protocol["sha256"]["weights"] != found[0].protocol["sha256"]["weights"]:
                 print(f"Left out: {other.folder.name}, which is of other weights", file=sys.stderr)
+            elif len({frozenset(each.samples.settings.classes or ()) for each in (other, found[0])}) > 1:
+                # What it is compared with is another distribution, and some metrics are not there.
+                print(f"Left out: {other.folder.name}, which is of other classes", file=sys.stderr)
+            else:
+                found.append(other)
         return found
 
     def _find(self, name: str) -> tuple[RunFolder, str | None]:

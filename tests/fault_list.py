@@ -101,6 +101,13 @@ FAULTS = [
         "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[bf16-others1]",
     ),
     Fault(
+        "the held-out loss of a network with classes is that of no class",
+        "jobs/train/held_out.py",
+        "(x0, t, eps, *told)",
+        "(x0, t, eps)",
+        "tests/jobs/test_training.py::test_the_held_out_loss_of_the_exact_network_is_the_smallest_that_any_can_have",
+    ),
+    Fault(
         "ddpm adds the predicted noise instead of taking it away",
         "diffusion/process/samplers.py",
         "mu = (xt - (1 - alpha) / (1 - abar)",

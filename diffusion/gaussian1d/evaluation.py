@@ -52,6 +52,8 @@ class Evaluator1d(Evaluator):
             for steps in STEPS
             if steps <= len(self._abar)
         ]
+        # What is asked of the network as a whole is asked without a class, for any mixture of samples.
+        self._without = ", without a class" if experiment.num_classes else ""
         self._own, order = sampler, list(SAMPLERS)
         self._samplers = sorted({sampler, *compared}, key=lambda s: (order.index(s.sampler), s.eta, s.steps))
 
@@ -87,17 +89,17 @@ class Evaluator1d(Evaluator):
         entropy = self._start.entropy()
         return {
             **found,
-            "network_error": Metric("W1 by the network alone", float(errors["network_alone"]), 0.0),
+            "network_error": Metric(f"W1 by the network alone{self._without}", float(errors["network_alone"]), 0.0),
             "sampler_error": Metric("W1 by the sampler alone", float(errors["sampler_alone"]), float(errors["floor"])),
-            "excess_loss": Metric("excess loss over the optimum", float(excess.mean()), 0.0),
-            "log_likelihood": Metric("log-likelihood (nats)", -entropy - gap, -entropy, "higher"),
-            "likelihood_gap": Metric("KL(data || model) (nats)", gap, 0.0),
+            "excess_loss": Metric(f"excess loss over the optimum{self._without}", float(excess.mean()), 0.0),
+            "log_likelihood": Metric(f"log-likelihood (nats){self._without}", -entropy - gap, -entropy, "higher"),
+            "likelihood_gap": Metric(f"KL(data || model) (nats){self._without}", gap, 0.0),
         }
 
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
         if self._model is None:
             return {}
-        title = "W1 to the exact answer, by sampler and network evaluations"
+        title = f"W1 to the exact answer, by sampler and network evaluations{self._without}"
         rows: list[dict[str, str | float]] = [
             {
                 "sampler": s.sampler,

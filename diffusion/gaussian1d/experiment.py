@@ -86,8 +86,8 @@ class Gaussian1d(Experiment):
         return self.mixture.components(torch.from_numpy(uniform(seed, Stream.COMPONENT, step, start, stop))).numpy()
 
     def held_out(self) -> tuple[Tensor, ...]:
-        x0 = self.batch(0, 0, 0, HELD_OUT, HELD_OUT, torch.device("cpu"))  # a training draws steps from 1 on
-        return (x0, torch.from_numpy(self.classes(0, 0, 0, HELD_OUT, HELD_OUT))) if self.num_classes else (x0,)
+        drawn = 0, 0, 0, HELD_OUT, HELD_OUT  # a training draws steps from 1 on
+        return self.batch(*drawn, torch.device("cpu")), *map(torch.from_numpy, self.told(*drawn))
 
     def to_array(self, x0: Tensor) -> NDArray[np.float32]:
         return x0[:, 0].float().cpu().numpy()

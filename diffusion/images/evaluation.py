@@ -70,6 +70,8 @@ class ImageEvaluator(Evaluator):
         self._load, self._samples, self._model, self._seed = load, samples[:LARGEST], model, seed
         self._inception, self._noun, self._likelihood = inception, noun, likelihood
         self._n = len(self._samples)
+        # The bound and the flow ask the network without a class: so they compare with those of a model that has none.
+        self._without = ", without a class" if model is not None and model.num_classes else ""
         self._asked = classes[: self._n] if classes is not None else None
 
     @cached_property
@@ -127,15 +129,19 @@ class ImageEvaluator(Evaluator):
         bound = self._whole_bound(results)
         return {
             **found,
-            "held_out_loss": Metric(f"loss of test {self._noun}", self._mean(bits_table.mean_loss(bound)), None),
-            "bits_per_dim": Metric(f"bits per dimension of test {self._noun}", self._mean(bound.total), None),
+            "held_out_loss": Metric(
+                f"loss of test {self._noun}{self._without}", self._mean(bits_table.mean_loss(bound)), None
+            ),
+            "bits_per_dim": Metric(
+                f"bits per dimension of test {self._noun}{self._without}", self._mean(bound.total), None
+            ),
             **(self._flow_metrics(results) if self._likelihood else {}),
         }
 
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
         if self._model is None:
             return {}
-        title = f"Bits per dimension and loss of {len(self._bounded)} test {self._noun}, by timestep"
+        title = f"Bits per dimension and loss of {len(self._bounded)} test {self._noun}, by timestep{self._without}"
         return {"bound": Table(title, bits_table.rows(self._whole_bound(results)))}
 
     def curves(self, results: Mapping[str, Result]) -> dict[str, Any]:
@@ -177,7 +183,9 @@ class ImageEvaluator(Evaluator):
         labels = {"model": "bits by the flow (ODE), its own noise", "uniform": "bits by the flow (ODE), uniform noise"}
         parts = [results[f"flow-{first}"] for first in range(0, len(self._bounded), BOUND_CHUNK)]
         return {
-            f"flow_bits_{noise}": Metric(label, self._mean(np.concatenate([part[noise] for part in parts])), None)
+            f"flow_bits_{noise}": Metric(
+                label + self._without, self._mean(np.concatenate([part[noise] for part in parts])), None
+            )
             for noise, label in labels.items()
         }
 

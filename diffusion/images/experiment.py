@@ -143,7 +143,8 @@ class ImageExperiment(Experiment):
         if not self.num_classes:
             return (x0,)
         assert self.load_test_classes is not None
-        return x0, torch.from_numpy(self.load_test_classes()[chosen].astype(np.int64))
+        classes = self.load_test_classes()[chosen].astype(np.int64)
+        return x0, torch.from_numpy(self.with_dropout(classes, 0, 0, 0))  # a training draws steps from 1 on
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""

@@ -127,8 +127,8 @@ class ImageProblem(Problem):
             diffusion,
             partial(load_classes, "train"),
             self.num_classes,
-            partial(load, "test"),
-            partial(load_classes, "test"),
+            load_test_images=partial(load, "test"),
+            load_test_classes=partial(load_classes, "test"),
         )
 
     def evaluator(

@@ -87,13 +87,20 @@ class Experiment(ABC):
         """
         if not self.num_classes:
             return ()
-        dropped = uniform(seed, Stream.CLASS_DROPOUT, step, start, stop) < self.class_dropout
-        return (np.where(dropped, self.num_classes, self.classes(seed, step, start, stop, batch_size)),)
+        return (self.with_dropout(self.classes(seed, step, start, stop, batch_size), seed, step, start),)
+
+    def with_dropout(self, classes: NDArray[np.int64], seed: int, step: int, start: int) -> NDArray[np.int64]:
+        """The classes [n] of examples from `start` on as the network is told them."""
+        dropped = uniform(seed, Stream.CLASS_DROPOUT, step, start, start + len(classes)) < self.class_dropout
+        return np.where(dropped, self.num_classes, classes)
 
     @abstractmethod
     def held_out(self) -> tuple[Tensor, ...] | None:
-        """x0 [n, *sample_shape] that no training sees, always the same, and their classes [n] if the network is told
-        them, both on the host; None if the data have no such."""
+        """x0 [n, *sample_shape] on the host that no training sees, always the same; None if the data have no such.
+
+        If the network is told classes, these [n] come last, left out as often as in training: else the loss of these
+        examples would not be comparable with that of the training's.
+        """
 
     @abstractmethod
     def to_array(self, x0: Tensor) -> NDArray[Any]:

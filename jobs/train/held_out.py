@@ -30,14 +30,18 @@ class HeldOut:
 
     @cached_property
     def _chunks(self) -> list[tuple[Tensor, ...]]:
-        """x0 [n, *sample_shape], t [n], eps like x0 and classes [n] if known, in chunks; [] if there are no such."""
-        if (found := self._experiment.held_out()) is None:
+        """x0 [n, *sample_shape], t [n], eps like x0 and what the network is told, in chunks.
+
+        [] if the data set has nothing to hold out.
+        """
+        examples = self._experiment.held_out()
+        if examples is None:
             return []
-        x0, *classes = found
+        x0, *told = examples
         u = stratified(0, Stream.TIMESTEP, 0, 0, len(x0), len(x0))
         t = torch.from_numpy(timesteps(u, len(self._model.alphas_cumprod)))
         eps = torch.from_numpy(normal(0, Stream.NOISE, 0, 0, len(x0), tuple(x0.shape[1:])))
-        return list(zip(*(part.split(CHUNK) for part in (x0, t, eps, *classes)), strict=True))
+        return list(zip(*(part.split(CHUNK) for part in (x0, t, eps, *told)), strict=True))
 
     @torch.no_grad()
     def loss(self) -> float | None:

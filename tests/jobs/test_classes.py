@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from commands.evaluate import Evaluate
 from diffusion.settings import SettingsError
 from jobs.sample.classes import label, parse
 from tests.launching import NO_FIGURES, TINY, done, launch, sentence
@@ -84,6 +85,15 @@ def test_classes_and_guidance_decide_over_the_samples(root: Path) -> None:
     both = drawn("1+0", "1.5")
     np.testing.assert_allclose(both[::2], drawn("1", "1.5")[::2], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(both[1::2], drawn("0", "1.5")[1::2], rtol=1e-4, atol=1e-5)
+
+
+def test_sets_of_other_classes_are_left_out_of_a_comparison(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another distribution is their measure, and of some metrics there are none."""
+    for name, classes in (("one", "1"), ("back", "2,1,0"), ("all", "0-2")):
+        done(*SAMPLE, "--num-samples", "50", "--classes", classes, "--name", name, cwd=root)
+    command = Evaluate(run=str(root / RUN), all=True)
+    assert {evaluation.folder.name for evaluation in command._asked()} == {"all", "back"}
+    assert capsys.readouterr().err == "Left out: one, which is of other classes\n"
 
 
 def test_other_classes_are_another_set_and_models_without_classes_have_none(root: Path) -> None:
