@@ -49,6 +49,8 @@ class Status:
             shown = detail.describe(run, ask_slurm(detail.all_jobs(run)))
             print(json.dumps(shown, indent=2) if self.json else detail.render(shown, width))
             return 0
+        if self.runs_dir.exists() and not self.runs_dir.is_dir():
+            raise UserError(f"--runs-dir must be a folder; {self.runs_dir} is none")
         runs = listing.runs(self.runs_dir)
         jobs = ask_slurm(states.newest_jobs(runs))
         found = listing.by_last_update(states.summarize(run, jobs) for run in runs)

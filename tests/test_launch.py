@@ -63,6 +63,7 @@ from tests.launching import (
         (["audit", "1d/a", "--retries", "3"], ["--retries"]),
         (["resume", "nowhere"], ["nowhere", "1d, 1d-classes, mnist, mnist-small"]),
         (["resume", "1d"], ["no run of 1d"]),
+        (["status", "--runs-dir", "/dev/null"], ["--runs-dir must be a folder", "/dev/null"]),
         (["sample", "1d/a"], ["1d/a"]),
     ],
 )
@@ -163,6 +164,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     ("file", "content", "code", "words"),
     [
         ("status.json", '{"state": "of a later version"}', 0, ""),
+        ("status.json", "", 0, ""),  # as a power cut may leave it
         ("status.json", '{"state": "fail', 2, "status.json is not JSON"),
         ("samples/s/.jobs.json", '["1"', 2, ".jobs.json is not JSON"),
         ("experiment.json", f'{{"experiment": {"9" * 5000}}}', 2, "experiment.json"),

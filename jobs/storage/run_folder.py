@@ -104,7 +104,10 @@ class RunFolder:
         write_atomically(self.path / "experiment.json", experiment_json.write(experiment, config))
 
     def read_status(self) -> dict[str, Any]:
-        """Reads status.json; {} before the run has written any."""
+        """Reads status.json; {} before the run has written any, and where a power cut has left an empty file."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if self.status.stat().st_size == 0:
+                return {}
         return _read_json(self.status)
 
     def state(self) -> State:
