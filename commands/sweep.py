@@ -7,13 +7,13 @@ import tyro
 from tyro.conf import arg
 
 from commands.train import (
+    as_begun,
     check_same_settings,
     choice,
     create,
     is_finished,
     run_training,
     with_notify,
-    with_shards,
 )
 from commands.where import Launch, show
 from jobs import notify
@@ -49,7 +49,7 @@ class Sweep:
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
-            config = with_shards(run, config, self.where)
+            config = as_begun(run, config, self.where)
             if run.exists():
                 check_same_settings(run, experiment, config)
             if is_finished(run, config):

@@ -51,10 +51,10 @@ class Train:
             while True:
                 run = RunFolder(folder / run_folder.new_name(folder))
                 with suppress(NameTaken):  # by a command that was started in the same second
-                    begun = with_shards(run, config, self.where)
+                    begun = as_begun(run, config, self.where)
                     return run_training(run, experiment, begun, self.where, is_new=True)
         run = RunFolder(folder / run_folder.check_name(self.name))
-        config, is_new = with_shards(run, config, self.where), not run.exists()
+        config, is_new = as_begun(run, config, self.where), not run.exists()
         if not is_new:
             check_same_settings(run, experiment, config)
             if run.state() is State.FAILED:
@@ -175,16 +175,23 @@ def check_settings(config: ExperimentConfig, processes: int) -> None:
         )
 
 
-def with_shards(run: RunFolder, config: ExperimentConfig, where: Where) -> ExperimentConfig:
-    """Returns the settings with the shards of the gradient decided.
+def as_begun(run: RunFolder, config: ExperimentConfig, where: Where) -> ExperimentConfig:
+    """Returns the settings with those decided that a run keeps from its first start on, unless another one is given.
 
-    An old run keeps its own; a new one has one for each process, and of a range as many as divide the batch.
+    These are the shards of the gradient, for a new run one for each process (of a range as many as divide the batch),
+    and held-out losses, which runs of earlier versions have begun without.
     """
     train = config.train
-    if train.grad_shards is None:
+    if run.exists():
+        experiment, old = run.read_experiment()
+        if train.grad_shards is None:
+            train = replace(train, grad_shards=old.train.grad_shards)
+        if train.held_out_every == EXPERIMENTS[experiment].preset.train.held_out_every:
+            train = replace(train, held_out_every=old.train.held_out_every)
+    elif train.grad_shards is None:
         sizes = (size for size in range(where.processes, where.least - 1, -1) if train.batch_size % size == 0)
-        shards = run.read_experiment()[1].train.grad_shards if run.exists() else next(sizes, None)
-        config = replace(config, train=replace(train, grad_shards=shards))
+        train = replace(train, grad_shards=next(sizes, None))
+    config = replace(config, train=train)
     check_settings(config, where.least)
     return config
 

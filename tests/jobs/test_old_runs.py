@@ -8,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from commands.train import as_begun
+from commands.where import LaunchTraining
+from jobs.experiments.table import EXPERIMENTS as TABLE
+from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, done, status
 from tests.old_runs import ARCHIVES, EXPERIMENTS, unpack
 
@@ -79,3 +83,10 @@ def test_an_old_run_has_no_room_of_todays(tmp_path: Path) -> None:
     run = unpack(ARCHIVES[0], "1d", tmp_path, tmp_path)
     assert (run / "code" / "jobs" / "job.py").is_file()
     assert not (run / "code" / "jobs" / "train").exists()
+
+
+def test_an_old_run_gets_no_held_out_losses_by_the_command_that_began_it(tmp_path: Path) -> None:
+    preset, where = TABLE["1d"].preset, LaunchTraining(cluster="local", device="cpu")
+    old = unpack(ARCHIVES[-1], "1d", tmp_path, tmp_path)
+    assert as_begun(RunFolder(old), preset, where).train.held_out_every == 0
+    assert as_begun(RunFolder(tmp_path / "new"), preset, where).train.held_out_every > 0

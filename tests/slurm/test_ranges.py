@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands.train import with_shards
+from commands.train import as_begun
 from commands.where import Launch, LaunchTraining, first_to_start
 from diffusion.errors import UserError
 from jobs.storage.run_folder import RunFolder
@@ -45,12 +45,12 @@ def test_a_range_without_a_divisor_of_the_shards_is_refused() -> None:
 @pytest.mark.parametrize(("gpus", "asked", "shards"), [("2-8", None, 6), ("3", None, 3), ("2-8", 4, 4)])
 def test_of_a_range_the_most_that_divide_the_batch_cut_it(gpus: str, asked: int | None, shards: int) -> None:
     where = LaunchTraining(cluster="local", device="cpu", gpus=gpus)
-    assert with_shards(RunFolder(Path("unused")), config(12, grad_shards=asked), where).train.grad_shards == shards
+    assert as_begun(RunFolder(Path("unused")), config(12, grad_shards=asked), where).train.grad_shards == shards
 
 
 def test_a_range_in_which_none_divides_the_batch_is_refused() -> None:
     with pytest.raises(UserError, match=r"must be a multiple of the number of GPUs; got train.batch-size=12 on 7 GPUs"):
-        with_shards(RunFolder(Path("unused")), config(12), LaunchTraining(cluster="local", device="cpu", gpus="7-8"))
+        as_begun(RunFolder(Path("unused")), config(12), LaunchTraining(cluster="local", device="cpu", gpus="7-8"))
 
 
 @pytest.mark.parametrize(
