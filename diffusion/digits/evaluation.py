@@ -73,16 +73,16 @@ class DigitEvaluator(ImageEvaluator):
     """
 
     def units(self) -> dict[str, Unit]:
-        n, general = self._n, {"classes": Unit("samples", self._classes), **super().units()}
+        size, general = self._size, {"classes": Unit("samples", self._classes), **super().units()}
         if self._asked is not None:
             general = {"by-class": Unit("samples", partial(self._by_class, self._asked)), **general}
         if not self._of_all_digits:
             return general
         return {
             "usefulness": Unit("samples", self._usefulness),
-            f"usefulness-real-{n}": Unit("weights", lambda: self._usefulness_of(self._real)),
+            f"usefulness-real-{size}": Unit("weights", lambda: self._usefulness_of(self._real)),
             "features": Unit("samples", partial(self._distances, self._samples)),
-            f"features-real-{n}": Unit("weights", lambda: self._distances(self._held_out.images)),
+            f"features-real-{size}": Unit("weights", lambda: self._distances(self._held_out.images)),
             **general,
         }
 
@@ -99,7 +99,7 @@ class DigitEvaluator(ImageEvaluator):
             general = {"asked": asked, **general}
         if not self._of_all_digits:
             return general
-        own, real = results["features"], results[f"features-real-{self._n}"]
+        own, real = results["features"], results[f"features-real-{self._size}"]
         return {
             **{name: metric for name, metric in general.items() if name == "asked"},
             **{
@@ -111,7 +111,7 @@ class DigitEvaluator(ImageEvaluator):
             "usefulness": Metric(
                 "accuracy of a net trained on it",
                 unpack(results["usefulness"]["accuracy"]),
-                unpack(results[f"usefulness-real-{self._n}"]["accuracy"]),
+                unpack(results[f"usefulness-real-{self._size}"]["accuracy"]),
                 "higher",
             ),
             **general,
@@ -155,22 +155,21 @@ class DigitEvaluator(ImageEvaluator):
         return {"labels": probabilities.argmax(1)}
 
     def _by_class(self, asked: NDArray[np.int64]) -> Result:
-        """How right samples of each digit are, and their Frechet distance to as many training digits; floors beside."""
+        """How right samples of each digit are, and their Frechet distance to as many training digits; floors beside.
+
+        As many test digits stand beside them, so where a digit has fewer, no more samples of it are compared.
+        """
         net = classifier.load()
         features, probabilities = classifier.classify(net, self._samples)
-        held_out = classifier.classify(net, self._held_out.images)[1].argmax(1) == self._held_out.labels
-        right, (digits, counts) = probabilities.argmax(1) == asked, np.unique(asked, return_counts=True)
-        train, test = (
-            [part.only(digit).part(self._seed, which, n) for digit, n in zip(digits, counts, strict=True)]
-            for which, part in enumerate((self._train, self._test))
-        )
-        real, _ = classifier.classify(net, np.concatenate([part.images for part in (*train, *test)]))
-        by_part = np.split(real, np.cumsum([len(part.images) for part in (*train, *test)])[:-1])
+        train, _ = classifier.classify(net, self._real.images)
+        test, of_test = classifier.classify(net, self._held_out.images)
+        right, held_out = probabilities.argmax(1) == asked, of_test.argmax(1) == self._held_out.labels
         rows = []
-        for i, (digit, n) in enumerate(zip(digits, counts, strict=True)):
-            own, own_train, own_test = features[asked == digit], by_part[i], by_part[len(digits) + i]
-            distances = frechet(own_train, own), frechet(own_train, own_test)
-            rows.append((digit, n, right[asked == digit].mean(), *distances))
+        for digit, n in zip(*np.unique(asked, return_counts=True), strict=True):
+            own_test = test[self._held_out.labels == digit]
+            own, own_train = features[asked == digit], train[self._real.labels == digit]
+            own, own_train = own[: len(own_test)], own_train[: len(own_test)]
+            rows.append((digit, n, right[asked == digit].mean(), frechet(own_train, own), frechet(own_train, own_test)))
         return {
             "share": pack(bootstrap.mean(right, seed=self._seed, which=Resampled.FAKE)),
             "share_real": pack(bootstrap.mean(held_out, seed=self._seed, which=Resampled.REAL)),

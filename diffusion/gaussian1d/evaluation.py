@@ -125,7 +125,8 @@ class Evaluator1d(Evaluator):
         quality.sampler_errors(self.tables(results)["samplers"].rows, folder / "samplers.png")
 
     def _of_samples(self) -> Result:
-        found = sample_metrics(self._samples, self._target, self._seed)
+        numbers = None if self._classes is None else np.unique(self._classes, return_counts=True)[1].tolist()
+        found = sample_metrics(self._samples, self._target, self._seed, numbers)
         for k in self._told():
             of_class = self._samples[torch.from_numpy(self._classes == k)]
             found[f"w1_class_{k}"] = sample_metrics(of_class, self._experiment.components[k], self._seed)["w1"]

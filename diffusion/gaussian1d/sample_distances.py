@@ -5,7 +5,7 @@ so that their cost does not grow with n.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,13 +73,19 @@ def _share_of_mode(k: int, mean: float) -> SampleMetric:
     )
 
 
-def sample_metrics(x: Tensor, mixture: Mixture, seed: int) -> dict[str, tuple[Estimate, Estimate]]:
+def sample_metrics(
+    x: Tensor, mixture: Mixture, seed: int, of_components: Sequence[int] | None = None
+) -> dict[str, tuple[Estimate, Estimate]]:
     """(estimate, floor) of each metric of samples x [n], n at least 2.
 
-    The floor is the same metric of n exact samples: the mean of simulations, and their spread.
+    The floor is the same metric of n exact samples: the mean of simulations, and their spread. They have as many
+    samples `of_components` [K] as are named, else as chance decides.
     """
     n, grid = len(x), Grid(mixture)
-    own, perfect = _resampled_counts(grid.cells(x), seed) / n, _exact_counts(n, seed) / n
+    parts = [(n, np.full(CELLS, 1 / CELLS))]  # all cells have the same probability
+    if of_components is not None:
+        parts = list(zip(of_components, grid.of_components, strict=True))
+    own, perfect = _resampled_counts(grid.cells(x), seed) / n, _exact_counts(parts, seed) / n
     return {
         name: (
             Estimate.of(metric.exact(x, mixture), metric.in_cells(grid, own)),
@@ -101,6 +107,9 @@ class Grid:
         centres = mixture.quantile((torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS)
         self._edges = edges.numpy()
         self.widths = np.gradient(self._edges)
+        below = torch.special.ndtr((edges[:, None] - mixture.means) / mixture.stds).numpy()  # [CELLS - 1, K]
+        self.of_components = np.diff(below, axis=0, prepend=0, append=1).T
+        """The probability of each cell under each component, [K, CELLS]."""
         self.responsibilities = mixture.responsibilities(centres).numpy()  # [CELLS, K]
 
     def cells(self, x: Tensor) -> NDArray[np.int64]:
@@ -126,9 +135,11 @@ def _resampled_counts(cells: NDArray[np.int64], seed: int) -> Floats:
     return replicates * (n / replicates.sum(1, keepdims=True))
 
 
-def _exact_counts(n: int, seed: int) -> Floats:
-    """Draws the same for n exact samples."""
-    # All cells have the same probability, so the counts are multinomial; no sample has to be drawn.
-    uniform = np.full(CELLS, 1 / CELLS)
-    draws = [generator(seed, Stream.EVALUATION, i).multinomial(n, uniform) for i in range(REPLICATES)]
+def _exact_counts(parts: Sequence[tuple[int, Floats]], seed: int) -> Floats:
+    """Draws the same for exact samples, so many of each of the distributions over the cells."""
+    # The counts of each are multinomial; no sample has to be drawn.
+    draws = []
+    for i in range(REPLICATES):
+        random = generator(seed, Stream.EVALUATION, i)
+        draws.append(sum(random.multinomial(n, probabilities) for n, probabilities in parts))
     return np.stack(draws).astype(np.float64)

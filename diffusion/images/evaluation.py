@@ -39,13 +39,21 @@ class RealImages:
     images: Images
     labels: NDArray[np.uint8]
 
-    def only(self, label: int) -> "RealImages":
-        """Returns those of one class."""
-        return RealImages(self.images[self.labels == label], self.labels[self.labels == label])
-
     def part(self, seed: int, which: int, n: int) -> "RealImages":
         """Draws n of them without replacement: the first ones of MNIST's test digits are easier than the last."""
         chosen = permutation(seed, Stream.EVALUATION, which, len(self.images))[:n]
+        return RealImages(self.images[chosen], self.labels[chosen])
+
+    def like(self, asked: NDArray[np.int64] | None, seed: int, which: int, n: int) -> "RealImages":
+        """Draws n of them so that the i-th is of class asked[i]; leaves out what a class has too few images for."""
+        if asked is None:
+            return self.part(seed, which, n)
+        chosen = np.full(n, -1)
+        for k in np.unique(asked):
+            own, places = np.flatnonzero(self.labels == k), np.flatnonzero(asked == k)
+            drawn = own[permutation(seed, Stream.EVALUATION, which, len(own))][: len(places)]
+            chosen[places[: len(drawn)]] = drawn
+        chosen = chosen[chosen >= 0]
         return RealImages(self.images[chosen], self.labels[chosen])
 
 
@@ -73,6 +81,9 @@ class ImageEvaluator(Evaluator):
         # The bound and the flow ask the network without a class: so they compare with those of a model that has none.
         self._without = ", without a class" if model is not None and model.num_classes else ""
         self._asked = classes[: self._n] if classes is not None else None
+        self._size = f"{self._n}"  # of real images, in the names of results that sets of one size share
+        if self._asked is not None:
+            self._size += "-" + "-".join(map(str, np.bincount(self._asked)))
 
     @cached_property
     def _train(self) -> RealImages:
@@ -85,12 +96,12 @@ class ImageEvaluator(Evaluator):
     @cached_property
     def _real(self) -> RealImages:
         """Training images, as many as samples."""
-        return self._train.part(self._seed, 0, self._n)
+        return self._train.like(self._asked, self._seed, 0, self._n)
 
     @cached_property
     def _held_out(self) -> RealImages:
-        """Test images, as many as samples."""
-        return self._test.part(self._seed, 1, self._n)
+        """Test images, as many as samples; fewer of a class that has fewer."""
+        return self._test.like(self._asked, self._seed, 1, self._n)
 
     @cached_property
     def _judges(self) -> RealImages:
@@ -110,9 +121,10 @@ class ImageEvaluator(Evaluator):
             units[f"nearest-real-{first}"] = Unit("weights", partial(self._nearest_real, first))
         for first in range(0, n if self._inception else 0, CHUNK):
             units[f"inception-{first}"] = Unit("samples", partial(self._inception_features, "samples", first))
-            for of in ("train", "test"):
-                unit = Unit("weights", partial(self._inception_features, of, first))
-                units[f"inception-{of}-{n}-{first}"] = unit
+            for of, real in (("train", self._real), ("test", self._held_out)):
+                if first < len(real.images):
+                    unit = Unit("weights", partial(self._inception_features, of, first))
+                    units[f"inception-{of}-{self._size}-{first}"] = unit
         if self._model is not None:
             for first in range(0, len(self._bounded), BOUND_CHUNK):
                 units[f"bound-{first}"] = Unit("weights", partial(self._bound, self._model, first))
@@ -196,7 +208,7 @@ class ImageEvaluator(Evaluator):
         return {"features": inception_features(images[first : first + CHUNK]).astype(np.float32)}
 
     def _inception_distance(self, results: Mapping[str, Result]) -> Metric:
-        train, test = (self._gathered(results, f"inception-{of}-{self._n}", "features") for of in ("train", "test"))
+        train, test = (self._gathered(results, f"inception-{of}-{self._size}", "features") for of in ("train", "test"))
         own = self._gathered(results, "inception", "features")
         return Metric("Inception FID", frechet(train, own), frechet(train, test))
 
@@ -212,8 +224,8 @@ class ImageEvaluator(Evaluator):
         return Bound.join([Bound(**results[f"bound-{first}"]) for first in range(0, len(self._bounded), BOUND_CHUNK)])
 
     def _gathered(self, results: Mapping[str, Result], unit: str, name: str) -> NDArray[Any]:
-        total = len(self._judges.images) if unit == "nearest-real" else self._n
-        return np.concatenate([results[f"{unit}-{first}"][name] for first in range(0, total, CHUNK)])
+        chunks = [f"{unit}-{first}" for first in range(0, LARGEST, CHUNK)]
+        return np.concatenate([results[chunk][name] for chunk in chunks if chunk in results])
 
     def _mean(self, values: NDArray[np.float64]) -> Estimate:
         return bootstrap.mean(values, seed=self._seed, which=Resampled.REAL)

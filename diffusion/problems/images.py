@@ -49,6 +49,7 @@ class ImageProblem(Problem):
     root: str
     """Folder of the data set."""
 
+    metrics_version = 2  # since real digits beside samples of classes have as many of each
     noun: ClassVar[str] = "images"
     """What figures and tables call the images."""
     classifier: ClassVar[Path | None] = None

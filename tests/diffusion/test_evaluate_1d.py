@@ -154,14 +154,27 @@ def test_an_evaluation_finds_a_known_mistake_and_survives_without_the_model() ->
     assert found["log_likelihood"].value == pytest.approx(-START.entropy() - found["likelihood_gap"].value)
     alone = Evaluator1d(EXPERIMENT, x, None, sampler, 0)
     assert list(alone.units()) == ["samples"]
-    known = {2: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
+    known = {3: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
     assert list(alone.metrics(results)) == known[Gaussian1dProblem.metrics_version]
 
 
 def test_another_sampler_to_compare_comes_with_a_new_version() -> None:
     """Without one, what an older version has evaluated would count as complete, and never get the new rows."""
-    known = {2: ["ddpm", "ddim", "dpm++", "heun"]}
+    known = {3: ["ddpm", "ddim", "dpm++", "heun"]}
     assert list(SAMPLERS) == known[Gaussian1dProblem.metrics_version]
+
+
+def test_the_floor_of_samples_of_classes_has_as_many_of_each() -> None:
+    """The distance of exact samples is the smaller for it: chance does not decide how many go to each component."""
+    n = 4_000
+    classes = torch.arange(n) % 2
+    target = MIXTURE.of_classes(torch.tensor([1, 1]))
+    draws = [normal(seed, Stream.DATA, 0, 0, n) for seed in range(20)]
+    exact = [target.means[classes] + target.stds[classes] * torch.from_numpy(z) for z in draws]
+    floor = sample_metrics(exact[0], target, 0, [n // 2, n // 2])["w1"][1]
+    w1 = [distances.wasserstein1(x, target) for x in exact]
+    assert floor.value == pytest.approx(np.mean(w1), rel=0.15)
+    assert floor.replicates.std() == pytest.approx(np.std(w1), rel=0.6)
 
 
 def test_samples_of_classes_are_compared_with_so_many_of_each() -> None:

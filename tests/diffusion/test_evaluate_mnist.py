@@ -10,6 +10,7 @@ from diffusion.data.idx import Split
 from diffusion.data.mnist import MNIST
 from diffusion.digits.evaluation import DigitEvaluator
 from diffusion.images.evaluation import CHUNK, HELD_OUT, RealImages
+from diffusion.images.pixels import Images
 from diffusion.problems.mnist import MnistProblem
 from diffusion.statistics.bootstrap import REPLICATES, Estimate
 from diffusion.statistics.evaluator import Metric, Result, pack
@@ -24,6 +25,10 @@ def load(mnist_root: Path) -> Callable[[str], RealImages]:
         return RealImages(images, MNIST.read_labels(mnist_root, split))
 
     return read  # type: ignore[return-value]
+
+
+def only(real: RealImages, digit: int) -> Images:
+    return real.images[real.labels == digit]
 
 
 def judge(evaluator: DigitEvaluator) -> dict[str, Metric]:
@@ -95,7 +100,7 @@ def test_a_new_metric_comes_with_a_new_version(load: Callable[[str], RealImages]
     """Without one, what an older version has evaluated would count as complete, and never get the new metric."""
     found = judge(DigitEvaluator(load, load("test").images[:N], None, 0, False, "digits"))
     in_features = ["frechet", "kernel", "precision", "recall", "density", "coverage", "sure"]
-    known = {1: [*in_features, "classes", "copies", "usefulness"]}
+    known = {2: [*in_features, "classes", "copies", "usefulness"]}
     assert list(found) == known[MnistProblem.metrics_version]
 
 
@@ -110,8 +115,19 @@ def test_digits_on_demand_are_judged_by_the_digit_asked_for(load: Callable[[str]
     assert [(row["digit"], row["samples"]) for row in rows] == list(enumerate(np.bincount(real.labels).tolist()))
     assert all(row["right"] > 0.9 and row["frechet"] < 2 * row["floor"] for row in rows)  # type: ignore[operator]
 
+    # As many are compared where test digits are few, and floors are of the digits asked for.
+    def with_few(split: Split) -> RealImages:
+        every = load(split)
+        sevens = only(every, 7)
+        return every if split == "train" else RealImages(sevens[:100], np.full(100, 7, np.uint8))
+
+    evaluator = DigitEvaluator(with_few, only(load("test"), 7), None, 0, False, "digits", np.full(1028, 7))  # type: ignore[arg-type]
+    assert set(evaluator._held_out.labels) == set(evaluator._real.labels) == {7}
+    (row,) = evaluator.tables(computed(evaluator))["by_class"].rows
+    assert 0.5 < row["frechet"] / row["floor"] < 2  # type: ignore[operator]
+
     # Of the 3s and 7s a half was asked for as the other digit; other digits are not there.
-    few = load("test").only(3).images[:100], load("test").only(7).images[:100]
+    few = only(load("test"), 3)[:100], only(load("test"), 7)[:100]
     asked = np.repeat([3, 7, 3, 7], 50)
     evaluator = DigitEvaluator(load, np.concatenate(few), None, 0, False, "digits", asked)
     results = computed(evaluator)
