@@ -12,6 +12,7 @@ import torch
 
 from diffusion.images import evaluation
 from diffusion.problems.images import ImageProblem
+from diffusion.problems.own_images import OwnImagesProblem
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.settings import (
     SAMPLERS,
@@ -41,7 +42,7 @@ SMALL["mnist-classes-small"] = {"model": ClassUnetSettings(dim=8, dim_mults=(1,)
 SMALL["fashion-mnist-small"] = SMALL["mnist-small"]
 
 
-NAMES = [name for name in EXPERIMENTS if name != "images"]  # which has no data of its own
+NAMES = [name for name, entry in EXPERIMENTS.items() if not isinstance(entry.preset.data, OwnImagesProblem)]
 OF_EACH_NETWORK = list({type(EXPERIMENTS[name].preset.model): name for name in NAMES}.values())
 """One experiment of each kind of network: what figures depend on, which take most of the time here."""
 
