@@ -118,15 +118,19 @@ def test_the_curves_are_those_of_the_files(run: RunFolder) -> None:
 def test_the_held_out_loss_lies_beside_the_training_loss(run: RunFolder) -> None:
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     lines[2]["held_out_loss"], lines[5]["held_out_loss"] = 0.5, 0.25
-    lines.append({"step": lines[-1]["step"] + 1, "held_out_loss": 0.125})  # a step that was not to be logged
+    steps = range(
+        lines[-1]["step"] + 1, lines[-1]["step"] + 41
+    )  # that were not to be logged; enough for a running mean
+    more = [2.0 ** -(i % 8) for i in range(40)]
+    lines += [{"step": step, "held_out_loss": loss} for step, loss in zip(steps, more, strict=True)]
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.status.write_text(json.dumps({**run.read_status(), "held_out_loss": 0.125}))
     content = contents.read(run, {}, 100)
     figure = curves.of_run(content, 1200)["Training loss"]
     values, means, _, held_out, _ = (line.data_source.data for line in figure.renderers)
-    assert len(values["value"]) == len(means["mean"]) == len(lines) - 1
-    assert held_out["step"].tolist() == [lines[i]["step"] for i in (2, 5, -1)]
-    assert held_out["value"].tolist() == held_out["mean"].tolist() == [0.5, 0.25, 0.125]
+    assert len(values["value"]) == len(means["mean"]) == len(lines) - 40
+    assert held_out["step"].tolist() == [lines[2]["step"], lines[5]["step"], *steps]
+    assert held_out["value"].tolist() == held_out["mean"].tolist() == [0.5, 0.25, *more]
     other = RunFolder(shutil.copytree(run.path, run.path.with_name("other")))
     assert "Held-out loss of the averaged weights" in curves.compared([content, contents.read(other, {}, 100)])
     assert "held-out loss 0.1250" in shown(run).text
