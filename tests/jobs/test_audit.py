@@ -21,6 +21,8 @@ from jobs.storage.run_folder import RunFolder
 from tests.jobs import parallel
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, wait_until
 
+pytestmark = pytest.mark.processes  # which train the run that all tests share
+
 TRAIN = ("train", "1d", *TINY, "--train.checkpoint-every", "20", "--device", "cpu", "--cluster", "local")
 HERE = ("--device", "cpu", "--cluster", "local")
 

@@ -40,6 +40,7 @@ def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path
     assert (runs / "stopped" / last).read_bytes() == (runs / "compiled" / last).read_bytes()
 
 
+@pytest.mark.processes  # Inductor's
 def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a GPU's bytes would depend on which kernel was faster at this start."""
     from torch._functorch import config as autograd_config

@@ -170,6 +170,7 @@ def test_a_published_model_refuses_what_it_cannot_draw_or_write(
     assert f"argument {flag}: {words}" in capsys.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_published_model_refuses_classes_as_sample_does(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
