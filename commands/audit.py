@@ -8,8 +8,6 @@ from tyro.conf import arg
 
 from commands.where import Data, Run, Start, optional, show
 from diffusion.errors import UserError
-from jobs.audit import plan, report
-from jobs.audit.job import AuditJob, ReportJob
 from jobs.runtime.job import submitted
 from jobs.storage import run_folder
 from jobs.storage.provenance import code_folder
@@ -32,6 +30,9 @@ class Audit:
     where: Annotated[Start, arg(name="")] = field(default_factory=Start)
 
     def __call__(self) -> int:
+        from jobs.audit import plan, report  # here, because other commands need none of it, nor does --help
+        from jobs.audit.job import AuditJob, ReportJob
+
         run = run_folder.find(self.run, self.where.runs_dir)
         _, config = run.read_experiment()
         config = config.moved(self.data.root).absolute()

@@ -7,7 +7,6 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from commands.where import Checkpoint, Run
-from jobs.publish import folder
 from jobs.storage import run_folder
 
 
@@ -24,6 +23,8 @@ class Export:
     """Folder of all runs."""
 
     def __call__(self) -> int:
+        from jobs.publish import folder  # here, because other commands need none of it, nor does --help
+
         run = run_folder.find(self.run, self.runs_dir)
         folder.publish(run, self.checkpoint, self.license, self.folder.resolve(), print)
         print(f"{self.folder} holds the model; its README.md is the card. Try: python {self.folder}/generate.py")

@@ -13,7 +13,7 @@ from commands.where import Run
 from diffusion.errors import UserError
 from jobs.storage import run_folder
 from jobs.storage.run_folder import RunFolder
-from jobs.watch import detail, listing, logs, screen, states, sweep, sync
+from jobs.watch import detail, listing, logs, states, sweep, sync
 from jobs.watch.cancel import cancel
 from slurm import queue
 from slurm.errors import SlurmError
@@ -62,6 +62,8 @@ class Status:
 
     def _watch(self) -> int:
         """Shows all runs, those of a sweep, or one of them, until the user has seen enough."""
+        from jobs.watch import screen  # here, because only --watch needs it
+
         if self.json:
             raise UserError("--watch is for people, --json for scripts; give one of them")
         if self.run is not None and not self._sweep():
