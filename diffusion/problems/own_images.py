@@ -3,11 +3,13 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from diffusion.data.own_images import OwnImages, load
 from diffusion.problems.images import ImageProblem
 from diffusion.settings import ModelSettings, require
+
+if TYPE_CHECKING:
+    from diffusion.data.own_images import OwnImages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,9 @@ class OwnImagesProblem(ImageProblem):
         return len(self.size) == 2 and self.channels is not None and self.sha256 != ""
 
     @property
-    def data_set(self) -> OwnImages:
+    def data_set(self) -> "OwnImages":
+        from diffusion.data.own_images import OwnImages  # here, because --help and other experiments need no such files
+
         assert self.is_known and self.channels is not None
         height, width = self.size
         return OwnImages(name="This data set", height=height, width=width, channels=self.channels, sha256=self.sha256)
@@ -49,6 +53,8 @@ class OwnImagesProblem(ImageProblem):
 
     def absolute(self) -> Self:
         """Also reads the images, if that has not been done, and says what they are."""
+        from diffusion.data.own_images import load
+
         require(self.root != "", "--data.root must name your images, a folder or a file", "nothing")
         found = replace(self, root=str(Path(os.path.expanduser(self.root)).absolute()))
         if found.is_known:
@@ -83,6 +89,8 @@ class OwnClassesProblem(OwnImagesProblem):
 
     def absolute(self) -> Self:
         """Also counts the classes, if that has not been done."""
+        from diffusion.data.own_images import load
+
         found = super().absolute()
         if self.is_known and self.classes:
             return found
