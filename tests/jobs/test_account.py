@@ -119,6 +119,7 @@ def test_the_time_of_a_killed_and_continued_run(tmp_path: Path) -> None:
     for killed_at in (120, 320):
         process = start(*command, cwd=tmp_path)
         wait_until(lambda lines=killed_at: steps_logged(run) >= lines)  # type: ignore[misc]
+        wait_until(lambda: any((run / "checkpoints").glob("step-*")))  # a slow disk may still be at the first one
         os.kill(process.pid, signal.SIGKILL)
         finish(process)
         saved = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
