@@ -148,7 +148,7 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
     def is_shown(count: int) -> bool:
         time.sleep(0.5)  # each look starts a process
         found = segments(run)
-        return len(found) == count and len(system(found[-1], "cpu")) > 1
+        return len(found) == count and len(system(found[-1], "cpu")) > 3
 
     for restarts, processes in ((1, 1), (2, 2)):
         env = {"WANDB_X_STATS_SAMPLING_INTERVAL": "0.5", **OFFLINE}
@@ -159,7 +159,8 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
         assert interrupt(process, signal.SIGTERM).code == 130
     found = segments(run)
     last = found[-1]
-    assert max(system(last, "proc.memory.rssMB")) == pytest.approx(used, rel=0.3)
+    # At some time: the first and last samples have processes in them that are starting or ending.
+    assert any(resident == pytest.approx(used, rel=0.3) for resident in system(last, "proc.memory.rssMB"))
     assert used > 2 * alone
     assert max(system(last, "cpu")) > 0
     # Each line once, in the segment of the start that has printed it.
