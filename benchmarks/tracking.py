@@ -46,7 +46,7 @@ def train(mode: str, steps: int) -> dict[str, float]:
     import jobs.train.loop
     import jobs.train.recorder
     import launch
-    from jobs.tracking.start import FollowerProcess
+    from jobs.followers.start import FollowerProcess
 
     seconds: dict[str, float] = {}
     jobs.train.recorder.follow_training = timed(jobs.train.recorder.follow_training, seconds, "start")  # type: ignore[attr-defined]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from diffusion.errors import UserError
+from jobs.followers.start import FollowerProcess, online_mark
 from jobs.storage.run_folder import RunFolder, State
-from jobs.tracking.start import FollowerProcess, online_mark
 
 Event = Literal["finished", "failed", "hung"]
 WORDS: dict[Event, str] = {"finished": "is finished", "failed": "has failed", "hung": "hangs"}
@@ -30,7 +30,7 @@ ADDRESS = "DIFFUSION_MAIL"
 ANSWER_S = 8.0
 """A mail program or a server may take so long."""
 END_S = 28
-"""All of it may take so long; the job waits for `jobs.tracking.start.PATIENCE_S`."""
+"""All of it may take so long; the job waits for `jobs.followers.start.PATIENCE_S`."""
 
 
 @dataclass(frozen=True)

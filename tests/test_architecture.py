@@ -46,18 +46,19 @@ ARROWS = {
     "jobs.runtime": set(),
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
-    "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
-    "jobs.notify": {"jobs.storage", "jobs.tracking"},
+    "jobs.tracking": {"jobs.storage"},
+    "jobs.followers": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
+    "jobs.notify": {"jobs.storage", "jobs.tracking", "jobs.followers"},
     "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
-    "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health", "jobs.notify"}
+    "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health", "jobs.notify", "jobs.followers"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.audit": {"jobs.health", "jobs.train"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage"},
     "jobs.sample": {"diffusion.settings", "diffusion.process", "jobs.health"}
-    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.followers"},
     "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.health", "jobs.sample"}
-    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.followers"},
     "jobs.report": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking", "jobs.watch"}
     | {"jobs.sample", "jobs.evaluate"},
     "jobs.publish": {"diffusion.settings", "diffusion.process", "diffusion.images", "jobs.evaluate", "jobs.sample"}

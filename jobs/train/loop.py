@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from jobs.experiments.table import EXPERIMENTS
+from jobs.followers.start import machine_of
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, SAVING, START, Watchdog
 from jobs.runtime.cuda_graphs import not_captured
@@ -20,7 +21,6 @@ from jobs.storage.records import last_start, precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.tables import short
-from jobs.tracking.start import machine_of
 from jobs.train.ema import decay_at
 from jobs.train.recorder import NodeRecorder, NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update

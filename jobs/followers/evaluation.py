@@ -1,4 +1,4 @@
-"""Passes an evaluation on to wandb when it is complete: `python -m jobs.tracking.follow_evaluation RUN NAME`."""
+"""Passes an evaluation on to wandb when it is complete: `python -m jobs.followers.evaluation RUN NAME`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Follows a training from outside: `python -m jobs.tracking.follow_training RUN TOKEN MACHINE`.
+"""Follows a training from outside: `python -m jobs.followers.training RUN TOKEN MACHINE`.
 
 It reads what the training writes, feeds wandb, and keeps figures/training.png up to date. RUN/.tracking.json says which
 lines wandb has on its disk for certain. A killed follower loses the later ones, and the next one sends them again.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.files import write_atomically, write_json
+from jobs.followers.start import online_mark
 from jobs.storage import account, checkpoints
 from jobs.storage.account import Account
 from jobs.storage.ownership import Ownership
@@ -30,7 +31,6 @@ from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.dashboard import ALERT_S, FLUSH_S, Dashboard, Wandb, open_dashboard
 from jobs.tracking.identity import Machine, of_training
 from jobs.tracking.loop import Followed, follow, say
-from jobs.tracking.start import online_mark
 
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""
@@ -134,7 +134,7 @@ class Sketches:
         self._clear()
         self._folder, self._step = Path(tempfile.mkdtemp(prefix="sketch-")), newest
         self._started = time.monotonic()
-        program = [sys.executable, "-m", "jobs.tracking.sample_pictures"]
+        program = [sys.executable, "-m", "jobs.followers.sample_pictures"]
         command = [*program, str(self._run.path), str(newest), str(self._folder)]
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 

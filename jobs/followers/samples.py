@@ -1,4 +1,4 @@
-"""Follows a set of samples from outside: `python -m jobs.tracking.follow_samples RUN NAME`.
+"""Follows a set of samples from outside: `python -m jobs.followers.samples RUN NAME`.
 
 Progress and rate are computed from the times of the shards' files, so every follower sends the same values.
 """

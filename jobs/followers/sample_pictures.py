@@ -1,6 +1,6 @@
 """Draws samples of a checkpoint while the training goes on, on a CPU.
 
-`python -m jobs.tracking.sample_pictures RUN STEP FOLDER`
+`python -m jobs.followers.sample_pictures RUN STEP FOLDER`
 """
 
 import sys
