@@ -147,8 +147,8 @@ def _webhook(run: RunFolder, message: Message) -> None:
 
 def _wandb(run: RunFolder, message: Message) -> None:
     """Sends an alert from a run of its own in the run's group, since the training's may still be written to."""
+    from jobs.followers.loop import open_part
     from jobs.tracking.identity import ensure_id
-    from jobs.tracking.loop import open_part
 
     ensure_id(run)
     dashboard = open_part(run, message.event, "alert", message.facts)
@@ -162,7 +162,7 @@ SEND = {"mail": _mail, "webhook": _webhook, "wandb": _wandb}
 
 
 def main() -> None:
-    from jobs.tracking.loop import leave, say
+    from jobs.followers.loop import leave, say
 
     signal.signal(signal.SIGALRM, lambda number, frame: leave())
     signal.alarm(END_S)

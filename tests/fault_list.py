@@ -778,7 +778,7 @@ FAULTS = [
     ),
     Fault(
         "the password of wandb's server is printed and kept in the log",
-        "jobs/tracking/dashboard.py",
+        "jobs/tracking/server.py",
         '    return re.sub(r"(?<=://)([^/\\s:]*:\\S*|[^/\\s]*)@", "", text)\n',
         "    return text\n",
         "tests/jobs/test_secrets.py::test_a_run_holds_no_secret[auto]",

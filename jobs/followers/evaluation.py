@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.followers.loop import follow, open_part
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.loop import follow, open_part
 
 
 class EvaluationFollower:

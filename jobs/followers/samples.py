@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.followers.loop import follow, open_part
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.loop import follow, open_part
 
 WINDOW = 10
 """A rate is the mean over so many shards."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.files import write_atomically, write_json
+from jobs.followers.loop import Followed, follow, say
 from jobs.followers.start import online_mark
 from jobs.storage import account, checkpoints
 from jobs.storage.account import Account
@@ -30,7 +31,6 @@ from jobs.storage.records import Tail, last_start, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.dashboard import ALERT_S, FLUSH_S, Dashboard, Wandb, open_dashboard
 from jobs.tracking.identity import Machine, of_training
-from jobs.tracking.loop import Followed, follow, say
 
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""

@@ -19,7 +19,7 @@ from jobs.sample import classes
 from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.tables import short
-from jobs.tracking.dashboard import public
+from jobs.tracking.server import public
 from jobs.watch.states import SlurmJob
 
 BOKEH = Resources(mode="inline", components=["bokeh"], log_level="error")

@@ -31,8 +31,9 @@ from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking import dashboard
-from jobs.tracking.dashboard import Level, NoDashboard, why_not_online
+from jobs.tracking.dashboard import Level, NoDashboard
 from jobs.tracking.identity import Identity, Machine
+from jobs.tracking.server import why_not_online
 from jobs.train.state import LOSS_BANDS, band_sums
 from tests.launching import (
     NO_FIGURES,
