@@ -677,9 +677,9 @@ FAULTS = [
     ),
     Fault(
         "a training that stands still is not told",
-        "jobs/followers/training.py",
-        "        if step == now < self._config.train.steps:\n",
-        "        if step < now < self._config.train.steps:\n",
+        "jobs/followers/alerts.py",
+        "        if step == newest < self._config.train.steps:\n",
+        "        if step < newest < self._config.train.steps:\n",
         "tests/jobs/test_tracking.py::test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts",
     ),
     Fault(

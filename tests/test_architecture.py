@@ -47,7 +47,8 @@ ARROWS = {
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
     "jobs.tracking": {"jobs.storage"},
-    "jobs.followers": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
+    "jobs.followers": {"diffusion.figures", "jobs.files", "jobs.runtime"}
+    | {"jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.notify": {"jobs.storage", "jobs.tracking", "jobs.followers"},
     "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},

@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from jobs import notify
 from jobs.experiments.settings import TrackingSettings
 from jobs.followers import training
-from jobs.followers.training import Curves, TrainingFollower
+from jobs.followers.curves import Curves
+from jobs.followers.training import TrainingFollower
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail
 from jobs.storage.run_folder import RunFolder
@@ -198,7 +199,7 @@ def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
 ) -> None:
     done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **NO_FIGURES)
     run = RunFolder(tmp_path / "runs" / "1d" / "a")
-    monkeypatch.setattr(training, "STUCK_S", 0.0)
+    monkeypatch.setattr("jobs.followers.alerts.STUCK_S", 0.0)
     experiment, config = run.read_experiment()
     here = Machine(pid=os.getpid(), tree=False, gpus=[], node="n1", nodes=1, is_first=True)
 
@@ -210,7 +211,7 @@ def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
         follower = TrainingFollower(run, Ownership.take(run.path), here, attempt=1)
         for look in (follower.look, follower.look, follower.look, follower.end):
             look()
-        follower._stop()
+        follower.stop_button.press()
         return shown.alerts
 
     assert follow(asked=False, steps=100) == []
