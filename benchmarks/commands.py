@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.comparison import Alternative, Measurements, Row, limit, ratio
 from benchmarks.sampling import planned
 from benchmarks.tracking import timed
+from jobs.storage.provenance import ROOT
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
 
-ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch, accelerate, numpy, denoising_diffusion_pytorch"
 """What any training of this kind imports."""
 SAMPLES_1D, STEPS_1D = 1_000_000, 36

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import slurm.local
+import slurm.signals
+from jobs.runtime import signals
+from jobs.storage import provenance
 from tests import faults
 from tests.fault_list import FAULTS
 from tests.slurm import site
@@ -42,8 +46,8 @@ ARROWS = {
     "diffusion.problems": {"diffusion"},
     "jobs.files": set(),
     "jobs.terminal": set(),
-    "jobs.health": set(),
     "jobs.runtime": set(),
+    "jobs.health": {"jobs.runtime"},
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
     "jobs.tracking": {"jobs.storage"},
@@ -107,6 +111,11 @@ def test_a_room_imports_what_lies_below_it(room: str) -> None:
         others = {".".join(name.split(".")[:2]) for name in imported(path) if "." in name} - {room}
         ours = {name for name in others if name.split(".")[0] in ("diffusion", "jobs")}
         assert {name for name in ours if not {name, name.split(".")[0]} & (ARROWS[room] | GROUND)} == set(), path
+
+
+def test_what_jobs_and_slurm_must_both_know_is_the_same() -> None:
+    assert set(signals.SIGNALS) == set(slurm.signals.SAVE)
+    assert provenance.ROOT == slurm.local.ROOT
 
 
 def test_no_two_rooms_import_each_other() -> None:

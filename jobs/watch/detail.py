@@ -11,7 +11,7 @@ from jobs.experiments import experiment_json
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import account, checkpoints, faults, job_ids
 from jobs.storage.records import now
-from jobs.storage.run_folder import RunFolder, State
+from jobs.storage.run_folder import RunFolder, State, number_of_shards
 from jobs.terminal import tables
 from jobs.watch import states
 from jobs.watch.states import SlurmJob
@@ -135,8 +135,9 @@ def _faults(run: RunFolder) -> list[dict[str, Any]]:
 def _samples(run: RunFolder, folder: Path) -> dict[str, Any]:
     try:
         manifest = run.read_samples(folder.name)
-        num_shards = -(-manifest["num_samples"] // manifest["shard_size"])
-        facts = {"num_samples": manifest["num_samples"], "complete": manifest["complete"], "num_shards": num_shards}
+        num_samples = manifest["num_samples"]
+        num_shards = number_of_shards(num_samples, manifest["shard_size"])
+        facts = {"num_samples": num_samples, "complete": manifest["complete"], "num_shards": num_shards}
     except (OSError, UserError, KeyError):
         facts = {"num_samples": 0, "complete": False, "num_shards": 0}
     return {"name": folder.name, **facts, "shards": len(list(folder.glob("shard-*.npy")))}
