@@ -11,7 +11,8 @@ import pytest
 import slurm.local
 import slurm.signals
 from jobs.runtime import signals
-from jobs.storage import provenance
+from jobs.storage import job_ids, provenance
+from slurm import queue
 from tests import faults
 from tests.fault_list import FAULTS
 from tests.slurm import site
@@ -116,6 +117,10 @@ def test_a_room_imports_what_lies_below_it(room: str) -> None:
 def test_what_jobs_and_slurm_must_both_know_is_the_same() -> None:
     assert set(signals.SIGNALS) == set(slurm.signals.SAVE)
     assert provenance.ROOT == slurm.local.ROOT
+    for job_id in ("17", "17_3", "west:17_3"):
+        assert job_ids.log_of(job_id) == queue.log_of(job_id)
+        assert job_ids.number(job_id) == queue.number_of(job_id)
+    assert [job_ids.element("17", i) for i in range(2)] == queue.elements_of("17", 2)
 
 
 def test_no_two_rooms_import_each_other() -> None:

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 
 from jobs.health.gpu_errors import Question
-from jobs.runtime.numerics import uuid_of
+from jobs.runtime.job import MachineError
+from jobs.runtime.numerics import uuid_of, whereabouts
 
 SIZE = 2048
 SECONDS = 1.0
+
+
+def check(device: torch.device, seconds: float = SECONDS) -> None:
+    """Raises MachineError on a GPU that is broken; a CPU is not tested."""
+    if device.type == "cuda" and (fault := fault_of(device, seconds)):
+        raise MachineError(f"{whereabouts()} must not be used: {fault}")
 
 
 def fault_of(
