@@ -229,7 +229,7 @@ def scaling(rounds: int, device: "Kind") -> Iterator[Row]:
                     found.setdefault(what, {1: [], 2: []})[processes].append(rate)
     for what, rates in found.items():
         at_least = 1.9 if what.startswith("sampling") else 1.75
-        yield ratio(f"{what}, 2 processes against 1", "images/s", rates[2], rates[1], "1 process", at_least)
+        yield ratio(f"{what}, 2 processes against 1", rates[2], rates[1], "1 process", at_least)
 
 
 def _rates(folder: Path, name: str, processes: int, device: "Kind") -> dict[str, float]:

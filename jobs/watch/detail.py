@@ -57,7 +57,7 @@ def render(detail: dict[str, Any], width: int) -> str:
     lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]
     lines += _line("time", *_time(detail["time"]))
     lines += _line("missing", detail["missing"]) if detail["missing"] else []
-    lines += _line("settings", *(f"{flag} {_value(value)}" for flag, value in detail["settings"].items()))
+    lines += _line("settings", *(f"{flag} {tables.setting(value)}" for flag, value in detail["settings"].items()))
     lines += _line("checkpoints", *(f"{step}" for step in detail["checkpoints"]))
     for entry in detail["samples"]:
         state = "complete" if entry["complete"] else f"{entry['shards']} of {entry['num_shards']} shards"
@@ -77,11 +77,6 @@ def render(detail: dict[str, Any], width: int) -> str:
         lines += _line("failure", f"process {detail['failed_rank']} failed first:")
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 15, break_on_hyphens=False) for line in lines]
     return "\n".join([*lines, *(detail["traceback"].rstrip().splitlines() if failed else [])])
-
-
-def _value(value: Any) -> str:
-    """Writes a setting as it is given on the command line."""
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _progress(detail: dict[str, Any]) -> str:
