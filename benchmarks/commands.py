@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.comparison import Alternative, Measurements, Row, limit, ratio
 from benchmarks.sampling import planned
 from benchmarks.tracking import timed
+from jobs.storage.provenance import ROOT
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
 
-ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import torch, accelerate, numpy, denoising_diffusion_pytorch"
 """What any training of this kind imports."""
 SAMPLES_1D, STEPS_1D = 1_000_000, 36
@@ -229,7 +229,7 @@ def scaling(rounds: int, device: "Kind") -> Iterator[Row]:
                     found.setdefault(what, {1: [], 2: []})[processes].append(rate)
     for what, rates in found.items():
         at_least = 1.9 if what.startswith("sampling") else 1.75
-        yield ratio(f"{what}, 2 processes against 1", "images/s", rates[2], rates[1], "1 process", at_least)
+        yield ratio(f"{what}, 2 processes against 1", rates[2], rates[1], "1 process", at_least)
 
 
 def _rates(folder: Path, name: str, processes: int, device: "Kind") -> dict[str, float]:

@@ -88,15 +88,15 @@ class Row:
         return asdict(self)
 
 
-def ratio(what: str, unit: str, ours: list[float], other: list[float], peer: str, at_least: float | None) -> Row:
-    """How many times faster ours is than another's, measured in the same rounds: median, least and largest ratio."""
+def ratio(what: str, ours: list[float], other: list[float], peer: str, at_least: float | None) -> Row:
+    """How many times more images/s are ours than another's, in the same rounds: median, least and largest ratio."""
     ratios = [a / b for a, b in zip(ours, other, strict=True)]
     value = statistics.median(ratios)
     target = ("", None) if at_least is None else (f">= {at_least:g}", value >= at_least)
     return Row(
         what,
-        f"{statistics.median(ours):.3g} {unit}",
-        f"{peer} {statistics.median(other):.3g} {unit}",
+        f"{statistics.median(ours):.3g} images/s",
+        f"{peer} {statistics.median(other):.3g} images/s",
         value,
         min(ratios),
         max(ratios),

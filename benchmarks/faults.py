@@ -16,9 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.commands import ROOT
 from jobs.doctor.drill import last_step
 from jobs.storage import faults
+from jobs.storage.provenance import ROOT
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
 

@@ -23,8 +23,8 @@ from typing import Any
 from benchmarks.comparison import Row, machine, table
 from diffusion.data.mnist import MNIST
 from diffusion.problems.mnist import MnistProblem
+from jobs.storage.provenance import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8.0
 REHEARSAL_PATIENCE = 2
 """How many times longer a rehearsal may take: a machine of two cores has other work, and compilers are slow there."""

@@ -101,13 +101,11 @@ def rows(rounds: int, run: Path, device: "Kind", small: bool) -> Iterator[Row]:
     for steps, judged in AS_GOOD_AS_1000.items():
         what = f"sampling, `ddpm` {steps} (as good by {judged})"
         at_least = 60 if targets else None
-        yield ratio(what, "images/s", speeds[f"ours {steps}"], speeds["default"], "`sample()`, all timesteps", at_least)
+        yield ratio(what, speeds[f"ours {steps}"], speeds["default"], "`sample()`, all timesteps", at_least)
     pair = {"ours": Alternative(ours, run, device, "ddim", 50), "ddim": Alternative(library, run, device, 50)}
     found = in_turn(pair, rounds)
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
-    yield ratio(
-        "sampling, `ddim` 50", "images/s", speeds["ours"], speeds["ddim"], "library's DDIM 50", 1.5 if targets else None
-    )
+    yield ratio("sampling, `ddim` 50", speeds["ours"], speeds["ddim"], "library's DDIM 50", 1.5 if targets else None)
 
 
 def planned(run: Path, sampler: Any, steps: int, num_samples: int = 64) -> "SampleSet":

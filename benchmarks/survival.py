@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.commands import ROOT, command
+from benchmarks.commands import command
 from benchmarks.comparison import Row, limit
 from benchmarks.quality import frechet
 from jobs.doctor.drill import last_step
+from jobs.storage.provenance import ROOT
 from jobs.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What tracking costs a training: `python benchmarks/tracking.py [--steps 400]` trains mnist-small with and without it.
+"""What tracking costs a training: `python -m benchmarks.tracking [--steps 400]` trains mnist-small with and without it.
 
 Measures the seconds that the training process spends inside tracker calls (starting the follower, waiting for it at
 the end) and in making a line of metrics.jsonl, and the rate of the steps between, where the follower only competes for
@@ -7,19 +7,16 @@ the processor: so it measures, too, the processor's time that the training and t
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from jobs.storage.provenance import ROOT
 
 
 def timed(call: Callable[..., Any], seconds: dict[str, float], name: str) -> Callable[..., Any]:
@@ -46,7 +43,7 @@ def train(mode: str, steps: int) -> dict[str, float]:
     import jobs.train.loop
     import jobs.train.recorder
     import launch
-    from jobs.tracking.start import FollowerProcess
+    from jobs.followers.start import FollowerProcess
 
     seconds: dict[str, float] = {}
     jobs.train.recorder.follow_training = timed(jobs.train.recorder.follow_training, seconds, "start")  # type: ignore[attr-defined]
@@ -91,8 +88,8 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"disabled": [], "offline": []}
     for _ in range(options.rounds):
         for mode, results in found.items():
-            command = [sys.executable, __file__, "--mode", mode, "--steps", str(options.steps)]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ}).stdout
+            command = [sys.executable, "-m", "benchmarks.tracking", "--mode", mode, "--steps", str(options.steps)]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             results.append(json.loads(printed.splitlines()[-1]))
     print(f"mnist-small, {options.steps} steps, a line every 10; medians of {options.rounds} rounds")
     for mode, results in found.items():

@@ -84,7 +84,7 @@ def compiled(rounds: int, steps: int | None, device: "Kind", small: bool) -> Ite
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
     losses = {name: f"loss {measured[-1]['loss']:.3f}" for name, measured in found.items()}
     what = f"training, `--train.compile`{case.label}, {losses['compiled']}"
-    yield ratio(what, "images/s", speeds["compiled"], speeds["ours"], f"without it ({losses['ours']})", None)
+    yield ratio(what, speeds["compiled"], speeds["ours"], f"without it ({losses['ours']})", None)
     yield limit("compiling, at each start", "s", [found["compiled"][0]["compile_s"]], None)
 
 
@@ -126,7 +126,7 @@ def _compare(
             name, other = f"ours {mine}", f"{peer} {theirs}"
             target = AT_LEAST[peer] if targets and i == 0 else None
             what = f"training{case.label}, {mine}, {losses[name]}"
-            yield ratio(what, "images/s", speeds[name], speeds[other], f"{other} ({losses[other]})", target)
+            yield ratio(what, speeds[name], speeds[other], f"{other} ({losses[other]})", target)
     for name, measured in found.items():
         if case.device == "cuda":
             memory = [each["memory_mb"] for each in measured]

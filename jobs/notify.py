@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 from diffusion.errors import UserError
+from jobs.followers.start import FollowerProcess, online_mark
 from jobs.storage.run_folder import RunFolder, State
-from jobs.tracking.start import FollowerProcess, online_mark
 
 Event = Literal["finished", "failed", "hung"]
 WORDS: dict[Event, str] = {"finished": "is finished", "failed": "has failed", "hung": "hangs"}
@@ -30,7 +30,7 @@ ADDRESS = "DIFFUSION_MAIL"
 ANSWER_S = 8.0
 """A mail program or a server may take so long."""
 END_S = 28
-"""All of it may take so long; the job waits for `jobs.tracking.start.PATIENCE_S`."""
+"""All of it may take so long; the job waits for `jobs.followers.start.PATIENCE_S`."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def _webhook(run: RunFolder, message: Message) -> None:
 
 def _wandb(run: RunFolder, message: Message) -> None:
     """Sends an alert from a run of its own in the run's group, since the training's may still be written to."""
+    from jobs.followers.loop import open_part
     from jobs.tracking.identity import ensure_id
-    from jobs.tracking.loop import open_part
 
     ensure_id(run)
     dashboard = open_part(run, message.event, "alert", message.facts)
@@ -162,7 +162,7 @@ SEND = {"mail": _mail, "webhook": _webhook, "wandb": _wandb}
 
 
 def main() -> None:
-    from jobs.tracking.loop import leave, say
+    from jobs.followers.loop import leave, say
 
     signal.signal(signal.SIGALRM, lambda number, frame: leave())
     signal.alarm(END_S)

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, cast
 from slurm.errors import SlurmError
 
 FIRST_PAUSE_S = 2.0
+LOOK_S = 5.0
+"""Seconds that squeue and sacct may take to tell of jobs."""
 POLL_S = 60
 """Seconds between questions about a job that goes on, unless a profile says otherwise; administrators ask for that."""
 
@@ -189,7 +191,7 @@ _ENDED = {
 }
 
 
-def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
+def look(job_ids: Iterable[str]) -> dict[str, JobState]:
     """Asks Slurm about jobs, by id; the id of an array stands for its tasks, "17" for "17_0", "17_1", ...
 
     squeue knows the jobs of the last minutes (MinJobAge), sacct all others where there is accounting; jobs that neither
@@ -203,13 +205,13 @@ def look(job_ids: Iterable[str], timeout_s: float = 5) -> dict[str, JobState]:
     command = ["squeue", "--me", "--states=all", "--array", "--noheader", f"--Format={columns}"]
     found = {}
     for job_id, state, reason, exit_code, nodes in _rows(
-        command, rf"{_ID}{_STATE}\|(.*)\|{_CODE}\|(.*)", timeout_s, wanted
+        command, rf"{_ID}{_STATE}\|(.*)\|{_CODE}\|(.*)", LOOK_S, wanted
     ):
         why = reason if state in _WAITING and reason != "None" else ""
         found[job_id] = JobState(state, why, nodes, _signal(exit_code))
     found = {job_id: job for job_id, job in found.items() if _stands_for(job_id, wanted)}
     forgotten = wanted - found.keys() - set(map(array_of, found))
-    return {**found, **_recall(forgotten, timeout_s)} if forgotten else found
+    return {**found, **_recall(forgotten)} if forgotten else found
 
 
 def warn(job_id: str) -> None:
@@ -234,7 +236,7 @@ def cancel(job_ids: Iterable[str]) -> None:
     _control("scancel", job_ids=job_ids)
 
 
-def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
+def _recall(job_ids: set[str]) -> dict[str, JobState]:
     """Returns what the accounting remembers of ended jobs; {} where there is none or it does not answer."""
     numbers = ",".join(sorted(map(number_of, job_ids)))
     command = ["sacct", "--noheader", "--parsable2", "--format=JobID,State,ExitCode,NodeList", f"--jobs={numbers}"]
@@ -242,7 +244,7 @@ def _recall(job_ids: set[str], timeout_s: float) -> dict[str, JobState]:
     row = rf"{_ID}(\.\S+)?{_STATE}(?: by .*)?\|{_CODE}\|(.*)"
     found: dict[str, JobState] = {}
     with suppress(SlurmError):
-        for job_id, step, state, exit_code, nodes in _rows(command, row, timeout_s, job_ids):
+        for job_id, step, state, exit_code, nodes in _rows(command, row, LOOK_S, job_ids):
             number = _signal(exit_code)
             known = found.get(job_id)
             if known is None:

@@ -663,7 +663,7 @@ FAULTS = [
     # Who looks on.
     Fault(
         "what wandb still has in memory counts as written",
-        "jobs/tracking/follow_training.py",
+        "jobs/followers/training.py",
         "            self._write_position(safe)",
         "            self._write_position(self._position)",
         "tests/jobs/test_tracking.py::test_a_kill_two_requeues_and_a_move_leave_one_curve",
@@ -677,9 +677,9 @@ FAULTS = [
     ),
     Fault(
         "a training that stands still is not told",
-        "jobs/tracking/follow_training.py",
-        "        if step == now < self._config.train.steps:\n",
-        "        if step < now < self._config.train.steps:\n",
+        "jobs/followers/alerts.py",
+        "        if step == newest < self._config.train.steps:\n",
+        "        if step < newest < self._config.train.steps:\n",
         "tests/jobs/test_tracking.py::test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts",
     ),
     Fault(
@@ -778,7 +778,7 @@ FAULTS = [
     ),
     Fault(
         "the password of wandb's server is printed and kept in the log",
-        "jobs/tracking/dashboard.py",
+        "jobs/tracking/server.py",
         '    return re.sub(r"(?<=://)([^/\\s:]*:\\S*|[^/\\s]*)@", "", text)\n',
         "    return text\n",
         "tests/jobs/test_secrets.py::test_a_run_holds_no_secret[auto]",

@@ -148,7 +148,7 @@ def workers(process: Process) -> list[int]:
 
     def works(pid: int) -> bool:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"jobs.tracking" not in command and b"watcher.py" not in command
+        return b"jobs.followers" not in command and b"watcher.py" not in command
 
     return [pid for pid in relatives(process) if works(pid)]
 

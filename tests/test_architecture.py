@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import slurm.local
+import slurm.signals
+from jobs.runtime import signals
+from jobs.storage import job_ids, provenance
+from slurm import queue
 from tests import faults
 from tests.fault_list import FAULTS
 from tests.slurm import site
@@ -42,22 +47,24 @@ ARROWS = {
     "diffusion.problems": {"diffusion"},
     "jobs.files": set(),
     "jobs.terminal": set(),
-    "jobs.health": set(),
     "jobs.runtime": set(),
+    "jobs.health": {"jobs.runtime"},
     "jobs.experiments": {"diffusion", "jobs.files"},
     "jobs.storage": {"jobs.files", "jobs.experiments"},
-    "jobs.tracking": {"diffusion.figures", "jobs.files", "jobs.runtime", "jobs.storage"},
-    "jobs.notify": {"jobs.storage", "jobs.tracking"},
+    "jobs.tracking": {"jobs.storage"},
+    "jobs.followers": {"diffusion.figures", "jobs.files", "jobs.runtime"}
+    | {"jobs.experiments", "jobs.storage", "jobs.tracking"},
+    "jobs.notify": {"jobs.storage", "jobs.tracking", "jobs.followers"},
     "jobs.watch": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.doctor": {"diffusion.data", "jobs.files", "jobs.runtime", "jobs.storage", "jobs.tracking"},
-    "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health", "jobs.notify"}
+    "jobs.train": {"diffusion.process", "diffusion.figures", "jobs.health", "jobs.notify", "jobs.followers"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
     "jobs.audit": {"jobs.health", "jobs.train"}
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage"},
     "jobs.sample": {"diffusion.settings", "diffusion.process", "jobs.health"}
-    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.followers"},
     "jobs.evaluate": {"diffusion.problems", "diffusion.statistics", "diffusion.figures", "jobs.health", "jobs.sample"}
-    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.tracking"},
+    | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.followers"},
     "jobs.report": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking", "jobs.watch"}
     | {"jobs.sample", "jobs.evaluate"},
     "jobs.publish": {"diffusion.settings", "diffusion.process", "diffusion.images", "jobs.evaluate", "jobs.sample"}
@@ -105,6 +112,15 @@ def test_a_room_imports_what_lies_below_it(room: str) -> None:
         others = {".".join(name.split(".")[:2]) for name in imported(path) if "." in name} - {room}
         ours = {name for name in others if name.split(".")[0] in ("diffusion", "jobs")}
         assert {name for name in ours if not {name, name.split(".")[0]} & (ARROWS[room] | GROUND)} == set(), path
+
+
+def test_what_jobs_and_slurm_must_both_know_is_the_same() -> None:
+    assert set(signals.SIGNALS) == set(slurm.signals.SAVE)
+    assert provenance.ROOT == slurm.local.ROOT
+    for job_id in ("17", "17_3", "west:17_3"):
+        assert job_ids.log_of(job_id) == queue.log_of(job_id)
+        assert job_ids.number(job_id) == queue.number_of(job_id)
+    assert [job_ids.element("17", i) for i in range(2)] == queue.elements_of("17", 2)
 
 
 def test_no_two_rooms_import_each_other() -> None:

@@ -53,6 +53,8 @@ class IdxDataset:
 
     name: str
     """This is also its folder."""
+    variable: str
+    """The environment variable that names the folder in which that lies, unless a setting does."""
     height: int
     width: int
     count: Mapping[Split, int]
@@ -66,6 +68,9 @@ class IdxDataset:
 
     channels: ClassVar[int] = 1
     """Files with three dimensions have no colours."""
+
+    def default_root(self) -> str:
+        return os.environ.get(self.variable, "data")
 
     def raw_folder(self, root: Path) -> Path:
         return root / self.name / "raw"

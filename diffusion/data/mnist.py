@@ -5,6 +5,7 @@ from diffusion.data.idx import IdxDataset, Source
 
 MNIST = IdxDataset(
     name="MNIST",
+    variable="MNIST_ROOT",
     height=28,
     width=28,
     count={"train": 60_000, "test": 10_000},

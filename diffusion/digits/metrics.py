@@ -56,16 +56,15 @@ def near_copies(
     real_labels: NDArray[np.integer],
     *,
     seed: int,
-    percentile: float = NEAR_PERCENT,
 ) -> Estimate:
-    """The share of samples nearer to a training image than this percentile of held-out digits of their class.
+    """The share of samples nearer to a training image than NEAR_PERCENT of the held-out digits of their class.
 
-    Distances to the nearest training image, [n] and [m]. Held-out digits themselves have a share of `percentile` / 100.
+    Distances to the nearest training image, [n] and [m]. Held-out digits themselves have a share of NEAR_PERCENT.
     By class, because a 1 is always near another 1.
     """
     check_labels(labels, len(distances))
     _check_real_labels(real_labels, len(real_distances))
-    thresholds = np.array([np.percentile(real_distances[real_labels == digit], percentile) for digit in range(10)])
+    thresholds = np.array([np.percentile(real_distances[real_labels == digit], NEAR_PERCENT) for digit in range(10)])
     return bootstrap.mean(distances < thresholds[labels], seed=seed, which=Resampled.FAKE)
 
 

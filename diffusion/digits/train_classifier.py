@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,7 +89,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     options = parser.parse_args()
-    root = Path(os.environ.get("MNIST_ROOT", "data"))
+    root = Path(MNIST.default_root())
     MNIST.require(root)
     started = time.process_time()
     images, labels = MNIST.read_images(root, "train"), MNIST.read_labels(root, "train")

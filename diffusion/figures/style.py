@@ -16,9 +16,9 @@ MODEL, EXACT = PALETTE[0], PALETTE[2]
 """Colours of what the model does and of the exact answer, the same in all figures."""
 
 
-def new_figure(width: float = 8, height: float = 4.5) -> tuple[Figure, Axes]:
-    """Makes a figure with one pair of axes; sizes in inches. It is not pyplot's: it needs no display and no closing."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+def new_figure() -> tuple[Figure, Axes]:
+    """Makes a figure with one pair of axes. It is not pyplot's: it needs no display and no closing."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     return figure, figure.subplots()
 
 

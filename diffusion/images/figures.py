@@ -17,8 +17,9 @@ from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import Denoiser, Predict, ddim, ddpm
 
 
-def tile(images: Images, columns: int, gap: int = 2) -> NDArray[np.uint8]:
+def tile(images: Images, columns: int) -> NDArray[np.uint8]:
     """Images side by side in rows, with grey gaps: [height, width], with colours [height, width, channels]."""
+    gap = 2
     n, height, width, channels = images.shape
     rows, cell_height, cell_width = -(-n // columns), height + gap, width + gap
     sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, channels), 64, dtype=np.uint8)
@@ -67,10 +68,7 @@ def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n:
         x = [xt, *ddpm(Denoiser(_predict(model, n), abar, (-1, 1)), xt, steps=steps, noise=noise)]
     arrays = [experiment.to_array(value) for value in x]
     grid(arrays[-1], folder / "samples.png", model.num_classes)
-    shown = np.linspace(0, steps, 9).round().astype(int)
-    labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
-    title = f"Reverse process: noise becomes {noun} (DDPM, {steps} steps)"
-    _labelled([arrays[i][:6] for i in shown], labels, title, folder / "denoising.png")
+    _denoising([array[:6] for array in arrays], len(abar), f"{noun} (DDPM, {steps} steps)", folder)
     frames = [
         Image.fromarray(_enlarged(tile(arrays[i][:36], columns=6))) for i in np.linspace(0, steps, 40).astype(int)
     ]
@@ -119,10 +117,15 @@ def sketch(model: DiffusionModel, experiment: Experiment, noun: str, n: int, fol
         x = [xt, *ddim(Denoiser(_predict(model, n), abar, (-1, 1)), xt, steps=steps, noise=torch.randn)]
     arrays = [experiment.to_array(value) for value in x]
     grid(arrays[-1], folder / "grid.png", model.num_classes)
+    _denoising([array[:4] for array in arrays], len(abar), f"{noun} (DDIM, {steps} steps)", folder)
+
+
+def _denoising(arrays: list[Images], timesteps: int, what: str, folder: Path) -> None:
+    """denoising.png: nine of the images that a sampler has passed through, from noise to the last one."""
+    steps = len(arrays) - 1
     shown = np.linspace(0, steps, 9).round().astype(int)
-    labels = [f"t = {round(len(abar) * (1 - i / steps))}" for i in shown]
-    title = f"Reverse process: noise becomes {noun} (DDIM, {steps} steps)"
-    _labelled([arrays[i][:4] for i in shown], labels, title, folder / "denoising.png")
+    labels = [f"t = {round(timesteps * (1 - i / steps))}" for i in shown]
+    _labelled([arrays[i] for i in shown], labels, f"Reverse process: noise becomes {what}", folder / "denoising.png")
 
 
 def real_beside_generated(real: Images, generated: Images, path: Path) -> None:

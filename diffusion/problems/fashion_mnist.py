@@ -1,6 +1,5 @@
 """Fashion-MNIST: pictures of clothes in MNIST's format (Xiao et al. 2017). Importable without torch."""
 
-import os
 from dataclasses import dataclass, field
 
 from diffusion.data.idx import IdxDataset
@@ -8,6 +7,7 @@ from diffusion.problems.images import ImageProblem
 
 FASHION_MNIST = IdxDataset(
     name="FashionMNIST",
+    variable="FASHION_MNIST_ROOT",
     height=28,
     width=28,
     count={"train": 60_000, "test": 10_000},
@@ -25,7 +25,7 @@ FASHION_MNIST = IdxDataset(
 class FashionMnistProblem(ImageProblem):
     """The clothes of Fashion-MNIST."""
 
-    root: str = field(default_factory=lambda: os.environ.get("FASHION_MNIST_ROOT", "data"))
+    root: str = field(default_factory=FASHION_MNIST.default_root)
     """Folder of the data set, as torchvision lays it out; fetched when missing. Default: $FASHION_MNIST_ROOT, or
     data."""
 

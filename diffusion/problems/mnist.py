@@ -1,6 +1,5 @@
 """MNIST's digits, judged by a classifier of digits too. Importable without torch."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 class MnistProblem(ImageProblem):
     """The MNIST digits."""
 
-    root: str = field(default_factory=lambda: os.environ.get("MNIST_ROOT", "data"))
+    root: str = field(default_factory=MNIST.default_root)
     """Folder of the data set, as torchvision lays it out; fetched when missing. Default: $MNIST_ROOT, or data."""
 
     data_set = MNIST

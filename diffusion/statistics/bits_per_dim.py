@@ -10,7 +10,6 @@ image at a time: whichever process computes a share of the images gets the same 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,8 +21,6 @@ from diffusion.process.randomness import Stream, normal, uniform
 from diffusion.process.samplers import Clip, Predict
 from diffusion.statistics.bootstrap import Floats
 
-Variance = Literal["small", "large"]
-"""The reverse steps' variance: that of q(x_{t-1} | x_t, x0), or beta_t (Ho et al. 2020, section 3.2)."""
 _BATCH_SIZE = 64
 
 
@@ -84,7 +81,6 @@ def bound(
     first: int,
     seed: int,
     edges: NDArray[np.int64],
-    variance: Variance = "small",
     clip: Clip | None = None,
 ) -> Bound:
     """The bound for images [n, height, width, channels], whose indices are first, first + 1, ...
@@ -94,11 +90,16 @@ def bound(
     """
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be uint8 [n, height, width, channels]; got {images.dtype} {list(images.shape)}")
-    process = _Process.of(alphas_cumprod, variance)
-    x0 = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
+    process = _Process.of(alphas_cumprod)
+    x0 = exactly_scaled(images)
     rows = [_terms(predict, x, process, first + i, seed=seed, edges=edges, clip=clip) for i, x in enumerate(x0)]
     transitions, reconstruction, squared_error = (np.array(column) for column in zip(*rows, strict=True))
     return Bound(edges, _prior(x0, process.abar[-1]), transitions, reconstruction, squared_error)
+
+
+def exactly_scaled(images: NDArray[np.uint8]) -> Tensor:
+    """Images [n, height, width, channels] as the model's x0 [n, channels, height, width] in [-1, 1], in float64."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
 
 
 def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
@@ -116,7 +117,7 @@ def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
 
 def decoder_std(alphas_cumprod: Tensor) -> float:
     """The standard deviation of p(x | x_0), which is that of the reverse step from t = 1."""
-    return float(_Process.of(alphas_cumprod, "small").variance[0].sqrt())
+    return float(_Process.of(alphas_cumprod).variance[0].sqrt())
 
 
 @dataclass(frozen=True)
@@ -126,19 +127,18 @@ class _Process:
     abar: Tensor
     weight: Tensor
     """The coefficient of x0 in the mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, equation 7)."""
-    posterior_variance: Tensor
     variance: Tensor
+    """That of q(x_{t-1} | x_t, x0), which the reverse steps have too (Ho et al. 2020, section 3.2)."""
 
     @staticmethod
-    def of(alphas_cumprod: Tensor, variance: Variance) -> "_Process":
+    def of(alphas_cumprod: Tensor) -> "_Process":
         abar = alphas_cumprod.double().cpu()
         before = F.pad(abar[:-1], (1, 0), value=1.0)
         betas = 1 - abar / before
         posterior = betas * (1 - before) / (1 - abar)
         # At t = 0, where q has no variance, the decoder takes that of t = 1, as the paper's code does.
-        first = posterior[1:2]
-        chosen = {"small": posterior, "large": betas}[variance]
-        return _Process(abar, before.sqrt() * betas / (1 - abar), posterior, torch.cat([first, chosen[1:]]))
+        variance = torch.cat([posterior[1:2], posterior[1:]])
+        return _Process(abar, before.sqrt() * betas / (1 - abar), variance)
 
 
 def _terms(
@@ -163,9 +163,9 @@ def _terms(
     if clip is not None:
         x0_predicted = x0_predicted.clamp(*clip)
     error = (x0 - x0_predicted)[1:].square().flatten(1).mean(1)
-    weight, q, p = (value[t[1:]] for value in (process.weight, process.posterior_variance, process.variance))
-    # KL of two Gaussians whose means differ by weight * (x0 - x0_predicted).
-    kl = 0.5 * (p.log() - q.log() + q / p - 1 + weight**2 * error / p)
+    weight, variance = (value[t[1:]] for value in (process.weight, process.variance))
+    # KL of two Gaussians of the same variance whose means differ by weight * (x0 - x0_predicted).
+    kl = 0.5 * weight**2 * error / variance
     reconstruction = -log_likelihood(x0, x0_predicted[0], float(process.variance[0].sqrt())).mean()
     squared_error = (eps - noise).square().flatten(1).mean(1)
     # One timestep stands for all of its stratum, so its term counts as often as the stratum has timesteps.

@@ -37,9 +37,9 @@ class Estimate:
         """Makes an estimate, and shifts the replicates so that their mean is the value."""
         return Estimate(value, replicates - replicates.mean() + value)
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Returns the range of the central share `level` of the replicates."""
-        low, high = np.quantile(self.replicates, [(1 - level) / 2, (1 + level) / 2])
+    def interval(self) -> tuple[float, float]:
+        """Returns the range of the central 95% of the replicates."""
+        low, high = np.quantile(self.replicates, [0.025, 0.975])
         return float(low), float(high)
 
     def __sub__(self, other: "Estimate") -> "Estimate":

@@ -84,7 +84,7 @@ def bits(
     """
     abar = alphas_cumprod.double().cpu()
     a, b = float(abar[0].sqrt()), float((1 - abar[0]).sqrt())
-    x0 = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 127.5 - 1
+    x0 = bits_per_dim.exactly_scaled(images)
     shape, size = tuple(x0.shape[1:]), x0[0].numel()
     sources = [generator(seed, Stream.FLOW, first + i) for i in range(len(x0))]
     u, z, signs = (

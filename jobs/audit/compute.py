@@ -5,8 +5,8 @@ from typing import Any
 from jobs.audit.plan import Part, Stretch
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, SAVING, START, Watchdog
-from jobs.runtime.job import JobError, MachineError
-from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision, whereabouts
+from jobs.runtime.job import JobError
+from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.world import World, start
 from jobs.storage import checkpoints
@@ -76,8 +76,7 @@ def compute(stretch: Stretch, processes: int, device: Kind, signals: SignalWatch
         if unfit := lacking(precision, device):
             raise JobError(unfit)
         world = start(processes, device, precision)
-        if device == "cuda" and (fault := gpu_test.fault_of(world.device)):
-            raise MachineError(f"{whereabouts()} must not be used: {fault}")
+        gpu_test.check(world.device)
         if _compute(stretch, part, world, signals, watchdog):
             break
     watchdog.phase("the end", END)

@@ -16,7 +16,7 @@ from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from jobs.storage import faults, provenance
 from jobs.storage.ownership import LOCKS
-from jobs.tracking.dashboard import public, why_not_online
+from jobs.tracking.server import public, why_not_online
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
 """Below the first, disk space is a problem, below the second a warning: a run of mnist takes about 0.5 GB."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from diffusion.errors import UserError
 from jobs.evaluate.plan import Evaluation
 from jobs.files import write_json
+from jobs.followers.start import follow_evaluation
 from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, JobError, process_rank
 from jobs.runtime.signals import SignalWatch
 from jobs.sample.share import Share, not_given_up
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.start import follow_evaluation
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind

@@ -71,7 +71,7 @@ def one(evaluation: Evaluation, width: int) -> str:
 
 def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
     """Returns B minus A of each metric that both have, its 95% interval, and who is better if it excludes 0."""
-    import numpy as np  # here, because the command line starts without it
+    from diffusion.statistics.bootstrap import Estimate  # here, because the command line starts without numpy
 
     metrics_a, metrics_b = a.read()["metrics"], b.read()["metrics"]
     replicates_a, replicates_b = a.read_replicates(), b.read_replicates()
@@ -80,8 +80,8 @@ def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
         value = metrics_b[name]["value"] - metrics_a[name]["value"]
         low = high = value
         if name in replicates_a and name in replicates_b:
-            spread = replicates_b[name] - replicates_a[name]
-            low, high = (float(x) for x in np.quantile(spread - spread.mean() + value, [0.025, 0.975]))
+            of_b = Estimate(metrics_b[name]["value"], replicates_b[name])
+            low, high = (of_b - Estimate(metrics_a[name]["value"], replicates_a[name])).interval()
         verdict = _verdict(low, high, metrics_a[name]["better"])
         found[name] = {"value": value, "low": low, "high": high, "verdict": verdict}
     return {name: found[name] for name in metrics_a if name in found}
@@ -179,13 +179,7 @@ def _reference(rows: Sequence[Json]) -> Json:
 
 def _is_as_good(metric: Json, reference: Json) -> bool | None:
     """Whether a value lies within the reference's interval, or is better; None where there is no interval."""
-    if reference["low"] is None:
-        return None
-    if metric["better"] == "lower":
-        return bool(metric["value"] <= reference["high"])
-    if metric["better"] == "higher":
-        return bool(metric["value"] >= reference["low"])
-    return bool(reference["low"] <= metric["value"] <= reference["high"])
+    return None if reference["low"] is None else _reaches(metric, reference["low"], reference["high"])
 
 
 def _verdict(low: float, high: float, better: str) -> str:
@@ -198,13 +192,14 @@ def _verdict(low: float, high: float, better: str) -> str:
 
 def _is_at_floor(metric: Json) -> bool:
     """Whether the value is one that a perfect model may have too, by chance."""
-    if metric["floor_low"] is None:
-        return False
-    if metric["better"] == "lower":
-        return bool(metric["value"] <= metric["floor_high"])
-    if metric["better"] == "higher":
-        return bool(metric["value"] >= metric["floor_low"])
-    return bool(metric["floor_low"] <= metric["value"] <= metric["floor_high"])
+    return metric["floor_low"] is not None and _reaches(metric, metric["floor_low"], metric["floor_high"])
+
+
+def _reaches(metric: Json, low: float, high: float) -> bool:
+    """Whether a value lies between these bounds, or is better."""
+    good_low = metric["better"] == "lower" or metric["value"] >= low
+    good_high = metric["better"] == "higher" or metric["value"] <= high
+    return bool(good_low and good_high)
 
 
 def legend(results: Json) -> str:

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 
 from jobs.health.gpu_errors import Question
+from jobs.runtime.job import MachineError
+from jobs.runtime.numerics import uuid_of, whereabouts
 
 SIZE = 2048
 SECONDS = 1.0
+
+
+def check(device: torch.device, seconds: float = SECONDS) -> None:
+    """Raises MachineError on a GPU that is broken; a CPU is not tested."""
+    if device.type == "cuda" and (fault := fault_of(device, seconds)):
+        raise MachineError(f"{whereabouts()} must not be used: {fault}")
 
 
 def fault_of(
@@ -26,8 +34,7 @@ def fault_of(
     Entry (i, j) of the product of rows a_i = i mod 7 and columns b_j = j mod 5 is size * a_i * b_j: small integers,
     which fp32 and TF32 give exactly, in whatever order they add.
     """
-    # Older versions of torch do not tell which one it is.
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None) if device.type == "cuda" else None
+    uuid = uuid_of(device)
     errors = None if uuid is None else Question(f"GPU-{uuid}")
     rows = (torch.arange(size, device=device) % 7).float()
     columns = (torch.arange(size, device=device) % 5).float()

@@ -8,7 +8,6 @@ import faulthandler
 import mmap
 import os
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from diffusion.errors import UserError
+from jobs.health.watcher import HEADER
+from jobs.runtime.signals import SIGNALS
 
 VARIABLE = "WATCHDOG_S"
 """The environment variable that replaces `LEAST_S`, and so changes all patience in proportion; 0 switches it off."""
@@ -33,11 +34,8 @@ the END, processes wait for the one that saves and draws.
 """
 DUMP = signal.SIGRTMIN + 7
 """This signal makes a process write the stacks of all its threads, even where Python itself does not run any more."""
-FOR_THE_JOB = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""These signals do not end the process that looks on; Slurm sends some to all processes of a job."""
-HEADER = struct.Struct("qd")
-"""What lies in the shared memory: a number that changes with all progress, the patience in seconds, and then a text."""
 SIZE = 4096
+"""Bytes of the shared memory: `HEADER`, and then a text."""
 
 
 class Watchdog:
@@ -66,7 +64,8 @@ class Watchdog:
     def _start(self) -> None:
         # Some Pythons are built for systems without memfd_create.
         shared = os.memfd_create("watchdog") if hasattr(os, "memfd_create") else _without_a_name()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_THE_JOB)  # the watcher inherits that
+        # The watcher inherits this: Slurm sends these signals to all processes of a job, and none of them is for it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             os.ftruncate(shared, SIZE)
             self._memory = mmap.mmap(shared, SIZE)

@@ -27,6 +27,7 @@ STATES = {"T": "stopped", "D": "waiting for a disk or a network", "Z": "dead"}
 DEBUGGER = re.compile(r'File ".*\b(pdb\.py|bdb\.py|pydevd|debugpy)')
 """Is in the stacks of a process that a person looks into."""
 HEADER = struct.Struct("qd")
+"""How the shared memory begins: a number that changes with all progress, and the patience in seconds."""
 
 
 def main() -> None:

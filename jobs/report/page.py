@@ -18,8 +18,8 @@ from jobs.report.contents import Content
 from jobs.sample import classes
 from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
-from jobs.terminal.tables import short
-from jobs.tracking.dashboard import public
+from jobs.terminal.tables import setting, short
+from jobs.tracking.server import public
 from jobs.watch.states import SlurmJob
 
 BOKEH = Resources(mode="inline", components=["bokeh"], log_level="error")
@@ -60,7 +60,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
     environment.filters |= {
         "short": short,
         "moment": _moment,
-        "setting": _setting,
+        "setting": setting,
         "classes": lambda told: classes.label(tuple(told)),
     }
     page = environment.get_template("page.html.jinja")
@@ -153,8 +153,3 @@ def _moment(time: str | datetime) -> str:
     """Writes a time of a file for people, in UTC."""
     moment = datetime.fromisoformat(time) if isinstance(time, str) else time
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
-def _setting(value: Any) -> str:
-    """Writes a setting as it is given on the command line."""
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)

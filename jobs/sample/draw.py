@@ -21,8 +21,8 @@ from jobs.files import write_atomically
 from jobs.health import gpu_test
 from jobs.health.watchdog import DRAWING, Watchdog
 from jobs.runtime.cuda_graphs import in_one_launch
-from jobs.runtime.job import JobError, MachineError
-from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics, whereabouts
+from jobs.runtime.job import JobError
+from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import decorate
@@ -122,8 +122,7 @@ def draw(
 
 def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -> tuple[Experiment, DiffusionModel]:
     """The run's experiment and model with the weights that the settings name; MachineError on a GPU that is broken."""
-    if device.type == "cuda" and (fault := gpu_test.fault_of(device, seconds=0)):
-        raise MachineError(f"{whereabouts()} must not be used: {fault}")
+    gpu_test.check(device, seconds=0)
     _, config = run.read_experiment()
     experiment = config.build()
     model = experiment.build_model()

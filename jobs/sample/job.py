@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from jobs.followers.start import following
 from jobs.health.watchdog import END, Watchdog
 from jobs.runtime.job import IndependentJob, process_rank
 from jobs.runtime.signals import SignalWatch
@@ -12,7 +13,6 @@ from jobs.sample import exports
 from jobs.sample.exports import Form
 from jobs.sample.share import Share, not_given_up
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.start import following
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind

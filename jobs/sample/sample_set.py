@@ -15,7 +15,7 @@ from jobs.files import sha256, whole, write_json
 from jobs.sample.classes import check_guidance, label, parse
 from jobs.storage import checkpoints
 from jobs.storage.records import precision_of
-from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
+from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, number_of_shards, read_job_ids
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,7 +152,7 @@ class SampleSet:
 
     @property
     def num_shards(self) -> int:
-        return -(-self.num_samples // self.settings.shard_size)
+        return number_of_shards(self.num_samples, self.settings.shard_size)
 
     def shard_path(self, shard: int) -> Path:
         return self.folder / f"shard-{shard:05d}.npy"

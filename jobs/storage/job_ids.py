@@ -16,6 +16,11 @@ def number(job_id: str) -> str:
     return job_id.rpartition(":")[2]
 
 
+def log_of(job_id: str) -> str:
+    """Returns the name of the file that the job's first process prints into, which submitit chooses."""
+    return f"{number(job_id)}_0_log.out"
+
+
 def elements(array: str, known: Iterable[str]) -> list[str]:
     """Those of the known ids that are elements of the array."""
     return [job_id for job_id in known if job_id.startswith(f"{array}_")]

@@ -204,6 +204,11 @@ class RunFolder:
         write_json(self.path / "launch.json", {**self.read_launch(), "folder": str(self.path), **values})
 
 
+def number_of_shards(num_samples: int, shard_size: int) -> int:
+    """Into how many shards a set of samples is cut; the last one may be shorter."""
+    return -(-num_samples // shard_size)
+
+
 def as_typed(path: Path) -> str:
     """An absolute path as a user would type it: from the working folder on where it lies below that."""
     here = Path.cwd()

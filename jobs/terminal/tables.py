@@ -1,6 +1,7 @@
 """Tables and durations for a terminal."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 LEAST = 6
 """Columns are not made narrower than this."""
@@ -45,6 +46,11 @@ def _cut(text: str, width: int, keep_end: bool) -> str:
         return text
     tail = (width - 2) // 2 if keep_end else 0
     return text[: width - 2 - tail] + ".." + text[len(text) - tail :]
+
+
+def setting(value: Any) -> str:
+    """Writes a setting as it is given on the command line."""
+    return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
 
 
 def short(seconds: float | None) -> str:

@@ -1,1 +1,1 @@
-"""Processes that read a run and feed wandb."""
+"""wandb: what a run is called there, and what it is given."""

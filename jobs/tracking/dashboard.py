@@ -1,24 +1,20 @@
 """wandb, for the process that follows a run: online where that works, otherwise offline."""
 
-import contextlib
 import os
-import re
 import subprocess
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jobs.tracking.identity import Identity, Machine, short
+from jobs.tracking.server import public, why_not_online
 
 Say = Callable[[str], None]
 Mode = Literal["online", "offline", "disabled", "shared"]
 
 Level = Literal["INFO", "WARN", "ERROR"]
 
-ANSWER_S = 3.0
-"""How long a server may take to answer before a run is tracked offline."""
 FLUSH_S = 1.0
 """After so many seconds a value is on the disk; a kill loses the values of the last seconds."""
 FINISH_S = 12.0
@@ -251,42 +247,6 @@ def _take_out_wrong_variables() -> list[str]:
             wrong.append(name)
             del os.environ[name]
     return wrong
-
-
-def why_not_online(base_url: str) -> str | None:
-    """Asks the server who we are; returns what is wrong or None, within `ANSWER_S`."""
-    import requests
-
-    server, netrc = public(base_url), requests.utils.get_netrc_auth(base_url)
-    key = os.environ.get("WANDB_API_KEY") or (netrc and netrc[1])
-    if not key:
-        return "there is no key, which `wandb login` would store"
-    answers = []
-
-    def ask() -> None:
-        query = {"query": "query { viewer { id } }"}
-        with contextlib.suppress(requests.RequestException):
-            url = f"{base_url.rstrip('/')}/graphql"
-            answers.append(requests.post(url, json=query, auth=("api", key), timeout=ANSWER_S))
-
-    # In a thread, because the timeout of requests counts from packet to packet: a slow server could take for ever.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(ANSWER_S)
-    if not answers:
-        return f"{server} does not answer within {ANSWER_S:.0f} s"
-    answer = answers[0]
-    if answer.status_code in (401, 403) or (answer.ok and '"viewer":null' in answer.text.replace(" ", "")):
-        return f"{server} does not accept the key"
-    return None if answer.ok else f"{server} answers with error {answer.status_code}"
-
-
-def public(text: str) -> str:
-    """The text without users and passwords in its addresses, as in http://USER:PASSWORD@HOST.
-
-    A password is cut to the last @: one with / or @ in it ought to be encoded, and often is not.
-    """
-    return re.sub(r"(?<=://)([^/\s:]*:\S*|[^/\s]*)@", "", text)
 
 
 def _offline(folder: Path) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from jobs.experiments.table import EXPERIMENTS
+from jobs.followers.start import machine_of
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, SAVING, START, Watchdog
 from jobs.runtime.cuda_graphs import not_captured
-from jobs.runtime.job import JobError, MachineError, Requeue, process_node
+from jobs.runtime.job import JobError, Requeue, process_node
 from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, uuid_of, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, StopVote
 from jobs.runtime.world import start
@@ -20,7 +21,6 @@ from jobs.storage.records import last_start, precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.tables import short
-from jobs.tracking.start import machine_of
 from jobs.train.ema import decay_at
 from jobs.train.recorder import NodeRecorder, NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update
@@ -39,8 +39,7 @@ def train(
     if unfit := lacking(precision, device):
         raise JobError(unfit)
     world = start(processes, device, precision)
-    if device == "cuda" and (fault := gpu_test.fault_of(world.device)):
-        raise MachineError(f"{whereabouts()} must not be used: {fault}")
+    gpu_test.check(world.device)
     # Each process has asked its own hardware, and the nodes of a job may differ.
     if (first := world.of_first(precision)) != precision:
         raise JobError(

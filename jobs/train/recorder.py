@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jobs import notify
+from jobs.followers.start import FollowerProcess, follow_training
 from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
@@ -21,7 +22,6 @@ from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 from jobs.terminal.tables import short
 from jobs.tracking.identity import Machine
-from jobs.tracking.start import FollowerProcess, follow_training
 from jobs.train.state import Training
 
 TIMING_S = 5.0

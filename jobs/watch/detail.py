@@ -11,7 +11,7 @@ from jobs.experiments import experiment_json
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import account, checkpoints, faults, job_ids
 from jobs.storage.records import now
-from jobs.storage.run_folder import RunFolder, State
+from jobs.storage.run_folder import RunFolder, State, number_of_shards
 from jobs.terminal import tables
 from jobs.watch import states
 from jobs.watch.states import SlurmJob
@@ -57,7 +57,7 @@ def render(detail: dict[str, Any], width: int) -> str:
     lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]
     lines += _line("time", *_time(detail["time"]))
     lines += _line("missing", detail["missing"]) if detail["missing"] else []
-    lines += _line("settings", *(f"{flag} {_value(value)}" for flag, value in detail["settings"].items()))
+    lines += _line("settings", *(f"{flag} {tables.setting(value)}" for flag, value in detail["settings"].items()))
     lines += _line("checkpoints", *(f"{step}" for step in detail["checkpoints"]))
     for entry in detail["samples"]:
         state = "complete" if entry["complete"] else f"{entry['shards']} of {entry['num_shards']} shards"
@@ -77,11 +77,6 @@ def render(detail: dict[str, Any], width: int) -> str:
         lines += _line("failure", f"process {detail['failed_rank']} failed first:")
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 15, break_on_hyphens=False) for line in lines]
     return "\n".join([*lines, *(detail["traceback"].rstrip().splitlines() if failed else [])])
-
-
-def _value(value: Any) -> str:
-    """Writes a setting as it is given on the command line."""
-    return " ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _progress(detail: dict[str, Any]) -> str:
@@ -135,8 +130,9 @@ def _faults(run: RunFolder) -> list[dict[str, Any]]:
 def _samples(run: RunFolder, folder: Path) -> dict[str, Any]:
     try:
         manifest = run.read_samples(folder.name)
-        num_shards = -(-manifest["num_samples"] // manifest["shard_size"])
-        facts = {"num_samples": manifest["num_samples"], "complete": manifest["complete"], "num_shards": num_shards}
+        num_samples = manifest["num_samples"]
+        num_shards = number_of_shards(num_samples, manifest["shard_size"])
+        facts = {"num_samples": num_samples, "complete": manifest["complete"], "num_shards": num_shards}
     except (OSError, UserError, KeyError):
         facts = {"num_samples": 0, "complete": False, "num_shards": 0}
     return {"name": folder.name, **facts, "shards": len(list(folder.glob("shard-*.npy")))}

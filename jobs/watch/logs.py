@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jobs.storage import ownership
-from jobs.storage.job_ids import is_element, number
+from jobs.storage.job_ids import is_element, log_of
 from jobs.storage.run_folder import RunFolder, State, as_typed
 from jobs.watch import states
 
@@ -22,7 +22,7 @@ def locate(run: RunFolder) -> Path:
         return run.log
     # The elements of a sweep's array print into the sweep's folder.
     submitter = run.path.with_name(launch["sweep"]) if "sweep" in launch and is_element(job_ids[-1]) else run.path
-    path = submitter / "slurm" / f"{number(job_ids[-1])}_0_log.out"
+    path = submitter / "slurm" / log_of(job_ids[-1])
     # A run that has moved from Slurm to this machine writes its log alone; on Slurm both files grow together, so a lead
     # of a minute means that the job's own has stopped.
     here_last = path.exists() and run.log.exists() and run.log.stat().st_mtime > path.stat().st_mtime + 60

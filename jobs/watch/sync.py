@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffusion.errors import OutsideError
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.dashboard import why_not_online
+from jobs.tracking.server import why_not_online
 
 Say = Callable[[str], None]
 

@@ -12,6 +12,10 @@ from typing import Annotated
 # Jobs draw torch's port from 20000 on (slurm/task.py), the kernel its own from 32768 on: keep out of both.
 PORT_RANGE = range(10_000, 20_000)
 DATABASE = "slurm_acct_db"
+CPUS_PER_NODE = 4
+"""This may be more than the machine has."""
+GRACE_TIME_S = 30
+"""Seconds from the preemption signal to SIGTERM and the kill."""
 RULES = "rules.lua"
 """A file that returns a function of a job (Slurm's job_desc), which returns why the job is refused, or nil."""
 JOB_SUBMIT = """\
@@ -39,12 +43,10 @@ class Options:
 
     nodes: Annotated[int, "compute nodes: one slurmd each, all on this machine"] = 2
     gpus_per_node: Annotated[int, "pretended GPUs per node; CUDA_VISIBLE_DEVICES is set for each job"] = 4
-    cpus_per_node: Annotated[int, "CPUs per node; may be more than this machine has"] = 4
     accounting: Annotated[bool, "run slurmdbd and MariaDB, so that sacct answers"] = True
     user_signal: Annotated[bool, "preemption sends the signal of sbatch --signal; otherwise SIGTERM alone"] = True
     job_requeue: Annotated[bool, "batch jobs may be requeued unless they say otherwise (JobRequeue)"] = True
     max_array_size: Annotated[int, "array indices end before this (MaxArraySize)"] = 1001
-    grace_time_s: Annotated[int, "seconds from the preemption signal to SIGTERM and the kill"] = 30
     gpu_type: Annotated[str, "type of the GPUs, such as a100; none by default"] = ""
     job_submit: Annotated[
         bool, "ask rules.lua in the cluster's folder about each job, as sites do (job_submit/lua)"
@@ -52,7 +54,7 @@ class Options:
     node_prefix: Annotated[str, "nodes are called n1, n2, ...; change it where those names are taken"] = "n"
 
     def __post_init__(self) -> None:
-        least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_node": 1, "max_array_size": 2, "grace_time_s": 0}
+        least = {"nodes": 1, "gpus_per_node": 0, "max_array_size": 2}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}; got {getattr(self, name)}")
@@ -155,10 +157,10 @@ def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
             "JobAcctGatherType=jobacct_gather/linux",
         ]
     # Memory is not handed out (CR_CPU); the figure only lets a request meant for a large node pass.
-    node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={options.cpus_per_node} RealMemory=1000000{gres}"
+    node = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={CPUS_PER_NODE} RealMemory=1000000{gres}"
     lines += [f"NodeName={name} {node} Port={port}" for name, port in zip(options.node_names, node_ports, strict=True)]
     lines += [
-        f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={options.grace_time_s}",
+        f"PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE_TIME_S}",
         "PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF",
     ]
     return "\n".join(lines) + "\n"

@@ -33,9 +33,9 @@ def test_an_alternative_that_fails_ends_the_benchmark() -> None:
 
 def test_a_ratio_is_that_of_each_round_not_of_the_medians() -> None:
     # The machine is half as fast in the second round, for both.
-    row = ratio("training", "images/s", [30.0, 15.0, 33.0], [10.0, 5.0, 12.0], "peer", at_least=3)
+    row = ratio("training", [30.0, 15.0, 33.0], [10.0, 5.0, 12.0], "peer", at_least=3)
     assert (row.value, row.low, row.high, row.reached) == (3.0, 2.75, 3.0, True)
-    assert not ratio("training", "images/s", [30.0], [11.0], "peer", at_least=3).reached
+    assert not ratio("training", [30.0], [11.0], "peer", at_least=3).reached
 
 
 def test_a_limit_is_kept_by_the_median() -> None:

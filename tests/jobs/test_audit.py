@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from diffusion.errors import OutsideError, UserError
 from jobs.audit import compute, report
@@ -176,7 +177,9 @@ def test_an_audit_that_is_stopped_leaves_no_copies(trained: Path, tmp_path: Path
 def test_a_gpu_that_computes_wrongly_audits_nothing(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu_test, "fault_of", lambda device: "it computes wrongly")
+    check = gpu_test.check
+    monkeypatch.setattr(gpu_test, "check", lambda device: check(torch.device("cuda")))
+    monkeypatch.setattr(gpu_test, "fault_of", lambda device, seconds: "it computes wrongly")
     monkeypatch.setattr(compute, "start", lambda processes, device, precision: start_world(1, "cpu", precision))
     stretch = planned(trained, tmp_path).stretches[0]
     with SignalWatch() as signals, pytest.raises(MachineError, match="must not be used: it computes wrongly"):

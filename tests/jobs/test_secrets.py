@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.tracking.dashboard import Wandb, public
+from jobs.tracking.dashboard import Wandb
+from jobs.tracking.server import public
 from jobs.train.job import TrainJob
 from slurm.profile import Profile
 from slurm.submit import Submission

@@ -12,12 +12,12 @@ import pytest
 from diffusion.settings import MlpSettings
 from jobs.experiments.settings import TrackingSettings
 from jobs.experiments.table import EXPERIMENTS
+from jobs.followers.start import machine_of
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
-from jobs.tracking.start import machine_of
 from jobs.train.recorder import RunRecorder
 from jobs.train.state import Training
 from tests.launching import wait_until

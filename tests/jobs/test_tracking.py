@@ -25,13 +25,16 @@ from safetensors.torch import load_file
 
 from jobs import notify
 from jobs.experiments.settings import TrackingSettings
+from jobs.followers import training
+from jobs.followers.curves import Curves
+from jobs.followers.training import TrainingFollower
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking import dashboard, follow_training
-from jobs.tracking.dashboard import Level, NoDashboard, why_not_online
-from jobs.tracking.follow_training import Curves, TrainingFollower
+from jobs.tracking import dashboard
+from jobs.tracking.dashboard import Level, NoDashboard
 from jobs.tracking.identity import Identity, Machine
+from jobs.tracking.server import why_not_online
 from jobs.train.state import LOSS_BANDS, band_sums
 from tests.launching import (
     NO_FIGURES,
@@ -196,7 +199,7 @@ def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
 ) -> None:
     done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **NO_FIGURES)
     run = RunFolder(tmp_path / "runs" / "1d" / "a")
-    monkeypatch.setattr(follow_training, "STUCK_S", 0.0)
+    monkeypatch.setattr("jobs.followers.alerts.STUCK_S", 0.0)
     experiment, config = run.read_experiment()
     here = Machine(pid=os.getpid(), tree=False, gpus=[], node="n1", nodes=1, is_first=True)
 
@@ -204,11 +207,11 @@ def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
         """The alerts while a follower looks at the run twice and sees its end."""
         shown, tracking = Shown(), replace(config.tracking, alerts=asked, samples_every=0)
         run.write_experiment(experiment, replace(config, tracking=tracking, train=replace(config.train, steps=steps)))
-        monkeypatch.setattr(follow_training, "open_dashboard", lambda *_: shown)
+        monkeypatch.setattr(training, "open_dashboard", lambda *_: shown)
         follower = TrainingFollower(run, Ownership.take(run.path), here, attempt=1)
         for look in (follower.look, follower.look, follower.look, follower.end):
             look()
-        follower._stop()
+        follower.stop_button.press()
         return shown.alerts
 
     assert follow(asked=False, steps=100) == []

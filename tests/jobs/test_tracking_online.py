@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from jobs.followers.start import follow_training, machine_of
 from jobs.storage.ownership import Ownership
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.identity import Machine
-from jobs.tracking.start import follow_training, machine_of
 from tests.jobs.test_sync import Keeping, server  # noqa: F401  # a fixture
 from tests.launching import NO_FIGURES, TINY, done, launch, status, wait_until
 

@@ -96,7 +96,7 @@ def follow_training(run: RunFolder, owner: Ownership, machine: Machine, say: Say
     if machine.is_first:
         ensure_id(run)
     arguments = [str(run.path), owner.token, json.dumps(dataclasses.asdict(machine))]
-    return FollowerProcess("jobs.tracking.follow_training", arguments, say)
+    return FollowerProcess("jobs.followers.training", arguments, say)
 
 
 @contextmanager
@@ -104,11 +104,11 @@ def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: 
     """Follows the set of samples `name`: while it is drawn if `live`, otherwise once this process has completed it."""
     arguments = [str(run.path), name]
     ensure_id(run)
-    follower = FollowerProcess("jobs.tracking.follow_samples", arguments, say) if live else None
+    follower = FollowerProcess("jobs.followers.samples", arguments, say) if live else None
     try:
         yield
         if follower is None and is_complete():
-            follower = FollowerProcess("jobs.tracking.follow_samples", arguments, say)
+            follower = FollowerProcess("jobs.followers.samples", arguments, say)
     finally:
         if follower is not None:
             follower.close(wait=True)
@@ -117,7 +117,7 @@ def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: 
 def follow_evaluation(run: RunFolder, name: str, say: Say) -> None:
     """Passes the complete evaluation of the set of samples `name` on to wandb."""
     ensure_id(run)
-    FollowerProcess("jobs.tracking.follow_evaluation", [str(run.path), name], say).close(wait=True)
+    FollowerProcess("jobs.followers.evaluation", [str(run.path), name], say).close(wait=True)
 
 
 def _relay(process: "subprocess.Popen[str]", say: Say) -> None:

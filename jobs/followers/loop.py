@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.dashboard import Dashboard, first_line, open_dashboard, public
+from jobs.tracking.dashboard import Dashboard, first_line, open_dashboard
 from jobs.tracking.identity import of_part
+from jobs.tracking.server import public
 
 LOOK_S = 1.0
 END_S = 25.0

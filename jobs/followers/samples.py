@@ -1,4 +1,4 @@
-"""Follows a set of samples from outside: `python -m jobs.tracking.follow_samples RUN NAME`.
+"""Follows a set of samples from outside: `python -m jobs.followers.samples RUN NAME`.
 
 Progress and rate are computed from the times of the shards' files, so every follower sends the same values.
 """
@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.followers.loop import follow, open_part
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.loop import follow, open_part
 
 WINDOW = 10
 """A rate is the mean over so many shards."""

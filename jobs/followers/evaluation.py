@@ -1,12 +1,12 @@
-"""Passes an evaluation on to wandb when it is complete: `python -m jobs.tracking.follow_evaluation RUN NAME`."""
+"""Passes an evaluation on to wandb when it is complete: `python -m jobs.followers.evaluation RUN NAME`."""
 
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from jobs.followers.loop import follow, open_part
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.loop import follow, open_part
 
 
 class EvaluationFollower:

@@ -1,0 +1,1 @@
+"""Processes that follow a run, read its files and feed wandb."""
