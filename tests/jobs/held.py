@@ -1,4 +1,4 @@
-"""launch.py, but a process of it stands still at a place that the test names, so that nothing comes too early or too late.
+"""launch.py, but a process of it stands still at a place that the test names, so that nothing comes too late for it.
 
 $HELD is the place, a function, and how many of its calls come before; the first $HELD_TIMES processes that get there
 stand still. A signal that the process handles lets it go on, and so does `let_go`.

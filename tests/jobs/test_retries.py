@@ -61,7 +61,7 @@ def test_wrong_use_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_obeyed_and_no_fault(tmp_path: Path) -> None:
-    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path)
+    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 10)
     process.send_signal(signal.SIGINT)
@@ -71,7 +71,7 @@ def test_ctrl_c_is_obeyed_and_no_fault(tmp_path: Path) -> None:
 
 
 def test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good(tmp_path: Path) -> None:
-    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path)
+    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 10)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", run / "checkpoints"], check=True)
