@@ -12,8 +12,9 @@ import pytest
 
 from jobs import notify
 from jobs.storage.run_folder import RunFolder
+from tests.jobs.held import AFTER_STEP, held, start_held
 from tests.jobs.test_tracking import alerts, history, segments
-from tests.launching import NO_FIGURES, TINY, Finished, interrupt, launch, sentence, start, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, Finished, interrupt, launch, sentence
 
 SECRET = "services/T0/xoxb-secret"
 
@@ -101,13 +102,12 @@ def test_a_finished_run_is_told_once(tmp_path: Path, server: Server, mail: Path)
 
 
 def test_an_interruption_is_not_told_and_what_follows_is(tmp_path: Path, server: Server, mail: Path) -> None:
-    arguments = ("train", "1d", *TINY, "--name", "a", "--train.steps", "1500", "--tracking.notify", "webhook")
-    environment = {"DIFFUSION_WEBHOOK": server.url, **NO_FIGURES}
-    training = start(*arguments, cwd=tmp_path, **environment)
-    wait_until(lambda: steps_logged(tmp_path / "runs" / "1d" / "a") > 10)
+    arguments = ("train", "1d", *TINY, "--name", "a", "--train.steps", "40", "--tracking.notify", "webhook")
+    training = start_held(AFTER_STEP, 10, *arguments, cwd=tmp_path, DIFFUSION_WEBHOOK=server.url)
+    held(tmp_path)
     assert interrupt(training, signal.SIGINT).code == 130
     assert server.received == []
-    assert launch(*arguments, cwd=tmp_path, **environment).code == 0
+    assert launch(*arguments, cwd=tmp_path, DIFFUSION_WEBHOOK=server.url, **NO_FIGURES).code == 0
     assert [posted["event"] for posted in server.received] == ["finished"]
 
 
@@ -121,7 +121,8 @@ def test_a_failure_of_two_processes_is_told_once_and_again_if_it_is_resumed(
     assert posted["event"] == "failed"
     assert "not finite" in posted["detail"] and "launch.py resume" in posted["text"]
     assert mail.read_text().count("mail: -s 1d/a has failed") == 1
-    again = launch("resume", "1d/a", "--gpus", 2, "--device", "cpu", cwd=tmp_path, DIFFUSION_WEBHOOK=server.url)
+    env = {"DIFFUSION_WEBHOOK": server.url, **NO_FIGURES}
+    again = launch("resume", "1d/a", "--gpus", 2, "--device", "cpu", cwd=tmp_path, **env)
     assert again.code == 1
     assert len(server.received) == 2
 

@@ -18,7 +18,7 @@ from jobs.runtime.job import MachineError
 from jobs.storage import checkpoints
 from slurm import local
 from tests.jobs.parallel import ExamplesJob, FailJob, LateJob, SkipJob, run
-from tests.launching import TINY, finish, start, status, steps_logged, wait_until, workers
+from tests.launching import NO_FIGURES, TINY, finish, start, status, steps_logged, wait_until, workers
 
 pytestmark = pytest.mark.processes  # which tests/jobs/parallel.py starts
 
@@ -115,11 +115,11 @@ def test_processes_that_believe_themselves_alone_are_an_error() -> None:
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
     endless = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--device", "cpu", "--gpus", "2")
-    process = start(*endless, cwd=tmp_path)
+    process = start(*endless, cwd=tmp_path, **NO_FIGURES)
     folder = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(folder) > 10)
-    _, _, last = workers(process)  # in the order in which they were started
-    os.kill(last, signal.SIGTERM)
+    (other,) = {*workers(process)} - {process.pid, status(folder)["pid"]}
+    os.kill(other, signal.SIGTERM)
     assert finish(process, timeout_s=60).code == 130
     assert status(folder)["state"] == "cancelled"
     assert checkpoints.steps(folder / "checkpoints")[0] == status(folder)["step"] == steps_logged(folder)

@@ -16,6 +16,7 @@ from jobs.runtime.job import JobError, MachineError, is_outside
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
+from tests.jobs.held import AFTER_STEP, held, start_held
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until, workers
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
@@ -27,21 +28,22 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_whose_process_is_killed_goes_on_by_itself_to_the_same_bytes(processes: int, tmp_path: Path) -> None:
-    where = ("--gpus", processes, "--train.steps", 300)
+    where = ("--gpus", processes, "--train.steps", 100)
     calm = tmp_path / "calm"
     calm.mkdir()
     done(*COMMAND, *where, cwd=calm, **NO_FIGURES)
-    process = start(*COMMAND, *where, "--retries", 1, cwd=tmp_path, **NO_FIGURES)
+    process = start_held(AFTER_STEP, 60, *COMMAND, *where, "--retries", 1, cwd=tmp_path)
     run = tmp_path / "runs" / "1d" / "a"
-    wait_until(lambda: steps_logged(run) >= 60)
-    os.kill(workers(process)[-1], signal.SIGKILL)
+    first = held(tmp_path)
+    (victim,) = {*workers(process)} - {process.pid, *([first] if processes == 2 else [])}
+    os.kill(victim, signal.SIGKILL)
     ended = finish(process)
     assert ended.code == 0, ended
     (fault,) = lines(run)
     assert fault["cause"] == f"process {processes - 1} was ended by SIGKILL"
     assert fault["again"] is True
     assert status(run)["restarts"] == 1
-    files = ["metrics.jsonl", *(f"checkpoints/step-00000300/{name}.safetensors" for name in ("model", "ema"))]
+    files = ["metrics.jsonl", *(f"checkpoints/step-00000100/{name}.safetensors" for name in ("model", "ema"))]
     for name in files:
         assert (run / name).read_bytes() == (calm / "runs" / "1d" / "a" / name).read_bytes(), name
     shown = done("status", run, cwd=tmp_path).out
@@ -59,7 +61,7 @@ def test_wrong_use_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_is_obeyed_and_no_fault(tmp_path: Path) -> None:
-    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path)
+    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 10)
     process.send_signal(signal.SIGINT)
@@ -69,7 +71,7 @@ def test_ctrl_c_is_obeyed_and_no_fault(tmp_path: Path) -> None:
 
 
 def test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good(tmp_path: Path) -> None:
-    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path)
+    process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 10)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", run / "checkpoints"], check=True)
@@ -88,14 +90,14 @@ def test_a_resume_that_dies_before_it_has_said_anything_is_tried_again(tmp_path:
     done(*COMMAND, "--train.steps", 50, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     where = ("--cluster", "local", "--device", "cpu", "--retries", 1)  # no other process than the one that trains
-    process = start("resume", run, "--train.steps", 100, *where, cwd=tmp_path, **NO_FIGURES)
-    wait_until(lambda: len(workers(process)) == 2)
-    os.kill(next(pid for pid in workers(process) if pid != process.pid), signal.SIGKILL)
+    first = "jobs.train.job.keep_freed_memory"  # what a training does first
+    process = start_held(first, 1, "resume", run, "--train.steps", 60, *where, cwd=tmp_path)
+    os.kill(held(tmp_path), signal.SIGKILL)
     ended = finish(process)
     assert ended.code == 0, ended
     (fault,) = lines(run)
     assert (fault["cause"], fault["again"]) == ("process 0 was ended by SIGKILL", True)
-    assert (status(run)["state"], status(run)["step"]) == ("finished", 100)
+    assert (status(run)["state"], status(run)["step"]) == ("finished", 60)
 
 
 def test_a_budget_below_zero_is_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`status --watch`: all runs on one screen, which goes on by itself and leaves the terminal as it was."""
 
+import codecs
 import fcntl
 import json
 import os
@@ -130,7 +131,7 @@ class Terminal:
             command, cwd=cwd, env={**env, "TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs, process_group=0
         )
         os.close(theirs)
-        self.said = ""
+        self.said, self._decoder = "", codecs.getincrementaldecoder("utf-8")()  # a read may end within a letter
 
     def resize(self, columns: int, lines: int) -> None:
         fcntl.ioctl(self._ours, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
@@ -141,7 +142,7 @@ class Terminal:
         while not re.search(pattern, self.said[begin:], re.DOTALL):
             assert time.monotonic() < deadline, self.said[begin:]
             if select.select([self._ours], [], [], 0.1)[0]:
-                self.said += os.read(self._ours, 65536).decode()
+                self.said += self._decoder.decode(os.read(self._ours, 65536))
         return self.said[begin:]
 
 

@@ -12,11 +12,15 @@ from jobs.storage.checkpoints import steps
 from jobs.storage.run_folder import RunFolder
 from jobs.train.shards import fold, halves, share, subtrees
 from jobs.watch import detail
+from tests.jobs.held import AFTER_STEP, held, start_held
 from tests.jobs.test_resume import result
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, launch
 
 KINDS = {
-    "fp32": ("1d", *TINY, "--train.batch-size", "60", "--train.steps", "300", "--train.checkpoint-every", "100"),
+    "fp32": (
+        *("1d", *TINY, "--train.batch-size", "60", "--train.steps", "60", "--train.checkpoint-every", "20"),
+        *("--train.held-out-every", "30"),
+    ),
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
         *("--train.batch-size", "12", "--train.steps", "8", "--train.log-every", "1", "--train.precision", "bf16"),
@@ -65,10 +69,10 @@ def test_any_number_of_processes_trains_the_same_bytes(
         assert result(runs / "whole") != expected
 
 
-def kill_after(lines: int, *arguments: object, cwd: Path) -> None:
-    """Starts a command and kills it when the run `moved` has logged so many steps."""
-    process = start(*arguments, cwd=cwd, **NO_FIGURES)
-    wait_until(lambda: steps_logged(cwd / "runs" / "1d" / "moved") >= lines)
+def kill_after(steps: int, *arguments: object, cwd: Path) -> None:
+    """Starts a command and kills it when it has made so many steps."""
+    process = start_held(AFTER_STEP, steps, *arguments, cwd=cwd)
+    held(cwd)
     process.kill()
     assert finish(process).code == -9
 
@@ -82,7 +86,7 @@ def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: 
     assert json.loads((runs / "still" / "experiment.json").read_text())["train"]["grad_shards"] == 4
     assert "train.grad-shards" not in detail.describe(RunFolder(runs / "still"), None)["settings"]  # nobody has set it
     kill_after(30, *command("fp32", "moved", 4, *more), cwd=tmp_path)
-    kill_after(70, "resume", "1d/moved", "--device", "cpu", "--gpus", 1, cwd=tmp_path)
+    kill_after(50, "resume", "1d/moved", "--device", "cpu", "--gpus", 1, cwd=tmp_path)
     done("resume", "1d/moved", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
     assert result(runs / "moved") == result(runs / "still")
     assert {step // 40 for step in steps(runs / "moved" / "checkpoints")} == {0, 1, 2, 3}  # 20, 40, 80, 100, 120

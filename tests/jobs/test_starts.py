@@ -67,7 +67,7 @@ def test_one_name_for_two_settings_at_once_makes_one_run(tmp_path: Path) -> None
 def test_the_same_command_continues_and_other_settings_are_refused(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     command = ("train", "1d", *TINY, "--train.steps", "50", "--name", "a")
-    done(*command, cwd=tmp_path)
+    done(*command, cwd=tmp_path)  # with its figures, without which the same command would draw them
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     again = done(*command, cwd=tmp_path)
     assert "finished" in again.out
@@ -109,23 +109,19 @@ def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_
     finally:
         process.kill()
         process.communicate()
-    lines = steps_logged(run)
     third = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     wait_until(lambda: (run / "status.json").exists() and status(run)["restarts"] == 1 and steps_logged(run) >= 5)
     third.send_signal(signal.SIGINT)
     out, _ = third.communicate(timeout=60)
     assert third.returncode == 130
     assert f"resume {run.relative_to(tmp_path)}" in out
-    assert lines > 0
     assert status(run)["state"] == "interrupted"
 
 
 def test_a_second_ctrl_c_ends_at_once_with_the_last_checkpoint_intact(tmp_path: Path) -> None:
-    from jobs.storage import checkpoints
-
     run = tmp_path / "runs" / "1d" / "a"
-    process = start(*ENDLESS, "--train.checkpoint-every", "50", cwd=tmp_path)
-    wait_until(lambda: steps_logged(run) >= 200)
+    process = start(*ENDLESS, "--train.checkpoint-every", "50", cwd=tmp_path, **NO_FIGURES)
+    wait_until(lambda: checkpoints.steps(run / "checkpoints") != [])
     for _ in range(50):
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
