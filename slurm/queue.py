@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
@@ -17,6 +18,11 @@ LOOK_S = 5.0
 """Seconds that squeue and sacct may take to tell of jobs."""
 POLL_S = 60
 """Seconds between questions about a job that goes on, unless a profile says otherwise; administrators ask for that."""
+
+AWAY = re.compile("Unable to contact|timed out|Zero Bytes", re.IGNORECASE)
+"""Slurm's tools say so if the controller is down, or too busy."""
+AGAIN_S = 5.0
+"""Seconds until it is asked once more."""
 
 
 def has_slurm(patience_s: float = 2) -> bool:
@@ -85,6 +91,20 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
         )
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]} does not answer within {timeout_s:g} s") from error
+
+
+def insist(*command: str) -> "subprocess.CompletedProcess[str]":
+    """Asks as `ask` does, and asks again for as long as the controller does not answer.
+
+    That is for jobs, whose fate depends on it: it may be down for an hour, but they end only when it is back.
+    """
+    said = False
+    while (done := ask(*command, timeout_s=None)).returncode != 0 and AWAY.search(done.stdout + done.stderr):
+        if not said:
+            print(f"{command[0]}: {last_words(done.stdout + done.stderr)}; asking again", file=sys.stderr, flush=True)
+        said = True
+        time.sleep(AGAIN_S)
+    return done
 
 
 def last_words(text: str) -> str:

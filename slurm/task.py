@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
     if _comes_back_by_itself(before):
         return job_id
     # `incomplete`, because without it a job that is being cancelled would come back to life.
-    subprocess.run(["scontrol", "requeue", "incomplete", job_id], check=False)
+    print(queue.insist("scontrol", "requeue", "incomplete", job_id).stderr, end="", file=sys.stderr, flush=True)
     after = _fields("job", job_id)
     came_back = after.get("Restarts") != before.get("Restarts") or after.get("JobState") == "PENDING"
     if not came_back:
@@ -264,8 +265,7 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
 
 def _fields(kind: str, name: str) -> dict[str, str]:
     """Asks for the fields of a job or a partition, named as by `scontrol show`; values end at the first space."""
-    # Slurm's tools repeat their question while the controller is busy, and there is nothing better to do than to wait.
-    shown = queue.ask("scontrol", "--oneliner", "show", kind, name, timeout_s=None).stdout
+    shown = queue.insist("scontrol", "--oneliner", "show", kind, name).stdout
     record = re.search(r"^(?:JobId|PartitionName)=.*$", shown, re.MULTILINE)  # among a site's notices
     fields = re.findall(r"([\w:/]+)=(\S*)", record[0]) if record is not None else []
     return dict(reversed(fields))  # the first of a name counts: from 25.11 on, the user's command line comes last

@@ -882,6 +882,20 @@ FAULTS = [
         "tests/jobs/test_hangs.py::test_a_call_that_lets_no_other_python_thread_run_is_noticed_too",
     ),
     Fault(
+        "a disk that stands still is taken for a hang",
+        "jobs/health/watcher.py",
+        "if silent_s < longest_s and",
+        "if silent_s < patience_s and",
+        "tests/jobs/test_hangs.py::test_a_disk_that_stands_still_for_longer_than_a_step_may_take_is_waited_for[True]",
+    ),
+    Fault(
+        "a job that fails while the controller is away is given up",
+        "slurm/queue.py",
+        ".returncode != 0 and AWAY.search",
+        ".returncode == 0 and AWAY.search",
+        "tests/slurm/test_words.py::test_a_job_waits_for_a_controller_that_is_away",
+    ),
+    Fault(
         "a machine that sleeps is taken for a hang",
         "jobs/health/watcher.py",
         "min(time.monotonic() - before, 2 * TICK_S)",

@@ -32,6 +32,8 @@ START, COMPILING, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 60, 15, 60, 
 DRAWING is from one evaluation of a sampler to the next, or to the end of a shard, and UNIT a unit of an evaluation. At
 the END, processes wait for the one that saves and draws.
 """
+DISK = 15
+"""While the run's disk stands still, whatever is done may take so many times `LEAST_S`."""
 DUMP = signal.SIGRTMIN + 7
 """This signal makes a process write the stacks of all its threads, even where Python itself does not run any more."""
 SIZE = 4096
@@ -71,9 +73,10 @@ class Watchdog:
             self._memory = mmap.mmap(shared, SIZE)
             self.phase(self.doing, START)
             watcher = Path(__file__).with_name("watcher.py")
+            longest_s, terminal = str(DISK * self._least_s), ["at-a-terminal"] if os.isatty(0) else []
+            told = [str(shared), str(DUMP), str(self._folder), longest_s, self._advice, *terminal]
             self._watcher = subprocess.Popen(
-                [sys.executable, "-S", str(watcher), str(shared), str(DUMP), str(self._folder), self._advice]
-                + (["at-a-terminal"] if os.isatty(0) else []),
+                [sys.executable, "-S", str(watcher), *told],
                 stdin=subprocess.PIPE,
                 pass_fds=[shared],
                 start_new_session=True,  # Ctrl-C is not for it

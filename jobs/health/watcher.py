@@ -1,8 +1,9 @@
-"""The process that looks on while another one works: `watcher.py MEMORY SIGNAL FOLDER ADVICE [at-a-terminal]`.
+"""The process that looks on while another one works: `watcher.py MEMORY SIGNAL FOLDER LONGEST ADVICE [at-a-terminal]`.
 
 It imports nothing but a few modules of Python's own, because each process of a job has one. Its stdin ends when the
 other process does. It counts only time in which it runs itself, so a stopped job or a machine that sleeps is no
-hang. Nor is a process that a person looks into with a debugger, or has stopped at a terminal with Ctrl-Z.
+hang. Nor is a process that a person looks into with a debugger, or has stopped at a terminal with Ctrl-Z. While nothing
+can be written into the folder above FOLDER, all wait for that, for up to LONGEST seconds.
 """
 
 import mmap
@@ -19,7 +20,10 @@ from contextlib import suppress
 
 TICK_S = 0.5
 STACKS_S = 2.0
-"""So many seconds the watched process has to write its stacks, and then the others as many to write theirs."""
+"""So many seconds the watched process has to write its stacks, and then the others as many to write theirs.
+
+A disk on which no file can be written meanwhile stands still.
+"""
 PAUSE_S = 0.05
 """After such a pause no more lines come."""
 STATES = {"T": "stopped", "D": "waiting for a disk or a network", "Z": "dead"}
@@ -32,15 +36,15 @@ HEADER = struct.Struct("qd")
 
 def main() -> None:
     memory = mmap.mmap(int(sys.argv[1]), 0, prot=mmap.PROT_READ)
-    dump, folder, advice = int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    by_hand = "tT" if len(sys.argv) > 5 else "t"  # t is stopped by a debugger
-    worker = os.getppid()
+    dump, folder, longest_s, advice = int(sys.argv[2]), sys.argv[3], float(sys.argv[4]), sys.argv[5]
+    by_hand = "tT" if len(sys.argv) > 6 else "t"  # t is stopped by a debugger
+    worker, disk = os.getppid(), Disk(os.path.dirname(folder))
     folder = os.path.join(folder, attempt(worker))
     others_hang = threading.Event()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # A thread of its own, because a file system that hangs must not stop this process, too.
         threading.Thread(target=look_for, args=(folder, others_hang), daemon=True).start()
-    silent_s, last = 0.0, -1
+    silent_s, excused_s, last = 0.0, 0.0, -1
     while True:
         before = time.monotonic()
         ended = bool(select.select([0], [], [], TICK_S)[0]) and not os.read(0, 65536)
@@ -48,15 +52,41 @@ def main() -> None:
             return
         beats, patience_s = HEADER.unpack_from(memory)
         if beats != last:
-            silent_s, last = 0.0, beats
+            silent_s, excused_s, last = 0.0, 0.0, beats
             continue
         with suppress(ProcessLookupError, FileNotFoundError):  # it may end by itself meanwhile
             if state_of(worker) not in by_hand:
                 silent_s += min(time.monotonic() - before, 2 * TICK_S)
-            if silent_s >= patience_s or others_hang.is_set():
+            if silent_s - excused_s >= patience_s or others_hang.is_set():
+                if silent_s < longest_s and disk.stands_still():
+                    excused_s = silent_s  # and when it is back, the worker has time to go on
+                    continue
                 doing = memory[HEADER.size :].partition(b"\0")[0].decode(errors="replace")
                 end(worker, dump, folder, advice, f"no progress for {silent_s:.0f} s in {doing}")
-                silent_s = 0.0  # a debugger has kept it alive
+                silent_s = excused_s = 0.0  # a debugger has kept it alive
+
+
+class Disk:
+    """The file system that a folder lies on."""
+
+    def __init__(self, folder: str) -> None:
+        self._file = os.path.join(folder, f".written-{os.environ.get('RANK', '0')}")
+        self._written = threading.Event()
+        self._written.set()
+
+    def stands_still(self) -> bool:
+        """Writes a file, and returns whether that takes long. Asked again, it waits for the same write."""
+        if self._written.is_set():
+            self._written.clear()
+            threading.Thread(target=self._write, daemon=True).start()
+        return not self._written.wait(STACKS_S)
+
+    def _write(self) -> None:
+        with suppress(OSError):  # a full disk, too, answers
+            with open(self._file, "w") as file:
+                os.fsync(file.fileno())
+            os.unlink(self._file)
+        self._written.set()
 
 
 def attempt(worker: int) -> str:

@@ -271,6 +271,45 @@ def test_steps_that_are_slow_from_the_first_one_on_are_no_hang(tmp_path: Path) -
     assert ended.returncode == 0, ended.stderr
 
 
+WAITS_FOR_A_DISK = """
+import sys
+from pathlib import Path
+from jobs.health.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]) / "hang") as watchdog:
+    watchdog.step(7)
+    open(sys.argv[1] + "/metrics", "w")
+    watchdog.step(8)
+"""
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_disk_that_stands_still_for_longer_than_a_step_may_take_is_waited_for(
+    comes_back: bool, tmp_path: Path
+) -> None:
+    """Pipes that nobody reads stand for files on it: what the process writes, and what the one that looks on does."""
+    pipes = [tmp_path / name for name in ("metrics", ".written-0")]
+    for pipe in pipes:
+        os.mkfifo(pipe)
+    command = [sys.executable, "-c", WAITS_FOR_A_DISK, str(tmp_path)]
+    environment = {**os.environ, VARIABLE: "3" if comes_back else "0.1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        if comes_back:
+            wait_until(lambda: any(writes(pid) for pid in children(process.pid, "watcher.py")))
+            time.sleep(watcher.STACKS_S + 1)
+            for pipe in pipes:
+                os.close(os.open(pipe, os.O_RDONLY))
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == (0 if comes_back else -signal.SIGKILL), said
+    assert ("no progress for" in said) != comes_back, said
+    assert (tmp_path / "hang").exists() != comes_back
+
+
+def writes(watcher: int) -> bool:
+    """Whether it has begun to find out about the disk, which a thread does."""
+    return len(os.listdir(f"/proc/{watcher}/task")) > 1
+
+
 @pytest.mark.processes  # the one that looks on
 def test_a_python_without_nameless_memory_is_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")

@@ -323,6 +323,30 @@ def test_a_job_that_submits_itself_again_among_notices(
     assert (tmp_path / "10_submitted.pkl").read_text() == "submitted.pkl"
 
 
+AWAY_TWICE = """
+cd "$(dirname "$0")"; echo "$*" >> asked
+[ $(grep -c -- "$*" asked) -gt 2 ] || { echo 'slurm_load_jobs error: {words}' >&2; exit 1; }
+case $* in *requeue*) echo JobId=7 JobState=PENDING Restarts=1 > job; exit;; esac
+cat job
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["Unable to contact slurm controller (connect failure)", "Socket timed out on send/recv operation"],
+)
+def test_a_job_waits_for_a_controller_that_is_away(
+    words: str, tools: Tools, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tools.write("scontrol", AWAY_TWICE.replace("{words}", words))
+    (tools.folder / "job").write_text("JobId=7 JobState=RUNNING Restarts=0\n")
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert task.is_current()
+    assert task.requeue() == "7"
+    assert capfd.readouterr().err.count(f"{words}; asking again") == 2  # when it asks, and when it requeues
+
+
 def test_an_element_of_an_array_submits_itself_alone(
     tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
