@@ -85,6 +85,10 @@ class ImageEvaluator(Evaluator):
         if self._asked is not None:
             self._size += "-" + "-".join(map(str, np.bincount(self._asked)))
 
+    @property
+    def num_judged(self) -> int:
+        return self._n
+
     @cached_property
     def _train(self) -> RealImages:
         return self._load("train")
