@@ -145,7 +145,7 @@ class ImageEvaluator(Evaluator):
         bound = self._whole_bound(results)
         return {
             **found,
-            "held_out_loss": Metric(
+            "test_loss": Metric(  # of many more timesteps than the held-out loss of a training
                 f"loss of test {self._noun}{self._without}", self._mean(bits_table.mean_loss(bound)), None
             ),
             "bits_per_dim": Metric(
