@@ -27,7 +27,7 @@ class Status:
     # Optional, because tyro imports typeguard to understand `str | None`, which takes longer than all the rest.
     run: Annotated[
         Positional[Optional[str]],  # noqa: UP045
-        arg(metavar="[RUN]", help="A run or a sweep; without it all runs are shown."),
+        arg(metavar="[RUN]", help="A run or a sweep.", help_behavior_hint="(default: all runs)"),
     ] = None
     runs_dir: Path = Path("runs")
     """Folder of all runs."""
@@ -133,7 +133,10 @@ class Cancel:
 class Sync:
     """Sends what was tracked offline to wandb, from a machine with a network; knows what it has sent."""
 
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere.")]
+    runs: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere.", help_behavior_hint="(required)"),
+    ]
     live: bool = False
     """Go on until the runs have ended."""
     runs_dir: Path = Path("runs")

@@ -112,6 +112,11 @@ def test_a_sentence_for_the_user_and_a_traceback_for_us(raised: str, code: int |
         assert (ended.returncode, ended.stderr) == (code, "error: planted here\n")
 
 
+@pytest.mark.parametrize("command", [("train", "images"), ("sync",), ("report",), ("status",)])
+def test_no_help_shows_an_empty_default(command: tuple[str, ...], tmp_path: Path) -> None:
+    assert "(default: )" not in " ".join(sentence(done(*command, "--help", cwd=tmp_path).out).split())
+
+
 def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -> None:
     shown = " ".join(sentence(done("resume", "--help", cwd=tmp_path, COLUMNS="100").out).split())
     slurm = {f"slurm.{f.name.replace('_', '-')}": f.default for f in fields(Profile)}

@@ -1,8 +1,8 @@
-"""Figures of evaluations: quality against the number of network evaluations."""
+"""Figures of evaluations: quality against the number of network evaluations, or against guidance."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,6 +14,10 @@ from diffusion.settings import SAMPLERS
 
 COLORS = dict(zip(SAMPLERS, PALETTE, strict=False))
 """The colour of each sampler, the same in all figures."""
+Row = Mapping[str, Any]
+Over = Literal["guidance", "evaluations"]
+MARKERS = ("o", "s", "^", "D", "v")
+"""Tell lines of one sampler with several guidances apart."""
 
 
 def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -48,13 +52,15 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Metrics of sets of samples by their network evaluations, with intervals; grey is what a perfect model has.
 
-    `quality_rows` in jobs/evaluate/report.py makes the rows.
+    Sets of one number of steps that differ in guidance are drawn over guidance. `quality_rows` in
+    jobs/evaluate/report.py makes the rows.
     """
     figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
-    steps = sorted({row["steps"] for row in rows})
+    over, lines = quality_lines(rows)
+    scales = list(dict.fromkeys(scale for _, scale in lines))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         metrics = [row["metrics"][name] for row in rows]
         axes.axhspan(
@@ -64,22 +70,48 @@ def quality(rows: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path)
             alpha=0.25,
             label="a perfect model",
         )
-        for sampler, color in COLORS.items():
-            own = [row for row in rows if row["sampler"] == sampler]
+        for (sampler, scale), own in lines.items():
             found = [row["metrics"][name] for row in own]
-            if not own:
-                continue
-            middle = [metric["value"] for metric in found]
-            spread = [[m["value"] - m["low"] for m in found], [m["high"] - m["value"] for m in found]]
-            at = [row["steps"] for row in own]
-            axes.errorbar(at, middle, spread, color=color, marker="o", linewidth=2, capsize=4, label=sampler)
+            axes.errorbar(
+                [row[over] for row in own],
+                [metric["value"] for metric in found],
+                [[m["value"] - m["low"] for m in found], [m["high"] - m["value"] for m in found]],
+                fmt=MARKERS[scales.index(scale) % len(MARKERS)] + "-",
+                color=COLORS[sampler],
+                linewidth=2,
+                capsize=4,
+                label=sampler if scale is None else f"{sampler}, guidance {scale:g}",
+            )
         axes.set(title=metrics[0]["label"])
         values = [metric["value"] for metric in metrics]
         if min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")
-        evaluations_axis(axes, steps)
+        ticks = sorted({row[over] for row in rows})
+        if over == "guidance":
+            axes.set(xlabel="guidance", xticks=ticks)
+        else:
+            evaluations_axis(axes, ticks)
         axes.legend(framealpha=0.8, fontsize="small")
     save(figure, path)
+
+
+def quality_lines(rows: Sequence[Row]) -> tuple[Over, dict[tuple[str, float | None], list[Row]]]:
+    """Returns over what sets of samples are drawn, and the sets of each line, by sampler and guidance.
+
+    Guidance is None where it tells no lines apart.
+    """
+    scales = {row["guidance"] for row in rows}
+    steps = {(row["sampler"], row["steps"]) for row in rows}
+    is_over_guidance = len(scales) > 1 and len(steps) == len({row["sampler"] for row in rows})
+    over: Over = "guidance" if is_over_guidance else "evaluations"
+    told = sorted(scales) if len(scales) > 1 and not is_over_guidance else [None]
+    lines = {}
+    for sampler in SAMPLERS:
+        for scale in told:
+            own = [row for row in rows if row["sampler"] == sampler and scale in (None, row["guidance"])]
+            if own:
+                lines[sampler, scale] = sorted(own, key=lambda row: float(row[over] or 0))
+    return over, lines
 
 
 def evaluations_axis(axes: Axes, steps: Sequence[int]) -> None:

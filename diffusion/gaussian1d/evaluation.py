@@ -57,6 +57,10 @@ class Evaluator1d(Evaluator):
         self._own, order = sampler, list(SAMPLERS)
         self._samplers = sorted({sampler, *compared}, key=lambda s: (order.index(s.sampler), s.eta, s.steps))
 
+    @property
+    def num_judged(self) -> int:
+        return len(self._samples)
+
     def units(self) -> dict[str, Unit]:
         units = {"samples": Unit("samples", self._of_samples)}
         if self._model is None:

@@ -85,6 +85,10 @@ class ImageEvaluator(Evaluator):
         if self._asked is not None:
             self._size += "-" + "-".join(map(str, np.bincount(self._asked)))
 
+    @property
+    def num_judged(self) -> int:
+        return self._n
+
     @cached_property
     def _train(self) -> RealImages:
         return self._load("train")
@@ -141,7 +145,7 @@ class ImageEvaluator(Evaluator):
         bound = self._whole_bound(results)
         return {
             **found,
-            "held_out_loss": Metric(
+            "test_loss": Metric(  # of many more timesteps than the held-out loss of a training
                 f"loss of test {self._noun}{self._without}", self._mean(bits_table.mean_loss(bound)), None
             ),
             "bits_per_dim": Metric(

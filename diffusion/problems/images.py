@@ -49,7 +49,9 @@ class ImageProblem(Problem):
     root: str
     """Folder of the data set."""
 
-    metrics_version = 2  # since real digits beside samples of classes have as many of each
+    metrics_version = (
+        3  # since the loss of test images is called so; 2: real digits have as many of each class asked for
+    )
     noun: ClassVar[str] = "images"
     """What figures and tables call the images."""
     classifier: ClassVar[Path | None] = None

@@ -17,28 +17,29 @@ class OwnImagesProblem(ImageProblem):
     """The images below --data.root."""
 
     root: str = ""
-    """A folder of PNG or JPEG files, an npy or npz file, IDX files, or CIFAR-10: see docs/your-own-data.md."""
-    size: tuple[int, ...] = ()
-    """Height and width, or one number for both, to cut and scale images to; else all must have one size."""
+    """Must be given: a folder of PNG or JPEG files, an npy or npz file, IDX files, or CIFAR-10
+    (docs/your-own-data.md)."""
+    size: tuple[int, ...] | None = None
+    """Height and width, or one number for both, to cut and scale images to; None: all have one size."""
     channels: Literal[1, 3] | None = None
-    """1 makes images grey, 3 coloured; else all must be alike."""
+    """1 makes images grey, 3 coloured; None: all are alike."""
     sha256: str = ""
     """Hash of the images: found at the start, and a run takes no others."""
 
     def __post_init__(self) -> None:
-        fits = len(self.size) <= 2 and all(8 <= side <= 64 for side in self.size)
+        fits = self.size is None or (len(self.size) in (1, 2) and all(8 <= side <= 64 for side in self.size))
         require(fits, "data.size must be one or two numbers from 8 to 64", self.size)
 
     @property
     def is_known(self) -> bool:
         """Whether the images have been read, and the settings say what they are."""
-        return len(self.size) == 2 and self.channels is not None and self.sha256 != ""
+        return self.size is not None and len(self.size) == 2 and self.channels is not None and self.sha256 != ""
 
     @property
     def data_set(self) -> "OwnImages":
         from diffusion.data.own_images import OwnImages  # here, because --help and other experiments need no such files
 
-        assert self.is_known and self.channels is not None
+        assert self.is_known and self.size is not None and self.channels is not None
         height, width = self.size
         return OwnImages(name="This data set", height=height, width=width, channels=self.channels, sha256=self.sha256)
 
@@ -59,7 +60,8 @@ class OwnImagesProblem(ImageProblem):
         found = replace(self, root=str(Path(os.path.expanduser(self.root)).absolute()))
         if found.is_known:
             return found
-        loaded = load(Path(found.root), self.size * 2 if len(self.size) == 1 else self.size, self.channels)
+        size = self.size or ()
+        loaded = load(Path(found.root), size * 2 if len(size) == 1 else size, self.channels)
         require(
             self.sha256 in ("", loaded.sha256),
             f"data.sha256 must be {loaded.sha256}, that of {found.root}",
@@ -94,7 +96,7 @@ class OwnClassesProblem(OwnImagesProblem):
         found = super().absolute()
         if self.is_known and self.classes:
             return found
-        labels = load(Path(found.root), found.size, found.channels).labels
+        labels = load(Path(found.root), found.size or (), found.channels).labels
         classes = 1 + max(int(of_split.max()) for of_split in labels.values())
         rule = f"images-classes needs at least two classes, such as a folder for each, in {found.root}"
         require(classes >= 2, rule, classes)

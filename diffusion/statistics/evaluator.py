@@ -101,6 +101,11 @@ class Table(NamedTuple):
 class Evaluator(ABC):
     """The evaluation of one set of samples and of the model that drew it."""
 
+    @property
+    @abstractmethod
+    def num_judged(self) -> int:
+        """Samples that are judged: the first ones, of more than can be compared."""
+
     @abstractmethod
     def units(self) -> dict[str, Unit]:
         """Returns all parts of the work by name, in a fixed order, long ones first."""

@@ -46,8 +46,20 @@ def metric_rows(results: Json) -> dict[str, MetricRow]:
 def title(evaluation: Evaluation) -> str:
     """Which samples these are, in a line."""
     samples = evaluation.samples
-    where = f"{RunFolder(samples.run)}/samples/{samples.name}"
-    return f"{where}: {samples.num_samples:,} samples, {samples.settings.sampler.label}{_told(samples.settings)}"
+    where, results = f"{RunFolder(samples.run)}/samples/{samples.name}", evaluation.read()
+    number = judged(results) if results else f"{samples.num_samples:,} samples"
+    return f"{where}: {number}, {samples.settings.sampler.label}{_told(samples.settings)}"
+
+
+def num_judged(results: Json) -> int:
+    """How many samples the numbers rest on; an earlier version has not said it."""
+    return int(results.get("num_judged", results["protocol"]["samples"]["num_samples"]))
+
+
+def judged(results: Json) -> str:
+    """The same as people read it."""
+    n, drawn = num_judged(results), results["protocol"]["samples"]["num_samples"]
+    return f"{n:,} samples" if n == drawn else f"the first {n:,} of {drawn:,} samples"
 
 
 def _told(settings: SampleSettings) -> str:
@@ -89,7 +101,8 @@ def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
 
 def two(a: Evaluation, b: Evaluation, width: int) -> str:
     """Shows two evaluations side by side, and which differences are larger than chance."""
-    metrics_a, metrics_b = a.read()["metrics"], b.read()["metrics"]
+    results_a, results_b = a.read(), b.read()
+    metrics_a, metrics_b = results_a["metrics"], results_b["metrics"]
     rows = []
     for name, difference in differences(a, b).items():
         decimals = _decimals(metrics_a[name])
@@ -98,7 +111,7 @@ def two(a: Evaluation, b: Evaluation, width: int) -> str:
         rows.append((metrics_a[name]["label"], *values, interval, difference["verdict"]))
     headers = ("METRIC", "A", "B", "B - A, 95% INTERVAL", "BETTER")
     notes = [f"A  {title(a)}", f"B  {title(b)}"]
-    sizes = a.samples.num_samples, b.samples.num_samples
+    sizes = num_judged(results_a), num_judged(results_b)
     if sizes[0] != sizes[1]:
         note = (
             f"A and B hold {sizes[0]:,} and {sizes[1]:,} samples, and chance makes distances larger where they are few."
@@ -111,7 +124,7 @@ def two(a: Evaluation, b: Evaluation, width: int) -> str:
 
 
 def quality(evaluations: Sequence[Evaluation], width: int) -> str:
-    """Shows all sets by their samplers and network evaluations, with the metrics that depend on samples."""
+    """Shows all sets by their samplers, steps and guidance, with the metrics that depend on samples."""
     rows = quality_rows(evaluations)
     names = headline(rows, 2 if width < 110 else 4)
     cells = []
@@ -123,12 +136,13 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
             mark = "*" if row["as_reference"][name] else " "
             numbers.append(f"{metric['value']:.{decimals}f}{mark} {_range(metric['low'], metric['high'], decimals)}")
         told = () if row["guidance"] is None else (f"{row['guidance']:g}",)
-        cells.append((row["sampler"], f"{row['steps']}", *told, f"{row['num_samples']:,}", *numbers))
+        cells.append((row["sampler"], f"{row['evaluations']:,}", *told, f"{row['num_judged']:,}", *numbers))
     told = () if rows[0]["guidance"] is None else ("GUIDANCE",)
-    headers = ("SAMPLER", "STEPS", *told, "N", *(name.upper() for name in names))
+    headers = ("SAMPLER", "EVALS", *told, "N", *(name.upper() for name in names))
     shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
     reference = _reference(rows)
-    legend = f"* within the 95% interval of the set with most network evaluations, or better: {reference['name']}"
+    of = "most network evaluations (EVALS)" + (" of the guidance nearest to 1" if told else "")
+    legend = f"* within the 95% interval of the set with {of}, or better: {reference['name']}"
     return f"{shown}\n\n{textwrap.fill(legend, width, break_on_hyphens=False)}"
 
 
@@ -146,22 +160,30 @@ def headline(rows: Sequence[Json], number: int) -> list[str]:
 
 
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
-    """Returns each set with sampler and metrics, sorted by network evaluations."""
+    """Returns each set with sampler and metrics, sorted by network evaluations.
+
+    Those count twice what `sample --steps` says where guidance takes two predictions.
+    """
     rows: list[dict[str, Any]] = []
     for evaluation in evaluations:
-        metrics, sampler = evaluation.read()["metrics"], evaluation.samples.settings.sampler
+        results, settings = evaluation.read(), evaluation.samples.settings
+        sampler, guidance = settings.sampler, settings.guidance
         rows.append(
             {
                 "name": evaluation.samples.name,
                 "sampler": sampler.sampler,
                 "steps": sampler.steps,
                 "eta": sampler.eta,
-                "guidance": evaluation.samples.settings.guidance,
+                "evaluations": sampler.steps * (1 if guidance in (None, 0, 1) else 2),
+                "guidance": guidance,
                 "num_samples": evaluation.samples.num_samples,
-                "metrics": {name: metric for name, metric in metrics.items() if metric["floor_low"] is not None},
+                "num_judged": num_judged(results),
+                "metrics": {
+                    name: metric for name, metric in results["metrics"].items() if metric["floor_low"] is not None
+                },
             }
         )
-    rows.sort(key=lambda row: (row["steps"], row["sampler"], row["guidance"] or 0, row["name"]))
+    rows.sort(key=lambda row: (row["evaluations"], row["sampler"], row["guidance"] or 0, row["name"]))
     reference = _reference(rows)["metrics"]
     for row in rows:
         row["as_reference"] = {name: _is_as_good(metric, reference[name]) for name, metric in row["metrics"].items()}
@@ -169,10 +191,10 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _reference(rows: Sequence[Json]) -> Json:
-    """Returns the set with most network evaluations, the last of several; with classes, one without exaggeration."""
+    """Returns the set with most network evaluations, the last of several; with classes, the least exaggerated one."""
 
-    def key(row: Json) -> tuple[int, float]:
-        return row["steps"], -abs(row["guidance"] - 1) if row["guidance"] is not None else 0.0
+    def key(row: Json) -> tuple[float, int]:
+        return -abs(row["guidance"] - 1) if row["guidance"] is not None else 0.0, row["evaluations"]
 
     return max(reversed(rows), key=key)
 

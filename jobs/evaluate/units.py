@@ -91,6 +91,7 @@ def merge(evaluation: Evaluation, evaluator: Evaluator) -> None:
     evaluation.undrawn.touch()  # before the results, so that a merge that stops before the figures is not done
     evaluation.write(
         {
+            "num_judged": evaluator.num_judged,
             "metrics": {name: metric.as_json() for name, metric in metrics.items()},
             "tables": {name: table._asdict() for name, table in evaluator.tables(results).items()},
             "curves": evaluator.curves(results),

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusion.settings import UnetSettings
+from jobs.evaluate.report import judged
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
@@ -175,7 +176,7 @@ def _numbers(results: Mapping[str, Any]) -> str:
 
 {_table(("metric", "value", "95% interval", "floor"), rows)}
 
-The floor is the value of a perfect model with as many samples. Measured on {drawn["num_samples"]:,} samples of
+The floor is the value of a perfect model with as many samples. Measured on {judged(results)} of
 `{sampler["sampler"]}` with {sampler["steps"]} network evaluations and seed {drawn["seed"]}{told}, by version
 {protocol["version"]} of the metrics. sha256: {hashes}."""
 

@@ -41,6 +41,8 @@ class Samples:
     tables: dict[str, dict[str, list[str]]]
     """By title, then by column."""
     legend: str
+    num_judged: int
+    """Samples that the metrics rest on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,8 @@ def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:
         pictures=_pictures(run, pictures, width),
         metrics=report.metric_rows(results) if results else {},
         tables={entry["title"]: report.columns(entry) for entry in results.get("tables", {}).values()},
-        legend=report.legend(results) if results else "",
+        legend=f"Measured on {report.judged(results)}. {report.legend(results)}" if results else "",
+        num_judged=report.num_judged(results) if results else 0,
     )
 
 

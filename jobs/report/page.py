@@ -97,9 +97,7 @@ def measured(runs: Sequence[Content]) -> dict[str, tuple[list[MetricRow | None],
     found = {}
     for name, label in labels.items():
         rows = [entry.metrics.get(name) if entry else None for entry in evaluated]
-        floors = {
-            entry.facts["num_samples"]: row.floor for entry, row in zip(evaluated, rows, strict=True) if entry and row
-        }
+        floors = {entry.num_judged: row.floor for entry, row in zip(evaluated, rows, strict=True) if entry and row}
         texts = [f"{floor} ({n:,} samples)" for n, floor in floors.items() if floor]
         found[label] = (rows, "; ".join(texts) if len(set(floors.values())) > 1 else next(iter(floors.values())))
     return found

@@ -384,6 +384,7 @@ def test_coloured_images_are_trained_and_judged(
     drawn = Drawn(train[:50], model, SamplerSettings(sampler="dpm++", steps=4))
     evaluator = problem.evaluator(MODEL, DIFFUSION, drawn, seed=0, inception=False)
     found = evaluator.metrics({name: unit.compute() for name, unit in evaluator.units().items()})
+    assert evaluator.num_judged == 6  # as many as there are test images
     assert found["copies"].value == 1.0
     assert 8 < found["bits_per_dim"].value < 30  # noise has 8; the network has learnt nothing
 

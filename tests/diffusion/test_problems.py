@@ -69,7 +69,7 @@ def test_images_of_any_size_are_trained_drawn_and_judged(
     assert (samples.dtype.name, samples.shape) == (problem.sample.dtype, (100, *problem.sample.shape))
     experiment.report(model, Path(problem.root))
     found, more = judged(problem, samples, model)
-    assert list(found) == ["copies", "held_out_loss", "bits_per_dim", "flow_bits_model", "flow_bits_uniform"]
+    assert list(found) == ["copies", "test_loss", "bits_per_dim", "flow_bits_model", "flow_bits_uniform"]
     assert "test blobs" in found["bits_per_dim"].label
     assert set(more) == {"bound", "bound_by_t"}
 

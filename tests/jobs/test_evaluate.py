@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from diffusion.errors import UserError
+from diffusion.figures.quality import quality_lines
 from diffusion.settings import SAMPLERS
 from jobs.evaluate import report as report
 from jobs.evaluate.job import EvaluateJob
@@ -173,6 +175,37 @@ def test_all_sets_of_the_newest_weights_are_compared(evaluated: Path) -> None:
     assert {row["name"] for row in json.loads(shown.out)} == {"more", "few"}
     assert "Left out: early, which is of other weights" in shown.err
     assert (evaluated / "runs/1d/a/figures/quality.png").is_file()
+
+
+def test_numbers_name_the_samples_that_they_rest_on(evaluated: Path, tmp_path: Path) -> None:
+    """Fewer than were drawn, where there are not as many real ones."""
+    shutil.copytree(evaluated / "runs", tmp_path / "runs")
+    few, more = planned(tmp_path, "few"), planned(tmp_path, "more")
+    assert "samples/few: 300 samples, dpm++-10" in report.one(few, 80)
+    path = few.folder / "metrics.json"
+    path.write_text(path.read_text().replace('"num_judged": 300', '"num_judged": 6'))
+    assert "samples/few: the first 6 of 300 samples, dpm++-10" in report.one(few, 80)
+    assert "A and B hold 6 and 5,000 samples" in report.two(few, more, 200)
+    assert report.quality([few], 80).splitlines()[1].split()[:3] == ["dpm++", "10", "6"]
+
+
+def test_guidance_takes_two_evaluations_and_is_drawn_over_where_steps_are_equal(evaluated: Path) -> None:
+    def at(name: str, guidance: float, steps: int = 10) -> Evaluation:
+        found = planned(evaluated, name)
+        settings = found.samples.settings
+        sampler = replace(settings.sampler, steps=steps)
+        return replace(
+            found, samples=replace(found.samples, settings=replace(settings, sampler=sampler, guidance=guidance))
+        )
+
+    sets = [at("few", scale) for scale in (3, 1.5, 1, 0)]
+    rows = report.quality_rows(sets)
+    assert [(row["guidance"], row["evaluations"]) for row in rows] == [(0, 10), (1, 10), (1.5, 20), (3, 20)]
+    assert quality_lines(rows) == ("guidance", {("dpm++", None): rows})
+    assert "most network evaluations (EVALS) of the guidance nearest to 1" in report.quality(sets, 200)
+    over, lines = quality_lines(report.quality_rows([*sets[1:3], at("few", 1, 30), at("more", 1)]))
+    found = {line: [row["evaluations"] for row in own] for line, own in lines.items()}
+    assert (over, found) == ("evaluations", {("ddim", 1): [10], ("dpm++", 1): [10, 30], ("dpm++", 1.5): [20]})
 
 
 def test_a_metric_without_an_interval_is_shown_and_not_judged(evaluated: Path, tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_the_card_says_what_the_model_is(runs: Path, tmp_path: Path) -> None:
     }
     metric = {"label": "Frechet | distance", "value": 1.25, "low": 1.0, "high": 1.5, "floor": 0.0}
     metrics = {"frechet": {**metric, "floor_low": 0.1, "floor_high": 0.2}}
-    write_json(samples / "metrics.json", {"protocol": protocol, "metrics": metrics})
+    write_json(samples / "metrics.json", {"protocol": protocol, "metrics": metrics, "num_judged": 6})
     folder.publish(run, 3, "cc-by-4.0", tmp_path / "model", print)
     card = ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.license == "cc-by-4.0"
@@ -113,6 +113,7 @@ def test_the_card_says_what_the_model_is(runs: Path, tmp_path: Path) -> None:
     assert (result.metric_name, result.metric_value) == ("Frechet | distance", 1.25)
     flags = "--model.dim 8 --train.batch-size 4 --train.grad-shards 1 --train.seed 7 --train.steps 3"
     assert f"| command | `python launch.py train mnist-small {flags}` |" in card.text
+    assert "Measured on the first 6 of 70 samples of" in card.text
     assert r"| Frechet \| distance | 1.25 | 1 to 1.5 | 0.1 to 0.2 |" in card.text
     files = {path.relative_to(tmp_path / "model").as_posix() for path in (tmp_path / "model").rglob("*.*")}
     assert {"ema.safetensors", "config.json", "generate.py", "samples.png", "sampling/unet.py"} < files

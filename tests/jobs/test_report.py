@@ -64,10 +64,16 @@ def evaluate(run: RunFolder) -> None:
     """Gives the run's samples the results of an evaluation, and a picture."""
     folder = run.samples / "before"
     version = run.read_experiment()[1].data.metrics_version
-    hashes = {"samples": run.read_samples("before")["sha256"]["samples.npz"]}
-    protocol = {"version": version, "sha256": hashes, "weights_are_there": True, "experiment": "1d"}
+    drawn = run.read_samples("before")
+    hashes, samples = {"samples": drawn["sha256"]["samples.npz"]}, {"num_samples": drawn["num_samples"]}
+    protocol = {"version": version, "samples": samples, "sha256": hashes, "weights_are_there": True, "experiment": "1d"}
     table = {"title": "By sampler", "rows": [{"sampler": "heun", "evaluations": 20}]}
-    results = {"protocol": protocol, "metrics": {"w1": {**METRIC, **FLOORS}}, "tables": {"samplers": table}}
+    results = {
+        "protocol": protocol,
+        "metrics": {"w1": {**METRIC, **FLOORS}},
+        "tables": {"samplers": table},
+        "num_judged": 6,
+    }
     (folder / "metrics.json").write_text(json.dumps(results))
     Image.new("RGB", (40, 30), "white").save(folder / "grid.png")
 
@@ -82,6 +88,7 @@ def test_the_page_says_what_the_folder_says(run: RunFolder) -> None:
     assert f"torch {launched['versions']['torch']}" in text
     assert "W1 to the exact mixture 0.018 * 0.009 to 0.030 0.006 to 0.031" in text
     assert "sampler evaluations heun 20" in text
+    assert f"Measured on the first 6 of {run.read_samples('before')['num_samples']:,} samples." in text
     manifest = json.loads((run.checkpoints / "step-00001253" / "manifest.json").read_text())
     assert manifest["files"]["ema.safetensors"]["sha256"] in text
     assert run.read_samples("before")["sha256"]["samples.npz"] in text
