@@ -4,25 +4,89 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Annotated, Union
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Annotated, Any, Union
 
 import tyro
 from tyro.conf import CascadeSubcommandArgs, arg, subcommand
 
-from commands.audit import Audit
-from commands.doctor import Doctor
-from commands.drill import Drill
-from commands.evaluate import Evaluate
-from commands.export import Export
-from commands.report import Report
-from commands.sample import Sample
-from commands.sweep import Sweep
-from commands.train import Resume, Train
-from commands.watch import Cancel, Logs, Status, Sync
-from commands.where import Launch
 from diffusion.errors import OutsideError, UserError, reason
 from jobs.runtime.surroundings import open_standard_streams, undisturbed
 from slurm import errors as slurm_errors
+
+COMMANDS = {
+    "train": ("train.Train", "Trains a model; with the name of a run that exists, continues it."),
+    "sample": ("sample.Sample", "Draws samples of a trained model; run again, draws what is missing."),
+    "evaluate": (
+        "evaluate.Evaluate",
+        "Measures samples of a run against the exact answer or real data; with a second run, compares the two.",
+    ),
+    "export": (
+        "export.Export",
+        "Makes a folder to publish: weights, a card with picture and numbers, a program that draws samples.",
+    ),
+    "resume": ("train.Resume", "Continues a run, also a failed one, on other GPUs if asked."),
+    "status": ("watch.Status", "Shows all runs, one of them in detail, or a sweep's runs by their loss."),
+    "logs": ("watch.Logs", "Shows what a run has printed."),
+    "cancel": ("watch.Cancel", "Ends a run for good, with a last checkpoint."),
+    "sync": (
+        "watch.Sync",
+        "Sends what was tracked offline to wandb, from a machine with a network; knows what it has sent.",
+    ),
+    "report": (
+        "report.Report",
+        "Writes one HTML page about a run, or about several and how they compare; it needs no network.",
+    ),
+    "doctor": (
+        "doctor.Doctor",
+        "Examines this machine or cluster before a job is lost to it: what is wrong, why it matters, what helps.",
+    ),
+    "sweep": (
+        "sweep.Sweep",
+        "Trains a grid of settings, each point a run of its own; run again, trains what is not finished.",
+    ),
+    "drill": (
+        "drill.Drill",
+        "Trains twice, once stopped again and again, and shows that the results are equal byte for byte.",
+    ),
+    "audit": (
+        "audit.Audit",
+        "Computes a run, or steps of it, again, and says whether it gets the same bytes; the run may be running.",
+    ),
+}
+"""Where each command lies in commands/, and the first sentence of its help, with which the list needs no command."""
+
+
+@dataclass(frozen=True)
+class _Other:
+    """Stands for a command that was not asked for."""
+
+
+def _choice(words: list[str]) -> Any:
+    """The commands for tyro. Only the one that was asked for is imported, because all together take 100 ms."""
+    asked = words[0] if words else "--help"
+    # With a word that is no command, tyro looks for what was meant among the flags of all of them.
+    wanted = {asked} if asked in COMMANDS else set() if asked in ("-h", "--help") else set(COMMANDS)
+    commands = tuple(_named(name, import_it=name in wanted) for name in COMMANDS)
+    # Without words of ours tyro looks for some in the sources of Python's own modules, which takes 40 ms.
+    return Annotated[Union.__getitem__(commands), arg(help="One of these; COMMAND --help says more.")]
+
+
+def _named(name: str, *, import_it: bool) -> Any:
+    place, sentence = COMMANDS[name]
+    if not import_it:
+        return Annotated[_Other, subcommand(name, description=sentence)]
+    module, _, kind = place.partition(".")
+    return Annotated[getattr(import_module(f"commands.{module}"), kind), subcommand(name)]
+
+
+def _starts_a_job(command: object) -> bool:
+    if not hasattr(command, "where"):
+        return False
+    from commands.where import Launch  # which this command has imported already
+
+    return isinstance(command.where, Launch)
 
 
 def _at_home(word: str) -> str:
@@ -33,35 +97,18 @@ def _at_home(word: str) -> str:
 
 def main() -> int:
     """Reads the command line and runs the command; returns the exit code."""
-    choice = Union[  # noqa: UP007
-        Annotated[Train, subcommand("train")],
-        Annotated[Sample, subcommand("sample")],
-        Annotated[Evaluate, subcommand("evaluate")],
-        Annotated[Export, subcommand("export")],
-        Annotated[Resume, subcommand("resume")],
-        Annotated[Status, subcommand("status")],
-        Annotated[Logs, subcommand("logs")],
-        Annotated[Cancel, subcommand("cancel")],
-        Annotated[Sync, subcommand("sync")],
-        Annotated[Report, subcommand("report")],
-        Annotated[Doctor, subcommand("doctor")],
-        Annotated[Sweep, subcommand("sweep")],
-        Annotated[Drill, subcommand("drill")],
-        Annotated[Audit, subcommand("audit")],
-    ]
-    # Without words of ours tyro looks for some in the sources of Python's own modules, which takes 40 ms.
-    commands = Annotated[choice, arg(help="One of these; COMMAND --help says more.")]
+    words = [_at_home(word) for word in sys.argv[1:]]
     open_standard_streams()
     try:
         command: Callable[[], int] = tyro.cli(
-            commands,
+            _choice(words),
             prog="launch.py",
-            args=[_at_home(word) for word in sys.argv[1:]],
+            args=words,
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
             config=(CascadeSubcommandArgs,),
         )
         # A closed pipe ends `logs` and `status`, but must not end a job.
-        with undisturbed() if isinstance(getattr(command, "where", None), Launch) else nullcontext():
+        with undisturbed() if _starts_a_job(command) else nullcontext():
             return command()
     except (UserError, slurm_errors.UserError) as error:
         print(f"error: {error}", file=sys.stderr)

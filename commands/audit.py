@@ -6,7 +6,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.where import Data, Run, Start, optional, show
+from commands.arguments import Run, optional
+from commands.where import Data, Start, show
 from diffusion.errors import UserError
 from jobs.runtime.job import submitted
 from jobs.storage import run_folder

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
 
-from commands.where import SlurmSilent, Where, given, optional
+from commands.arguments import optional
+from commands.where import SlurmSilent, Where, given
 from diffusion.errors import UserError
 from diffusion.problems.mnist import MnistProblem
 from jobs.storage import provenance, run_folder

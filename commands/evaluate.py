@@ -10,7 +10,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.where import Data, Launch, optional, show
+from commands.arguments import optional
+from commands.where import Data, Launch, show
 from diffusion.errors import UserError
 from jobs.evaluate import plan, report
 from jobs.evaluate.job import EvaluateJob, EvaluateMergeJob

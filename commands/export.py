@@ -6,7 +6,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.where import Checkpoint, Run
+from commands.arguments import Run
+from commands.where import Checkpoint
 from jobs.storage import run_folder
 
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from commands.arguments import optional
 from commands.watch import ask_slurm
-from commands.where import optional
 from diffusion.errors import UserError
 from jobs.files import write_atomically
 from jobs.storage import run_folder

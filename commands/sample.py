@@ -6,7 +6,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.where import Checkpoint, Launch, Run, optional, show
+from commands.arguments import Run, optional
+from commands.where import Checkpoint, Launch, show
 from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.where import Data, Launch, LaunchTraining, Run, Where, changes, given, optional, show
+from commands.arguments import Run, optional
+from commands.where import Data, Launch, LaunchTraining, Where, changes, given, show
 from diffusion.errors import UserError, reason
 from jobs import notify
 from jobs.experiments import experiment_json

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 from tyro.conf import Positional, arg
 
-from commands.where import Run
+from commands.arguments import Run
 from diffusion.errors import UserError
 from jobs.storage import run_folder
 from jobs.storage.run_folder import RunFolder

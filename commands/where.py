@@ -9,8 +9,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
+from commands.arguments import optional
 from diffusion.errors import UserError
 from jobs.experiments.configs import ExperimentConfig
 from jobs.storage.checkpoints import Named
@@ -34,17 +35,6 @@ PATIENCE_S = 30
 
 class SlurmSilent(UserError):
     """The machine belongs to a cluster whose controller does not answer. Never a reason to train on a login node."""
-
-
-def optional(metavar: str, default: str) -> Any:
-    """Lets the help show an option whose default is None with what None stands for."""
-    return arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
-
-
-Run = Annotated[
-    Positional[str],
-    arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),
-]
 
 
 Checkpoint = Annotated[

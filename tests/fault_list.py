@@ -742,6 +742,13 @@ FAULTS = [
     ),
     # The command line, processes and Slurm.
     Fault(
+        "the list of commands imports them all",
+        "launch.py",
+        'else set() if asked in ("-h", "--help") else',
+        "else",
+        "tests/test_architecture.py::test_the_command_line_answers_before_heavy_imports[arguments0-unwanted0]",
+    ),
+    Fault(
         "a bug of ours is told as the user's mistake",
         "launch.py",
         "except (UserError, slurm_errors.UserError) as error",

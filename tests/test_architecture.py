@@ -1,13 +1,16 @@
 """The house rules: imports flow one way, the command line imports nothing heavy, the pages and the faults are true."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import launch
 import slurm.local
 import slurm.signals
 from jobs.runtime import signals
@@ -144,8 +147,8 @@ SLOW = ("typeguard", "importlib.metadata")  # for the questions that are asked a
 @pytest.mark.parametrize(
     ("arguments", "unwanted"),
     [
-        (["--help"], HEAVY + SLOW),
-        (["status"], HEAVY + SLOW),
+        (["--help"], (*HEAVY, *SLOW, "commands")),
+        (["status"], (*HEAVY, *SLOW, "commands.where", "commands.train")),
         (["train", "1d", "--help"], HEAVY),
         (["train", "nonsense"], HEAVY),
         (["resume", "nowhere"], HEAVY),
@@ -165,6 +168,14 @@ def test_the_command_line_answers_before_heavy_imports(
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ended.stderr.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", launch.COMMANDS)
+def test_the_list_of_commands_says_what_each_says_of_itself(name: str) -> None:
+    place, sentence = launch.COMMANDS[name]
+    module, _, kind = place.partition(".")
+    command = getattr(import_module(f"commands.{module}"), kind)
+    assert " ".join(inspect.getdoc(command).split("\n\n")[0].split()) == sentence
 
 
 def test_the_readme_is_read_in_one_go() -> None:
