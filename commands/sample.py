@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.where import Checkpoint, Launch, Run, optional, show
+from commands.where import AMONG_OPTIONS, Checkpoint, Launch, Run, optional, show
 from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS
@@ -82,7 +82,7 @@ class Sample:
     export: Annotated[Form | None, optional("{adm,png,zip,npy}", "none")] = None
     """Write the set for other tools, too: OpenAI's npz (arr_0 with three channels), a folder of PNGs, a zip file of
     PNGs, or one array. A set that is complete is not drawn again."""
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)

@@ -15,7 +15,7 @@ from commands.train import (
     run_training,
     with_notify,
 )
-from commands.where import Launch, show
+from commands.where import AMONG_OPTIONS, Launch, show
 from jobs import notify
 from jobs.experiments import grid
 from jobs.experiments.table import EXPERIMENTS
@@ -37,7 +37,7 @@ class Sweep:
     """Name of the sweep; its runs are called NAME-000, NAME-001, ..."""
     grid: Annotated[tuple[str, ...], arg(metavar="SETTING=VALUE,VALUE,...")]
     """Settings and their values, such as train.lr=1e-3,2e-3 train.seed=0,1: all combinations."""
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         experiment, base = self.chosen.experiment, self.chosen.config.absolute()

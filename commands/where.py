@@ -41,6 +41,11 @@ def optional(metavar: str, default: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+AMONG_OPTIONS = arg(name="", help="")
+"""Of a field whose own fields are options of the command. Without `help`, here and where a group has words of its own,
+tyro looks for them in the sources of all classes above, in each start of a command."""
+
+
 Run = Annotated[
     Positional[str],
     arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),
@@ -122,8 +127,9 @@ class Where:
     """Folder of all runs."""
     profile: Annotated[str | None, optional("NAME", "the default one")] = None
     """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
-    slurm: Annotated[Any, arg(constructor=SlurmChanges)] = field(default_factory=SlurmChanges)
-    """What to ask Slurm for; replaces what the profile says."""
+    slurm: Annotated[
+        Any, arg(constructor=SlurmChanges, help="What to ask Slurm for; replaces what the profile says.")
+    ] = field(default_factory=SlurmChanges)
 
     takes_range: ClassVar[bool] = False
     """Whether --gpus may be a range."""
