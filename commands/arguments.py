@@ -10,6 +10,11 @@ def optional(metavar: str, default: str) -> Any:
     return arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
+AMONG_OPTIONS = arg(name="", help="")
+"""Of a field whose own fields are options of the command. Without `help`, here and where a group has words of its own,
+tyro looks for them in the sources of all classes above, in each start of a command."""
+
+
 Run = Annotated[
     Positional[str],
     arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.arguments import Run, optional
+from commands.arguments import AMONG_OPTIONS, Run, optional
 from commands.where import Data, Start, show
 from diffusion.errors import UserError
 from jobs.runtime.job import submitted
@@ -28,7 +28,7 @@ class Audit:
     stop: Annotated[int | None, arg(name="to"), optional("STEP", "the last checkpoint")] = None
     """The last step: one whose checkpoint has been made; it may be deleted."""
     data: Data = field(default_factory=Data)
-    where: Annotated[Start, arg(name="")] = field(default_factory=Start)
+    where: Annotated[Start, AMONG_OPTIONS] = field(default_factory=Start)
 
     def __call__(self) -> int:
         from jobs.audit import plan, report  # here, because other commands need none of it, nor does --help

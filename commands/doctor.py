@@ -11,9 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from tyro.conf import arg
-
-from commands.arguments import optional
+from commands.arguments import AMONG_OPTIONS, optional
 from commands.where import SlurmSilent, Where, given
 from diffusion.errors import UserError
 from diffusion.problems.mnist import MnistProblem
@@ -40,7 +38,7 @@ class Doctor:
     the plainest form of request that it takes. What is given with --slurm.FIELD is kept."""
     json: bool = False
     """Print it for scripts."""
-    where: Annotated[Where, arg(name="")] = field(default_factory=Where)
+    where: Annotated[Where, AMONG_OPTIONS] = field(default_factory=Where)
 
     def __call__(self) -> int:
         findings = []

@@ -5,8 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import arg
-
+from commands.arguments import AMONG_OPTIONS
 from commands.where import Launch, given, show
 from diffusion.errors import UserError
 from jobs.storage import provenance, run_folder
@@ -29,7 +28,7 @@ class Drill:
     """Steps of the training, a small 1D model."""
     seed: int = 0
     """Decides at which steps the training is stopped."""
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         if not 0 < self.kills < self.steps:

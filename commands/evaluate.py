@@ -10,7 +10,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.arguments import optional
+from commands.arguments import AMONG_OPTIONS, optional
 from commands.where import Data, Launch, show
 from diffusion.errors import UserError
 from jobs.evaluate import plan, report
@@ -60,7 +60,7 @@ class Evaluate:
     json: bool = False
     """Print it for scripts."""
     data: Data = field(default_factory=Data)
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         if self.all and (self.other is not None or self.samples is not None):

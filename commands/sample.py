@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from commands.arguments import Run, optional
+from commands.arguments import AMONG_OPTIONS, Run, optional
 from commands.where import Checkpoint, Launch, show
 from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
@@ -83,7 +83,7 @@ class Sample:
     export: Annotated[Form | None, optional("{adm,png,zip,npy}", "none")] = None
     """Write the set for other tools, too: OpenAI's npz (arr_0 with three channels), a folder of PNGs, a zip file of
     PNGs, or one array. A set that is complete is not drawn again."""
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)

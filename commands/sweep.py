@@ -6,6 +6,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import arg
 
+from commands.arguments import AMONG_OPTIONS
 from commands.train import (
     as_begun,
     check_same_settings,
@@ -37,7 +38,7 @@ class Sweep:
     """Name of the sweep; its runs are called NAME-000, NAME-001, ..."""
     grid: Annotated[tuple[str, ...], arg(metavar="SETTING=VALUE,VALUE,...")]
     """Settings and their values, such as train.lr=1e-3,2e-3 train.seed=0,1: all combinations."""
-    where: Annotated[Launch, arg(name="")] = field(default_factory=Launch)
+    where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
         experiment, base = self.chosen.experiment, self.chosen.config.absolute()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
 
-from commands.arguments import Run, optional
+from commands.arguments import AMONG_OPTIONS, Run, optional
 from commands.where import Data, Launch, LaunchTraining, Where, changes, given, show
 from diffusion.errors import UserError, reason
 from jobs import notify
@@ -30,7 +30,7 @@ from slurm.profile import load as load_profile
 def choice(name: str) -> Any:
     """An experiment of the table as a subcommand: its settings, and its name in `experiment`."""
     entry = EXPERIMENTS[name]
-    settings = [("config", Annotated[type(entry.preset), arg(name="")])]
+    settings = [("config", Annotated[type(entry.preset), AMONG_OPTIONS])]
     chosen = make_dataclass("Chosen", settings, frozen=True, namespace={"experiment": name})
     return Annotated[chosen, subcommand(name, default=chosen(entry.preset), description=entry.help)]
 
@@ -43,7 +43,7 @@ class Train:
     """Which experiment."""
     name: Annotated[str | None, optional("NAME", "date and time")] = None
     """Name of the run."""
-    where: Annotated[LaunchTraining, arg(name="")] = field(default_factory=LaunchTraining)
+    where: Annotated[LaunchTraining, AMONG_OPTIONS] = field(default_factory=LaunchTraining)
 
     def __call__(self) -> int:
         experiment, config = self.chosen.experiment, self.chosen.config.absolute()
@@ -82,7 +82,7 @@ class Resume:
     data: Data = field(default_factory=Data)
     tracking: Annotated[Any, arg(constructor=TrackingChanges)] = field(default_factory=TrackingChanges)
     """Where curves and pictures go besides the run's folder."""
-    where: Annotated[LaunchTraining, arg(name="")] = field(default_factory=LaunchTraining)
+    where: Annotated[LaunchTraining, AMONG_OPTIONS] = field(default_factory=LaunchTraining)
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.where.runs_dir)

@@ -112,8 +112,9 @@ class Where:
     """Folder of all runs."""
     profile: Annotated[str | None, optional("NAME", "the default one")] = None
     """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
-    slurm: Annotated[Any, arg(constructor=SlurmChanges)] = field(default_factory=SlurmChanges)
-    """What to ask Slurm for; replaces what the profile says."""
+    slurm: Annotated[
+        Any, arg(constructor=SlurmChanges, help="What to ask Slurm for; replaces what the profile says.")
+    ] = field(default_factory=SlurmChanges)
 
     takes_range: ClassVar[bool] = False
     """Whether --gpus may be a range."""

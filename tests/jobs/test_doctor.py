@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ from jobs.doctor.trial_job import DoctorJob
 from jobs.files import write_json
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
-from tests.launching import ROOT, launch
+from tests.jobs import parallel
+from tests.launching import launch
 
 
 def find(findings: list[Finding], words: str) -> Finding:
@@ -112,11 +112,11 @@ def test_the_command_for_people_and_for_scripts(tmp_path: Path, mnist_root: Path
     assert "--submit needs a Slurm" in refused.err
 
 
+@pytest.mark.processes
 def test_the_test_job_in_two_processes(tmp_path: Path) -> None:
     job = DoctorJob(tmp_path, 2, "cpu")
-    program = "from slurm.place import Here; from jobs.doctor.trial_job import DoctorJob; from pathlib import Path\n"
-    program += f"raise SystemExit(Here(2).run(DoctorJob(Path({str(tmp_path)!r}), 2, 'cpu')))"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    outcome, err = parallel.run(job, 2)
+    assert outcome.exit_code == 0, err
     findings = list(job.findings())
     assert {finding.level for finding in findings} == {"ok"}
     assert find(findings, "reach each other")

@@ -16,6 +16,8 @@ from diffusion.data.idx import DataUnavailable
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from tests.jobs.mirror import (
+    PACKED,
+    SMALL,
     Answer,
     Mirror,
     altered,
@@ -111,11 +113,11 @@ def test_require_names_what_is_missing_and_the_cure(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("answer", [good, without_length])
-def test_fetch_from_a_good_mirror(answer: Answer, packed: dict[str, bytes], tmp_path: Path) -> None:
-    with Mirror(packed, answer) as mirror:
-        MNIST.fetch(tmp_path / "new" / "data", mirrors=[mirror.url], last_resort=False, say=say_nothing)
-    MNIST.require(tmp_path / "new" / "data")
-    assert names_in(tmp_path / "new" / "data") == sorted(MNIST.sha256)
+def test_fetch_from_a_good_mirror(answer: Answer, tmp_path: Path) -> None:
+    with Mirror(PACKED, answer) as mirror:
+        SMALL.fetch(tmp_path / "new" / "data", mirrors=[mirror.url], say=say_nothing)
+    SMALL.require(tmp_path / "new" / "data")
+    assert names_in(tmp_path / "new" / "data") == sorted(SMALL.sha256)
 
 
 @pytest.mark.parametrize(
@@ -132,17 +134,16 @@ def test_fetch_from_a_good_mirror(answer: Answer, packed: dict[str, bytes], tmp_
         (no_http, "SSH-2.0"),
     ],
 )
-def test_mirror_that_fails_is_left_for_the_next(
-    answer: Answer, reason: str, packed: dict[str, bytes], mirror: Mirror, tmp_path: Path
-) -> None:
+def test_mirror_that_fails_is_left_for_the_next(answer: Answer, reason: str, mirror: Mirror, tmp_path: Path) -> None:
     said: list[str] = []
-    with Mirror(packed, train_labels_idx1_ubyte=answer) as bad:
-        MNIST.fetch(tmp_path, mirrors=[bad.url, mirror.url], last_resort=False, patience_s=2, say=said.append)
-    MNIST.require(tmp_path)
-    assert names_in(tmp_path) == sorted(MNIST.sha256)
+    patience_s = 3 if answer is dripping else 60
+    with Mirror(train_labels_idx1_ubyte=answer) as bad:
+        SMALL.fetch(tmp_path, mirrors=[bad.url, mirror.url], patience_s=patience_s, say=said.append)
+    SMALL.require(tmp_path)
+    assert names_in(tmp_path) == sorted(SMALL.sha256)
     assert reason in said[1] and "\n" not in said[1]
-    assert bad.requests == list(MNIST.sha256)[:2]  # not asked again after its failure
-    assert mirror.requests == list(MNIST.sha256)[1:]
+    assert bad.requests == list(SMALL.sha256)[:2]  # not asked again after its failure
+    assert mirror.requests == list(SMALL.sha256)[1:]
 
 
 def test_mirrors_that_cannot_be_reached_cost_little_time_and_leave_nothing(
@@ -158,18 +159,18 @@ def test_mirrors_that_cannot_be_reached_cost_little_time_and_leave_nothing(
     monkeypatch.setattr(socket, "getaddrinfo", hanging_look_up)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never says a word
         silent_url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
-        refusing_url = "http://127.0.0.1:1/"
-        mirrors = ["http://mirror.invalid/", silent_url, refusing_url]
         with raises_sentence(
             DataUnavailable,
             "http://mirror.invalid/ (no answer within 0.5 s)",
             silent_url,
-            refusing_url,
-            "refused",
-            *MNIST.sha256,
-            str(MNIST.raw_folder(tmp_path / "data")),
+            *SMALL.sha256,
+            str(SMALL.raw_folder(tmp_path / "data")),
             "by hand",
         ):
-            MNIST.fetch(tmp_path / "data", mirrors=mirrors, last_resort=False, patience_s=0.5, say=say_nothing)
+            mirrors = ["http://mirror.invalid/", silent_url]
+            SMALL.fetch(tmp_path / "data", mirrors=mirrors, patience_s=0.5, say=say_nothing)
+    refusing_url = "http://127.0.0.1:1/"
+    with raises_sentence(DataUnavailable, refusing_url, "refused"):
+        SMALL.fetch(tmp_path / "data", mirrors=[refusing_url], patience_s=60, say=say_nothing)
     is_over.set()
     assert list(tmp_path.iterdir()) == []

@@ -5,86 +5,81 @@ import fcntl
 import multiprocessing
 import resource
 import threading
-import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
-from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
-from tests.jobs.mirror import Mirror, dripping, good, names_in, raises_sentence, say_nothing
+from tests.jobs.mirror import PACKED, SMALL, Mirror, dripping, good, names_in, raises_sentence, say_nothing
+from tests.launching import wait_until
 
 
 def test_two_processes_share_one_download(mirror: Mirror, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    kwargs = {"mirrors": [mirror.url], "last_resort": False}
-    processes = [spawn.Process(target=MNIST.fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
+    kwargs = {"mirrors": [mirror.url], "patience_s": 60}
+    processes = [spawn.Process(target=SMALL.fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0, 0]
-    MNIST.require(tmp_path)
-    assert names_in(tmp_path) == sorted(MNIST.sha256)
-    assert mirror.requests == list(MNIST.sha256)
+    SMALL.require(tmp_path)
+    assert names_in(tmp_path) == sorted(SMALL.sha256)
+    assert mirror.requests == list(SMALL.sha256)
 
 
-def test_two_at_once_on_a_file_system_without_locks(
-    packed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_at_once_on_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(file: object, operation: int) -> None:
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    both_ask = threading.Barrier(2, timeout=20)
+    both_ask = threading.Barrier(2, timeout=60)
 
     def together(request: BaseHTTPRequestHandler, packed: bytes) -> None:
         both_ask.wait()
         good(request, packed)
 
-    with Mirror(packed, together) as mirror:
-        kwargs = {"mirrors": [mirror.url], "last_resort": False, "say": say_nothing}
-        threads = [threading.Thread(target=MNIST.fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
+    with Mirror(PACKED, together) as mirror:
+        kwargs = {"mirrors": [mirror.url], "patience_s": 60, "say": say_nothing}
+        threads = [threading.Thread(target=SMALL.fetch, args=(tmp_path,), kwargs=kwargs) for _ in range(2)]
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=30)
-    assert sorted(mirror.requests) == sorted([*MNIST.sha256, *MNIST.sha256])
-    MNIST.require(tmp_path)
-    assert names_in(tmp_path) == sorted(MNIST.sha256)
+            thread.join(timeout=120)
+    assert sorted(mirror.requests) == sorted([*SMALL.sha256, *SMALL.sha256])
+    SMALL.require(tmp_path)
+    assert names_in(tmp_path) == sorted(SMALL.sha256)
 
 
-def test_a_killed_fetch_does_not_stand_in_the_way(packed: dict[str, bytes], mirror: Mirror, tmp_path: Path) -> None:
+def test_a_killed_fetch_does_not_stand_in_the_way(mirror: Mirror, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    with Mirror(packed, train_labels_idx1_ubyte=dripping) as slow:
-        kwargs = {"mirrors": [slow.url], "last_resort": False}
-        process = spawn.Process(target=MNIST.fetch, args=(tmp_path,), kwargs=kwargs)
+    with Mirror(train_labels_idx1_ubyte=dripping) as slow:
+        kwargs = {"mirrors": [slow.url], "patience_s": 60}
+        process = spawn.Process(target=SMALL.fetch, args=(tmp_path,), kwargs=kwargs)
         process.start()
-        give_up = time.monotonic() + 20
-        while len(slow.requests) < 2 and time.monotonic() < give_up:
-            time.sleep(0.01)
+        wait_until(lambda: len(slow.requests) >= 2)
         process.kill()
         process.join()
-    MNIST.fetch(tmp_path, mirrors=[mirror.url], last_resort=False, say=say_nothing)
-    MNIST.require(tmp_path)
-    assert names_in(tmp_path) == sorted(MNIST.sha256)
-    assert mirror.requests == list(MNIST.sha256)[1:]  # what the killed one had finished was kept
+    SMALL.fetch(tmp_path, mirrors=[mirror.url], say=say_nothing)
+    SMALL.require(tmp_path)
+    assert names_in(tmp_path) == sorted(SMALL.sha256)
+    assert mirror.requests == list(SMALL.sha256)[1:]  # what the killed one had finished was kept
 
 
 def test_root_that_cannot_be_written_is_one_sentence(mirror: Mirror, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with raises_sentence(UserError, str(tmp_path / "file" / "data"), "Not a directory"):
-        MNIST.fetch(tmp_path / "file" / "data", mirrors=[mirror.url], say=say_nothing)
+        SMALL.fetch(tmp_path / "file" / "data", mirrors=[mirror.url], say=say_nothing)
     assert mirror.requests == []
 
 
 def test_disk_that_fills_up_leaves_no_partial_file(mirror: Mirror, tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # as a full disk would, in the midst of a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, limits[1]))  # as a full disk would, in the midst of a file
     try:
         with raises_sentence(UserError, "cannot be written", "File too large"):
-            MNIST.fetch(tmp_path / "data", mirrors=[mirror.url], say=say_nothing)
+            SMALL.fetch(tmp_path / "data", mirrors=[mirror.url], say=say_nothing)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
