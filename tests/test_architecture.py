@@ -1,6 +1,7 @@
 """The house rules: imports flow one way, the command line imports nothing heavy, the pages and the faults are true."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -68,6 +69,7 @@ GROUND = {"diffusion.errors"}
 """What every room may import."""
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Names of all modules that a file imports, wherever in it, with their packages."""
     names: set[str] = set()
