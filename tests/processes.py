@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from slurm import local
-from tests import launching
+from tests import held, launching
 
 MARKERS = ("processes", "slurm", "gpu", "soak")
 """Of tests that may start some."""
-STARTERS = (subprocess, multiprocessing, local, launching.start, launching.launch, launching.done)
+STARTERS = (subprocess, multiprocessing, local, launching.start, launching.launch, launching.done, held.start_held)
 _forbidden = False
 
 

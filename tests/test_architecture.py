@@ -1,6 +1,7 @@
 """The house rules: imports flow one way, the command line imports nothing heavy, the pages and the faults are true."""
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -78,6 +79,7 @@ GROUND = {"diffusion.errors"}
 """What every room may import."""
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Names of all modules that a file imports, wherever in it, with their packages."""
     names: set[str] = set()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.images import evaluation
 from diffusion.problems.images import ImageProblem
 from diffusion.problems.own_images import OwnImagesProblem
@@ -93,7 +94,12 @@ def test_the_device_of_these_tests_is_as_strict_as_a_gpu() -> None:
 
 @pytest.mark.parametrize("config", OF_EACH_NETWORK, indirect=True)
 @pytest.mark.parametrize("name", ["report", "sketch"])
-def test_figures_and_final_numbers(name: str, config: ExperimentConfig, tmp_path: Path) -> None:
+def test_figures_and_final_numbers(
+    name: str, config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = Gaussian1d._draw
+    monkeypatch.setattr(Gaussian1d, "_draw", lambda self, predict, n: drawn(self, predict, min(n, 5000)))
+
     def act(experiment: Experiment, model: DiffusionModel) -> Any:
         folder = tmp_path / model.alphas_cumprod.device.type
         folder.mkdir()

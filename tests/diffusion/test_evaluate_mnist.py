@@ -49,10 +49,22 @@ def computed(evaluator: DigitEvaluator) -> dict[str, Result]:
     return results
 
 
-def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(load: Callable[[str], RealImages]) -> None:
-    real = load("test").part(7, 0, N).images  # another draw than the evaluation makes
+@pytest.fixture(scope="module")
+def real(load: Callable[[str], RealImages]) -> Images:
+    """Another draw than the evaluation makes."""
+    return load("test").part(7, 0, N).images
+
+
+@pytest.fixture(scope="module")
+def found(load: Callable[[str], RealImages], real: Images) -> dict[str, Metric]:
+    """How real digits are judged."""
+    return judge(DigitEvaluator(load, real, None, 0, False, "digits"))
+
+
+def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(
+    load: Callable[[str], RealImages], real: Images, found: dict[str, Metric]
+) -> None:
     noise = np.random.default_rng(0).normal(0, 60, real.shape)
-    found = judge(DigitEvaluator(load, real, None, 0, False, "digits"))
     noisy = judge(DigitEvaluator(load, (real + noise).clip(0, 255).astype(np.uint8), None, 0, False, "digits"))
     for name, metric in found.items():
         assert isinstance(metric.floor, Estimate), name
@@ -96,9 +108,8 @@ def test_constant_images_get_finite_numbers_and_no_praise(load: Callable[[str], 
     assert found["classes"].value > 1000
 
 
-def test_a_new_metric_comes_with_a_new_version(load: Callable[[str], RealImages]) -> None:
+def test_a_new_metric_comes_with_a_new_version(found: dict[str, Metric]) -> None:
     """Without one, what an older version has evaluated would count as complete, and never get the new metric."""
-    found = judge(DigitEvaluator(load, load("test").images[:N], None, 0, False, "digits"))
     in_features = ["frechet", "kernel", "precision", "recall", "density", "coverage", "sure"]
     known = {3: [*in_features, "classes", "copies", "usefulness"]}
     assert list(found) == known[MnistProblem.metrics_version]
@@ -123,7 +134,7 @@ def test_digits_on_demand_are_judged_by_the_digit_asked_for(load: Callable[[str]
 
     evaluator = DigitEvaluator(with_few, only(load("test"), 7), None, 0, False, "digits", np.full(1028, 7))  # type: ignore[arg-type]
     assert set(evaluator._held_out.labels) == set(evaluator._real.labels) == {7}
-    (row,) = evaluator.tables(computed(evaluator))["by_class"].rows
+    (row,) = evaluator.tables({"by-class": evaluator.units()["by-class"].compute()})["by_class"].rows
     assert 0.5 < row["frechet"] / row["floor"] < 2  # type: ignore[operator]
 
     # Of the 3s and 7s a half was asked for as the other digit; other digits are not there.

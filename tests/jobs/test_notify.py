@@ -12,7 +12,7 @@ import pytest
 
 from jobs import notify
 from jobs.storage.run_folder import RunFolder
-from tests.jobs.held import AFTER_STEP, held, start_held
+from tests.held import AFTER_STEP, held, start_held
 from tests.jobs.test_tracking import alerts, history, segments
 from tests.launching import NO_FIGURES, TINY, Finished, interrupt, launch, sentence
 

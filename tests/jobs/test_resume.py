@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,15 +27,15 @@ from tests.launching import (
     workers,
 )
 
-STEPS = {1: 800, 2: 240, 4: 100}
+STEPS = {1: 400, 2: 160, 4: 60}
 """Of a 1D run, by its number of processes: enough for a signal to come between; with more, each takes longer."""
-CHECKPOINT_EVERY = {1: 80, 2: 30, 4: 15}
+CHECKPOINT_EVERY = {1: 40, 2: 20, 4: 10}
 SETTINGS: dict[str, tuple[str, ...]] = {
-    "fp32": ("1d", *TINY),
+    "fp32": ("1d", *TINY, "--train.held-out-every", "25"),
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
-        *("--train.batch-size", "4", "--train.steps", "40", "--train.checkpoint-every", "10"),
-        *("--train.log-every", "1", "--train.precision", "bf16", "--train.held-out-every", "15"),
+        *("--train.batch-size", "4", "--train.steps", "24", "--train.checkpoint-every", "6"),
+        *("--train.log-every", "1", "--train.precision", "bf16", "--train.held-out-every", "9"),
     ),
 }
 
@@ -70,19 +72,24 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) ->
 
 
 def disturb(kind: str, root: Path, precision: str, processes: int, at_line: int, env: dict[str, str]) -> Finished:
-    """Starts a run, interrupts it once after so many logged steps, and waits for its end."""
-    run = run_folder(root, precision, "disturbed")
-    process = start(*arguments(precision, processes, "disturbed"), cwd=root, **env)
-    wait_until(lambda: steps_logged(run) >= at_line or process.poll() is not None, timeout_s=120)
-    if kind == "kill -9":
-        process.kill()
-    elif kind == "crash":
-        victim = status(run)["pid"] if processes == 1 else random.Random(at_line).choice(workers(process)[1:])
-        os.kill(victim, signal.SIGKILL)
-    else:
-        process.send_signal(signal.Signals[kind])
-    ended = finish(process)
-    wait_until(lambda: not relatives(process), timeout_s=30)
+    """Starts a run, interrupts it once after so many logged steps, and waits for its end.
+
+    Does it again if this process was held up until the run had made all its steps.
+    """
+    run, whole = run_folder(root, precision, "disturbed"), STEPS[processes] if precision == "fp32" else 24
+    for _ in range(3):
+        shutil.rmtree(run, ignore_errors=True)
+        process = start(*arguments(precision, processes, "disturbed"), cwd=root, **env)
+        wait_until(lambda p=process: steps_logged(run) >= at_line or p.poll() is not None, timeout_s=120)
+        if kind != "crash":
+            process.send_signal(signal.SIGKILL if kind == "kill -9" else signal.Signals[kind])
+        elif children := sorted({*workers(process)} - {process.pid}):
+            with suppress(ProcessLookupError):
+                os.kill(random.Random(at_line).choice(children), signal.SIGKILL)
+        ended = finish(process)
+        wait_until(lambda p=process: not relatives(p))
+        if steps_logged(run) < whole:
+            break
     return ended
 
 

@@ -16,7 +16,7 @@ from jobs.runtime.job import JobError, MachineError, is_outside
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
-from tests.jobs.held import AFTER_STEP, held, start_held
+from tests.held import AFTER_STEP, held, start_held
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until, workers
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")

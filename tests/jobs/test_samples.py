@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 from pathlib import Path
@@ -20,7 +19,8 @@ from jobs.sample import draw, sample_set
 from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, start, wait_until, workers
+from tests.held import AFTER_SHARD, held, start_held
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_any_number_of_processes_writes_the_same_bytes(experiment: str, root: Pa
 @pytest.mark.parametrize("change", ["flip a byte", "delete"])
 def test_a_job_draws_with_the_weights_that_were_planned(change: str, root: Path) -> None:
     """A job may run hours after its checkpoint has been verified."""
-    done("sample", "1d/a", "--num-samples", 10, "--name", "s", cwd=root)
+    done("sample", "1d/a", "--num-samples", 10, "--name", "s", cwd=root, **NO_FIGURES)
     run = RunFolder(root / "runs" / "1d" / "a")
     samples = sample_set.read(run, "s")
     path = run.checkpoints / "step-00000050" / "ema.safetensors"
@@ -98,35 +98,32 @@ def test_each_shard_is_drawn_by_one_of_the_processes(monkeypatch: pytest.MonkeyP
     assert drawn == [(0, 6), (1, 8), (4,), (5,)]
 
 
+FOUR_SHARDS = ("sample", "1d/a", "--num-samples", "200000", "--sampler", "ddim", "--steps", "3")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_job_goes_on_with_what_is_missing(processes: int, root: Path) -> None:
-    command = ("sample", "1d/a", "--num-samples", "600000", "--sampler", "ddim", "--steps", "20")
     folder = root / "runs" / "1d" / "a" / "samples"
-    done(*command, "--name", "whole", cwd=root)
+    done(*FOUR_SHARDS, "--name", "whole", cwd=root, **NO_FIGURES)
     where = ("--name", "killed", "--device", "cpu", "--gpus", processes)
-    process = start(*command, *where, cwd=root)
-    wait_until(lambda: len(list((folder / "killed").glob("shard-*.npy"))) >= 2)
-    victim = random.Random(processes).choice(workers(process))
-    os.kill(victim, signal.SIGKILL)
+    process = start_held(AFTER_SHARD, 1, *FOUR_SHARDS, *where, cwd=root)
+    os.kill(held(root), signal.SIGKILL)
     assert finish(process).code != 0
     wait_until(lambda: not relatives(process))
     before = {path: path.stat().st_mtime_ns for path in (folder / "killed").glob("shard-*.npy")}
-    assert 2 <= len(before) < 10
-    done(*command, *where, cwd=root)
+    assert 1 <= len(before) < 4
+    done(*FOUR_SHARDS, *where, cwd=root, **NO_FIGURES)
     assert contents(folder / "killed") == contents(folder / "whole")
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_killed_job_with_a_budget_goes_on_by_itself(root: Path) -> None:
-    command = ("sample", "1d/a", "--num-samples", "400000", "--sampler", "ddim", "--steps", "20", "--device", "cpu")
     folder = root / "runs" / "1d" / "a" / "samples"
-    done(*command, "--name", "whole", cwd=root)
-    process = start(*command, "--name", "killed", "--retries", 1, cwd=root)
-    for shards in (1, 3):  # a new shard between makes the budget whole again
-        wait_until(lambda n=shards: len([*(folder / "killed").glob("shard-*.npy")]) >= n)
-        victim = next(pid for pid in reversed(workers(process)) if pid != process.pid)
-        os.kill(victim, signal.SIGKILL)
-        wait_until(lambda pid=victim: pid not in workers(process))
+    done(*FOUR_SHARDS, "--name", "whole", cwd=root, **NO_FIGURES)
+    where = ("--name", "killed", "--device", "cpu", "--retries", 1)
+    process = start_held(AFTER_SHARD, 1, *FOUR_SHARDS, *where, cwd=root, times=2)
+    for number in range(2):  # a new shard between makes the budget whole again
+        os.kill(held(root, number), signal.SIGKILL)
     ended = finish(process)
     assert ended.code == 0, ended
     assert ended.err.count("process 0 was ended by SIGKILL. The job is tried again.") == 2
@@ -167,22 +164,22 @@ def test_a_fault_that_repeats_without_progress_ends_a_share(tmp_path: Path, monk
 def test_a_sample_depends_on_its_index_and_not_on_how_many_are_drawn(root: Path) -> None:
     folder = root / "runs" / "mnist-small" / "a" / "samples"
     steps = ("--sampler", "ddim", "--steps", "2")
-    done("sample", "mnist-small", *steps, "--num-samples", "10", cwd=root)
+    done("sample", "mnist-small", *steps, "--num-samples", "10", cwd=root, **NO_FIGURES)
     (few,) = folder.iterdir()
     ten = np.load(few / "samples.npz")["arr_0"]
-    done("sample", "mnist-small", *steps, "--num-samples", "300", cwd=root)
+    done("sample", "mnist-small", *steps, "--num-samples", "300", cwd=root, **NO_FIGURES)
     assert [path.name for path in folder.iterdir()] == [few.name]
-    more = np.load(few / "samples.npz")["arr_0"]
-    assert more.shape[0] == 300
-    assert np.array_equal(more[:10], ten)
-    other = launch("sample", "mnist-small", *steps, "--num-samples", "10", "--seed", "1", "--name", "other", cwd=root)
-    assert other.code == 0
+    many = np.load(few / "samples.npz")["arr_0"]
+    assert many.shape[0] == 300
+    assert np.array_equal(many[:10], ten)
+    more = ("--num-samples", "10", "--seed", "1", "--name", "other")
+    done("sample", "mnist-small", *steps, *more, cwd=root, **NO_FIGURES)
     assert not np.array_equal(np.load(folder / "other" / "samples.npz")["arr_0"], ten)
 
 
 def test_what_would_change_existing_samples_is_refused(root: Path) -> None:
     command = ("sample", "1d", "--num-samples", "100", "--sampler", "ddim", "--steps", "3", "--name", "kept")
-    done(*command, cwd=root)
+    done(*command, cwd=root)  # with its picture, or the same command would draw it
     folder = root / "runs" / "1d" / "a" / "samples" / "kept"
     before = contents(folder)
     for flag, value in (("--steps", "4"), ("--seed", "1"), ("--weights", "model"), ("--num-samples", "50")):
@@ -197,13 +194,13 @@ def test_what_would_change_existing_samples_is_refused(root: Path) -> None:
 
 def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
     command = ("sample", "1d", "--num-samples", "200000", "--sampler", "dpm++", "--steps", "3", "--name", "kept")
-    done(*command, cwd=root)
+    done(*command, cwd=root, **NO_FIGURES)
     folder = root / "runs" / "1d" / "a" / "samples" / "kept"
     before = contents(folder)
     (folder / "shard-00001.npy").unlink()
     content = (folder / "shard-00002.npy").read_bytes()
     (folder / "shard-00002.npy").write_bytes(content[:1000])
-    done(*command, cwd=root)
+    done(*command, cwd=root, **NO_FIGURES)
     assert contents(folder) == before
 
 
@@ -257,7 +254,7 @@ def test_a_run_without_a_checkpoint_is_refused(root: Path) -> None:
 
 def test_the_manifest_says_what_was_used(root: Path) -> None:
     how = ("--num-samples", "100", "--sampler", "ddim", "--steps", "3", "--checkpoint", "best")
-    done("sample", "1d", *how, "--name", "kept", cwd=root)
+    done("sample", "1d", *how, "--name", "kept", cwd=root, **NO_FIGURES)
     manifest = json.loads((root / "runs" / "1d" / "a" / "samples" / "kept" / "manifest.json").read_text())
     assert manifest["complete"] is True
     assert manifest["num_samples"] == 100

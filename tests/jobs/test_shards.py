@@ -12,7 +12,7 @@ from jobs.storage.checkpoints import steps
 from jobs.storage.run_folder import RunFolder
 from jobs.train.shards import fold, halves, share, subtrees
 from jobs.watch import detail
-from tests.jobs.held import AFTER_STEP, held, start_held
+from tests.held import AFTER_STEP, held, start_held
 from tests.jobs.test_resume import result
 from tests.launching import NO_FIGURES, TINY, done, finish, launch
 

@@ -17,7 +17,7 @@ from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, finish, start, status
 
-A_RUN = ("train", "1d", *TINY, "--train.steps", "30", "--name", "a", "--device", "cpu")
+A_RUN = ("train", "1d", *TINY, "--diffusion.timesteps", "21", "--train.steps", "30", "--name", "a", "--device", "cpu")
 NOTEBOOK = {"MPLBACKEND": "module://a_backend_that_is_not_installed"}
 
 
@@ -66,10 +66,15 @@ def test_so_are_those_of_samples_and_evaluations(tmp_path: Path) -> None:
     assert (folder / "samplers.png").exists()
 
 
-def test_a_notebooks_backend_is_not_asked_for(tmp_path: Path) -> None:
-    ended = done(*A_RUN, cwd=tmp_path, **NOTEBOOK)
+def test_a_notebooks_backend_is_not_asked_for_and_letters_that_a_terminal_does_not_have_are_replaced(
+    tmp_path: Path,
+) -> None:
+    folder, narrow = tmp_path / "Läufe", {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ended = done(*A_RUN, "--runs-dir", folder, cwd=tmp_path, **NOTEBOOK, **narrow)
     assert "WARNING" not in ended.out
-    assert (tmp_path / "runs" / "1d" / "a" / "figures" / "samples.png").exists()
+    assert "L?ufe" in ended.out
+    assert "Läufe" in (folder / "1d" / "a" / "log.txt").read_text(encoding="utf-8")
+    assert (folder / "1d" / "a" / "figures" / "samples.png").exists()
 
 
 OF_OTHER_LAUNCHERS = {
@@ -108,10 +113,10 @@ def test_copies_that_torchrun_has_started_are_refused(
         Launch(cluster="local").place(RunFolder(tmp_path))
 
 
-def in_a_shell(redirection: str, cwd: Path) -> Finished:
+def in_a_shell(redirection: str, cwd: Path, **more: str) -> Finished:
     """A training whose streams a shell has changed."""
     command = " ".join([sys.executable, str(ROOT / "launch.py"), *A_RUN, redirection])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "CUDA_VISIBLE_DEVICES": "", **more}
     ended = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"], cwd=cwd, env=env, capture_output=True, text=True, check=False
     )
@@ -119,13 +124,16 @@ def in_a_shell(redirection: str, cwd: Path) -> Finished:
 
 
 @pytest.mark.parametrize("redirection", ["> /dev/full 2>&1", ">&- 2>&-", "| true"])
-def test_who_reads_the_output_does_not_decide_over_the_run(redirection: str, tmp_path: Path) -> None:
-    ended = in_a_shell(redirection, tmp_path)
+def test_who_reads_the_output_does_not_decide_over_the_run(
+    redirection: str, tmp_path: Path, no_plots: dict[str, str]
+) -> None:
+    draws = redirection == "| true"  # the last words of a training are those of its figures
+    ended = in_a_shell(redirection, tmp_path, **({} if draws else no_plots))
     run = tmp_path / "runs" / "1d" / "a"
     assert ended.code == 0, ended
     assert status(run)["state"] == "finished"
     assert "Finished" in (run / "log.txt").read_text()
-    assert (run / "figures" / "training.png").exists()
+    assert (run / "figures" / "training.png").exists() == draws
 
 
 def test_a_terminal_that_goes_away_ends_nothing(tmp_path: Path, no_plots: dict[str, str]) -> None:
@@ -152,14 +160,6 @@ def test_a_plain_terminal_gets_lines_in_place_of_a_bar(kind: str, monkeypatch: p
     progress = Progress(Console(None), "train", 10, 0, "images", 1)
     assert progress._bar.disable == (kind == "dumb")
     progress.close()
-
-
-def test_letters_that_a_terminal_does_not_have_are_replaced(tmp_path: Path, no_plots: dict[str, str]) -> None:
-    folder = tmp_path / "Läufe"
-    narrow = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    ended = done(*A_RUN, "--runs-dir", folder, cwd=tmp_path, **narrow, **no_plots)
-    assert "L?ufe" in ended.out
-    assert "Läufe" in (folder / "1d" / "a" / "log.txt").read_text(encoding="utf-8")
 
 
 def test_a_reader_of_logs_that_leaves_still_ends_it(tmp_path: Path) -> None:

@@ -11,7 +11,20 @@ from jobs.experiments import grid
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until
 
 GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=1")
-COMMAND = ("sweep", "1d", *TINY, "--train.steps", "30", "--name", "S", "--cluster", "local", *GRID)
+COMMAND = (
+    "sweep",
+    "1d",
+    *TINY,
+    "--diffusion.timesteps",
+    "21",
+    "--train.steps",
+    "30",
+    "--name",
+    "S",
+    "--cluster",
+    "local",
+    *GRID,
+)
 
 
 def test_a_grid_is_a_product() -> None:

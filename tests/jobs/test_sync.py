@@ -15,8 +15,9 @@ import pytest
 
 from jobs.storage.run_folder import RunFolder
 from jobs.watch import sync
+from tests.held import AFTER_STEP, held, is_held, let_go, start_held
 from tests.jobs.test_tracking import KEY, OFFLINE, absent, serving
-from tests.launching import NO_FIGURES, TINY, Process, done, finish, interrupt, launch, start, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, Process, done, finish, interrupt, launch, steps_logged, wait_until
 
 TRAIN = ("train", "1d", *TINY, "--name", "a", "--train.checkpoint-every", "50")
 
@@ -120,27 +121,31 @@ def steps_of(rows: dict[int, dict[str, Any]]) -> list[int]:
 
 
 def begin(root: Path, steps: int, *, after: int) -> Process:
-    """Starts a training that is tracked offline; returns when it has logged some steps and wandb has a file."""
-    run, before = root / "runs" / "1d" / "a", len(sync.segments(RunFolder(root / "runs" / "1d" / "a")))
-    process = start(*TRAIN, "--train.steps", steps, cwd=root, **OFFLINE, **NO_FIGURES)
-    wait_until(lambda: steps_logged(run) >= after and len(sync.segments(RunFolder(run))) > before)
+    """Starts a training that is tracked offline; it stands still after some steps, and wandb has a file."""
+    run = RunFolder(root / "runs" / "1d" / "a")
+    before = len(sync.segments(run))
+    process = start_held(AFTER_STEP, after, *TRAIN, "--train.steps", steps, cwd=root, **OFFLINE)
+    held(root)
+    wait_until(lambda: len(sync.segments(run)) > before)
     return process
 
 
 def test_all_segments_are_sent_in_order_and_once(server: type[Keeping], tmp_path: Path) -> None:
-    interrupt(begin(tmp_path, 4000, after=1000), signal.SIGTERM)
-    process = begin(tmp_path, 4000, after=1100)
     run = RunFolder(tmp_path / "runs" / "1d" / "a")
+    interrupt(begin(tmp_path, 300, after=100), signal.SIGTERM)
+    first = steps_logged(run.path)
+    process = begin(tmp_path, 300, after=50)
     early = done("sync", "1d/a", cwd=tmp_path, WANDB_MODE="offline")
     assert "sending segment 1 of 1" in early.out
     assert "wandb has 1 of 2 segments; the last one is being written" in early.out
     name = run.read_launch()["wandb_id"]
-    assert steps_of(server.rows[name])[-1] < 1500
+    assert steps_of(server.rows[name])[-1] == first < 300
+    let_go(tmp_path)
     assert finish(process).code == 0
     done("sample", "1d/a", "--num-samples", "100", "--steps", "3", "--name", "s", cwd=tmp_path, **OFFLINE, **NO_FIGURES)
     sent = done("sync", "1d/a", cwd=tmp_path)
     assert "wandb has 3 of 3 segments." in sent.out
-    assert steps_of(server.rows[name]) == list(range(1, 4001))
+    assert steps_of(server.rows[name]) == list(range(1, 301))
     (samples,) = set(server.rows) - {name}
     assert [row["run/done"] for row in server.rows[samples].values() if "run/done" in row] == [1]
     server.streams.clear()
@@ -153,15 +158,19 @@ def test_a_living_run_is_sent_over_a_kill_and_a_restart(
     server: type[Keeping], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync, "LOOK_S", 0.2)
-    processes = [begin(tmp_path, 3000, after=500)]
+    processes = [begin(tmp_path, 200, after=70)]
     run = RunFolder(tmp_path / "runs" / "1d" / "a")
     said: list[str] = []
 
     def is_alive(run: RunFolder) -> bool:
-        if len(processes) == 1 and said:  # it is being sent
+        sending = sum("while it is written" in line for line in said)
+        if sending == len(processes) == 1:
             processes[0].kill()
             finish(processes[0])
-            processes.append(begin(tmp_path, 3000, after=600))
+            processes.append(begin(tmp_path, 200, after=50))
+        elif sending == 2 and is_held(tmp_path):
+            let_go(tmp_path)
+            (tmp_path / "held-0").unlink()
         return processes[-1].poll() is None
 
     sync.sync_live([run], is_alive, said.append)
@@ -170,7 +179,7 @@ def test_a_living_run_is_sent_over_a_kill_and_a_restart(
     live = [re.findall("offline-run-[^/ ]*", line)[0] for line in said if "while it is written" in line]
     assert live == [segment.parent.name for segment in sync.segments(run)]
     rows = server.rows[run.read_launch()["wandb_id"]]
-    assert set(steps_of(rows)) == set(range(1, 3001))
+    assert set(steps_of(rows)) == set(range(1, 201))
 
 
 def test_what_cannot_be_sent_is_said_in_one_sentence(tmp_path: Path) -> None:

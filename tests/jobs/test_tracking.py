@@ -11,9 +11,8 @@ import string
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,10 +35,11 @@ from jobs.tracking.dashboard import Level, NoDashboard
 from jobs.tracking.identity import Identity, Machine
 from jobs.tracking.server import why_not_online
 from jobs.train.state import LOSS_BANDS, band_sums
+from tests.held import AFTER_STEP, held, let_go, start_held
 from tests.launching import (
     NO_FIGURES,
     TINY,
-    Finished,
+    Process,
     done,
     finish,
     interrupt,
@@ -108,13 +108,20 @@ def assert_one_curve(run: Path) -> list[list[dict[str, Any]]]:
     return found
 
 
+def tell_all(process: Process, number: signal.Signals) -> None:
+    """Sends the signal to all processes of a job."""
+    for pid in relatives(process):
+        with suppress(ProcessLookupError):  # it has ended because another one has
+            os.kill(pid, number)
+
+
 def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     command = ("train", "1d", *TINY, "--name", "a", "--train.steps", "1000000", "--train.checkpoint-every", "500")
-    process = start(*command, cwd=tmp_path, **OFFLINE)
+    process = start_held(AFTER_STEP, 600, *command, cwd=tmp_path, **OFFLINE)
+    held(tmp_path)
     wait_until(lambda: (run / ".tracking.json").exists())
-    for pid in relatives(process):  # the node fails: the follower and wandb's own process die as well
-        os.kill(pid, signal.SIGKILL)
+    tell_all(process, signal.SIGKILL)  # the node fails: the follower and wandb's own process die as well
     finish(process)
     # Two requeues within wandb's flush interval, with signals that reach all processes of the job, as Slurm's do.
     for restarts, kind in ((1, signal.SIGUSR2), (2, signal.SIGTERM)):
@@ -122,14 +129,13 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
         wait_until(lambda n=restarts: status(run)["restarts"] == n)
         before = steps_logged(run)
         wait_until(lambda n=before: steps_logged(run) >= n + 20)
-        for pid in relatives(process):
-            os.kill(pid, kind)
+        tell_all(process, kind)
         assert finish(process).code == 130
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
     shutil.move(run, moved)
     process = start("resume", moved, cwd=tmp_path, **OFFLINE)
-    wait_until(lambda: status(moved)["restarts"] == 3 and steps_logged(moved) >= before + 500)
+    wait_until(lambda: status(moved)["restarts"] == 3 and steps_logged(moved) >= before + 100)
     assert interrupt(process, signal.SIGTERM).code == 130
     found = assert_one_curve(moved)
     assert len(found) >= 3
@@ -149,9 +155,8 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
     command = (*command, "--train.log-every", "1000")
 
     def is_shown(count: int) -> bool:
-        time.sleep(0.5)  # each look starts a process
-        found = segments(run)
-        return len(found) == count and len(system(found[-1], "cpu")) > 3
+        files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+        return len(files) == count and files[-1].read_bytes().count(b"proc.memory.rssMB") > 3
 
     for restarts, processes in ((1, 1), (2, 2)):
         env = {"WANDB_X_STATS_SAMPLING_INTERVAL": "0.5", **OFFLINE}
@@ -229,7 +234,7 @@ def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures
     run = tmp_path / "runs" / "1d" / "a"
     small = ("--train.steps", "30", "--diffusion.timesteps", "30", "--name", "a")
     done("train", "1d", *TINY, *small, cwd=tmp_path, **OFFLINE)
-    done("sample", "1d/a", "--num-samples", "100000", "--name", "s", cwd=tmp_path, **OFFLINE)
+    done("sample", "1d/a", "--num-samples", "1000", "--name", "s", cwd=tmp_path, **OFFLINE)
     done("evaluate", "1d/a", cwd=tmp_path, **OFFLINE)
     training, samples, evaluation = segments(run)
     begun = [next(r["run"] for r in segment if r["type"] == "run") for segment in (training, samples, evaluation)]
@@ -244,11 +249,11 @@ def test_a_training_its_samples_and_their_evaluation_are_one_group_with_pictures
     assert asked["parameters"] == sum(tensor.numel() for tensor in network.values())
     settings = begun[1]["config"]["update"]
     named = ("sampler", "steps", "num-samples", "checkpoint", "weights")
-    assert [settings[name] for name in named] == ["dpm++", 30, 100_000, 30, "ema"]
+    assert [settings[name] for name in named] == ["dpm++", 30, 1000, 30, "ema"]
     assert len(history(training, "results/samples._type")) == 1
     _, config = RunFolder(run).read_experiment()
     assert {value for _, value in history(training, "loss/floor")} == {config.build().loss_floor()}
-    assert history(samples, "run/done")[-1] == (100_000, 1)
+    assert history(samples, "run/done")[-1] == (1000, 1)
     assert len(history(samples, "generated/grid._type")) == 1
     metrics = json.loads((run / "samples" / "s" / "metrics.json").read_text())["metrics"]
     assert history(evaluation, "quality/w1") == [(30, metrics["w1"]["value"])]
@@ -354,16 +359,17 @@ def test_auto_is_offline_within_three_seconds_where_online_cannot_work(
 
 
 def test_a_server_that_never_answers_holds_up_nothing(tmp_path: Path) -> None:
-    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name")
-    env = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": KEY, "WANDB_MODE": "", **NO_FIGURES}
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--tracking.mode")
+    env = {"NETRC": str(tmp_path / "none"), "WANDB_API_KEY": KEY, "WANDB_MODE": ""}
     with silent() as server:
-        started = {
-            mode: start(*command, mode, "--tracking.mode", mode, cwd=tmp_path, WANDB_BASE_URL=server, **env)
-            for mode in ("auto", "online")
-        }
-        runs = {mode: tmp_path / "runs" / "1d" / mode for mode in started}
-        for run in runs.values():
-            wait_until(lambda run=run: steps_logged(run) >= 100)
+        started, runs = {}, {}
+        for mode in ("auto", "online"):
+            cwd = tmp_path / mode
+            cwd.mkdir()
+            started[mode] = start_held(AFTER_STEP, 100, *command, mode, cwd=cwd, WANDB_BASE_URL=server, **env)
+            runs[mode] = cwd / "runs" / "1d" / "a"
+        for mode, run in runs.items():
+            held(tmp_path / mode)
             wait_until(lambda run=run: len(list(run.glob("wandb/offline-run-*"))) == 1)
         for process in started.values():
             process.send_signal(signal.SIGTERM)
@@ -381,10 +387,10 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path: Path) -> None:
     command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--tracking.mode", "auto")
     with serving(_Dying) as server:
         env = {"WANDB_BASE_URL": server, "WANDB_API_KEY": KEY, "WANDB_MODE": ""}
-        process = start(*command, cwd=tmp_path, **env, **NO_FIGURES)
+        process = start_held(AFTER_STEP, 100, *command, cwd=tmp_path, **env)
         wait_until(lambda: not _Dying.alive)
-        lines = steps_logged(run)
-        wait_until(lambda: steps_logged(run) >= lines + 500)
+        let_go(tmp_path)
+        wait_until(lambda: steps_logged(run) >= 300)
         ended = interrupt(process, signal.SIGTERM)
         assert ended.code == 130
         assert status(run)["state"] == "cancelled"
@@ -398,26 +404,31 @@ def test_a_full_disk_stops_tracking_and_not_the_training(tmp_path: Path) -> None
     run = tmp_path / "runs" / "1d" / "a"
     command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
 
-    def train_on(condition: Callable[[], bool], mode: str) -> Finished:
-        process = start(*command, cwd=tmp_path, WANDB_MODE=mode, **NO_FIGURES)
-        wait_until(condition)
-        return interrupt(process, signal.SIGTERM)
+    def train_on(steps: int, mode: str) -> Process:
+        """Starts or continues the run, which stands still after so many steps."""
+        process = start_held(AFTER_STEP, steps, *command, cwd=tmp_path, WANDB_MODE=mode)
+        held(tmp_path)
+        return process
 
-    train_on(lambda: steps_logged(run) >= 5, "disabled")
+    interrupt(train_on(5, "disabled"), signal.SIGTERM)
     disk = run / "wandb"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)
     try:
-        lines = steps_logged(run) + 1000
-        ended = train_on(lambda: steps_logged(run) >= lines and shutil.disk_usage(disk).free == 0, "offline")
-        assert ended.code == 130
+        process = train_on(1000, "offline")
+        wait_until(lambda: shutil.disk_usage(disk).free == 0)
+        lines = steps_logged(run)
+        let_go(tmp_path)
+        wait_until(lambda: steps_logged(run) >= lines + 100)
+        assert interrupt(process, signal.SIGTERM).code == 130
         assert status(run)["state"] == "cancelled"
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
     # What got lost with that disk is known only to those who remember how far wandb had got.
     (run / ".tracking.json").unlink(missing_ok=True)
-    ended = train_on(lambda: (run / ".tracking.json").exists(), "offline")
-    assert ended.code == 130
+    process = train_on(5, "offline")
+    wait_until((run / ".tracking.json").exists)
+    assert interrupt(process, signal.SIGTERM).code == 130
     assert_one_curve(run)
 
 

@@ -11,8 +11,9 @@ from jobs.followers.start import follow_training, machine_of
 from jobs.storage.ownership import Ownership
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.identity import Machine
+from tests.held import AFTER_STEP, start_held
 from tests.jobs.test_sync import Keeping, server  # noqa: F401  # a fixture
-from tests.launching import NO_FIGURES, TINY, done, launch, status, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, status, wait_until
 
 TRAIN = ("train", "1d", *TINY, "--name", "a", "--train.steps", "20")
 
@@ -48,7 +49,7 @@ def test_stop_on_the_page_cancels_the_run(server: type[Keeping], tmp_path: Path)
     server.is_stopped = True
     run, command = tmp_path / "runs" / "1d" / "a", ("train", "1d", *TINY, "--name", "a", "--train.steps", "1000000")
     command = (*command, "--train.log-every", "100")
-    ended = launch(*command, cwd=tmp_path, WANDB_MODE="", **NO_FIGURES)
+    ended = finish(start_held(AFTER_STEP, 100, *command, cwd=tmp_path, WANDB_MODE=""))
     assert ended.code == 130
     assert status(run)["state"] == "cancelled"
     assert "Stop was pressed on wandb's page: the run is cancelled." in ended.out

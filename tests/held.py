@@ -29,7 +29,8 @@ def start_held(function: str, calls: int, *arguments: object, cwd: Path, times: 
     for mark in cwd.glob("held-*"):
         mark.unlink()
     place = {"HELD": f"{function} {calls}", "HELD_TIMES": str(times), "HELD_IN": str(cwd)}
-    return start(*arguments, cwd=cwd, module="tests.jobs.held", **place, **NO_FIGURES, **env)
+    place["WATCHDOG_S"] = "0"  # or the run would be ended as one that hangs
+    return start(*arguments, cwd=cwd, module="tests.held", **place, **NO_FIGURES, **env)
 
 
 def is_held(cwd: Path, number: int = 0) -> bool:
@@ -90,7 +91,7 @@ class Held:
 
 def main() -> int:
     import launch
-    from tests.jobs.held import Held  # as its processes know it
+    from tests.held import Held  # as its processes know it
 
     run = local.run
     with holding(), mock.patch.object(local, "run", lambda job, *rest, **more: run(Held(job), *rest, **more)):
