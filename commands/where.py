@@ -223,7 +223,12 @@ class Launch(Start):
             raise UserError(f"--retries must be at least 0; got {self.retries}")
 
     def retries_at(self, place: Here | OnSlurm) -> int:
-        """How often a job is tried again at this place."""
+        """How often a job is tried again at this place. Raises UserError where that cannot be."""
+        if self.retries and isinstance(place, Here) and place.step is not None:
+            raise UserError(
+                "--retries is not for a job on several nodes of an allocation; "
+                "--cluster slurm submits a job of its own, which is tried again"
+            )
         if self.retries is not None:
             return self.retries
         return 3 if isinstance(place, OnSlurm) else 0

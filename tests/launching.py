@@ -147,7 +147,10 @@ def workers(process: Process) -> list[int]:
     """Those of its relatives that do the work: not the ones that only look on."""
 
     def works(pid: int) -> bool:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:  # it has just ended
+            return False
         return b"jobs.followers" not in command and b"watcher.py" not in command
 
     return [pid for pid in relatives(process) if works(pid)]

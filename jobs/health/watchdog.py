@@ -26,7 +26,7 @@ LEAST_S = 60.0
 """Every step is allowed so many seconds at least."""
 USUAL = 10.0
 """A step may take so many times as long as usual."""
-START, COMPILING, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 60, 15, 60, 90
+START, COMPILING, HELD_OUT, SAVING, FIGURES, DRAWING, UNIT, END = 15, 30, 15, 15, 60, 15, 60, 90
 """How many times `LEAST_S` other work may take.
 
 DRAWING is from one evaluation of a sampler to the next, or to the end of a shard, and UNIT a unit of an evaluation. At
@@ -101,6 +101,10 @@ class Watchdog:
     def phase(self, doing: str, patience: float) -> None:
         """Says what is done from now on, and how many times `LEAST_S` that may take."""
         self._steps, self._begun = 0, time.monotonic()
+        self.between_steps(doing, patience)
+
+    def between_steps(self, doing: str, patience: float) -> None:
+        """Says the same of what is done until the step that has begun ends."""
         self._beat(doing, patience * self._least_s)
 
     def step(self, done: int) -> None:

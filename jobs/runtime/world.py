@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """Processes wait this long for each other, when they meet and in every collective."""
+LAST = timedelta(hours=2)
+"""And this long at the end, where one may still be drawing figures; the watchdog allows less (jobs/health)."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,13 @@ class World:
         """
         if self.size == 1:
             return
+        # Not by a collective: the first process may draw figures for longer than one may take, and then NCCL would end
+        # those that wait for it, and the job with them.
+        store = dist.distributed_c10d._get_default_store()
+        with suppress(RuntimeError):  # the first one, which keeps it, may have seen all others and left
+            store.set(f"closes-{self.rank}", "")
+            store.wait([f"closes-{rank}" for rank in range(self.size)], LAST)
         with suppress(RuntimeError):
-            # Told the device, NCCL need not guess it, and warn that it did.
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
             dist.destroy_process_group()
 
 

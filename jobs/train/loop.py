@@ -9,7 +9,7 @@ import torch
 from jobs.experiments.table import EXPERIMENTS
 from jobs.followers.start import machine_of
 from jobs.health import gpu_test
-from jobs.health.watchdog import COMPILING, END, FIGURES, SAVING, START, Watchdog
+from jobs.health.watchdog import COMPILING, END, FIGURES, HELD_OUT, SAVING, START, Watchdog
 from jobs.runtime.cuda_graphs import not_captured
 from jobs.runtime.job import JobError, Requeue, process_node
 from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, uuid_of, whereabouts
@@ -117,7 +117,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watc
     reason = Stop(training.world.reduce_max(signals.requested)())
     while reason is Stop.NO and training.step < last:
         update = training.update()
-        recorder.after_step(logged(training, update))
+        recorder.after_step(logged(training, update, watchdog))
         watchdog.step(training.step)
         skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -130,7 +130,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watc
     return reason
 
 
-def logged(training: Training, update: Update) -> dict[str, Any] | None:
+def logged(training: Training, update: Update, watchdog: Watchdog) -> dict[str, Any] | None:
     """Returns the line of metrics.jsonl for this step, None for a step that is not logged."""
     settings, step = training.settings, training.step
     is_last = step == settings.steps
@@ -148,8 +148,10 @@ def logged(training: Training, update: Update) -> dict[str, Any] | None:
         "ema_decay": decay_at(step, settings.ema_decay),
         "skipped": int(update.skipped),
     }
-    if held_out and (held_out_loss := training.held_out.loss()) is not None:
-        values["held_out_loss"] = held_out_loss
+    if held_out:
+        watchdog.between_steps("the held-out loss", HELD_OUT)
+        if (held_out_loss := training.held_out.loss()) is not None:
+            values["held_out_loss"] = held_out_loss
     # JSON has no NaN.
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,27 @@ class LateJob:
             time.sleep(1)  # the first one now has all that it needs to go on
         world._meet(port_file, "fake")
         (self.folder / os.environ["RANK"]).touch()
+        return 0
+
+
+@dataclass(frozen=True)
+class CloseJob:
+    """The first process still works when the others have ended, for longer than a collective may take."""
+
+    folder: Path
+
+    def __call__(self) -> int:
+        world = start(2, "cpu", "fp32")
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+        if world.rank == 0:
+            wait_until((self.folder / "comes").exists)
+            time.sleep(3)
+            assert not (self.folder / "leaves").exists()
+            world.close()
+        else:
+            (self.folder / "comes").touch()
+            world.close()
+            (self.folder / "leaves").touch()
         return 0
 
 

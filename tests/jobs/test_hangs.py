@@ -6,17 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from jobs.experiments.table import EXPERIMENTS
 from jobs.health import gpu_test, watcher
 from jobs.health.gpu_errors import IGNORE, PATIENCE_S, Question
 from jobs.health.watchdog import HEADER, VARIABLE, Watchdog
+from jobs.runtime import world
+from jobs.runtime.signals import SignalWatch
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
+from jobs.train.loop import run_steps
+from jobs.train.recorder import NoRecorder
+from jobs.train.state import Training
 from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status, steps_logged, wait_until, workers
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
@@ -269,6 +276,24 @@ def test_steps_that_are_slow_from_the_first_one_on_are_no_hang(tmp_path: Path) -
     command = [sys.executable, "-c", SLOW, str(tmp_path)]
     ended = subprocess.run(command, cwd=ROOT, env={**os.environ, VARIABLE: "0.5"}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.processes  # the one that looks on
+def test_a_held_out_loss_may_take_longer_than_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of hundreds of examples, and a batch may be of four."""
+    preset = EXPERIMENTS["1d"].preset
+    settings = replace(preset.train, steps=3, held_out_every=2)
+    seen = []
+
+    def loss() -> None:
+        assert watchdog._memory is not None
+        seen.append((watchdog.doing, HEADER.unpack_from(watchdog._memory)[1]))
+
+    with Watchdog(tmp_path) as watchdog:
+        training = Training(replace(preset, train=settings).build(), settings, world.start(1, "cpu", "fp32"))
+        monkeypatch.setattr(training.held_out, "loss", loss)
+        run_steps(training, NoRecorder(), SignalWatch(), watchdog, 2)
+        assert [*seen, watchdog.doing] == [("the held-out loss", 15 * 60), "step 3"]
 
 
 WAITS_FOR_A_DISK = """

@@ -17,7 +17,7 @@ from jobs.runtime import world
 from jobs.runtime.job import MachineError
 from jobs.storage import checkpoints
 from slurm import local
-from tests.jobs.parallel import ExamplesJob, FailJob, LateJob, SkipJob, run
+from tests.jobs.parallel import CloseJob, ExamplesJob, FailJob, LateJob, SkipJob, run
 from tests.launching import NO_FIGURES, TINY, finish, start, status, steps_logged, wait_until, workers
 
 pytestmark = pytest.mark.processes  # which tests/jobs/parallel.py starts
@@ -49,6 +49,12 @@ def test_a_process_that_comes_late_still_finds_the_port(tmp_path: Path) -> None:
     outcome, err = run(LateJob(tmp_path), 2)
     assert outcome.exit_code == 0, err
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+def test_at_the_end_all_wait_for_the_one_that_draws_figures(tmp_path: Path) -> None:
+    outcome, err = run(CloseJob(tmp_path), 2)
+    assert outcome.exit_code == 0, err
+    assert {path.name for path in tmp_path.iterdir()} == {"comes", "leaves"}
 
 
 def test_a_process_that_finds_no_others_blames_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

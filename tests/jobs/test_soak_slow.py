@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from jobs.storage import checkpoints
+from tests.jobs.test_soak import send
 from tests.launching import TINY, Process, done, finish, relatives, start, status, steps_logged, wait_until, workers
 
 pytestmark = pytest.mark.soak
@@ -95,15 +96,9 @@ def slow_down(kind: str, process: Process, run: Path, chance: random.Random) -> 
 
 
 def stand_still(pids: Collection[int], seconds: float, chance: random.Random) -> None:
-    send(chance.sample([*pids], len(pids)), signal.SIGSTOP)
+    send(signal.SIGSTOP, *chance.sample([*pids], len(pids)))
     time.sleep(seconds)
-    send(chance.sample([*pids], len(pids)), signal.SIGCONT)
-
-
-def send(pids: Collection[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
+    send(signal.SIGCONT, *chance.sample([*pids], len(pids)))
 
 
 def prioritize(pids: Collection[int], niceness: int) -> None:

@@ -16,7 +16,7 @@ from slurm.errors import SlurmError, UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Shape, Submission
-from tests.launching import launch, sentence
+from tests.launching import done, launch, sentence
 from tests.slurm.record import RECORDED
 
 DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING = map(str, range(1, 9))
@@ -321,6 +321,15 @@ def test_a_job_that_submits_itself_again_among_notices(
     assert task.requeue() == "10"
     assert (tmp_path / "10_submission.sh").read_text() == "submission.sh"
     assert (tmp_path / "10_submitted.pkl").read_text() == "submitted.pkl"
+
+
+def test_a_job_on_several_nodes_of_an_allocation_is_not_tried_again(tools: Tools, tmp_path: Path) -> None:
+    """Nobody could tell whether it has been taken over: its first process may be on another node than the launcher."""
+    tools.replay("24.11.5", notice=False)
+    refused = launch(*DRY, "--gpus", 2, "--retries", 1, cwd=tmp_path, PATH=tools.path, SLURM_JOB_ID=RUNNING)
+    assert refused.code == 2 and refused.out == ""
+    assert "--cluster slurm submits a job of its own, which is tried again" in sentence(refused.err)
+    done(*DRY, "--gpus", 2, "--retries", 0, cwd=tmp_path, PATH=tools.path, SLURM_JOB_ID=RUNNING)
 
 
 AWAY_TWICE = """
