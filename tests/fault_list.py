@@ -670,7 +670,7 @@ FAULTS = [
     Fault(
         "guidance counts one of its two predictions",
         "jobs/evaluate/report.py",
-        "sampler.steps * (1 if guidance in (None, 0, 1) else 2)",
+        "sampler.steps * predictions(guidance)",
         "sampler.steps",
         "tests/jobs/test_evaluate.py::test_guidance_takes_two_evaluations_and_is_drawn_over_where_steps_are_equal",
     ),
