@@ -77,7 +77,8 @@ class Sample:
     """Classes to draw, such as 7, 3,5 or 0-9: sample i has the (i mod n)-th of these n. For models that know
     classes."""
     guidance: Annotated[float | None, optional("S", _guidance())] = None
-    """How far the classes are exaggerated: 1 is not at all, 0 is without classes (Ho & Salimans 2022, S = 1 + w)."""
+    """How far the classes are exaggerated: 1 is not at all, 0 is without classes (Ho & Salimans 2022, S = 1 + w). Any
+    other scale takes two network evaluations a step."""
     name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
     """Name of the set."""
     export: Annotated[Form | None, optional("{adm,png,zip,npy}", "none")] = None

@@ -660,6 +660,20 @@ FAULTS = [
         "if False:",
         "tests/jobs/test_evaluate.py::test_samples_that_are_not_those_that_were_drawn_are_refused",
     ),
+    Fault(
+        "numbers of few samples name all that were drawn",
+        "jobs/evaluate/report.py",
+        'return f"{n:,} samples" if n == drawn else',
+        'return f"{drawn:,} samples" if drawn else',
+        "tests/jobs/test_evaluate.py::test_numbers_name_the_samples_that_they_rest_on",
+    ),
+    Fault(
+        "guidance counts one of its two predictions",
+        "jobs/evaluate/report.py",
+        "sampler.steps * predictions(guidance)",
+        "sampler.steps",
+        "tests/jobs/test_evaluate.py::test_guidance_takes_two_evaluations_and_is_drawn_over_where_steps_are_equal",
+    ),
     # Who looks on.
     Fault(
         "what wandb still has in memory counts as written",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from jobs.evaluate.plan import Evaluation
 from jobs.experiments.table import EXPERIMENTS
-from jobs.sample.classes import label
+from jobs.sample.classes import label, predictions
 from jobs.sample.sample_set import SampleSettings
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
@@ -174,7 +174,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 "sampler": sampler.sampler,
                 "steps": sampler.steps,
                 "eta": sampler.eta,
-                "evaluations": sampler.steps * (1 if guidance in (None, 0, 1) else 2),
+                "evaluations": sampler.steps * predictions(guidance),
                 "guidance": guidance,
                 "num_samples": evaluation.samples.num_samples,
                 "num_judged": num_judged(results),

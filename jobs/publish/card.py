@@ -10,7 +10,7 @@ from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.table import EXPERIMENTS
-from jobs.sample.classes import label
+from jobs.sample.classes import label, predictions
 from jobs.sample.sample_set import SampleSet, SampleSettings
 from jobs.storage.provenance import versions
 from jobs.storage.run_folder import RunFolder
@@ -81,13 +81,14 @@ def _facts(experiment: str, config: ExperimentConfig, settings: SampleSettings) 
     network = "denoising-diffusion-pytorch's U-Net" if isinstance(config.model, UnetSettings) else "MLP"
     numbers = ", ".join(f"{name}={value}" for name, value in vars(config.model).items())
     told = _told(settings.classes, settings.guidance)
+    evaluations = sampler.steps * predictions(settings.guidance)
     rows = [
         ("data", f"{config.data.about} Their sha256: `{config.data.digest(inception=False)['data']}`"),
         ("network", f"{network} with {numbers}; it predicts the noise"),
         ("process", f"{config.diffusion.timesteps:,} noise levels, {config.diffusion.beta_schedule} schedule"),
         ("training", f"{settings.step:,} steps of {train.batch_size}; the weights are their moving average"),
         ("command", f"`{_command(experiment, config)}`"),
-        ("sampler", f"`{sampler.sampler}` with {sampler.steps} network evaluations, in {settings.precision}{told}"),
+        ("sampler", f"`{sampler.sampler}` with {evaluations} network evaluations, in {settings.precision}{told}"),
     ]
     return _table(("what", "is"), rows)
 
@@ -171,13 +172,14 @@ def _numbers(results: Mapping[str, Any]) -> str:
     protocol = results["protocol"]
     drawn = protocol["samples"]
     sampler, told = drawn["sampler"], _told(drawn.get("classes"), drawn.get("guidance"))
+    evaluations = sampler["steps"] * predictions(drawn.get("guidance"))
     hashes = ", ".join(f"{name} `{value}`" for name, value in protocol["sha256"].items())
     return f"""## Numbers
 
 {_table(("metric", "value", "95% interval", "floor"), rows)}
 
 The floor is the value of a perfect model with as many samples. Measured on {judged(results)} of
-`{sampler["sampler"]}` with {sampler["steps"]} network evaluations and seed {drawn["seed"]}{told}, by version
+`{sampler["sampler"]}` with {evaluations} network evaluations and seed {drawn["seed"]}{told}, by version
 {protocol["version"]} of the metrics. sha256: {hashes}."""
 
 

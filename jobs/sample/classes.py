@@ -29,6 +29,11 @@ def check_guidance(scale: float) -> None:
     require(math.isfinite(scale) and scale >= 0, "--guidance must be at least 0 and finite", scale)
 
 
+def predictions(scale: float | None) -> int:
+    """How many predictions the network makes at each step, as `guided` in diffusion/process/guidance.py asks for."""
+    return 1 if scale in (None, 0, 1) else 2
+
+
 def label(classes: tuple[int, ...]) -> str:
     """Names classes in file names, as in `0-9` and `3+5`."""
     runs = [[k for _, k in run] for _, run in groupby(enumerate(classes), lambda pair: pair[1] - pair[0])]

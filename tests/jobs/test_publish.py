@@ -100,7 +100,13 @@ def test_the_card_says_what_the_model_is(runs: Path, tmp_path: Path) -> None:
     protocol = {
         "version": 5,
         "experiment": "mnist-small",
-        "samples": {"num_samples": 70, "sampler": {"sampler": "ddim", "steps": 2}, "seed": 0},
+        "samples": {
+            "num_samples": 70,
+            "sampler": {"sampler": "ddim", "steps": 2},
+            "seed": 0,
+            "classes": [0, 1],
+            "guidance": 1.5,
+        },
         "sha256": {"samples": sha256(samples / "samples.npz")},
     }
     metric = {"label": "Frechet | distance", "value": 1.25, "low": 1.0, "high": 1.5, "floor": 0.0}
@@ -113,7 +119,7 @@ def test_the_card_says_what_the_model_is(runs: Path, tmp_path: Path) -> None:
     assert (result.metric_name, result.metric_value) == ("Frechet | distance", 1.25)
     flags = "--model.dim 8 --train.batch-size 4 --train.grad-shards 1 --train.seed 7 --train.steps 3"
     assert f"| command | `python launch.py train mnist-small {flags}` |" in card.text
-    assert "Measured on the first 6 of 70 samples of" in card.text
+    assert "Measured on the first 6 of 70 samples of\n`ddim` with 4 network evaluations and seed 0, of" in card.text
     assert r"| Frechet \| distance | 1.25 | 1 to 1.5 | 0.1 to 0.2 |" in card.text
     files = {path.relative_to(tmp_path / "model").as_posix() for path in (tmp_path / "model").rglob("*.*")}
     assert {"ema.safetensors", "config.json", "generate.py", "samples.png", "sampling/unet.py"} < files
