@@ -24,6 +24,12 @@ TINY = (
 NO_FIGURES = {"LAUNCHED_WITHOUT": "matplotlib"}
 """For a forked training at whose figures a test does not look: it finds no plotting library, and ends without them."""
 
+
+def slowed(module: str, name: str, seconds: float) -> dict[str, str]:
+    """For a forked command that a test disturbs before it ends: the function waits so long before each of its calls."""
+    return {"LAUNCHED_SLOWED": f"{module}:{name}:{seconds}"}
+
+
 Process: TypeAlias = subprocess.Popen[str] | Forked
 
 _MARKS: dict[int, str] = {}
@@ -51,7 +57,7 @@ def start(
     """
     mark = uuid.uuid4().hex
     plainly = plain or see_gpus or any(name.startswith(EARLY) for name in env)
-    assert not (plainly and NO_FIGURES.items() <= env.items()), "only a forked process finds no plotting library"
+    assert not (plainly and {"LAUNCHED_WITHOUT", "LAUNCHED_SLOWED"} & env.keys()), "only a forked process knows these"
     whole = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -11,6 +11,7 @@ plain start (`tests.launching.start(..., plain=True)`).
 import atexit
 import contextlib
 import gc
+import importlib
 import io
 import json
 import os
@@ -236,6 +237,18 @@ def _fork_of(command: list[str], env: dict[str, str], keep: Collection[int]) -> 
     _become(command, env)
 
 
+def _slow(module: str, name: str, seconds: str) -> None:
+    """Lets a function wait before each of its calls."""
+    where = importlib.import_module(module)
+    function = getattr(where, name)
+
+    def slowed(*arguments: Any, **options: Any) -> Any:
+        time.sleep(float(seconds))
+        return function(*arguments, **options)
+
+    setattr(where, name, slowed)
+
+
 def _become(command: list[str], env: dict[str, str]) -> NoReturn:
     """Runs the command, and ends with its exit code."""
     for number in signal.valid_signals():
@@ -251,6 +264,8 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
         if name.partition(".")[0] in OURS:
             del sys.modules[name]
     sys.modules.update(dict.fromkeys(env.get("LAUNCHED_WITHOUT", "").split()))  # type: ignore[arg-type]
+    if "LAUNCHED_SLOWED" in env:
+        _slow(*env["LAUNCHED_SLOWED"].split(":"))
     sys.argv = command if command[0] != "-m" else command[1:]
     code = 0
     try:

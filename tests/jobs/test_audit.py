@@ -20,7 +20,7 @@ from jobs.runtime.signals import SignalWatch
 from jobs.runtime.world import start as start_world
 from jobs.storage.run_folder import RunFolder
 from tests.jobs import parallel
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, slowed, start, wait_until
 
 pytestmark = pytest.mark.processes  # which train the run that all tests share
 
@@ -166,7 +166,7 @@ def test_no_two_audits_have_one_folder(trained: Path, tmp_path: Path) -> None:
 
 def test_an_audit_that_is_stopped_leaves_no_copies(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "runs" / "1d", tmp_path / "runs" / "1d")
-    process = start("audit", "1d/a", *HERE, cwd=tmp_path)
+    process = start("audit", "1d/a", *HERE, cwd=tmp_path, **slowed("jobs.audit.compute", "run_steps", 5))
     audits = tmp_path / "runs" / "audit"
     wait_until(lambda: any(audits.rglob("step-*")))
     process.send_signal(signal.SIGINT)

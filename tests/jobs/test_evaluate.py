@@ -22,10 +22,24 @@ from jobs.evaluate.plan import Evaluation, plan
 from jobs.files import sha256
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, TINY, Finished, done, finish, launch, relatives, start, wait_until, workers
+from tests.launching import (
+    NO_FIGURES,
+    TINY,
+    Finished,
+    done,
+    finish,
+    launch,
+    relatives,
+    slowed,
+    start,
+    wait_until,
+    workers,
+)
 
 SETS = {"few": ("dpm++", 300, 40), "more": ("ddim", 5000, 40), "early": ("ddim", 5000, 20)}
 """Sampler, number and checkpoint."""
+SLOWLY = slowed("jobs.evaluate.units", "write_arrays", 1)
+"""For an evaluation that is stopped before all of its units are done."""
 
 pytestmark = pytest.mark.processes  # whose samples and evaluations all tests share
 
@@ -92,7 +106,7 @@ def test_any_number_of_processes_gives_the_same_numbers(root: Path, evaluated: P
 
 def test_a_killed_evaluation_goes_on_with_what_is_missing(root: Path, evaluated: Path) -> None:
     command = ("evaluate", "1d/a", "--samples", "more", "--device", "cpu", "--gpus", 2)
-    process = start(*command, cwd=root)
+    process = start(*command, cwd=root, **SLOWLY)
     wait_until(lambda: len(list((root / "runs/1d/a").rglob("[!.]*-*.npz"))) >= 3)
     os.kill(random.Random(0).choice(workers(process)), signal.SIGKILL)
     assert finish(process).code != 0
@@ -107,7 +121,7 @@ def test_a_killed_evaluation_goes_on_with_what_is_missing(root: Path, evaluated:
 
 
 def test_ctrl_c_stops_it_between_two_steps(root: Path) -> None:
-    process = start("evaluate", "1d/a", "--samples", "more", cwd=root)
+    process = start("evaluate", "1d/a", "--samples", "more", cwd=root, **SLOWLY)
     wait_until(lambda: any((root / "runs/1d/a").rglob("[!.]*-*.npz")))
     process.send_signal(signal.SIGINT)
     ended = finish(process)

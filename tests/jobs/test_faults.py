@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
 
 COMMAND = ("train", "1d", *TINY, "--name", "a")
 
@@ -88,9 +88,9 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_changes_nothing(tmp_p
 def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], check=True)
     try:
-        settings = ("--train.steps", "1500", "--train.checkpoint-every", "50", "--runs-dir", disk)
+        settings = ("--train.steps", "1000000", "--train.checkpoint-every", "50", "--runs-dir", disk)
         run = disk / "1d" / "a"
         process = start(*COMMAND, *settings, cwd=tmp_path)
         wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
@@ -102,8 +102,11 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
         kept = checkpoints.newest(run / "checkpoints", pytest.fail)
         assert kept
         filler.unlink()
-        done("resume", run, cwd=tmp_path, **NO_FIGURES)
-        assert status(run)["step"] == steps_logged(run) == 1500
+        lines = steps_logged(run)
+        process = start("resume", run, cwd=tmp_path)
+        wait_until(lambda: steps_logged(run) > lines)
+        assert interrupt(process, signal.SIGINT).code == 130
+        assert checkpoints.newest(run / "checkpoints", pytest.fail) == status(run)["step"] == steps_logged(run) > kept
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -145,7 +148,7 @@ def test_a_superseded_run_stops_without_writing(tmp_path: Path) -> None:
     Ownership.take(run)
     before, lines = visible(run), steps_logged(run)
     os.kill(process.pid, signal.SIGCONT)
-    ended = finish(process, timeout_s=60)
+    ended = finish(process)
     assert ended.code == 1
     assert "taken over" in ended.err
     assert steps_logged(run) - lines <= 1  # a line that was on its way

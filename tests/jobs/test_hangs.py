@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from jobs.experiments.table import EXPERIMENTS
-from jobs.health import gpu_test, watcher
-from jobs.health.gpu_errors import IGNORE, PATIENCE_S, Question
+from jobs.health import gpu_errors, gpu_test, watcher
+from jobs.health.gpu_errors import IGNORE, Question
 from jobs.health.watchdog import HEADER, VARIABLE, Watchdog
 from jobs.runtime import world
 from jobs.runtime.signals import SignalWatch
@@ -88,7 +88,7 @@ def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path)
 
 
 def test_a_pause_within_the_patience_and_a_job_that_is_paused_as_a_whole_go_on(tmp_path: Path) -> None:
-    process = start(*COMMAND, "--train.steps", 1_000_000, cwd=tmp_path, **{**HASTY, VARIABLE: "2"})
+    process = start(*COMMAND, "--train.steps", 1_000_000, cwd=tmp_path, **{**HASTY, VARIABLE: "5"})
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 60)
     process.send_signal(signal.SIGSTOP)
@@ -98,7 +98,7 @@ def test_a_pause_within_the_patience_and_a_job_that_is_paused_as_a_whole_go_on(t
     # As a laptop that sleeps: both stand still, for longer than the patience.
     os.kill(watcher, signal.SIGSTOP)
     process.send_signal(signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(7)
     os.kill(watcher, signal.SIGCONT)
     process.send_signal(signal.SIGCONT)
     lines = steps_logged(run)
@@ -127,7 +127,7 @@ with Watchdog(Path(sys.argv[1])) as watchdog:
 def test_a_call_that_lets_no_other_python_thread_run_is_noticed_too(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDS_THE_INTERPRETER, str(tmp_path)]
     environment = {**os.environ, VARIABLE: "1"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     (stacks,) = tmp_path.glob("*/process-0.txt")
     assert "no progress for 1 s in step 8" in stacks.read_text()
@@ -135,7 +135,7 @@ def test_a_call_that_lets_no_other_python_thread_run_is_noticed_too(tmp_path: Pa
 
 
 AT_A_TERMINAL = """
-import os, signal, sys, threading
+import os, pdb, signal, sys, threading  # pdb, so that the first question to it takes no second
 from pathlib import Path
 from jobs.health.watchdog import Watchdog
 with Watchdog(Path(sys.argv[1])) as watchdog:
@@ -211,7 +211,7 @@ HEALTHY = {"ecc": "0", "pages": "'[N/A]'", "rows": "0", "odd": ""}
         ({"ecc": "'[Not Supported]'", "rows": "'[Unknown Error]'"}, None),
         ({"ecc": "2", "odd": "echo 'No devices were found'; exit 9"}, None),
         ({"ecc": "2", "odd": "printf '\\377, a, b, c, d'; exit 0"}, None),
-        ({"ecc": "2", "odd": "exec sleep 60"}, None),
+        ({"ecc": "2", "odd": "exec sleep 1000"}, None),
     ],
 )
 def test_a_gpu_whose_driver_knows_of_errors_in_its_memory_is_named(
@@ -221,9 +221,9 @@ def test_a_gpu_whose_driver_knows_of_errors_in_its_memory_is_named(
     smi.write_text(SMI.format(**{**HEALTHY, **answers}))
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    begun = time.monotonic()
-    said = Question("GPU-1f").answer()
-    assert time.monotonic() - begun < PATIENCE_S + 0.5
+    if "sleep" not in answers.get("odd", ""):
+        monkeypatch.setattr(gpu_errors, "PATIENCE_S", 60.0)
+    said = Question("GPU-1f").answer()  # one that sleeps is not waited for: no test may last so long
     assert said is None if fault is None else said is not None and said.startswith("GPU 3 (GPU-1f) ") and fault in said
     assert said is None or said.endswith("; IGNORE_GPU_ERRORS=1 uses it all the same")
     if "sleep" in answers.get("odd", ""):
