@@ -105,9 +105,9 @@ def assert_one_curve(run: Path) -> list[list[dict[str, Any]]]:
     return found
 
 
-def tell_all(process: Process, number: signal.Signals) -> None:
-    """Sends the signal to all processes of a job."""
-    for pid in relatives(process):
+def tell(processes: list[int], number: signal.Signals) -> None:
+    """Sends the signal to each of them."""
+    for pid in processes:
         with suppress(ProcessLookupError):  # it has ended because another one has
             os.kill(pid, number)
 
@@ -118,9 +118,10 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     process = start_held(AFTER_STEP, 600, *command, cwd=tmp_path, **OFFLINE)
     held(tmp_path)
     wait_until((run / ".tracking.json").exists)
+    node = relatives(process)  # now, as it takes a while to find them: wandb must not write meanwhile what it has
     let_go(tmp_path)
-    wait_until(lambda: json.loads((run / ".tracking.json").read_text())["step"] > 600)
-    tell_all(process, signal.SIGKILL)  # the node fails: the follower and wandb's own process die as well
+    wait_until(lambda: json.loads((run / ".tracking.json").read_text())["step"] > 800)
+    tell(node, signal.SIGKILL)  # the node fails: the follower and wandb's own process die as well
     finish(process)
     # Two requeues within wandb's flush interval, with signals that reach all processes of the job, as Slurm's do.
     for restarts, kind in ((1, signal.SIGUSR2), (2, signal.SIGTERM)):
@@ -128,7 +129,7 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
         wait_until(lambda n=restarts: status(run)["restarts"] == n)
         before = steps_logged(run)
         wait_until(lambda n=before: steps_logged(run) >= n + 20)
-        tell_all(process, kind)
+        tell(relatives(process), kind)
         assert finish(process).code == 130
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
