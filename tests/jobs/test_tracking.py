@@ -85,8 +85,10 @@ def alerts(segment: list[dict[str, Any]]) -> list[str]:
 
 
 def resident_mb(pid: int) -> float:
-    """The memory that a process uses, as the kernel counts it."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    """The memory that a process uses, as the kernel counts it: none if it has just ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return 0.0
 
 
 def assert_one_curve(run: Path) -> list[list[dict[str, Any]]]:
