@@ -327,7 +327,7 @@ FAULTS = [
         "jobs/train/state.py",
         "for shard, (losses, t) in enumerate(self._by_shard(update.losses, update.t), self._own_shards[0]):",
         "for shard, (losses, t) in enumerate([(update.losses, update.t)], self._own_shards[0]):",
-        "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[fp32-others0]",
+        "tests/jobs/test_training.py::test_the_losses_of_each_shard_are_added_up_alone",
     ),
     Fault(
         "process 0 takes the port's file away before all have met",

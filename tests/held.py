@@ -1,7 +1,7 @@
 """launch.py, but a process of it stands still at a place that the test names, so that nothing comes too late for it.
 
-$HELD is the place, a function, and how many of its calls come before; the first $HELD_TIMES processes that get there
-stand still. A signal that the process handles lets it go on, and so does `let_go`.
+$HELD is the place: a function, and how many of its calls come before, for the second of $HELD_TIMES processes twice as
+many. A signal that the process handles lets it go on, and so does `let_go`.
 """
 
 import itertools
@@ -48,34 +48,36 @@ def let_go(cwd: Path, number: int = 0) -> None:
 
 
 def holding() -> AbstractContextManager[object]:
-    """While entered, this process stands still at the place."""
+    """While entered, this process stands still at the place, unless enough have done so."""
     function, calls = os.environ["HELD"].split()
+    times, folder = int(os.environ["HELD_TIMES"]), Path(os.environ["HELD_IN"])
     original, count = pkgutil.resolve_name(function), itertools.count(1)
 
     def holds(*arguments: Any, **more: Any) -> Any:
         returned = original(*arguments, **more)
-        if next(count) == int(calls):
-            stand_still()
+        before = sum(is_held(folder, number) for number in range(times))
+        if next(count) == int(calls) * (before + 1) and before < times:
+            with suppress(FileExistsError):  # another process has come first
+                stand_still(folder / f"held-{before}")
         return returned
 
     return mock.patch(function, holds)
 
 
-def stand_still() -> None:
-    """Until Python has seen a signal, unless enough processes have done so."""
+def stand_still(mark: Path) -> None:
+    """Writes this process's id into the file `mark`, which must not be there yet, and waits for a signal."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.signal(signal.SIGCONT, lambda number, frame: None)
     before = signal.set_wakeup_fd(write)  # which misses none that comes before the waiting begins
-    with tempfile.NamedTemporaryFile("w", dir=os.environ["HELD_IN"]) as own:
-        own.write(str(os.getpid()))
-        own.flush()
-        for number in range(int(os.environ["HELD_TIMES"])):
-            with suppress(FileExistsError):
-                os.link(own.name, f"{os.environ['HELD_IN']}/held-{number}")
-                os.read(read, 1)
-                break
-    signal.set_wakeup_fd(before)
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=mark.parent) as own:
+            own.write(str(os.getpid()))
+            own.flush()
+            os.link(own.name, mark)
+        os.read(read, 1)
+    finally:
+        signal.set_wakeup_fd(before)
 
 
 @dataclass(frozen=True)

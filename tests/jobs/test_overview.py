@@ -227,7 +227,7 @@ def test_the_table_fits_the_terminal_and_the_newest_is_last(width: int, make: Ca
 
 
 def test_a_local_run_from_its_start_to_its_sudden_death(tmp_path: Path) -> None:
-    process = start(*ENDLESS, "--name", "a", cwd=tmp_path)
+    process = start(*ENDLESS, "--name", "a", cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until((run / ".lock").exists)
     wait_until(lambda: shown(tmp_path)["state"] == "running")
@@ -240,13 +240,14 @@ def test_a_local_run_from_its_start_to_its_sudden_death(tmp_path: Path) -> None:
 
 
 def test_the_parent_of_several_processes_dies_and_so_do_they(tmp_path: Path) -> None:
-    process = start(*ENDLESS, "--name", "a", "--gpus", "2", cwd=tmp_path)
+    process = start(*ENDLESS, "--name", "a", "--gpus", "2", cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) > 10)
     assert shown(tmp_path)["state"] == "running"
     os.kill(process.pid, signal.SIGKILL)
-    finish(process, timeout_s=60)
-    wait_until(lambda: shown(tmp_path)["state"] == "cancelled", timeout_s=30)
+    finish(process)
+    wait_until(lambda: status(run)["state"] != "running")
+    assert shown(tmp_path)["state"] == "cancelled"
 
 
 def shown(cwd: Path) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def shown(cwd: Path) -> dict[str, Any]:
 
 def test_one_run_in_detail(tmp_path: Path) -> None:
     done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", cwd=tmp_path, **NO_FIGURES)
-    done("sample", "1d/a", "--num-samples", "100", "--steps", "5", "--name", "few", cwd=tmp_path)
+    done("sample", "1d/a", "--num-samples", "100", "--steps", "5", "--name", "few", cwd=tmp_path, **NO_FIGURES)
     samples = tmp_path / "runs" / "1d" / "a" / "samples"
     shutil.copytree(samples / "few", samples / "many")  # of which the second shard is not there yet
     manifest = json.loads((samples / "many" / "manifest.json").read_text())

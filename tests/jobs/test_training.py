@@ -57,6 +57,18 @@ def test_an_update_is_that_of_plain_torch(max_grad_norm: float, micro_batch_size
     torch.testing.assert_close(training.ema.network.state_dict(), average.state_dict(), rtol=1e-4, atol=1e-6)
 
 
+def test_the_losses_of_each_shard_are_added_up_alone() -> None:
+    """Losses so different that each order of adding them up rounds differently."""
+    preset = EXPERIMENTS["1d"].preset
+    settings = replace(preset.train, batch_size=64, grad_shards=4)
+    training = Training(preset.build(), settings, start(1, "cpu", "fp32"))
+    losses = torch.exp(10 * torch.randn(64, generator=torch.Generator().manual_seed(0)))
+    by_shard = torch.stack([shard.double().sum() for shard in losses.chunk(4)]).sum(0)
+    assert by_shard != losses.double().sum()
+    found, _, _ = training.sums(replace(training.update(), losses=losses))
+    assert found == float(by_shard) / 64
+
+
 @pytest.mark.parametrize("name", ["1d", "1d-classes"])
 def test_the_held_out_loss_of_the_exact_network_is_the_smallest_that_any_can_have(name: str) -> None:
     """On draws that no training makes, at timesteps and with noise that are the same whatever the run's seed.
