@@ -108,7 +108,7 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
     killer = threading.Timer(GRACE_S, _send, [children, signal.SIGKILL])
     while ranks:
         pid, status = os.wait()
-        if pid not in ranks:
+        if pid not in ranks:  # os.wait tells of any child of this process
             continue
         rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
         codes[rank] = children[rank].returncode = code

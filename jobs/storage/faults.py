@@ -110,6 +110,7 @@ def judge(
     status, failure = run.read_status(), run.read_failure()
     # Created, too: a process may die before it has written the first status.json.
     goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
+    # Times compare as text: all are ISO 8601 in UTC, with as many digits.
     if "state" in failure or not (goes_on or status.get("updated", "") < begun):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)

@@ -35,7 +35,8 @@ def locked(run: Path) -> Iterator[int | None]:
     process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
     """
     descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well.
+    # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well. The
+    # file is never deleted: one process could lock the deleted file while another locks a new one of the same name.
     try:
         yield descriptor if _try_lock(descriptor, run) else None
     finally:

@@ -31,7 +31,7 @@ class Metrics:
 
     def write(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._file.flush()  # others read the file while it grows; only `sync` puts it on the disk
 
     def sync(self) -> None:
         """Puts the lines on the disk; only after that a checkpoint that covers them may be written."""
@@ -109,6 +109,7 @@ def cut_after(path: Path, step: int) -> None:
 
 def append_timing(run: RunFolder, values: dict[str, Any]) -> None:
     """Appends one line to timing.jsonl."""
+    # Opened for each line, because launchers and those who judge a hang append to it as well.
     with run.timing.open("a") as file:
         file.write(json.dumps({"time": now(), **values}) + "\n")
 

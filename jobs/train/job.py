@@ -151,7 +151,7 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
         write_json(run.status, {**status, "state": State.QUEUED, "updated": now()})
     try:
         job_id = submit()
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: a run without a job must not be called queued
         for run, status in zip(runs, before, strict=True):
             write_json(run.status, {**status, "state": status.get("state", State.FAILED), "updated": now()})
         raise
