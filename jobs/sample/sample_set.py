@@ -25,7 +25,7 @@ Weights = Literal["ema", "model"]
 Precision = Literal["bf16", "tf32", "fp32"]
 
 LABEL_BYTES = 8
-"""Of the class of a sample in samples.npz."""
+"""Size of the class of one sample in samples.npz."""
 
 
 @dataclass(frozen=True)
