@@ -168,6 +168,7 @@ class SampleSet:
 
         start, stop = self.shard_range(shard)
         try:
+            # Mapped, so that of each of many shards only the header is read.
             return len(np.load(self.shard_path(shard), mmap_mode="r")) == stop - start
         except (FileNotFoundError, ValueError, EOFError):
             return False
@@ -264,4 +265,4 @@ class SampleSet:
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     """Opens a new array of an npz file."""
     info = zipfile.ZipInfo(f"{name}.npy")  # its date is fixed, so equal samples make equal files
-    return archive.open(info, "w", force_zip64=True)
+    return archive.open(info, "w", force_zip64=True)  # how long it becomes is not known yet

@@ -148,4 +148,5 @@ class Status:
         self._owner.check()
         self._beat = time.monotonic()
         self.values.update(values, updated=now())
+        # A process that has failed for good has the last word, also where a heartbeat comes after it.
         write_json(self._run.status, {**self.values, **self._run.final_failure()})
