@@ -16,10 +16,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jobs.doctor.drill import last_step
 from jobs.storage import faults
 from jobs.storage.provenance import ROOT
-from jobs.storage.records import read_jsonl
+from jobs.storage.records import last_step, read_jsonl
 from jobs.storage.run_folder import RunFolder
 
 EVERY = 500
@@ -53,12 +52,12 @@ def measured(number: signal.Signals, folder: Path, cluster: str) -> tuple[float,
     with (folder / "log").open("w") as log:
         process = subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
-        wait_until(lambda: last_step(run) >= 2 * EVERY + EVERY // 2)  # the mean of what may be lost
+        wait_until(lambda: last_step(run.metrics) >= 2 * EVERY + EVERY // 2)  # the mean of what may be lost
         os.kill(second(run), number)
-        at, before = time.time(), last_step(run)
+        at, before = time.time(), last_step(run.metrics)
         wait_until(lambda: len(starts(run)) == 2 and bool(faults.read(run)))
         again = starts(run)[1]["step"]
-        wait_until(lambda: last_step(run) > again)
+        wait_until(lambda: last_step(run.metrics) > again)
         working_s = time.time() - at
         (fault,) = faults.read(run)
         return datetime.fromisoformat(fault.time).timestamp() - at, working_s, before - again

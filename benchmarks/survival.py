@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from benchmarks.commands import command
 from benchmarks.comparison import Row, limit
 from benchmarks.quality import frechet
-from jobs.doctor.drill import last_step
 from jobs.storage.provenance import ROOT
+from jobs.storage.records import last_step
 from jobs.storage.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def interrupted(arguments: tuple[object, ...], run: RunFolder, step: int) -> int
         stdout=subprocess.DEVNULL,
     )
     try:
-        while process.poll() is None and last_step(run) < step:
+        while process.poll() is None and last_step(run.metrics) < step:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         return process.wait()

@@ -131,12 +131,12 @@ class Where:
 
     @property
     def processes(self) -> int:
-        """How many the job has; of a range, the most."""
+        """How many processes the job has; of a range, the largest number."""
         return int((self.gpus or "1").rpartition("-")[2])
 
     @property
     def least(self) -> int:
-        """The fewest of a range."""
+        """The smallest number of the range in --gpus."""
         return int((self.gpus or "1").partition("-")[0])
 
     def place(self, run: RunFolder) -> Here | OnSlurm:
@@ -284,7 +284,7 @@ class LaunchTraining(Launch):
 
 
 LITTLE = timedelta(minutes=5)
-"""So much later a larger job may start, and is taken all the same."""
+"""A larger job is taken although it starts later, by this much at most."""
 
 
 def first_to_start(starts: Mapping[int, str]) -> int:

@@ -70,7 +70,7 @@ class ModelSettings:
     """A network."""
 
     def __post_init__(self) -> None:
-        """Raises SettingsError for what no network can be."""
+        """Raises SettingsError for settings that no network can have."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ def whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        # Bytes before the name: otherwise a power cut may leave the name of a file whose bytes never reached the disk.
         sync_file(temporary)
         temporary.replace(path)
     finally:

@@ -78,10 +78,10 @@ def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str =
 
 
 def _channels(run: RunFolder, event: Event) -> list[str]:
-    """Those that the settings name. wandb alerts also where a run is tracked online and its settings want alerts.
+    """Returns the channels that the settings name, and wandb where the run is tracked online and wants alerts.
 
-    That a run is finished is then said by the process that follows it, which is still there. One that follows it
-    offline leaves it to wandb as a channel, because the network may be back.
+    But that an online run is finished is said by the process that follows it (jobs/followers/alerts.py), which is
+    still there. Offline, that process leaves it to wandb as a channel, because the network may be back.
     """
     _, config = run.read_experiment()
     named: list[str] = [*(config.tracking.notify or ())]

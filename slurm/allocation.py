@@ -137,7 +137,7 @@ def main() -> None:
         LOCAL_WORLD_SIZE=str(int(step["SLURM_NTASKS"]) // int(step["SLURM_STEP_NUM_NODES"])),
         MASTER_ADDR=_parse_node_list(step["SLURM_STEP_NODELIST"])[0],
     )
-    if rank != "0":
+    if rank != "0":  # on several nodes as on one, process 0 prints for all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     code = worker.work()
     # For srun 130 would be a failure, for which it ends those that are still saving.

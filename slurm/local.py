@@ -108,11 +108,11 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
     killer = threading.Timer(GRACE_S, _send, [children, signal.SIGKILL])
     while ranks:
         pid, status = os.wait()
-        if pid not in ranks:
+        if pid not in ranks:  # os.wait tells of any child of this process
             continue
         rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
         codes[rank] = children[rank].returncode = code
-        if code not in (0, 130) and failure is None:
+        if code not in (0, 130) and failure is None:  # 130 is one that has saved, because it was told to stop
             failure = Outcome(1, rank, signal.Signals(-code).name if code < 0 else None)
             _send(children, signal.SIGTERM)
             killer.start()

@@ -40,7 +40,7 @@ class Merge(Job, Protocol):
 
 J = TypeVar("J", bound=Job)
 ROUNDS = 2
-"""So often an array submits elements again that were killed, or lost with their nodes."""
+"""How many times an array submits again the elements that were killed, or lost with their nodes."""
 Submitted = Callable[[Sequence[J], Callable[[], str]], str]
 
 
@@ -220,7 +220,7 @@ class AfterArray:
     place: OnSlurm
     jobs: Sequence[Any]
     job_ids: Sequence[str]
-    """Of the jobs that are in the array."""
+    """The ids of the jobs in the array."""
     submitted: Submitted[Any]
     at_once: int | None
     then: Merge

@@ -183,6 +183,7 @@ def _candidates(kinds: list[Nodes], known: Rights, given: dict[str, Any]) -> Ite
     of_accounts: list[dict[str, Any]] = [{}, *({"account": account} for account in known.accounts[:5])]
     of_qualities: list[dict[str, Any]] = [{}, *({"qos": quality} for quality in known.qualities[:4])]
     sizes = (len(places), len(requests), len(of_accounts), 5, 2, len(of_qualities))
+    # First the plainest choice of each kind, then what departs from it in one way, in two ways, and so on.
     ranked = sorted(itertools.product(*map(range, sizes)), key=lambda chosen: (sum(i > 0 for i in chosen), sum(chosen)))
     seen: list[Profile] = []
     for where, how, who, memory, ntasks, quality in ranked:

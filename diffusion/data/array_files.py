@@ -31,7 +31,7 @@ NPZ_NAMES = (
 )
 IDX_NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 MOST_PACKED = 1032
-"""gzip makes data at most so many times smaller."""
+"""The largest factor by which gzip makes data smaller."""
 CIFAR_FOLDER = "cifar-10-batches-py"
 CIFAR_MD5 = {
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
@@ -41,7 +41,7 @@ CIFAR_MD5 = {
     "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
     "test_batch": "40351d587109b95175f43aff81a1287e",
 }
-"""torchvision's."""
+"""md5 of each file of CIFAR-10, as torchvision has them."""
 
 
 def read_npy(path: Path) -> list[Split]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FEWEST = 20
 """Images that there must be for training."""
 HELD_OUT_EVERY, MOST_HELD_OUT = 10, 10_000
-"""Where nothing says which images are for tests, every tenth is, up to so many."""
+"""If nothing says which images are for tests, every tenth is held out, up to this many."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Loaded:
     labels: Mapping[Split, NDArray[np.uint8]]
     """[n]; 0 where there are no classes."""
     sha256: str
-    """Hash of all that."""
+    """Hash of all images and classes."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -138,7 +138,7 @@ def _read(
 
 
 def _cifar(root: Path) -> Path | None:
-    """Where CIFAR-10 lies, if it does."""
+    """Returns the folder of CIFAR-10, if there is one."""
     folders = (root, root / array_files.CIFAR_FOLDER)
     return next((folder for folder in folders if (folder / "data_batch_1").is_file()), None)
 

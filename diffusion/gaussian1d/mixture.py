@@ -88,7 +88,7 @@ class Mixture:
         return torch.sqrt(1 - abar) * (r * z / v).sum(-1)
 
     def eps_of_class(self, xt: Tensor, abar: Tensor, classes: Tensor) -> Tensor:
-        """The same where the component k [...] of each x is known, E[eps | x_t, k] = b z_k / v_k; K: it is not."""
+        """The same where the component k [...] of each x is known, E[eps | x_t, k] = b z_k / v_k; K is unknown."""
         z, v = self._z_v(xt, abar)
         known = torch.sqrt(1 - abar)[..., None] * z / v
         every = torch.cat([known, self.eps(xt, abar)[..., None]], -1)  # [..., K + 1]

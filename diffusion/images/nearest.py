@@ -8,6 +8,7 @@ from diffusion.images.pixels import Images, check_images
 from diffusion.statistics.bootstrap import Floats
 
 _CHUNK = 250
+"""Images whose distances are computed together: to 60,000 training images, they take 60 MB."""
 
 
 def nearest(images: Images, training: Images, neighbours: int = 1) -> tuple[Floats, NDArray[np.int64]]:
@@ -27,6 +28,7 @@ def nearest(images: Images, training: Images, neighbours: int = 1) -> tuple[Floa
         # |x - y|^2 without |x|^2, which is the same for all y.
         partial = squares - 2 * torch.from_numpy(chunk).float() @ flat_training.T  # [chunk, training]
         found = partial.topk(neighbours, largest=False).indices.numpy()
+        # As whole numbers, and not as uint8, whose differences would wrap around: a copy has distance 0 exactly.
         difference = chunk[:, None].astype(np.int64) - training.reshape(len(training), -1)[found]
         exact = np.sqrt((difference**2).sum(-1)) / 255
         order = exact.argsort(axis=1, kind="stable")

@@ -35,6 +35,7 @@ class UnitNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        # 1e-12 is the bound of F.normalize, which the library uses: x = 0 stays 0.
         inverse = norm.clamp_min_(1e-12).reciprocal_().to(x.dtype)  # autocast makes norms fp32 on CUDA
         y = x * inverse
         ctx.save_for_backward(y, inverse)
@@ -101,6 +102,7 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         convolution: Any = self[1]
+        # The library lines channels up as (c, p1, p2), the order in which a convolution of 2 x 2 keeps its weights.
         return F.conv2d(x, convolution.weight.view(len(convolution.weight), -1, 2, 2), convolution.bias, stride=2)
 
 

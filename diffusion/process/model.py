@@ -52,6 +52,7 @@ class DiffusionModel(nn.Module, ABC):
 
     def forward(self, x0: Tensor, t: Tensor, eps: Tensor, classes: Tensor | None = None) -> Tensor:
         """The loss of each example, [batch]: mean squared error of the predicted noise (DDPM, equation 14)."""
+        # In fp32: autocast makes the prediction bf16, and 8 bits of a mantissa are too few for a sum over all pixels.
         error = self.predict(self.q_sample(x0, t, eps), t, classes).float() - eps
         return error.square().flatten(1).mean(1)
 

@@ -62,6 +62,7 @@ def stratified(seed: int, stream: Stream, step: int, start: int, stop: int, batc
     Each of them alone is uniform. This is a low-discrepancy draw (Kingma et al. 2021, appendix I.1): the mean over a
     batch varies less.
     """
+    # The number of example 0, whichever examples are asked for: all of a batch share one offset.
     (offset,) = uniform(seed, stream, step, 0, 1)
     return (offset + np.arange(start, stop) / batch_size) % 1
 

@@ -63,6 +63,7 @@ def ddpm(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float
         _, eps = denoiser(xt, t, abar)
         mu = (xt - (1 - alpha) / (1 - abar) ** 0.5 * eps) / alpha**0.5
         sigma = posterior_variance(abar, abar_prev) ** 0.5
+        # The last step ends at the data, where sigma is 0: it asks for no noise.
         xt = mu + sigma * noise(k) if sigma > 0 else mu
         yield xt
 
@@ -81,6 +82,7 @@ def ddim(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float
 def dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022), algorithm 2, evenly spaced in log-SNR; eta and noise are unused."""
     t, lam = _log_snr_grid(denoiser.alphas_cumprod, steps)
+    # alpha^2 + sigma^2 = 1 and lambda = log(alpha / sigma), so alpha^2 = sigmoid(2 lambda).
     alpha, sigma = torch.sigmoid(2 * lam).sqrt(), torch.sigmoid(-2 * lam).sqrt()
     previous: Tensor | None = None
     for i in range(steps):
@@ -90,11 +92,12 @@ def dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta:
             return
         h = float(lam[i + 1] - lam[i])
         if previous is None:
-            d = x0
+            d = x0  # a line takes two predictions, so the first step is of first order
         else:
             # Second order: x0 is continued along the line through its last two predictions, to half a step ahead.
             r = float(lam[i] - lam[i - 1]) / h
             d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * previous
+        # expm1, because exp(-h) - 1 loses digits where many steps make h small.
         xt = float(sigma[i + 1] / sigma[i]) * xt - float(alpha[i + 1] * torch.expm1(torch.tensor(-h))) * d
         previous = x0
         yield xt
@@ -119,6 +122,7 @@ def heun(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float
         if i == 0 and steps % 2 == 0:
             xt = euler
             continue
+        # The mean of the slopes at both ends of the step is a trapezoidal rule: second order, at twice the price.
         _, slope_after = denoiser(euler, float(t[i + 1]), float(alpha[i + 1] ** 2))
         xt = float(alpha[i + 1]) * (xt / float(alpha[i]) + h * (slope + slope_after) / 2)
         yield xt
@@ -158,6 +162,7 @@ def _log_snr_grid(alphas_cumprod: Tensor, steps: int, rho: float = math.inf) -> 
     grid = torch.linspace(first, last, steps, dtype=torch.float64)
     if rho < math.inf:
         roots = torch.linspace(math.exp(-first / rho), math.exp(-last / rho), steps, dtype=torch.float64)
+        # exp and log need not give back the ends exactly, and beyond them there is no timestep.
         grid = (-rho * roots.log()).clamp(first, last)
     ascending, noisy_first = lam.flip(0), len(lam) - 1
     # lambda falls with t, but searchsorted needs it to rise: place p of `ascending` is timestep T - 1 - p. Each value

@@ -15,7 +15,9 @@ def linear_betas(timesteps: int) -> Tensor:
 def cosine_betas(timesteps: int, s: float = 0.008) -> Tensor:
     """Improved DDPM (Nichol & Dhariwal 2021), equation 17, betas clipped at 0.999."""
     t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    # With this s and T = 1000, sqrt(beta) at t = 0 is a little less than a step between grey levels, 1 / 127.5.
     f = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+    # f ends at 0, so the last beta would be 1 and alpha_bar 0: its log-SNR, and x0 from eps, would be infinite.
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
@@ -27,11 +29,13 @@ def alphas_cumprod(beta_schedule: str, timesteps: int) -> Tensor:
 
 def log_snr(abar: Tensor) -> Tensor:
     """lambda = log(alpha / sigma), half the log of the signal-to-noise ratio (DPM-Solver, section 2)."""
+    # alpha^2 = abar and sigma^2 = 1 - abar; log1p keeps the digits that 1 - abar loses where abar is small.
     return 0.5 * (torch.log(abar) - torch.log1p(-abar))
 
 
 def alphas_cumprod_at(abar: Tensor, t: Tensor) -> Tensor:
     """alpha_bar at possibly fractional t, any shape: lambda runs linearly between neighbouring timesteps."""
+    # Samplers place their fractional timesteps by the same rule, so network and sampler mean one noise level.
     lower = t.floor().long().clamp(0, len(abar) - 1)
     upper = (lower + 1).clamp(max=len(abar) - 1)
     lam = log_snr(abar)

@@ -26,7 +26,7 @@ class Part:
     stop: int
     config: ExperimentConfig
     facts: dict[str, Any]
-    """Of the machine, as the start has recorded them."""
+    """Facts about the machine, as the start has recorded them."""
     is_known: bool
     """Whether the settings are those of that start; versions before audits did not record them."""
 
@@ -38,7 +38,7 @@ class Stretch:
     start: int
     stop: int
     hashes: dict[int, dict[str, str]]
-    """Those that the run's ledger has of the checkpoints in between, by step and file."""
+    """The hashes in the run's ledger of the checkpoints in between, by step and file."""
     parts: tuple[Part, ...]
     again: Path
     """A folder for what is computed now; its files are called as in a run."""

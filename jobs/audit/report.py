@@ -33,7 +33,7 @@ def conclude(audit: Audit) -> tuple[bool, str]:
 
 
 def _compare(stretch: Stretch, recorded: dict[int, dict[str, Any]]) -> tuple[bool, list[str]]:
-    """Whether a stretch is computed and equal, and that in words."""
+    """Returns whether a stretch is computed and equal, and a sentence that says so."""
     computed, other = stretch.computed(), stretch.different()
     metrics = [line for line in read_jsonl(RunFolder(stretch.again).metrics) if line["step"] in recorded]
     parting = [(line["step"], names) for line in metrics if (names := _other_names(line, recorded[line["step"]]))]
@@ -62,7 +62,7 @@ def _other_names(line: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
 
 
 def _elsewhere(stretch: Stretch) -> list[str]:
-    """Says where this machine is not of the kind that has trained the run, so that bytes may differ for that."""
+    """Says how this machine differs from the one that has trained the run: bytes may differ for that alone."""
     starts = read_jsonl(RunFolder(stretch.again).timing)
     return [
         f"from step {line['step']} on another machine: {'; '.join(line['differing'])}"

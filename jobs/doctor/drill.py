@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusion.errors import OutsideError
 from jobs.storage import checkpoints, ownership
-from jobs.storage.records import read_jsonl
+from jobs.storage.records import last_step
 from jobs.storage.run_folder import RunFolder, State
 
 Process = subprocess.Popen[bytes]
@@ -71,9 +71,9 @@ class Drill:
         self, process: Process, run: RunFolder, moment: int, name: str, disturb: Disturb, say: Callable[[str], None]
     ) -> None:
         """Waits until the run has logged step `moment`, and disturbs it."""
-        while process.poll() is None and last_step(run) < moment:
+        while process.poll() is None and last_step(run.metrics) < moment:
             time.sleep(0.002)
-        at = last_step(run)
+        at = last_step(run.metrics)
         disturb(process, run)
         if run.state() is State.FINISHED:
             say(f"  {name:<16} came too late: the training had reached its last step")
@@ -113,12 +113,6 @@ def differences(a: RunFolder, b: RunFolder) -> list[str]:
     step = max(checkpoints.steps(a.checkpoints))
     names = [f"checkpoints/{checkpoints.folder_name(step)}/{file}" for file in (*checkpoints.FILES, "manifest.json")]
     return [name for name in (*names, "metrics.jsonl") if not _same(a.path / name, b.path / name)]
-
-
-def last_step(run: RunFolder) -> int:
-    """Returns the last step that metrics.jsonl holds, 0 before the first."""
-    lines = read_jsonl(run.metrics)
-    return int(lines[-1]["step"]) if lines else 0
 
 
 def _same(a: Path, b: Path) -> bool:

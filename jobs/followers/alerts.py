@@ -45,7 +45,7 @@ class Alerts:
                 self._dashboard.alert(f"{self._run.label} is finished", f"{text}\n{self._run.path}", "INFO")
 
     def _warn(self, what: str, text: str) -> None:
-        """Alerts people, of the same thing once in `ALERT_S`."""
+        """Alerts people, about the same thing at most once in `ALERT_S`."""
         if self._config.tracking.alerts and time.monotonic() - self._warned.get(what, -ALERT_S) >= ALERT_S:
             self._warned[what] = time.monotonic()
             self._dashboard.alert(f"{self._run.label} {what}", f"{text}\n{self._run.path}", "WARN")

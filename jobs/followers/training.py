@@ -33,7 +33,7 @@ from jobs.tracking.stop_button import StopButton
 DRAW_S = 60.0
 """Seconds between two pictures of the curves."""
 FAILURE_S = 3.0
-"""A process that fails has written why after so many seconds."""
+"""Seconds after which a process that has failed has certainly written why."""
 SAFE_S = FLUSH_S + 2
 """After so many seconds, what wandb was given is certainly on the disk."""
 

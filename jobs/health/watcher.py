@@ -20,7 +20,7 @@ from contextlib import suppress
 
 TICK_S = 0.5
 STACKS_S = 2.0
-"""So many seconds the watched process has to write its stacks, and then the others as many to write theirs.
+"""Seconds that the watched process has to write its stacks; then the other processes have as many for theirs.
 
 A disk on which no file can be written meanwhile stands still.
 """
@@ -90,7 +90,7 @@ class Disk:
 
 
 def attempt(worker: int) -> str:
-    """Returns a name that all processes of a job share, and another job does not: in a container, ids come again."""
+    """Returns a name that all processes of a job share and no other job has: in a container, process ids repeat."""
     meeting = os.environ.get("MASTER_PORT_FILE")
     return "-".join(meeting.split("/")[-2:]) if meeting else f"here-{worker}-{time.time_ns()}"
 

@@ -24,7 +24,7 @@ class Captured:
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # CUDA cannot capture its default stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
@@ -47,6 +47,7 @@ class Captured:
                 )
             place.copy_(tensor)
         self._graph.replay()
+        # Copies, because the next replay writes its outputs into the same memory.
         return tuple(tensor.clone() for tensor in self._outputs)
 
 

@@ -58,7 +58,7 @@ class IndependentJob(ABC):
     target: Target
     """What the job completes; it keeps the ids of the jobs that work on it."""
     advice: ClassVar[str] = "The same command goes on from here."
-    """What a person is told who stops it."""
+    """What a person who stops it is told."""
 
     @abstractmethod
     def work(self, signals: SignalWatch) -> int:
@@ -138,7 +138,7 @@ class Failure(NamedTuple):
 
 
 def failure_of(error: Exception, doing: str) -> Failure:
-    """Describes an exception; by what was being done it is known again if it comes twice."""
+    """Describes an exception; `doing` is what was being done, by which it is recognised if it comes twice."""
     if isinstance(error, UserError | JobError):
         # One with a cause is of a disk that cannot be read at this moment.
         outside = isinstance(error, MachineError) or isinstance(error.__cause__, OSError)

@@ -55,7 +55,7 @@ def own_device(kind: Kind) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", _own_index())
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device)  # a GPU that is counted may still refuse to work
     except RuntimeError as error:
         raise MachineError(
             f"{whereabouts()} cannot use its GPU {device.index}: {str(error).splitlines()[0]}"

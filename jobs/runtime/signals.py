@@ -63,6 +63,7 @@ class SignalWatch:
             with suppress(OSError):  # nobody may be reading
                 os.write(2, b"\nEnded at once; the last finished checkpoint is intact.\n")
             os._exit(130)
+        # Nothing more: a handler runs between any two operations of the training, whose step has to end first.
         self.requested = max(self.requested, SIGNALS[signal.Signals(number)])
 
 

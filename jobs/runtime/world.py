@@ -49,7 +49,7 @@ class World:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sums values of any shape over all processes, in float64; every process must call it."""
-        values = values.detach().to(torch.float64, copy=True)
+        values = values.detach().to(torch.float64, copy=True)  # a copy, because the sum takes its place
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -108,7 +108,7 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     processes: each that believes to be alone would train on its own and overwrite what the others write.
     """
     set_numerics(precision)
-    own_device(device)
+    own_device(device)  # raises at once, before the others wait for a process that has no GPU
     # Accelerate would name DDP the GPU of LOCAL_RANK, which is not there where each task is shown its own GPU alone.
     os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     # A single process needs it, too: where RANK is set, Accelerate makes a group, at MASTER_PORT.
@@ -142,7 +142,7 @@ def _meet(port_file: Path, backend: str) -> None:
         store = TCPStore(address, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
         unseen = port_file.with_name(f".{port_file.name}")
         unseen.write_text(str(store.port))
-        unseen.rename(port_file)
+        unseen.rename(port_file)  # the others read it as soon as they see its name
     else:
         deadline = time.monotonic() + TIMEOUT.total_seconds()
         # By listing the folder: NFS may go on believing that a file which was not there is not there.

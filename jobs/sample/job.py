@@ -35,7 +35,7 @@ class SampleJob(Share):
     """Whether the process that finishes last merges; otherwise a `SampleMergeJob` does it."""
     retries: int = 0
     export: Form | None = None
-    """What the merged set is written as besides."""
+    """Another form in which the merged set is written, too."""
     advice: ClassVar[str] = "The same command draws what is missing."
 
     @property

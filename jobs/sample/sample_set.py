@@ -25,7 +25,7 @@ Weights = Literal["ema", "model"]
 Precision = Literal["bf16", "tf32", "fp32"]
 
 LABEL_BYTES = 8
-"""Of the class of a sample in samples.npz."""
+"""Size of the class of one sample in samples.npz."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ class SampleSet:
 
         start, stop = self.shard_range(shard)
         try:
+            # Mapped, so that of each of many shards only the header is read.
             return len(np.load(self.shard_path(shard), mmap_mode="r")) == stop - start
         except (FileNotFoundError, ValueError, EOFError):
             return False
@@ -264,4 +265,4 @@ class SampleSet:
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     """Opens a new array of an npz file."""
     info = zipfile.ZipInfo(f"{name}.npy")  # its date is fixed, so equal samples make equal files
-    return archive.open(info, "w", force_zip64=True)
+    return archive.open(info, "w", force_zip64=True)  # how long it becomes is not known yet

@@ -86,5 +86,5 @@ S = TypeVar("S", bound=Share)
 
 
 def not_given_up(shares: Sequence[S]) -> list[S]:
-    """Returns the shares that may be tried once more: those that have not come to their end by a fault of their own."""
+    """Returns the shares that may be tried once more: those that were not given up."""
     return [share for share in shares if not faults.is_given_up(share.target.folder, share.left)]

@@ -226,7 +226,7 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
         for file in FILES:
             sync_file(temporary / file)
             recorded[file] = {"size": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
-        # Last: a manifest means that all files are complete.
+        # Last: a manifest means that all files are complete. It syncs the folder, too, and so the names of all four.
         write_json(temporary / "manifest.json", {"step": snapshot.step, "files": recorded})
         may_write()
         # Before the checkpoint appears, so that a kill between the two leaves none out.
@@ -234,6 +234,7 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
         if (folder / name).exists():  # a run that went back to an older checkpoint comes by again
             _remove(folder / name)
         temporary.rename(folder / name)
+        # Only now may older checkpoints be deleted: a power cut could undo a rename that is not on the disk.
         sync_folder(folder)
         return is_other
     finally:

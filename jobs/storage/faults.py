@@ -22,7 +22,7 @@ from jobs.storage.run_folder import RunFolder, State
 
 FILE = "faults.jsonl"
 PLACES = ("In step ", "In evaluation ", "In unit ")
-"""So a traceback begins that names what was being done when it came; each is a pure function."""
+"""With one of these begins a traceback that names what was being done; each of them is a pure function."""
 TWICE = 2
 """A node on which so many jobs of a run have died without progress is left out."""
 REPAIRED_S = 30 * 24 * 3600
@@ -110,6 +110,7 @@ def judge(
     status, failure = run.read_status(), run.read_failure()
     # Created, too: a process may die before it has written the first status.json.
     goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
+    # Times compare as text: all are ISO 8601 in UTC, with as many digits.
     if "state" in failure or not (goes_on or status.get("updated", "") < begun):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)
@@ -216,7 +217,7 @@ def new_hang(run: RunFolder) -> Path | None:
 
 
 def _new_hang(folder: Path, of: str) -> Path | None:
-    """Returns the newest whose name has `of` in it."""
+    """Returns the newest of these folders whose name contains `of`."""
     lines = read_jsonl(folder / FILE)
     known = {Path(line["hang"]).name for line in lines if line.get("hang")}.union(*(x.get("hangs", ()) for x in lines))
     return next((hang for hang in _hangs(folder) if hang.name not in known and of in hang.name), None)

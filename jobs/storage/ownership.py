@@ -17,6 +17,8 @@ from pathlib import Path
 from diffusion.errors import OutsideError, UserError
 from jobs.files import write_json
 
+LOCK, SAMPLING = ".lock", ".sampling"
+"""Files below a run's folder that those who train it, and those who draw its samples, hold open."""
 MOMENT_S = 10
 """Seconds to wait for somebody who changes a file."""
 LOCKS = "another file system for --runs-dir; Lustre needs the mount option flock"
@@ -34,8 +36,9 @@ def locked(run: Path) -> Iterator[int | None]:
     Yields a file descriptor; child processes that inherit it keep the lock. The kernel drops the lock when the last
     process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
     """
-    descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well.
+    descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well. The
+    # file is never deleted: one process could lock the deleted file while another locks a new one of the same name.
     try:
         yield descriptor if _try_lock(descriptor, run) else None
     finally:
@@ -64,7 +67,7 @@ def for_a_moment(lock: Path) -> Iterator[None]:
 @contextmanager
 def sampling(run: Path) -> Iterator[int]:
     """Makes this process one of the run's `holders`, without locking anybody out; yields a file descriptor."""
-    descriptor = os.open(run / ".sampling", os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(run / SAMPLING, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield descriptor
     finally:
@@ -87,7 +90,7 @@ def _try_lock(descriptor: int, run: Path) -> bool:
 def is_locked(run: Path) -> bool | None:
     """Whether a living process has the folder locked, None if that cannot be found out; nothing is written."""
     try:
-        descriptor = os.open(run / ".lock", os.O_RDONLY)
+        descriptor = os.open(run / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
     except OSError:
@@ -106,7 +109,7 @@ def is_locked(run: Path) -> bool | None:
 
 def holders(run: Path) -> list[int]:
     """The processes of this machine that train the run or draw its samples, without those that one of them started."""
-    files = {str(run.resolve() / name) for name in (".lock", ".sampling")}
+    files = {str(run.resolve() / name) for name in (LOCK, SAMPLING)}
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

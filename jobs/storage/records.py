@@ -31,7 +31,7 @@ class Metrics:
 
     def write(self, values: dict[str, Any]) -> None:
         self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        self._file.flush()  # others read the file while it grows; only `sync` puts it on the disk
 
     def sync(self) -> None:
         """Puts the lines on the disk; only after that a checkpoint that covers them may be written."""
@@ -109,6 +109,7 @@ def cut_after(path: Path, step: int) -> None:
 
 def append_timing(run: RunFolder, values: dict[str, Any]) -> None:
     """Appends one line to timing.jsonl."""
+    # Opened for each line, because launchers and those who judge a hang append to it as well.
     with run.timing.open("a") as file:
         file.write(json.dumps({"time": now(), **values}) + "\n")
 
@@ -147,4 +148,5 @@ class Status:
         self._owner.check()
         self._beat = time.monotonic()
         self.values.update(values, updated=now())
+        # A process that has failed for good has the last word, also where a heartbeat comes after it.
         write_json(self._run.status, {**self.values, **self._run.final_failure()})

@@ -197,7 +197,7 @@ class RunFolder:
             self._update(**values)
 
     def changing(self) -> AbstractContextManager[None]:
-        """Keeps other processes from changing launch.json and lists of jobs: elements of an array do it, and people."""
+        """Keeps others from changing launch.json and lists of jobs meanwhile: elements of an array do, and commands."""
         return ownership.for_a_moment(self.path / LAUNCH_LOCK)
 
     def _update(self, **values: Any) -> None:

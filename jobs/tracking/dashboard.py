@@ -23,7 +23,7 @@ FINISH_S = 12.0
 ALERT_S = 3600.0
 """An alert is repeated after so many seconds at the earliest."""
 MAX_TITLE = 63
-"""wandb takes no longer titles of alerts."""
+"""wandb refuses alerts with longer titles."""
 
 MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What each value of $WANDB_MODE means."""

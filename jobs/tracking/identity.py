@@ -22,7 +22,7 @@ class Machine:
     """Their UUIDs."""
     node: str
     nodes: int
-    """Of the job."""
+    """Number of nodes of the job."""
     is_first: bool
     """Whether the process that writes the run's files is on this node."""
 
@@ -46,7 +46,7 @@ class Identity:
 
 
 FACTS = ("device", "gpu", "nodes", "precision", "processes", "threads", "parameters", "torch")
-"""What of a training's last start one filters runs by."""
+"""Facts of a training's last start by which people filter runs."""
 MAX_NAME = 128
 """wandb refuses longer names."""
 

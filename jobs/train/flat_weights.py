@@ -43,6 +43,7 @@ class Flat:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Returns each parameter's part of a tensor like `weights`; the parts share its memory."""
+        # as_strided, because `view` cannot give a parameter with channels last its strides.
         return [
             flat.as_strided(parameter.shape, parameter.stride(), start)
             for parameter, start in zip(self._parameters, self._starts, strict=True)
@@ -90,6 +91,7 @@ class FlatAdamW(torch.optim.AdamW):
         whole = super().state_dict()
         group = whole["param_groups"][0]
         n = len(self._flat.split(self._flat.weights))
+        # `step` is one number here; an AdamW of single parameters has one for each of them.
         parts = {
             name: [value.clone() for _ in range(n)] if name == "step" else self._flat.split(value)
             for name, value in whole["state"].get(0, {}).items()

@@ -39,7 +39,7 @@ class TrainJob:
     retries: int = 0
     """How often it is tried again after a fault that is not its own, without progress between."""
     begun: str = ""
-    """When it was started, where it is this machine's: its status is of before until it has written one."""
+    """When a job of this machine was started; a status that is older is that of the job before."""
 
     def __call__(self, requeue: Requeue | None = None) -> int:
         keep_freed_memory()
@@ -151,7 +151,7 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
         write_json(run.status, {**status, "state": State.QUEUED, "updated": now()})
     try:
         job_id = submit()
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: a run without a job must not be called queued
         for run, status in zip(runs, before, strict=True):
             write_json(run.status, {**status, "state": status.get("state", State.FAILED), "updated": now()})
         raise

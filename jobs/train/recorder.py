@@ -307,6 +307,7 @@ def _memory_mb(device: torch.device) -> int:
 
 def _began() -> str:
     """When this process began: long before its first step, because it had to import torch and to meet the others."""
+    # Field 22 of proc(5): ticks from boot on. Fields are counted behind the name, which may hold blanks and brackets.
     ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     return now(ago_s=age_s)

@@ -83,6 +83,7 @@ class ShardSum:
         if node[1] - node[0] == 1:
             add_gradient(node[0])
             return
+        # The right half is summed from zero, too, as it is by a process that has the right half alone.
         left, right = halves(node)
         self._grow(left, add_gradient)
         first = self._gradient.clone()
@@ -96,7 +97,7 @@ class ShardSum:
         padding = processes * piece - len(self._gradient)
         pieces = [(F.pad(tensor, (0, padding)) if padding else tensor).view(processes, piece) for tensor in sums]
         sent = pieces[0] if len(pieces) == 1 else torch.stack(pieces, dim=1)  # [processes, own subtrees, piece]
-        received = self._gradient.new_empty(sum(counts), piece)
+        received = self._gradient.new_empty(sum(counts), piece)  # this process's piece of all subtrees' sums
         sizes = [n * piece for n in counts], [len(sums) * piece] * processes
         dist.all_to_all_single(received.flatten(), sent.flatten(), *sizes)
         total = fold(self._root, dict(zip(chain(*self._nodes), received, strict=True)))
@@ -111,6 +112,7 @@ class ShardSum:
             exchange(sums)
             self._exchange_s += time.perf_counter() - started
             return
+        # The events before are read now: right after their exchange, the host would have had to wait for the GPU.
         self._collect()
         self._events[0].record()
         exchange(sums)

@@ -276,6 +276,7 @@ class Training:
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # safetensors takes contiguous tensors alone, and these are parts of one tensor, some of them with channels last.
     return {
         name: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
         for name, value in tensors.items()

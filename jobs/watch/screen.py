@@ -26,7 +26,7 @@ PLAIN_S = 30.0
 SHARE = 0.1
 """At most this share of the time goes into looking at the files of thousands of runs."""
 ORDER = (State.RUNNING, State.REQUEUED, State.QUEUED)
-"""What comes first; then the others, newest first."""
+"""Runs in these states come first, in this order; then the others."""
 COLORS: dict[str, int] = {State.FAILED: 31, State.QUEUED: 33, State.REQUEUED: 33, State.FINISHED: 32, State.RUNNING: 1}
 """Codes of terminals: red, yellow, green, bold."""
 BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█░", "_.-~=+*#."
@@ -43,7 +43,7 @@ class Lines:
         self._file_id = self._position = 0
 
     def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """The objects of the lines that are new, and whether they are those of a new file from its beginning on."""
+        """Returns the objects in the new lines, and whether the file is a new one, read from its beginning."""
         try:
             with self._path.open("rb") as file:
                 facts = os.fstat(file.fileno())

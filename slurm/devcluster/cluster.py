@@ -55,7 +55,7 @@ class DevCluster:
             try:
                 cluster._remove()
                 cluster._launch()
-            except BaseException:
+            except BaseException:  # Ctrl-C, too: no daemon may stay behind
                 cluster._remove()
                 raise
         return cluster

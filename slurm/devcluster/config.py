@@ -131,13 +131,14 @@ def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
         "MpiDefault=none",
         "SelectType=select/cons_tres",
         "SelectTypeParameters=CR_CPU",
-        "SlurmdParameters=config_overrides",
+        "SlurmdParameters=config_overrides",  # nodes may have more CPUs and memory than this machine
         "GresTypes=gpu",
-        "ReturnToService=2",
+        "ReturnToService=2",  # a node that comes back is used at once
         "KillWait=5",
-        "SlurmdTimeout=20",
+        "SlurmdTimeout=20",  # a lost node is noticed soon; by default after five minutes
         "InactiveLimit=30",
         "OverTimeLimit=0",
+        # Jobs start about a second after they may, not half a minute.
         "SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0",
         f"MaxArraySize={options.max_array_size}",
         f"JobRequeue={int(options.job_requeue)}",
