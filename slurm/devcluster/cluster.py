@@ -6,7 +6,8 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -106,13 +107,22 @@ class DevCluster:
 
     def restart_controller(self) -> None:
         """Ends slurmctld in good order, as an upgrade does, and starts it again."""
+        with self.without_controller():
+            pass
+
+    @contextmanager
+    def without_controller(self) -> Iterator[None]:
+        """Keeps slurmctld away while entered."""
 
         def controllers() -> list[Process]:
             return [p for p in cluster_processes(self.dir) if p.name == "slurmctld"]
 
         send_signal(controllers(), signal.SIGTERM)
         wait_for(lambda: not controllers(), "the end of slurmctld")
-        self._start("slurmctld", "slurmctld", "-D", ready=self._controller_answers)
+        try:
+            yield
+        finally:
+            self._start("slurmctld", "slurmctld", "-D", ready=self._controller_answers)
 
     def set_rules(self, lua: str | None) -> None:
         """Refuses jobs from now on as the body of a Lua function of `job` says, which returns why; None takes all."""

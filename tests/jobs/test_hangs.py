@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def test_a_process_that_hangs_alone_is_ended_and_says_how_to_continue(tmp_path: 
     process.send_signal(signal.SIGSTOP)
     ended = finish(process)
     assert ended.code == -signal.SIGKILL
-    assert "no progress for 3 s in step" in ended.err
+    assert re.search(r"no progress for \d+ s in step", ended.err)
     assert ended.err.endswith("Continue with: python launch.py resume runs/1d/a\n")
     shown = done("status", run, cwd=tmp_path).out
     assert "failed (hung: process 0 on " in shown
@@ -82,7 +83,7 @@ def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path)
     process.send_signal(signal.SIGSTOP)
     ended = finish(process)
     assert ended.code == -signal.SIGKILL
-    assert "no progress for 3 s in evaluation" in ended.err
+    assert re.search(r"no progress for \d+ s in evaluation", ended.err)
     assert ended.err.endswith("The same command draws what is missing.\n")
     assert len([*run.glob("samples/s/hang/*/process-0.txt")]) == 1
 
@@ -130,7 +131,7 @@ def test_a_call_that_lets_no_other_python_thread_run_is_noticed_too(tmp_path: Pa
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     (stacks,) = tmp_path.glob("*/process-0.txt")
-    assert "no progress for 1 s in step 8" in stacks.read_text()
+    assert re.search(r"no progress for \d+ s in step 8", stacks.read_text())
     assert 'File "<string>", line 7 in <module>' in stacks.read_text()
 
 

@@ -65,7 +65,7 @@ class Site:
     def finish(self, run: Path) -> None:
         wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=300)
         assert state(run) == "finished", self.log(run)
-        self.cluster.wait_for_job(self.job_id(run), "COMPLETED")
+        self.cluster.wait_for_job(self.job_id(run), "COMPLETED", timeout_s=240)
 
 
 def asks(script: str) -> dict[str, str | None]:

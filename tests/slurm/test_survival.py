@@ -206,6 +206,20 @@ def test_a_restarted_controller_is_not_noticed(site: Site, undisturbed: Callable
     assert_equal(run, expected)
 
 
+def test_a_job_that_fails_while_the_controller_is_away_comes_back_when_it_is_back(
+    site: Site, undisturbed: Callable[[int], dict[str, bytes]]
+) -> None:
+    expected = undisturbed(2)
+    run = site.train("a", 2, slow=True)
+    site.wait_for_step(run, 120)
+    with site.cluster.without_controller():
+        os.kill(task_pids(run)[1], signal.SIGKILL)
+        wait_until(lambda: "asking again" in site.log(run), timeout_s=240)
+    site.finish(run)
+    assert status(run)["restarts"] == 1
+    assert_equal(run, expected)
+
+
 TOLD = "    import os, signal\n    {condition}os.kill(os.getpid(), signal.SIGUSR2)\n"
 
 
