@@ -556,6 +556,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_each_shard_is_drawn_by_one_of_the_processes",
     ),
     Fault(
+        "a sampling job that is tried again begins anew",
+        "jobs/sample/job.py",
+        "self.processes] if not self.target.has_shard(shard)]",
+        "self.processes]]",
+        "tests/jobs/test_samples.py::test_a_killed_job_with_a_budget_goes_on_by_itself",
+    ),
+    Fault(
         "a set that has lost a shard counts as complete",
         "jobs/sample/sample_set.py",
         '"samples.npz").is_file() and not self.missing()',

@@ -89,13 +89,13 @@ def test_a_job_draws_with_the_weights_that_were_planned(change: str, root: Path)
 def test_each_shard_is_drawn_by_one_of_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     drawn = []
     monkeypatch.setenv(VARIABLE, "0")  # nobody looks on
-    target = SimpleNamespace(folder=tmp_path)
+    target = SimpleNamespace(folder=tmp_path, has_shard=lambda shard: False)
     monkeypatch.setattr(draw, "sample", lambda samples, shards, *rest, **options: drawn.append(shards))
     job = SampleJob(target=target, shards=(0, 1, 4, 5, 6, 8), processes=4, device="cpu", merge=False)  # type: ignore[arg-type]
     for rank in range(4):
         monkeypatch.setenv("RANK", str(rank))
         assert job.work(SignalWatch()) == 0
-    assert drawn == [(0, 6), (1, 8), (4,), (5,)]
+    assert drawn == [[0, 6], [1, 8], [4], [5]]
 
 
 FOUR_SHARDS = ("sample", "1d/a", "--num-samples", "200000", "--sampler", "ddim", "--steps", "3")
@@ -122,12 +122,16 @@ def test_a_killed_job_with_a_budget_goes_on_by_itself(root: Path) -> None:
     done(*FOUR_SHARDS, "--name", "whole", cwd=root, **NO_FIGURES)
     where = ("--name", "killed", "--device", "cpu", "--retries", 1)
     process = start_held(AFTER_SHARD, 1, *FOUR_SHARDS, *where, cwd=root, times=2)
+    victim = held(root)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "killed").glob("shard-*.npy")}
     for number in range(2):  # a new shard between makes the budget whole again
-        os.kill(held(root, number), signal.SIGKILL)
+        os.kill(victim if number == 0 else held(root, number), signal.SIGKILL)
     ended = finish(process)
     assert ended.code == 0, ended
     assert ended.err.count("process 0 was ended by SIGKILL. The job is tried again.") == 2
     assert contents(folder / "killed") == contents(folder / "whole")
+    assert len(before) == 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_a_fault_that_repeats_without_progress_ends_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
