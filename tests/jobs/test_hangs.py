@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status,
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
 HASTY = {VARIABLE: "3", **NO_FIGURES}
+NO_PROGRESS = r"no progress for \d+ s"
+"""Who looks on may itself be late by a second."""
 
 
 def test_all_processes_leave_their_stacks_and_the_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
@@ -53,7 +56,7 @@ def test_a_process_that_hangs_alone_is_ended_and_says_how_to_continue(tmp_path: 
     process.send_signal(signal.SIGSTOP)
     ended = finish(process)
     assert ended.code == -signal.SIGKILL
-    assert "no progress for 3 s in step" in ended.err
+    assert re.search(rf"{NO_PROGRESS} in step", ended.err)
     assert ended.err.endswith("Continue with: python launch.py resume runs/1d/a\n")
     shown = done("status", run, cwd=tmp_path).out
     assert "failed (hung: process 0 on " in shown
@@ -70,12 +73,12 @@ def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path)
     done(*COMMAND, "--train.steps", 50, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
     sampling = ("sample", run, "--device", "cpu", "--name", "s", "--sampler", "ddpm", "--num-samples")
-    process = start(*sampling, 10_000_000, cwd=tmp_path, **{VARIABLE: "0.2"})
+    process = start(*sampling, 10_000_000, cwd=tmp_path, **{VARIABLE: "0.4"})
     wait_until(lambda: len([*run.glob("samples/s/shard-*")]) > 0)
     process.send_signal(signal.SIGSTOP)
     ended = finish(process)
     assert ended.code == -signal.SIGKILL
-    assert "no progress for 3 s in evaluation" in ended.err
+    assert re.search(rf"{NO_PROGRESS} in evaluation", ended.err)
     assert ended.err.endswith("The same command draws what is missing.\n")
     assert len([*run.glob("samples/s/hang/*/process-0.txt")]) == 1
 
@@ -123,7 +126,7 @@ def test_a_call_that_lets_no_other_python_thread_run_is_noticed_too(tmp_path: Pa
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == -signal.SIGKILL
     (stacks,) = tmp_path.glob("*/process-0.txt")
-    assert "no progress for 1 s in step 8" in stacks.read_text()
+    assert re.search(rf"{NO_PROGRESS} in step 8", stacks.read_text())
     assert 'File "<string>", line 7 in <module>' in stacks.read_text()
 
 
