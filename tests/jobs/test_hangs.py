@@ -18,7 +18,19 @@ from jobs.health.gpu_errors import IGNORE, Question
 from jobs.health.watchdog import HEADER, VARIABLE, Watchdog
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, start, status, steps_logged, wait_until, workers
+from tests.launching import (
+    NO_FIGURES,
+    ROOT,
+    TINY,
+    done,
+    finish,
+    slowed,
+    start,
+    status,
+    steps_logged,
+    wait_until,
+    workers,
+)
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
 HASTY = {VARIABLE: "3", **NO_FIGURES}
@@ -31,7 +43,8 @@ def test_all_processes_leave_their_stacks_and_the_run_goes_on_to_the_same_bytes(
     calm = tmp_path / "calm"
     calm.mkdir()
     done(*COMMAND, *where, cwd=calm, **NO_FIGURES)
-    process = start(*COMMAND, *where, "--retries", 1, cwd=tmp_path, **HASTY)
+    slowly = slowed("jobs.train.loop", "logged", 0.02)
+    process = start(*COMMAND, *where, "--retries", 1, cwd=tmp_path, **HASTY, **slowly)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 60)
     os.kill(workers(process)[-1], signal.SIGSTOP)
@@ -84,18 +97,17 @@ def test_a_sampling_that_hangs_is_ended_and_says_how_to_continue(tmp_path: Path)
 
 
 def test_a_pause_within_the_patience_and_a_job_that_is_paused_as_a_whole_go_on(tmp_path: Path) -> None:
-    process = start(*COMMAND, "--train.steps", 1_000_000, cwd=tmp_path, **{**HASTY, VARIABLE: "5"})
+    process = start(*COMMAND, "--train.steps", 1_000_000, cwd=tmp_path, **{**HASTY, VARIABLE: "6"})
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 60)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(1)
-    process.send_signal(signal.SIGCONT)
     (watcher,) = children(process.pid, "watcher.py")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1)  # seen by the one that looks on
     # As a laptop that sleeps: both stand still, for longer than the patience.
     os.kill(watcher, signal.SIGSTOP)
-    process.send_signal(signal.SIGSTOP)
-    time.sleep(7)
+    time.sleep(6)
     os.kill(watcher, signal.SIGCONT)
+    time.sleep(1)  # it looks first: else a step would already have been done
     process.send_signal(signal.SIGCONT)
     lines = steps_logged(run)
     wait_until(lambda: steps_logged(run) >= lines + 100)
