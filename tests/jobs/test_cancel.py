@@ -19,7 +19,7 @@ def test_a_running_run_is_cancelled_with_a_last_checkpoint(processes: int, tmp_p
     assert ownership.holders(run) == [training.pid]
     ended = done("cancel", "1d/a", cwd=tmp_path)
     assert finish(training).code == 130
-    assert relatives(training) == []
+    wait_until(lambda: relatives(training) == [])
     assert status(run)["state"] == "cancelled"
     assert checkpoints.steps(run / "checkpoints")[0] == status(run)["step"]
     assert f"is cancelled; its last checkpoint is of step {status(run)['step']:,} of 1,000,000" in ended.out

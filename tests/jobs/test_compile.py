@@ -13,7 +13,7 @@ from diffusion.settings import MlpSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start as start_world
 from jobs.train.state import Training
-from tests.launching import NO_FIGURES, TINY, done, interrupt, launch, start, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, interrupt, launch, slowed, start, steps_logged, wait_until
 
 STEPS = 150
 COMMAND = ("train", "1d", *TINY, "--train.steps", STEPS, "--device", "cpu", "--gpus", 2)
@@ -31,7 +31,8 @@ def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path
     # The same arithmetic in another order of summation.
     assert losses(runs / "compiled")[:20] == pytest.approx(losses(runs / "plain")[:20], rel=1e-4)
 
-    process = start(*COMMAND, "--train.compile", "--name", "stopped", cwd=tmp_path, **NO_FIGURES)
+    slowly = slowed("jobs.train.loop", "logged", 0.2)
+    process = start(*COMMAND, "--train.compile", "--name", "stopped", cwd=tmp_path, **NO_FIGURES, **slowly)
     wait_until(lambda: steps_logged(runs / "stopped") >= 5, timeout_s=120)
     assert interrupt(process, signal.SIGINT).code == 130
     assert 5 <= steps_logged(runs / "stopped") < STEPS
