@@ -52,7 +52,7 @@ def check(channels: Collection[str]) -> None:
 
 def rearm(run: RunFolder) -> None:
     """Forgets what has been told, because a person starts or continues the run."""
-    for mark in run.path.glob(".told-*"):
+    for mark in run.path.glob(run.told("*").name):
         mark.unlink(missing_ok=True)
 
 
@@ -67,7 +67,7 @@ def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str =
             return
         try:
             # Only one of several processes can make it.
-            os.close(os.open(_mark(run, event), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            os.close(os.open(run.told(event), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             return
         except OSError:
@@ -89,10 +89,6 @@ def _channels(run: RunFolder, event: Event) -> list[str]:
         return named
     others = [channel for channel in named if channel != "wandb"]
     return others if event == "finished" else [*others, "wandb"]
-
-
-def _mark(run: RunFolder, event: Event) -> Path:
-    return run.path / f".told-{event}"
 
 
 def compose(run: RunFolder, event: Event, detail: str) -> Message:

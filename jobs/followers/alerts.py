@@ -37,7 +37,7 @@ class Alerts:
     def finished(self, step: int, loss: float | None) -> None:
         """Tells that the run is finished, once however often its figures are drawn again."""
         with contextlib.suppress(FileExistsError):
-            self._run.path.joinpath(".told-finished-wandb").touch(exist_ok=False)
+            self._run.told("finished-wandb").touch(exist_ok=False)
             settings = self._config.tracking
             # Where wandb is offline, jobs.notify tells it if it was asked to.
             if settings.alerts and (self._dashboard.is_online or "wandb" not in (settings.notify or ())):

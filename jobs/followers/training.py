@@ -27,7 +27,7 @@ from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail, last_start, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.dashboard import FLUSH_S, Dashboard, Wandb, open_dashboard
-from jobs.tracking.identity import Machine, of_training
+from jobs.tracking.identity import POSITION, Machine, of_training
 from jobs.tracking.stop_button import StopButton
 
 DRAW_S = 60.0
@@ -59,7 +59,7 @@ class TrainingFollower:
         self._experiment, self._config = run.read_experiment()
         self._timing = read_jsonl(run.timing)
         start = next(line for line in reversed(self._timing) if line["event"] == "start")
-        self._position_file = run.path / ".tracking.json"
+        self._position_file = run.path / POSITION
         position = self._read_position()
         # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within one
         # start goes on where the first one was.

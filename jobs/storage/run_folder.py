@@ -173,6 +173,10 @@ class RunFolder:
         except (OSError, UserError):
             return False
 
+    def told(self, event: str) -> Path:
+        """Returns the file that is there once people have been told of an event of the run."""
+        return self.path / f".told-{event}"
+
     def read_samples(self, name: str) -> dict[str, Any]:
         """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
         return _read_json(self.samples / name / "manifest.json")

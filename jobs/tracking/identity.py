@@ -47,6 +47,8 @@ class Identity:
 
 FACTS = ("device", "gpu", "nodes", "precision", "processes", "threads", "parameters", "torch")
 """Facts of a training's last start by which people filter runs."""
+POSITION = ".tracking.json"
+"""The file below a run's folder that says how far its follower has got."""
 MAX_NAME = 128
 """wandb refuses longer names."""
 
@@ -60,7 +62,7 @@ def ensure_id(run: RunFolder) -> None:
     """Gives the run an id in wandb if launch.json has none: it was lost, or is older than tracking."""
     if "wandb_id" not in run.read_launch():
         run.update_launch(wandb_id=secrets.token_hex(4))
-        (run.path / ".tracking.json").unlink(missing_ok=True)  # how far the run with another id had got
+        (run.path / POSITION).unlink(missing_ok=True)  # how far the run with another id had got
 
 
 def of_training(run: RunFolder, start: Mapping[str, Any], machine: Machine) -> Identity:
