@@ -64,7 +64,7 @@ class Audit:
         if code_folder(run.path).name != "code":
             print(f"{run} began with other code than this.")
         try:
-            audit.begin()
+            audit.begin(min(self.where.processes, len(jobs)) if is_array else 1)
         except FileExistsError:  # another command was started in the same second
             return self()
         if isinstance(place, OnSlurm):

@@ -309,6 +309,13 @@ FAULTS = [
         "::test_what_a_run_has_gone_back_on_no_longer_counts_though_none_of_its_steps_is_made_again",
     ),
     Fault(
+        "an audit does not ask whether the disk has room for its checkpoints",
+        "jobs/audit/plan.py",
+        "self._check_disk(at_once)\n",
+        "pass\n",
+        "tests/jobs/test_audit.py::test_an_audit_that_the_disk_has_no_room_for_is_refused",
+    ),
+    Fault(
         "of an audit only the last stretch counts",
         "jobs/audit/report.py",
         "equal &= is_equal",
@@ -321,6 +328,20 @@ FAULTS = [
         "first = self._gradient.clone()\n        self._gradient.zero_()",
         "first = torch.zeros_like(self._gradient)",
         "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes[fp32-others0]",
+    ),
+    Fault(
+        "the parts of a shard are added to the sum of other shards one by one",
+        "jobs/train/shards.py",
+        "if self._one_pass and right",
+        "if right",
+        "tests/jobs/test_shards.py::test_one_process_adds_up_its_shards_as_many_would[7-2]",
+    ),
+    Fault(
+        "a process that has computed in one precision cannot change it",
+        "jobs/runtime/world.py",
+        "    AcceleratorState._reset_state()  # it would insist on the first precision\n",
+        "",
+        "tests/jobs/test_numerics.py::test_a_process_may_go_on_with_another_precision",
     ),
     Fault(
         "losses are added up by process instead of by shard",

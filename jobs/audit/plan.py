@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -69,11 +70,13 @@ class Audit:
         """More than these would cut the batch more finely than the run did."""
         return min(part.config.train.grad_shards or 1 for stretch in self.stretches for part in stretch.parts)
 
-    def begin(self) -> None:
+    def begin(self, at_once: int) -> None:
         """Makes the folder, with copies of the checkpoints from which stretches start: the run may delete its own.
 
-        Raises FileExistsError if another audit has the folder.
+        Raises UserError if the disk has no room for an audit that computes so many stretches at once, and
+        FileExistsError if another audit has the folder.
         """
+        self._check_disk(at_once)
         self.folder.mkdir(parents=True)
         ledger = checkpoints.ledger(RunFolder(self.run).checkpoints)
         try:
@@ -85,6 +88,24 @@ class Audit:
         except BaseException:  # Ctrl-C, too
             shutil.rmtree(self.folder)
             raise
+
+    def _check_disk(self, at_once: int) -> None:
+        """A stretch holds one checkpoint, and one more while it is computed: the next one, before the last is deleted.
+
+        A checkpoint is counted as the largest that the run holds.
+        """
+        files = RunFolder(self.run).checkpoints.glob("step-*/*")
+        sizes: dict[Path, int] = {}
+        for file in files:
+            with suppress(FileNotFoundError):  # the run may be running
+                sizes[file.parent] = sizes.get(file.parent, 0) + file.stat().st_size
+        needed = (len(self.stretches) + at_once) * max(sizes.values(), default=0)
+        there = next(path for path in self.folder.parents if path.is_dir())
+        if needed > (free := shutil.disk_usage(there).free):
+            raise UserError(
+                f"the checkpoints of this audit need {needed / 1e9:.2f} GB of disk; {free / 1e9:.2f} GB are free in "
+                f"{there}"
+            )
 
     def _copied(self, stretch: Stretch) -> dict[str, str]:
         """Copies the checkpoint that the stretch starts from; returns the hash of each file."""

@@ -62,10 +62,10 @@ def _other_names(line: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
 
 
 def _elsewhere(stretch: Stretch) -> list[str]:
-    """Says how this machine differs from the one that has trained the run: bytes may differ for that alone."""
+    """Says where this computes otherwise than the run did (machine, threads, versions), so that bytes may differ."""
     starts = read_jsonl(RunFolder(stretch.again).timing)
     return [
-        f"from step {line['step']} on another machine: {'; '.join(line['differing'])}"
+        f"from step {line['step']} on bytes may differ: {'; '.join(line['differing'])}"
         for line in starts
         if line["differing"]
     ]

@@ -93,7 +93,8 @@ class Training:
         # More processes than shards cut the batch more finely; then bytes differ from those of fewer processes.
         self.shards = max(settings.grad_shards or 1, world.size)
         self._own_shards = share(world.rank, world.size, self.shards)
-        self._sum_shards = ShardSum(self._gradient, self.shards, world.rank, world.size)
+        one_pass = settings.micro_batch_size is None
+        self._sum_shards = ShardSum(self._gradient, self.shards, world.rank, world.size, one_pass)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Prefetch(self._draw_noise)
         self._next: tuple[int, tuple[Tensor, ...]] | None = None

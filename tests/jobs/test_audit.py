@@ -76,7 +76,7 @@ def test_one_flipped_bit_is_found_and_the_steps_after_it_are_right(tmp_path: Pat
     ]
 
 
-def test_an_older_run_is_audited_by_its_kept_checkpoints_and_another_machine_is_named(
+def test_an_older_run_is_audited_by_its_kept_checkpoints_and_another_torch_is_named(
     trained: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "runs" / "1d" / "a"
@@ -86,9 +86,9 @@ def test_an_older_run_is_audited_by_its_kept_checkpoints_and_another_machine_is_
     (run / "timing.jsonl").write_text("".join(json.dumps({**line, "torch": "1.0"}) + "\n" for line in starts))
     kept = steps_of(trained / "runs" / "1d" / "a")[1][0]
     ended = done("audit", "1d/a", "--from", kept, "--gpus", 2, *HERE, cwd=tmp_path)
-    same, machine, *_ = ended.out.splitlines()
+    same, said, *_ = ended.out.splitlines()
     assert same == f"steps {kept} to 90: 1 checkpoint and {90 - kept} lines of metrics.jsonl are equal"
-    assert f"from step {kept} on another machine: torch 1.0 before" in machine
+    assert f"from step {kept} on bytes may differ: torch 1.0 before" in said
 
 
 @pytest.mark.parametrize(
@@ -150,17 +150,24 @@ def test_a_checkpoint_that_cannot_be_copied_leaves_nothing(harm: str, trained: P
         rule = "step-.* cannot be copied: .*File too large"
     try:
         with pytest.raises(OutsideError, match=rule):
-            audit.begin()
+            audit.begin(at_once=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not audit.folder.exists()
 
 
+def test_an_audit_that_the_disk_has_no_room_for_is_refused(trained: Path, tmp_path: Path) -> None:
+    audit = planned(trained, tmp_path / "runs" / "audit" / "a")
+    with pytest.raises(UserError, match=rf"this audit need .* GB of disk; .* GB are free in {tmp_path}$"):
+        audit.begin(at_once=10**15)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_two_audits_have_one_folder(trained: Path, tmp_path: Path) -> None:
     audit = planned(trained, tmp_path / "audit")
-    audit.begin()
+    audit.begin(at_once=1)
     with pytest.raises(FileExistsError):
-        audit.begin()
+        audit.begin(at_once=1)
     assert list(audit.folder.rglob("step-*"))
 
 

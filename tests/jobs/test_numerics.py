@@ -16,6 +16,7 @@ from diffusion.errors import OutsideError
 from jobs.runtime import numerics
 from jobs.runtime.job import JobError
 from jobs.runtime.world import World
+from jobs.runtime.world import start as start_world
 from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, launch, start, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "20", "--name", "a")
@@ -207,3 +208,10 @@ def test_a_process_that_is_alone_sums_and_keeps_what_it_has() -> None:
     values = torch.tensor([1.0, 2.0])
     assert torch.equal(World(alone, "fp32").sum(values), values.double())
     assert World(alone, "fp32").of_first("token") == "token"
+
+
+def test_a_process_may_go_on_with_another_precision() -> None:
+    """An audit does, if the starts of a run have computed in different ones."""
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with start_world(1, "cpu", precision).accelerator.autocast():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
