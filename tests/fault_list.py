@@ -358,6 +358,13 @@ FAULTS = [
         "tests/jobs/test_parallel.py::test_a_process_that_comes_late_still_finds_the_port",
     ),
     Fault(
+        "processes leave while the first one draws figures",
+        "jobs/runtime/world.py",
+        'store.add("closing", 0) < self.size',
+        'store.add("closing", 0) < 1',
+        "tests/jobs/test_parallel.py::test_at_the_end_all_wait_for_the_one_that_draws_figures",
+    ),
+    Fault(
         "the second step has a minute, however long the first took",
         "jobs/health/watchdog.py",
         "if self._steps else self._first_s",

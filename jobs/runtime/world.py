@@ -22,8 +22,6 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
 """Processes wait this long for each other, when they meet and in every collective."""
-LAST = timedelta(hours=2)
-"""And this long at the end, where one may still be drawing figures; the watchdog allows less (jobs/health)."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +88,12 @@ class World:
         if self.size == 1:
             return
         # Not by a collective: the first process may draw figures for longer than one may take, and then NCCL would end
-        # those that wait for it, and the job with them.
+        # those that wait for it, and the job with them. How long that may be, the watchdog knows.
         store = dist.distributed_c10d._get_default_store()
         with suppress(RuntimeError):  # the first one, which keeps it, may have seen all others and left
-            store.set(f"closes-{self.rank}", "")
-            store.wait([f"closes-{rank}" for rank in range(self.size)], LAST)
+            store.add("closing", 1)
+            while store.add("closing", 0) < self.size:
+                time.sleep(0.1)
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
