@@ -92,6 +92,15 @@ def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
     return {"run/requeues": requeues} if line["event"] == State.REQUEUED else {}
 
 
+def quality_row(line: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the dashboard shows of a line of quality.jsonl."""
+    return {
+        f"quality/{name}" + (f"_{key}" if key != "value" else ""): metric[key]
+        for name, metric in line["metrics"].items()
+        for key in ("value", "low", "high", "floor")
+    }
+
+
 def account_row(spent: Account) -> dict[str, Any]:
     """Returns what the dashboard shows of how a run's time was spent."""
     seconds = {f"time/{part}_s": round(value, 3) for part, value in spent.seconds.items()}
@@ -101,11 +110,13 @@ def account_row(spent: Account) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far the files are read: a step of metrics.jsonl, a number of lines of timing.jsonl, bytes of log.txt."""
+    """How far the files are read: a step of metrics.jsonl, a number of lines of timing.jsonl, bytes of log.txt,
+    a step of quality.jsonl."""
 
     step: int = 0
     timing: int = 0
     log: int = 0
+    quality: int = 0
 
 
 class Sketches:
@@ -166,12 +177,17 @@ class TrainingFollower:
         # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within one
         # start goes on where the first one was.
         self._position = (
-            position if attempt > 1 else dataclasses.replace(position, step=min(position.step, start["step"]))
+            position
+            if attempt > 1
+            else dataclasses.replace(
+                position, step=min(position.step, start["step"]), quality=min(position.quality, start["step"])
+            )
         )
         self._recent = deque([(time.monotonic(), self._position)])
-        self._metrics, self._times = Tail(run.metrics), Tail(run.timing)
+        self._metrics, self._times, self._judged = Tail(run.metrics), Tail(run.timing), Tail(run.quality)
         self._timing.clear()
         self._history: list[dict[str, Any]] = []
+        self._quality: list[dict[str, Any]] = []
         self._curves = Curves(self._config.diffusion.timesteps, start.get("loss_floor"))
         self._sketches = Sketches(run, self._config.tracking.samples_every)
         self._drawn = time.monotonic() - DRAW_S / 2
@@ -204,6 +220,13 @@ class TrainingFollower:
                 if row:
                     self._dashboard.log(line["step"], row)
                 self._position = dataclasses.replace(self._position, timing=len(self._timing))
+        if judged := self._judged.read():
+            self._quality += judged
+            for line in judged:
+                if line["step"] > self._position.quality:
+                    self._dashboard.log(line["step"], quality_row(line))
+            newest = max(self._position.quality, judged[-1]["step"])
+            self._position = dataclasses.replace(self._position, quality=newest)
         if self._dashboard.is_shown:
             self._pass_log()
             self._watch_progress()
@@ -221,7 +244,7 @@ class TrainingFollower:
 
             self._owner.check()
             path = self._run.figures / ".training.png"
-            training.training(self._history, self._timing, path)
+            training.training(self._history, self._timing, path, self._quality)
             self._owner.check()
             path.replace(self._run.figures / "training.png")
         self._drawn = time.monotonic()

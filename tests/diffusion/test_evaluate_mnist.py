@@ -52,7 +52,8 @@ def computed(evaluator: DigitEvaluator) -> dict[str, Result]:
 def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(load: Callable[[str], RealImages]) -> None:
     real = load("test").part(7, 0, N).images  # another draw than the evaluation makes
     noise = np.random.default_rng(0).normal(0, 60, real.shape)
-    found = judge(DigitEvaluator(load, real, None, 0, False, "digits"))
+    found = judge(evaluator := DigitEvaluator(load, real, None, 0, False, "digits"))
+    assert evaluator.glance()["frechet"].as_json() == found["frechet"].as_json()
     noisy = judge(DigitEvaluator(load, (real + noise).clip(0, 255).astype(np.uint8), None, 0, False, "digits"))
     for name, metric in found.items():
         assert isinstance(metric.floor, Estimate), name
