@@ -45,6 +45,8 @@ def training(
     _curve(speed, [line for line in timing if line["event"] == "progress"], "images_per_s", "running mean")
     speed.set(title="Images per second", xlabel="step (optimizer updates)")
     speed.set_ylim(bottom=0)
+    for axes in (gradient, speed):  # the row below them may be empty
+        axes.tick_params(labelbottom=True)
     starts = [line for line in timing if line["event"] == "start"]
     if starts and (floor := starts[-1].get("loss_floor")) is not None:
         loss.axhline(floor, color=EXACT, linewidth=2, linestyle="--", label=f"exact optimum {floor:.4f}")
