@@ -87,6 +87,20 @@ FAULTS = [
         "tests/jobs/test_shards.py::test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes",
     ),
     Fault(
+        "a checkpoint is deleted while it is being judged",
+        "jobs/train/recorder.py",
+        "kept = judged | ",
+        "kept = ",
+        "tests/jobs/test_beside.py::test_checkpoints_are_judged_beside_the_training_and_not_again",
+    ),
+    Fault(
+        "what judges a checkpoint outlives a training that was killed",
+        "jobs/evaluate/beside.py",
+        "    threading.Thread(target=_end_with_the_training, daemon=True).start()\n",
+        "",
+        "tests/jobs/test_beside.py::test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge",
+    ),
+    Fault(
         "a checkpoint has the held-out loss that was measured after it",
         "jobs/storage/checkpoints.py",
         "losses[measured[after - 1]]",

@@ -117,6 +117,12 @@ class DigitEvaluator(ImageEvaluator):
             **general,
         }
 
+    def glance(self) -> dict[str, Metric]:
+        net, parts = classifier.load(), (self._real.images, self._samples, self._held_out.images)
+        real, own, held_out = (classifier.classify(net, images)[0] for images in parts)
+        found, floor = (frechet_distance(real, features, seed=self._seed) for features in (own, held_out))
+        return {"frechet": Metric(FEATURE_METRICS["frechet"].label, found, floor)}
+
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
         if self._asked is not None:
             found = {name: results["by-class"][name].tolist() for name in BY_CLASS}

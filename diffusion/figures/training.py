@@ -1,5 +1,7 @@
 """Figures that every training has, whatever it trains."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,21 @@ from matplotlib.ticker import ScalarFormatter
 from diffusion.figures.style import EXACT, MODEL, PALETTE, save
 
 
-def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path) -> None:
-    """Draws a training at a glance, from the lines of metrics.jsonl and timing.jsonl.
+def training(
+    history: list[dict[str, Any]], timing: list[dict[str, Any]], path: Path, quality: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Draws a training at a glance, from the lines of metrics.jsonl, timing.jsonl and quality.jsonl.
 
     Dotted lines mark restarts, a dashed one the smallest loss that any network can reach, where that is known.
     """
     held_out = [line for line in history if line.get("held_out_loss") is not None]
     history = history[:: max(1, len(history) // 2000)]
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    loss, bands, gradient, speed = figure.subplots(2, 2, sharex=True).flat
+    judged = list(dict.fromkeys(name for line in quality for name in line["metrics"]))
+    rows = 2 + -(-len(judged) // 2)
+    figure = Figure(figsize=(12, 3.5 * rows), layout="constrained")
+    loss, bands, gradient, speed, *below = figure.subplots(rows, 2, sharex=True).flat
+    for axes, name in zip_longest(below, judged):
+        _quality(axes, [{"step": line["step"], **line["metrics"][name]} for line in quality if name in line["metrics"]])
     _curve(loss, history, "loss", "running mean")
     if held_out:
         steps, values = [line["step"] for line in held_out], [line["held_out_loss"] for line in held_out]
@@ -37,6 +45,8 @@ def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: 
     _curve(speed, [line for line in timing if line["event"] == "progress"], "images_per_s", "running mean")
     speed.set(title="Images per second", xlabel="step (optimizer updates)")
     speed.set_ylim(bottom=0)
+    for axes in (gradient, speed):  # the row below them may be empty
+        axes.tick_params(labelbottom=True)
     starts = [line for line in timing if line["event"] == "start"]
     if starts and (floor := starts[-1].get("loss_floor")) is not None:
         loss.axhline(floor, color=EXACT, linewidth=2, linestyle="--", label=f"exact optimum {floor:.4f}")
@@ -49,6 +59,21 @@ def training(history: list[dict[str, Any]], timing: list[dict[str, Any]], path: 
         if axes.get_legend_handles_labels()[0]:
             axes.legend(framealpha=0.8, fontsize="small", loc="upper right", ncols=2)
     save(figure, path)
+
+
+def _quality(axes: Axes, lines: list[dict[str, Any]]) -> None:
+    """Draws a metric of samples with its 95% interval, and its floor; nothing if there are no lines."""
+    if not lines:
+        axes.set_axis_off()
+        return
+    steps, values, low, high = ([line[name] for line in lines] for name in ("step", "value", "low", "high"))
+    axes.fill_between(steps, low, high, color=MODEL, alpha=0.2, linewidth=0)
+    axes.plot(steps, values, color=MODEL, linewidth=2, marker=".", label="samples, 95% interval")
+    axes.axhline(lines[-1]["floor"], color=EXACT, linewidth=2, linestyle="--", label="a perfect model")
+    axes.set(title=lines[-1]["label"], xlabel="step (optimizer updates)", yscale="log")
+    axes.set_ylim(min(lines[-1]["floor"], *values) / 3, 3 * max(high))  # an interval may begin at 0
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.legend(framealpha=0.8, fontsize="small", loc="upper right")
 
 
 def _curve(

@@ -100,6 +100,10 @@ class Evaluator1d(Evaluator):
             "likelihood_gap": Metric(f"KL(data || model) (nats){self._without}", gap, 0.0),
         }
 
+    def glance(self) -> dict[str, Metric]:
+        found = self.metrics({"samples": self._of_samples()})
+        return {name: found[name] for name in ("w1", "ks")}
+
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
         if self._model is None:
             return {}

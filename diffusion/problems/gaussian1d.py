@@ -19,6 +19,7 @@ class Gaussian1dProblem(MixtureSettings, Problem):
     """A Gaussian mixture in one dimension, whose diffusion is known in closed form."""
 
     metrics_version = 3  # since the floors of samples of classes have as many of each
+    has_glance = True
 
     @property
     def num_classes(self) -> int:

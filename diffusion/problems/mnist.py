@@ -20,6 +20,7 @@ class MnistProblem(ImageProblem):
 
     data_set = MNIST
     noun = "digits"
+    has_glance = True
     classifier = Path(__file__).resolve().parent.parent / "digits" / "digits.safetensors"
 
     @property

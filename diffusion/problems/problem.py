@@ -40,6 +40,8 @@ class Problem(ABC):
 
     metrics_version: ClassVar[int] = 1
     """Raise it with every change of what `evaluate` computes: results of another version are not used."""
+    has_glance: ClassVar[bool] = False
+    """Whether its evaluator has numbers that take seconds, for curves during a training."""
 
     @property
     def num_classes(self) -> int:

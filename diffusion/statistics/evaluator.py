@@ -114,6 +114,10 @@ class Evaluator(ABC):
     def metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
         """Computes the numbers from the results of all units."""
 
+    def glance(self) -> dict[str, Metric]:
+        """Computes the few numbers that need the samples alone and take seconds, if the problem has any."""
+        return {}
+
     @abstractmethod
     def tables(self, results: Mapping[str, Result]) -> dict[str, Table]:
         """Makes the tables that people want to see beside the metrics."""

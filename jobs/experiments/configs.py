@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from diffusion.problems.problem import Problem, Say
-from diffusion.settings import ClassSettings, DiffusionSettings, ModelSettings
+from diffusion.settings import ClassSettings, DiffusionSettings, ModelSettings, require
 from jobs.experiments.settings import TrackingSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         self.data.check(self.model)
+        rule = "train.evaluate-every is for 1d and digits: nothing judges other samples within seconds"
+        require(self.train.evaluate_every == 0 or self.data.has_glance, rule, self.train.evaluate_every)
 
     @property
     def knows_classes(self) -> bool:

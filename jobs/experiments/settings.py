@@ -66,6 +66,9 @@ class TrainSettings:
     """Steps between lines of metrics.jsonl."""
     held_out_every: int = field(default=0, metadata=FREE)
     """Steps between held-out losses: the averaged weights on test images, at fixed timesteps and noise; 0 is none."""
+    evaluate_every: int = field(default=0, metadata=FREE)
+    """Judge 1,000 samples of the first checkpoint at or after each multiple of so many steps, in a process beside the
+    training; 0 is never. For 1d (W1 and KS) and digits (Frechet distance)."""
     checkpoint_every: int = field(default=1000, metadata=FREE)
     """Steps between checkpoints."""
     checkpoint_minutes: float = field(default=10.0, metadata=FREE)
@@ -93,7 +96,7 @@ class TrainSettings:
             f"train.grad-shards must divide train.batch-size, {self.batch_size}",
             shards,
         )
-        for name in ("warmup_steps", "held_out_every", "keep_every"):
+        for name in ("warmup_steps", "held_out_every", "evaluate_every", "keep_every"):
             require(getattr(self, name) >= 0, f"{_flag(name)} must be at least 0", getattr(self, name))
         needs = "train.keep-best needs train.held-out-every to be at least 1"
         require(self.held_out_every >= 1 or not self.keep_best, needs, self.held_out_every)

@@ -56,6 +56,15 @@ def timing_row(line: dict[str, Any], requeues: int) -> dict[str, Any]:
     return {"run/requeues": requeues} if line["event"] == State.REQUEUED else {}
 
 
+def quality_row(line: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the dashboard shows of a line of quality.jsonl."""
+    return {
+        f"quality/{name}" + (f"_{key}" if key != "value" else ""): metric[key]
+        for name, metric in line["metrics"].items()
+        for key in ("value", "low", "high", "floor")
+    }
+
+
 def account_row(spent: Account) -> dict[str, Any]:
     """Returns what the dashboard shows of how a run's time was spent."""
     seconds = {f"time/{part}_s": round(value, 3) for part, value in spent.seconds.items()}

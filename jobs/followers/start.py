@@ -51,11 +51,21 @@ class FollowerProcess:
                 errors="replace",
             )
         except OSError as error:
-            say(f"The job is not tracked, because no process could be started for it: {error}")
+            say(f"No process could be started beside the job, {module} does nothing: {error}")
             return
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         threading.Thread(target=_relay, args=(self._process, say), daemon=True).start()
+
+    def has_ended(self, within_s: float = 0.0) -> bool:
+        """Whether the process has ended by itself, or does so within these seconds."""
+        if self._process is not None:
+            try:
+                self._process.wait(within_s)
+            except subprocess.TimeoutExpired:
+                return False
+            self.close(wait=False)
+        return True
 
     def close(self, wait: bool) -> None:
         """Tells the process that the job has ended; if `wait`, waits until it has written everything."""

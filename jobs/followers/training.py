@@ -18,7 +18,7 @@ from typing import Any
 
 from jobs.files import write_atomically, write_json
 from jobs.followers.alerts import Alerts
-from jobs.followers.curves import Curves, account_row, timing_row
+from jobs.followers.curves import Curves, account_row, quality_row, timing_row
 from jobs.followers.loop import Followed, follow, say
 from jobs.followers.sample_pictures import Sketches
 from jobs.followers.start import online_mark
@@ -40,11 +40,13 @@ SAFE_S = FLUSH_S + 2
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far the files are read: a step of metrics.jsonl, a number of lines of timing.jsonl, bytes of log.txt."""
+    """How far the files are read: a step of metrics.jsonl, a number of lines of timing.jsonl, bytes of log.txt,
+    a step of quality.jsonl."""
 
     step: int = 0
     timing: int = 0
     log: int = 0
+    quality: int = 0
 
 
 class TrainingFollower:
@@ -64,12 +66,17 @@ class TrainingFollower:
         # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within one
         # start goes on where the first one was.
         self._position = (
-            position if attempt > 1 else dataclasses.replace(position, step=min(position.step, start["step"]))
+            position
+            if attempt > 1
+            else dataclasses.replace(
+                position, step=min(position.step, start["step"]), quality=min(position.quality, start["step"])
+            )
         )
         self._recent = deque([(time.monotonic(), self._position)])
-        self._metrics, self._times = Tail(run.metrics), Tail(run.timing)
+        self._metrics, self._times, self._judged = Tail(run.metrics), Tail(run.timing), Tail(run.quality)
         self._timing.clear()
         self._history: list[dict[str, Any]] = []
+        self._quality: list[dict[str, Any]] = []
         self._curves = Curves(self._config.diffusion.timesteps, start.get("loss_floor"))
         self._sketches = Sketches(run, self._config.tracking.samples_every)
         self._drawn = time.monotonic() - DRAW_S / 2
@@ -102,6 +109,13 @@ class TrainingFollower:
                 if row:
                     self._dashboard.log(line["step"], row)
                 self._position = dataclasses.replace(self._position, timing=len(self._timing))
+        if judged := self._judged.read():
+            self._quality += judged
+            for line in judged:
+                if line["step"] > self._position.quality:
+                    self._dashboard.log(line["step"], quality_row(line))
+            newest = max(self._position.quality, judged[-1]["step"])
+            self._position = dataclasses.replace(self._position, quality=newest)
         if self._dashboard.is_shown:
             self._pass_log()
             self._alerts.watch_progress()
@@ -119,7 +133,7 @@ class TrainingFollower:
 
             self._owner.check()
             path = self._run.figures / ".training.png"
-            training.training(self._history, self._timing, path)
+            training.training(self._history, self._timing, path, self._quality)
             self._owner.check()
             path.replace(self._run.figures / "training.png")
         self._drawn = time.monotonic()

@@ -60,6 +60,8 @@ class Content:
     """Files that differed from the commit when the run was started."""
     history: list[Json]
     timing: list[Json]
+    quality: list[Json]
+    """What was judged while it trained (--train.evaluate-every)."""
     pictures: list[Picture]
     samples: list[Samples]
     left_out: list[str]
@@ -121,6 +123,7 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
         changed_files=_changed_files(launch.get("git_diff") or ""),
         history=[line for line in read_jsonl(run.metrics) if "step" in line],
         timing=[line for line in read_jsonl(run.timing) if "event" in line],
+        quality=read_jsonl(run.quality),
         pictures=_pictures(run, {**drawn, **STRIPS}, width),
         samples=shown,
         left_out=list(complete)[SETS:],

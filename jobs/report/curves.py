@@ -18,6 +18,8 @@ COLORS = ("#4c78c8", "#dd8452", "#3fa46a", "#d1495b", "#8f79c4", "#a3785f", "#d9
 CURVE, FLOOR = COLORS[0], COLORS[2]
 HELD_OUT = "held out, averaged weights"
 """Names the curve of the held-out loss beside that of the training loss, as training.png does."""
+JUDGED = "samples"
+"""Names the curve of a metric beside its interval and floor."""
 POINTS = 1200
 """So many points of a curve are kept: more than a screen can show."""
 
@@ -47,6 +49,19 @@ def points(lines: Sequence[Json], name: str) -> list[Point]:
 def without_noise(lines: Sequence[Json], name: str) -> list[Point]:
     """Returns a quantity that needs no running mean."""
     return [point._replace(mean=point.value) for point in points(lines, name)]
+
+
+def qualities(lines: Sequence[Json]) -> dict[str, dict[str, list[Point]]]:
+    """Returns the curves of each metric of quality.jsonl, by its label: the values, their interval and the floor."""
+    metrics = {name: metric["label"] for line in lines for name, metric in line["metrics"].items()}
+    names = {JUDGED: "value", "95% from": "low", "to": "high", "floor": "floor"}
+    return {
+        label: {
+            title: without_noise([{"step": line["step"], **line["metrics"].get(name, {})} for line in lines], key)
+            for title, key in names.items()
+        }
+        for name, label in metrics.items()
+    }
 
 
 def points_of(runs: int) -> int:
@@ -86,6 +101,7 @@ def of_run(run: Content, most: int) -> dict[str, Any]:
         "Norm of the gradient before clipping": ({"": points(run.history, "grad_norm")}, "log"),
         "Learning rate": ({"": without_noise(run.history, "lr")}, "linear"),
         "Images per second": ({"": points(progress, "images_per_s")}, "linear"),
+        **{f"{title} while it trains": (judged, "log") for title, judged in qualities(run.quality).items()},
     }
     figures = {}
     for title, (curves, scale) in quantities.items():
@@ -118,6 +134,10 @@ def compared(runs: Sequence[Content]) -> dict[str, Any]:
         "Norm of the gradient before clipping": (norms, "log"),
         "Images per second": (rates, "linear"),
     }
+    judged = {run.label: qualities(run.quality) for run in runs}
+    for title in dict.fromkeys(title for of_run in judged.values() for title in of_run):
+        values = {label: of_run[title][JUDGED] for label, of_run in judged.items() if title in of_run}
+        quantities[f"{title} while it trains"] = (values, "log")
     return {
         title: _figure(curves, scale, steps, points_of(len(runs)), with_values=False)
         for title, (curves, scale) in quantities.items()

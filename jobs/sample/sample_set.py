@@ -79,9 +79,37 @@ def plan(
     say: Callable[[str], None],
 ) -> "SampleSet":
     """The set of samples that a user asks for; raises UserError where that cannot be."""
+    require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
+    settings = choose(
+        run,
+        seed=seed,
+        sampler=sampler,
+        weights=weights,
+        checkpoint=checkpoint,
+        classes=classes,
+        guidance=guidance,
+        say=say,
+    )
+    num_bytes = run.read_experiment()[1].data.sample.num_bytes
+    found = SampleSet(run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, num_bytes)
+    found.check_existing()
+    return found
+
+
+def choose(
+    run: RunFolder,
+    *,
+    seed: int,
+    sampler: SamplerSettings,
+    weights: Weights,
+    checkpoint: checkpoints.Named | None,
+    classes: str | None = None,
+    guidance: float | None = None,
+    say: Callable[[str], None],
+) -> SampleSettings:
+    """What the samples that a user asks for depend on; raises UserError where they cannot be drawn."""
     experiment, config = run.read_experiment()
     entry = EXPERIMENTS[experiment]
-    require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
     check_seed("--seed", seed)
     sampler.check(config.diffusion.timesteps)
     told: dict[str, Any] = {}
@@ -94,7 +122,7 @@ def plan(
         for flag, value in (("--classes", classes), ("--guidance", guidance)):
             require(value is None, f"{flag} is for models that know classes ({known}), not for {experiment}", value)
     step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
-    settings = SampleSettings(
+    return SampleSettings(
         step=step,
         weights=weights,
         weights_sha256=manifest["files"][checkpoints.weights_file(weights)]["sha256"],
@@ -105,11 +133,6 @@ def plan(
         shard_size=entry.shard_size,
         **told,
     )
-    found = SampleSet(
-        run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, config.data.sample.num_bytes
-    )
-    found.check_existing()
-    return found
 
 
 def read(run: RunFolder, name: str) -> "SampleSet":

@@ -51,6 +51,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.timing = self.path / "timing.jsonl"
+        self.quality = self.path / "quality.jsonl"
         self.status = self.path / "status.json"
         self.log = self.path / "log.txt"
         self.figures = self.path / "figures"

@@ -16,7 +16,7 @@ from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
-from jobs.storage.records import Metrics, Status, append_timing, last_step, now, read_jsonl
+from jobs.storage.records import Metrics, Status, append_timing, cut_after, last_step, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
@@ -26,6 +26,10 @@ from jobs.train.state import Training
 
 TIMING_S = 5.0
 """Seconds between lines of timing.jsonl."""
+JUDGE = "jobs.evaluate.beside"
+"""The module that judges a checkpoint, in a process of its own."""
+LAST_S = 60.0
+"""Seconds that a training waits at its end until its last checkpoint is judged (--train.evaluate-every)."""
 
 
 class Recorder(ABC):
@@ -130,6 +134,9 @@ class RunRecorder(Recorder):
         self._missing: str | None = None
         self._due = False  # a checkpoint, as soon as the one before it is written
         self._follower: FollowerProcess | None = None
+        cut_after(run.quality, training.step)
+        self._judged = last_step(run.quality)  # or is just being judged
+        self._judge: FollowerProcess | None = None
         self._ended = False
 
     def start(self) -> None:
@@ -166,6 +173,7 @@ class RunRecorder(Recorder):
         self._due |= time.monotonic() - self._saved_at >= 60 * settings.checkpoint_minutes
         if self._due and not self._writer.is_busy(self._console.say):
             self._save()
+        self._judge_newest()
 
     def save(self) -> None:
         if self._writer.newest != self._training.step:
@@ -216,6 +224,7 @@ class RunRecorder(Recorder):
         self._progress.close()
         mark = {"event": "figures", "step": self._training.step, "checkpoint_wait_s": self._checkpoint_wait_s()}
         append_timing(self._run, mark)
+        self._wait_for_judge()
         self._missing = decorate("figures and final numbers", self._draw, self._console.say, self._console.log)
 
     def _draw(self) -> None:
@@ -227,16 +236,40 @@ class RunRecorder(Recorder):
             lines = self._training.experiment.report(model, self._run.figures)
         for line in lines:
             self._console.say(line)
-        history = read_jsonl(self._run.metrics)
-        training.training(history, read_jsonl(self._run.timing), self._run.figures / "training.png")
+        history, quality = read_jsonl(self._run.metrics), read_jsonl(self._run.quality)
+        training.training(history, read_jsonl(self._run.timing), self._run.figures / "training.png", quality)
 
     def close(self) -> None:
         self._progress.close()
         self._metrics.close()
+        if self._judge is not None:
+            self._judge.close(wait=False)
         if self._follower is not None:
             self._follower.close(wait=self._ended)
         if self._status.values["state"] == State.FINISHED:
             notify.tell(self._run, "finished", self._console.say)
+
+    def _judge_newest(self) -> None:
+        """Has the newest checkpoint judged by a process beside, if it is its turn and none is at work."""
+        step, settings = self._writer.newest, self._training.settings
+        every = settings.evaluate_every
+        if not every or step <= self._judged:
+            return
+        is_due = step == settings.steps or step // every > self._judged // every
+        if is_due and (self._judge is None or self._judge.has_ended()):
+            arguments = [str(self._run.path), self._owner.token, str(step)]
+            self._judge = FollowerProcess(JUDGE, arguments, self._console.say)
+            self._judged = step
+
+    def _wait_for_judge(self) -> None:
+        """Waits until the last checkpoint is judged, `LAST_S` at most; an earlier one may be at work before."""
+        deadline = time.monotonic() + LAST_S
+        for _ in range(2):
+            self._judge_newest()
+            if self._judge is not None and not self._judge.has_ended(max(0.0, deadline - time.monotonic())):
+                how = f"`sample {self._run}` and `evaluate {self._run}` do it"
+                self._console.say(f"The last step was not judged within {LAST_S:.0f} s; {how}.")
+                return
 
     def _write_timing(self) -> None:
         """Writes a line of timing.jsonl: rates, and times of a step, since the line before."""
@@ -271,7 +304,9 @@ class RunRecorder(Recorder):
         """The steps of the checkpoints that are kept besides the newest ones."""
         settings, folder = self._training.settings, self._run.checkpoints
         best = checkpoints.lowest(folder) if settings.keep_best else set()
-        return best | self._run.drawn_steps() | checkpoints.firsts(checkpoints.steps(folder), settings.keep_every)
+        judged = {self._judged} if self._judge is not None and not self._judge.has_ended() else set()
+        kept = judged | checkpoints.firsts(checkpoints.steps(folder), settings.keep_every)
+        return best | self._run.drawn_steps() | kept
 
     def _checkpoint_wait_s(self) -> float:
         """How long this job's steps have waited for checkpoints so far."""

@@ -10,7 +10,7 @@ from diffusion.errors import UserError
 from jobs.experiments import experiment_json
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import account, checkpoints, faults, job_ids
-from jobs.storage.records import now
+from jobs.storage.records import now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State, number_of_shards
 from jobs.terminal import tables
 from jobs.watch import states
@@ -35,6 +35,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
     return {
         **asdict(overview),
         "held_out_loss": status.get("held_out_loss"),
+        "quality": next(reversed(read_jsonl(run.quality)), None),
         "time": {"whole_s": round(time.whole_s, 3), **asdict(time)},
         "settings": _settings(run),
         "checkpoints": checkpoints.steps(run.checkpoints),
@@ -55,6 +56,7 @@ def render(detail: dict[str, Any], width: int) -> str:
     is_said_below = failed and detail["reason"] in detail["traceback"]
     reason = "" if is_said_below or not detail["reason"] else f" ({detail['reason']})"
     lines = [f"{detail['path']}: {detail['state']}{reason}", *_line("progress", _progress(detail))]
+    lines += _line("quality", *_quality(detail["quality"])) if detail["quality"] else []
     lines += _line("time", *_time(detail["time"]))
     lines += _line("missing", detail["missing"]) if detail["missing"] else []
     lines += _line("settings", *(f"{flag} {tables.setting(value)}" for flag, value in detail["settings"].items()))
@@ -97,6 +99,16 @@ def _progress(detail: dict[str, Any]) -> str:
         else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _quality(judged: dict[str, Any]) -> list[str]:
+    """Says how good the samples of the last judged checkpoint were (--train.evaluate-every)."""
+    found = [
+        f"{metric['label']} {metric['value']:.4f} ({metric['low']:.4f} to {metric['high']:.4f}), "
+        f"floor {metric['floor']:.4f}"
+        for metric in judged["metrics"].values()
+    ]
+    return [f"step {judged['step']:,}", *found]
 
 
 def _time(time: dict[str, Any]) -> list[str]:

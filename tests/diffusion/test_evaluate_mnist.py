@@ -58,7 +58,10 @@ def real(load: Callable[[str], RealImages]) -> Images:
 @pytest.fixture(scope="module")
 def found(load: Callable[[str], RealImages], real: Images) -> dict[str, Metric]:
     """How real digits are judged."""
-    return judge(DigitEvaluator(load, real, None, 0, False, "digits"))
+    evaluator = DigitEvaluator(load, real, None, 0, False, "digits")
+    metrics = judge(evaluator)
+    assert evaluator.glance()["frechet"].as_json() == metrics["frechet"].as_json()
+    return metrics
 
 
 def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(

@@ -44,7 +44,7 @@ def recorded(folder: Path, **train: int) -> Iterator[tuple[Training, RunRecorder
     config = replace(
         preset,
         model=MlpSettings(dim=8, layers=1),
-        train=replace(preset.train, batch_size=16, keep_checkpoints=20, **train),  # type: ignore[arg-type]
+        train=replace(preset.train, **{"batch_size": 16, "keep_checkpoints": 20, **train}),  # type: ignore[arg-type]
         tracking=TrackingSettings(mode="disabled"),
     )
     run = RunFolder(folder)

@@ -1,0 +1,97 @@
+"""Judges one checkpoint of a training that goes on: `python -m jobs.evaluate.beside RUN TOKEN STEP`.
+
+It draws 1,000 samples with the averaged weights, on one core and never on a GPU, adds a line to quality.jsonl and ends.
+If the training ends before, so does it, at once.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs.storage import checkpoints
+from jobs.storage.ownership import Ownership, Superseded
+from jobs.storage.run_folder import RunFolder
+
+NUM_SAMPLES = 1000
+MOST_EVALUATIONS = 20
+"""Network evaluations for each sample, fewer where the experiment's own sampler takes fewer."""
+
+
+def judge(run: RunFolder, step: int) -> dict[str, Any]:
+    """Draws and judges samples of a checkpoint, and returns the line of quality.jsonl."""
+    # Here, because they take seconds, in which this process must have its low priority.
+    import torch
+
+    from diffusion.statistics.evaluator import Drawn
+    from jobs.evaluate.plan import SEED
+    from jobs.experiments.table import EXPERIMENTS
+    from jobs.runtime.numerics import computes_bf16, set_numerics
+    from jobs.sample import sample_set
+    from jobs.sample.draw import draw, load_model
+
+    torch.set_num_threads(1)
+    name, config = run.read_experiment()
+    sampler = EXPERIMENTS[name].sampler
+    sampler = replace(sampler, steps=min(sampler.steps, MOST_EVALUATIONS, config.diffusion.timesteps))
+    settings = sample_set.choose(run, seed=SEED, sampler=sampler, weights="ema", checkpoint=step, say=say)
+    bf16 = settings.precision == "bf16" and computes_bf16()  # a CPU that only imitates it would take hours
+    settings = replace(settings, precision="bf16" if bf16 else "fp32")
+    set_numerics(settings.precision)
+    experiment, model = load_model(run, settings, torch.device("cpu"))
+    firsts = range(0, NUM_SAMPLES, size := settings.sub_batch_size)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        abar = model.alphas_cumprod
+        parts = [draw(model.predict, abar, experiment, settings, first, first + size) for first in firsts]
+    classes = settings.classes_of(0, NUM_SAMPLES) if settings.classes else None
+    drawn = Drawn(experiment.to_array(torch.cat(parts)[:NUM_SAMPLES]), None, sampler, classes)
+    found = config.evaluator(drawn, seed=SEED, inception=False).glance()
+    return {
+        "num_samples": NUM_SAMPLES,
+        **settings.as_json(),
+        "metrics": {metric: number.as_json() for metric, number in found.items()},
+    }
+
+
+def say(text: str) -> None:
+    """Prints what the training relays to its terminal and log."""
+    with contextlib.suppress(OSError):  # the training may be gone
+        print(text, flush=True)
+
+
+def _end_with_the_training() -> None:
+    """Waits for the end of stdin, which the training keeps open as long as it lives."""
+    while os.read(0, 1):
+        pass
+    os._exit(0)
+
+
+def give_way() -> None:
+    """Gives this process the lowest priority: it gets what the training leaves of the cores."""
+    os.nice(19)
+    with contextlib.suppress(OSError):  # where Linux shares cores among sessions, this counts, and not the line before
+        Path("/proc/self/autogroup").write_text("19")
+
+
+def main() -> None:
+    run, owner, step = RunFolder(Path(sys.argv[1])), Ownership(Path(sys.argv[1]), sys.argv[2]), int(sys.argv[3])
+    give_way()
+    threading.Thread(target=_end_with_the_training, daemon=True).start()
+    try:
+        line = judge(run, step)
+        owner.check()
+        with run.quality.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except Superseded:
+        return
+    except Exception as error:
+        reason = str(error) if step in checkpoints.steps(run.checkpoints) else "its checkpoint is not kept any more"
+        say(f"WARNING: step {step:,} was not judged: {reason}")
+
+
+if __name__ == "__main__":
+    main()
