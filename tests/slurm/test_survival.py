@@ -18,7 +18,7 @@ from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster, wait_for
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
-from tests.slurm.site import SLOW, START, UPDATE, Site, change, state, task_pids
+from tests.slurm.site import START, UPDATE, Site, change, slow_down, state, task_pids
 
 pytestmark = pytest.mark.slurm
 
@@ -115,7 +115,7 @@ def test_the_user_signal_saves_and_queues_again(
     run = site.train("a", SHAPES[shape], slow=True)
     site.wait_for_step(run, 120)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
-    wait_until(lambda: restarted(run), timeout_s=60)
+    wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
     assert status(run)["restarts"] == 1
     assert_equal(run, expected)
@@ -129,7 +129,7 @@ def test_tasks_without_slurms_tools_are_queued_again_by_their_script(
     run = site.train("a", 2, "--slurm.python", f"env PATH=/nowhere {sys.executable}", slow=True)
     site.wait_for_step(run, 120)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
-    wait_until(lambda: restarted(run), timeout_s=60)
+    wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
     assert status(run)["restarts"] == 1
     assert list((run / "slurm").glob("*_requeue")) == []
@@ -141,7 +141,7 @@ def test_preemption_by_the_high_partition(site: Site, undisturbed: Callable[[int
     run = site.train("a", 4, slow=True)
     site.wait_for_step(run, 120)
     urgent = site.cluster.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
-    site.cluster.wait_for_job(urgent, "COMPLETED", timeout_s=90)
+    site.cluster.wait_for_job(urgent, "COMPLETED", timeout_s=240)
     site.finish(run)
     assert status(run)["restarts"] == 1
     assert_equal(run, expected)
@@ -157,7 +157,7 @@ def test_preemption_where_the_cluster_sends_sigterm_alone(
         run = site.train("a", 2, slow=True)
         site.wait_for_step(run, 120)
         urgent = quiet.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
-        quiet.wait_for_job(urgent, "COMPLETED", timeout_s=90)
+        quiet.wait_for_job(urgent, "COMPLETED", timeout_s=240)
         site.finish(run)
         assert status(run)["restarts"] == 1
         assert_equal(run, expected)
@@ -168,7 +168,7 @@ def test_scontrol_requeue(site: Site, undisturbed: Callable[[int], dict[str, byt
     run = site.train("a", 2, slow=True)
     site.wait_for_step(run, 120)
     site.cluster.run("scontrol", "requeue", site.job_id(run))
-    wait_until(lambda: restarted(run), timeout_s=60)
+    wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
     assert_equal(run, expected)
 
@@ -184,7 +184,7 @@ def test_a_run_that_is_killed_goes_on_with_other_numbers_of_tasks(
         assert len(pids) == tasks
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
-        site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
+        site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=240)
         site.wait_for_state(run, "failed")
         where = ("--device", "cpu", "--slurm.cpus-per-gpu", 1, "--slurm.gpus-per-node", 2, "--slurm.time-min", 10)
         resumed = site.launch("resume", run, "--cluster", "slurm", *where, "--gpus", then, "--retries", 0)
@@ -192,7 +192,7 @@ def test_a_run_that_is_killed_goes_on_with_other_numbers_of_tasks(
         # Today's code is not the slow one, so the job has a copy of its own; the last job finds that one.
         if then == 1:
             (copy,) = run.glob("code-*")
-            change(copy / "jobs" / "train" / "state.py", UPDATE, SLOW)
+            slow_down(run, copy)
     site.finish(run)
     starts = [line for line in read_jsonl(run / "timing.jsonl") if line["event"] == "start"]
     assert [line["processes"] for line in starts] == [4, 1, 2]
@@ -327,7 +327,7 @@ def test_a_rank_that_fails_twice_at_the_same_step_puts_its_own_tracebacks_into_t
     assert status(run)["failed_rank"] == 1
     assert status(run)["traceback"].count("AssertionError: broken on purpose") == 2
     assert restarts(run) == 1
-    site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=60)
+    site.cluster.wait_for_job(site.job_id(run), "FAILED", timeout_s=240)
 
 
 def test_a_node_without_scontrol_submits_the_job_anew(
@@ -343,7 +343,7 @@ def test_a_node_without_scontrol_submits_the_job_anew(
     run = site.train("a", 2, "--profile", profile, slow=True)
     site.wait_for_step(run, 120)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
-    wait_until(lambda: len(json.loads((run / "launch.json").read_text())["job_ids"]) == 2)
+    wait_until(lambda: len(json.loads((run / "launch.json").read_text())["job_ids"]) == 2, timeout_s=240)
     site.finish(run)
     assert status(run)["restarts"] == 1
     assert_equal(run, expected)
