@@ -154,7 +154,7 @@ class DevCluster:
         """The node's fields as `scontrol show node` names them (State, AllocTRES, ...), up to the first space."""
         return _fields(self.run("scontrol", "--oneliner", "show", "node", name))
 
-    def wait_for_job(self, job_id: str, *states: str, timeout_s: float = 30) -> dict[str, str]:
+    def wait_for_job(self, job_id: str, *states: str, timeout_s: float = 120) -> dict[str, str]:
         """Waits until the job is in one of the states (PENDING, RUNNING, COMPLETED, ...) and returns its fields."""
 
         def job_in_state() -> dict[str, str] | None:
@@ -163,7 +163,7 @@ class DevCluster:
 
         return wait_for(job_in_state, f"job {job_id} {' or '.join(states)}", timeout_s)
 
-    def wait_for_node(self, name: str, *states: str, timeout_s: float = 60) -> dict[str, str]:
+    def wait_for_node(self, name: str, *states: str, timeout_s: float = 120) -> dict[str, str]:
         """Waits until the node's state begins with one of the given (IDLE, DOWN, ...) and returns its fields."""
 
         def node_in_state() -> dict[str, str] | None:

@@ -27,7 +27,7 @@ class Process:
     name: str
 
 
-def wait_for(condition: Callable[[], T | None], what: str, timeout_s: float = 30) -> T:
+def wait_for(condition: Callable[[], T | None], what: str, timeout_s: float = 120) -> T:
     """Polls until `condition` is true and returns its value; TimeoutError says `what` it waited for in vain."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):

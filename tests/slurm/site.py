@@ -19,8 +19,16 @@ TRAINING = (
 
 UPDATE = "        self.step += 1\n"
 """Where a step of a training begins, in jobs/train/state.py."""
-SLOW = f"{UPDATE}        import time\n        time.sleep(0.02)\n"
-"""The same, with a pause."""
+SLOW = (
+    UPDATE
+    + """\
+        import os, time
+        if not os.path.exists({hurry!r}):
+            time.sleep({seconds})
+"""
+)
+"""The same, with a pause for as long as a file is not there."""
+HELD_STEP = 250
 START = "    experiment, config = run.read_experiment()\n"
 """Where a training begins, in jobs/train/loop.py, before its first step."""
 
@@ -37,15 +45,15 @@ class Site:
     def train(self, name: str, gpus: int, *more: object, steps: int = STEPS, slow: bool = False) -> Path:
         """Submits a training and returns its run folder.
 
-        If it is `slow`, each step takes a fiftieth of a second longer, in the run's copy of the code, which is about to
-        start: then there is time to disturb the training, and what has to wait for Slurm keeps no core from others.
+        If it is `slow`, its steps pause until `finish`: then there is time to disturb the training, and what has to
+        wait for Slurm keeps no core from others.
         """
         submitted = self.launch(*TRAINING, "--train.steps", steps, "--gpus", gpus, "--name", name, *more)
         assert submitted.code == 0, submitted
         assert "Submitted" in submitted.out, submitted
         run = self.root / "runs" / "1d" / name
         if slow:
-            change(run / "code" / "jobs" / "train" / "state.py", UPDATE, SLOW)
+            slow_down(run, run / "code", endless=steps != STEPS)
         return run
 
     def job_id(self, run: Path) -> str:
@@ -63,6 +71,7 @@ class Site:
         wait_until(lambda: state(run) in states, timeout_s=timeout_s)
 
     def finish(self, run: Path) -> None:
+        hurry(run).touch()
         wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=300)
         assert state(run) == "finished", self.log(run)
         self.cluster.wait_for_job(self.job_id(run), "COMPLETED", timeout_s=240)
@@ -90,6 +99,21 @@ def change(path: Path, marker: str, text: str) -> None:
     code = path.read_text()
     assert code.count(marker) == 1
     path.write_text(code.replace(marker, text))
+
+
+def hurry(run: Path) -> Path:
+    """The file that ends the pauses of a slow run; beside its folder, whose files are compared."""
+    return run.with_name(f"{run.name}-hurry")
+
+
+def slow_down(run: Path, code: Path, endless: bool = False) -> None:
+    """Lets each step pause, in a copy of the code that is about to start.
+
+    A fiftieth of a second is enough for steps that come in any case. A run that could end before a test has disturbed
+    it pauses for half a second from HELD_STEP on: that is over a minute, which ends with the disturbance.
+    """
+    seconds = "0.02" if endless else f"0.02 if self.step < {HELD_STEP} else 0.5"
+    change(code / "jobs" / "train" / "state.py", UPDATE, SLOW.format(hurry=str(hurry(run)), seconds=seconds))
 
 
 def state(run: Path) -> str | None:

@@ -38,7 +38,7 @@ def test_tasks_keep_evidence_of_what_goes_wrong(
     network = {"host_suffix": "-ib", "interface": "lo"}
     profile = Profile(gpus_per_node=2, cpus_per_gpu=1, environment={"NCCL_DEBUG": "INFO"}, **network)
     job_id = submit(works.write_environment, tmp_path, tidy, profile, monkeypatch)
-    tidy.wait_for_job(job_id, "COMPLETED", timeout_s=60)
+    tidy.wait_for_job(job_id, "COMPLETED")
     first, second = (json.loads((tmp_path / f"environment-{rank}.json").read_text()) for rank in (0, 1))
     assert first["MASTER_PORT_FILE"] == second["MASTER_PORT_FILE"] == f"{tmp_path}/{job_id}_port_0_0"
     assert [first[name] for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")] == ["lo", "lo"]
@@ -51,7 +51,7 @@ def test_tasks_keep_evidence_of_what_goes_wrong(
 
 def test_a_task_that_fails_ends_the_others(tidy: DevCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = submit(works.fail_alone, tmp_path, tidy, Profile(gpus_per_node=2, cpus_per_gpu=1), monkeypatch)
-    tidy.wait_for_job(job_id, "FAILED", timeout_s=60)
+    tidy.wait_for_job(job_id, "FAILED")
 
 
 def test_a_site_that_waits_a_second_for_late_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_a_site_that_waits_a_second_for_late_tasks(tmp_path: Path, monkeypatch: 
             file.write("WaitTime=1\n")  # srun reads it
         profile = Profile(gpus_per_node=2, cpus_per_gpu=1)
         job_id = submit(works.end_after_the_others, tmp_path, hasty, profile, monkeypatch)
-        hasty.wait_for_job(job_id, "COMPLETED", "FAILED", timeout_s=60)
+        hasty.wait_for_job(job_id, "COMPLETED", "FAILED")
         assert (tmp_path / "environment-0.json").exists()
 
 
@@ -77,10 +77,10 @@ def test_each_preemption_starts_a_job_once(preemptions: int, tidy: DevCluster, t
         return lambda: out.exists() and f"start {times}\n" in out.read_text()
 
     for times in range(preemptions):
-        wait_for(started(times), f"start {times}", timeout_s=60)
+        wait_for(started(times), f"start {times}")
         urgent = tidy.submit("true", "--partition=high", "--nodes=2", "--exclusive")
-        tidy.wait_for_job(urgent, "COMPLETED", timeout_s=60)
-    ended = tidy.wait_for_job(job_id, "COMPLETED", "PREEMPTED", timeout_s=60)
+        tidy.wait_for_job(urgent, "COMPLETED")
+    ended = tidy.wait_for_job(job_id, "COMPLETED", "PREEMPTED")
     assert ended["Restarts"] == str(preemptions)
     starts = [line for line in out.read_text().splitlines() if line.startswith("start")]
     assert starts == [f"start {times}" for times in range(preemptions + 1)]
