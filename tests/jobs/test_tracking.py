@@ -359,7 +359,7 @@ def test_auto_is_offline_within_three_seconds_where_online_cannot_work(
         assert "does not answer within 3 s" in str(why_not_online(hanging))
     with absent() as dead:
         assert "does not answer" in str(why_not_online(dead))
-    monkeypatch.setattr(dashboard, "ANSWER_S", 60.0)  # it is a thread of this process, which may be held up
+    monkeypatch.setattr("jobs.tracking.server.ANSWER_S", 60.0)  # it is a thread of this process, which may be held up
     with serving(_Refusing) as strict:
         assert "does not accept the key" in str(why_not_online(strict))
 
