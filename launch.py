@@ -70,7 +70,7 @@ def _choice(words: list[str]) -> Any:
     wanted = {asked} if asked in COMMANDS else set() if asked in ("-h", "--help") else set(COMMANDS)
     commands = tuple(_named(name, import_it=name in wanted) for name in COMMANDS)
     # Without words of ours tyro looks for some in the sources of Python's own modules, which takes 40 ms.
-    return Annotated[Union.__getitem__(commands), arg(help="One of these; COMMAND --help says more.")]
+    return Annotated[Union[commands], arg(help="One of these; COMMAND --help says more.")]  # noqa: UP007
 
 
 def _named(name: str, *, import_it: bool) -> Any:

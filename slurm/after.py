@@ -25,6 +25,7 @@ def main() -> int:
 
     folder, code, log_start = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to us as well
+    queue.PATIENCE_S = 3600  # the controller may be away for long, and a job ends only when it is back
     os.environ["SUBMITIT_FOLDER"] = folder
     if not task.is_current():
         return code

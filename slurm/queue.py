@@ -23,6 +23,8 @@ AWAY = re.compile("Unable to contact|timed out|Zero Bytes", re.IGNORECASE)
 """Slurm's tools say so if the controller is down, or too busy."""
 AGAIN_S = 5.0
 """Seconds until it is asked once more."""
+PATIENCE_S = 20.0
+"""For so long a job asks again. What runs after the job has more time (slurm/after.py)."""
 
 
 def has_slurm(patience_s: float = 2) -> bool:
@@ -94,12 +96,14 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
 
 
 def insist(*command: str) -> "subprocess.CompletedProcess[str]":
-    """Asks as `ask` does, and asks again for as long as the controller does not answer.
+    """Asks as `ask` does, and asks again while the controller does not answer, for `PATIENCE_S`.
 
-    That is for jobs, whose fate depends on it: it may be down for an hour, but they end only when it is back.
+    That is for jobs, whose fate depends on it.
     """
-    said = False
+    said, deadline = False, time.monotonic() + PATIENCE_S
     while (done := ask(*command, timeout_s=None)).returncode != 0 and AWAY.search(done.stdout + done.stderr):
+        if time.monotonic() > deadline:
+            break
         if not said:
             print(f"{command[0]}: {last_words(done.stdout + done.stderr)}; asking again", file=sys.stderr, flush=True)
         said = True

@@ -123,6 +123,7 @@ class Warm:
         os.close(their_err)
         while "pid" not in (answer := self._receive(None) or {}):
             pass
+        self._codes.pop(answer["pid"], None)  # of an older process with this id
         return Forked(self, answer["pid"], open(out), open(err))
 
     def exit_code(self, pid: int, timeout_s: float | None) -> int | None:

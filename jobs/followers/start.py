@@ -34,6 +34,7 @@ class FollowerProcess:
 
     def __init__(self, module: str, arguments: list[str], say: Say) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._module, self._say = module, say
         # Libraries must not start threads on the cores that train, nor touch its GPU.
         env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         # A job's signals reach all its processes, but a follower ends when the job has: it inherits this mask.
@@ -50,12 +51,11 @@ class FollowerProcess:
                 text=True,
                 errors="replace",
             )
-        except OSError as error:
+            threading.Thread(target=_relay, args=(self._process, say), daemon=True).start()
+        except (OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
             say(f"No process could be started beside the job, {module} does nothing: {error}")
-            return
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        threading.Thread(target=_relay, args=(self._process, say), daemon=True).start()
 
     def has_ended(self, within_s: float = 0.0) -> bool:
         """Whether the process has ended by itself, or does so within these seconds."""
@@ -64,7 +64,10 @@ class FollowerProcess:
                 self._process.wait(within_s)
             except subprocess.TimeoutExpired:
                 return False
+            if self._process.returncode != 0:
+                self._say(f"WARNING: {self._module} has ended before its work was done: {self._process.returncode}")
             self.close(wait=False)
+            self._process = None
         return True
 
     def close(self, wait: bool) -> None:

@@ -20,8 +20,12 @@ from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, uui
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=10)
-"""Processes wait this long for each other, when they meet and in every collective."""
+TIMEOUT = timedelta(minutes=20)
+"""Processes wait this long for each other, when they meet and in every collective.
+
+That is longer than one of them may take to save, to measure or for a disk that stands still (jobs/health), because a
+collective that ends in vain takes all of them along.
+"""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def train(
             recorder.save()
             watchdog.phase("figures and final numbers", FIGURES)
             if training.step == settings.steps:
-                recorder.draw()
+                recorder.draw(lambda: signals.requested is not Stop.NO)
         watchdog.phase("the end", END)
         world.close()
         return conclude(run, training, recorder, reason, requeue)

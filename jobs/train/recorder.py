@@ -4,6 +4,7 @@ import os
 import resource
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class Recorder(ABC):
         """Writes down that the job ends in this state, and says `message`."""
 
     @abstractmethod
-    def draw(self) -> None:
+    def draw(self, cut_short: Callable[[], bool]) -> None:
         """Draws figures and final numbers after the last step is saved. If that fails, the run has not failed."""
 
     @abstractmethod
@@ -80,7 +81,7 @@ class NoRecorder(Recorder):
     def after_step(self, metrics: dict[str, Any] | None) -> None: ...
     def save(self) -> None: ...
     def finish(self, state: State, message: str) -> None: ...
-    def draw(self) -> None: ...
+    def draw(self, cut_short: Callable[[], bool]) -> None: ...
     def close(self) -> None: ...
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
         return True
@@ -220,11 +221,11 @@ class RunRecorder(Recorder):
         self._status.write(state=state, step=self._training.step, eta_s=None, **facts)
         self._console.say(message)
 
-    def draw(self) -> None:
+    def draw(self, cut_short: Callable[[], bool]) -> None:
         self._progress.close()
         mark = {"event": "figures", "step": self._training.step, "checkpoint_wait_s": self._checkpoint_wait_s()}
         append_timing(self._run, mark)
-        self._wait_for_judge()
+        self._wait_for_judge(cut_short)
         self._missing = decorate("figures and final numbers", self._draw, self._console.say, self._console.log)
 
     def _draw(self) -> None:
@@ -261,15 +262,20 @@ class RunRecorder(Recorder):
             self._judge = FollowerProcess(JUDGE, arguments, self._console.say)
             self._judged = step
 
-    def _wait_for_judge(self) -> None:
+    def _wait_for_judge(self, cut_short: Callable[[], bool]) -> None:
         """Waits until the last checkpoint is judged, `LAST_S` at most; an earlier one may be at work before."""
         deadline = time.monotonic() + LAST_S
         for _ in range(2):
             self._judge_newest()
-            if self._judge is not None and not self._judge.has_ended(max(0.0, deadline - time.monotonic())):
-                how = f"`sample {self._run}` and `evaluate {self._run}` do it"
-                self._console.say(f"The last step was not judged within {LAST_S:.0f} s; {how}.")
-                return
+            if self._judge is None or self._judge.has_ended():
+                continue
+            self._console.say(f"Waiting for the last step to be judged, {LAST_S:.0f} s at most.")
+            while not self._judge.has_ended(0.2):
+                if cut_short() or time.monotonic() > deadline:
+                    self._judge.close(wait=False)
+                    how = f"`sample {self._run}` and `evaluate {self._run}` do it"
+                    self._console.say(f"The last step was not judged; {how}.")
+                    return
 
     def _write_timing(self) -> None:
         """Writes a line of timing.jsonl: rates, and times of a step, since the line before."""

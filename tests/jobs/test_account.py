@@ -131,7 +131,7 @@ def test_the_time_of_a_killed_and_continued_run(tmp_path: Path) -> None:
     time = json.loads(done("status", "1d/a", "--json", cwd=tmp_path).out)["time"]
     created = datetime.fromisoformat(json.loads((run / "launch.json").read_text())["created"])
     whole_s = (datetime.fromisoformat(status(run)["updated"]) - created).total_seconds()
-    assert sum(time["seconds"].values()) == pytest.approx(whole_s, rel=0.01)
+    assert sum(time["seconds"].values()) == pytest.approx(whole_s, rel=0.01, abs=0.5)
     assert time["redone_steps"] == redone > 0
     assert time["useful_steps"] == steps_logged(run) > reached
     assert min(time["seconds"][part] for part in ("useful", "redone", "starting", "stopped", "saving")) > 0

@@ -13,7 +13,7 @@ import torch
 from diffusion.gaussian1d import distances
 from diffusion.settings import SettingsError
 from jobs.experiments.table import EXPERIMENTS
-from jobs.followers.start import machine_of
+from jobs.followers.start import FollowerProcess, machine_of
 from jobs.report import curves
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
@@ -43,7 +43,7 @@ def test_checkpoints_are_judged_beside_the_training_and_not_again(
             if step % 2 == 0:
                 recorder.save()  # waits for the disk, so that each step's checkpoint is there at the next step
         recorder.save()
-        recorder._wait_for_judge()
+        recorder._wait_for_judge(lambda: False)
     lines = read_jsonl(run.quality)
     steps = [line["step"] for line in lines]
     # Step 4 waits for torch while 6, 8 and 10 are saved and only two are kept; 8 is judged if 4 is done by then.
@@ -66,7 +66,7 @@ def test_checkpoints_are_judged_beside_the_training_and_not_again(
     machine = machine_of([("here", None)], 0)
     assert machine is not None
     again = RunRecorder(run, training, Ownership.take(run.path), Console(run.log), False, {}, machine)
-    again._wait_for_judge()
+    again._wait_for_judge(lambda: False)
     again.close()
     assert read_jsonl(run.quality) == lines
 
@@ -77,9 +77,9 @@ def test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge(tmp_pat
         recorder.save()
         command = [sys.executable, "-m", JUDGE, str(tmp_path / "a"), recorder._owner.token]
         pipe = subprocess.PIPE
-        orphan = subprocess.Popen([*command, "1"], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+        orphan = subprocess.Popen([*command, "1"], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=pipe, text=True)
         with subprocess.Popen([*command, "7"], cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as of_a_deleted_one:
-            assert orphan.communicate()[0] == ""  # closes stdin, as the kernel does where a training is killed
+            assert orphan.communicate()[0] == ""  # its stdin has ended, as where a training was killed
             assert orphan.returncode == 0
             assert of_a_deleted_one.stdout is not None
             assert (
@@ -87,6 +87,26 @@ def test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge(tmp_pat
                 == "WARNING: step 7 was not judged: its checkpoint is not kept any more\n"
             )
         assert not (tmp_path / "a" / "quality.jsonl").exists()
+
+
+def test_a_judge_that_dies_is_missed() -> None:
+    said: list[str] = []
+    judge = FollowerProcess("tests.none_of_this_name", [], said.append)
+    assert judge.has_ended(within_s=60)
+    assert judge.has_ended()
+    assert said == ["WARNING: tests.none_of_this_name has ended before its work was done: 1"]
+
+
+def test_a_signal_ends_the_wait_for_the_last_judgement(tmp_path: Path) -> None:
+    with recorded(tmp_path / "a", steps=2, evaluate_every=1) as (training, recorder):
+        training.update()
+        training.update()
+        recorder.save()
+        recorder._wait_for_judge(lambda: True)
+        assert recorder._judge is not None
+        assert recorder._judge.has_ended(within_s=60)
+    assert "The last step was not judged" in (tmp_path / "a" / "log.txt").read_text()
+    assert not (tmp_path / "a" / "quality.jsonl").exists()
 
 
 def test_only_what_can_be_judged_within_seconds_is() -> None:

@@ -54,7 +54,8 @@ def test_all_processes_leave_their_stacks_and_the_run_goes_on_to_the_same_bytes(
     process = start(*COMMAND, *where, "--retries", 1, cwd=tmp_path, **HASTY, **slowly)
     run = tmp_path / "runs" / "1d" / "a"
     wait_until(lambda: steps_logged(run) >= 60)
-    os.kill(workers(process)[-1], signal.SIGSTOP)
+    (victim,) = {*workers(process)} - {process.pid, status(run)["pid"]}
+    os.kill(victim, signal.SIGSTOP)
     ended = finish(process)
     assert ended.code == 0, ended
     (fault,) = faults.read(RunFolder(run))
@@ -327,7 +328,7 @@ def test_a_disk_that_stands_still_for_longer_than_a_step_may_take_is_waited_for(
     comes_back: bool, tmp_path: Path
 ) -> None:
     """Pipes that nobody reads stand for files on it: what the process writes, and what the one that looks on does."""
-    pipes = [tmp_path / name for name in ("metrics", ".written-0")]
+    pipes = [tmp_path / name for name in (".written-0", "metrics")]
     for pipe in pipes:
         os.mkfifo(pipe)
     command = [sys.executable, "-c", WAITS_FOR_A_DISK, str(tmp_path)]
@@ -337,7 +338,7 @@ def test_a_disk_that_stands_still_for_longer_than_a_step_may_take_is_waited_for(
             wait_until(lambda: any(writes(pid) for pid in children(process.pid, "watcher.py")))
             time.sleep(watcher.STACKS_S + 1)
             for pipe in pipes:
-                os.close(os.open(pipe, os.O_RDONLY))
+                os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
         assert process.stderr is not None
         said = process.stderr.read()
     assert process.returncode == (0 if comes_back else -signal.SIGKILL), said

@@ -138,3 +138,11 @@ def task_pids(run: Path) -> list[int]:
                 continue
             found[int(environment[b"SLURM_PROCID"])] = int(folder.name)
     return [found[rank] for rank in sorted(found)]
+
+
+def restarts(run: Path) -> int:
+    return int(status(run).get("restarts", 0)) if (run / "status.json").exists() else 0
+
+
+def restarted(run: Path) -> bool:
+    return restarts(run) >= 1 and state(run) in ("running", "finished")

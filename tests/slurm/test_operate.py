@@ -20,7 +20,7 @@ from slurm import queue
 from slurm.devcluster import DevCluster
 from tests.jobs.test_notify import Server, shows_the_secret
 from tests.launching import Finished, finish, start, status, wait_until
-from tests.slurm.site import TRAINING, Site, state, task_pids, tidied
+from tests.slurm.site import TRAINING, Site, restarted, state, task_pids, tidied
 
 pytestmark = pytest.mark.slurm
 
@@ -130,6 +130,7 @@ def test_logs_follow_a_run_over_its_requeues(site: Site) -> None:
     following = start("logs", run, "--follow", cwd=site.root, **site.cluster.env)
     site.wait_for_step(run, 120)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+    wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
     ended = finish(following)
     assert ended.code == 0
@@ -184,6 +185,7 @@ def test_people_are_told_once_over_requeues(site: Site, monkeypatch: pytest.Monk
         run = site.train("a", 2, "--tracking.notify", "webhook", slow=True)
         site.wait_for_step(run, 120)
         site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+        wait_until(lambda: restarted(run), timeout_s=240)
         site.finish(run)
         wait_until(lambda: bool(server.received))
         assert [(posted["event"], posted["restarts"]) for posted in server.received] == [("finished", 1)]
@@ -224,8 +226,8 @@ def test_the_accounting_remembers_what_the_controller_has_forgotten(
     site.cluster.wait_for_job(late, "CANCELLED")
     expected = {killed: "FAILED", f"{array}_0": "COMPLETED", f"{array}_1": "FAILED", late: "CANCELLED"}
     asked = {killed, array, late}
-    wait_until(lambda: {job: found.state for job, found in queue._recall(asked, 5).items()} == expected)
-    assert queue._recall(asked, 5)[killed].signal == queue.look(asked)[killed].signal == "SIGKILL"
+    wait_until(lambda: {job: found.state for job, found in queue._recall(asked).items()} == expected)
+    assert queue._recall(asked)[killed].signal == queue.look(asked)[killed].signal == "SIGKILL"
     assert {job: found.state for job, found in queue.look(asked).items()} == expected
 
 

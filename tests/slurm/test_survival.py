@@ -18,7 +18,7 @@ from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster, wait_for
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
-from tests.slurm.site import START, UPDATE, Site, change, slow_down, state, task_pids
+from tests.slurm.site import START, UPDATE, Site, change, restarted, restarts, slow_down, state, task_pids
 
 pytestmark = pytest.mark.slurm
 
@@ -61,14 +61,6 @@ def assert_as_if_nothing_had_happened(site: Site, run: Path, gpus: int) -> None:
     wait_until(lambda: (calm / folder).is_dir(), timeout_s=300)
     for path in (run / folder).iterdir():
         assert path.read_bytes() == (calm / folder / path.name).read_bytes(), path.name
-
-
-def restarts(run: Path) -> int:
-    return int(status(run).get("restarts", 0)) if (run / "status.json").exists() else 0
-
-
-def restarted(run: Path) -> bool:
-    return restarts(run) >= 1 and state(run) in ("running", "finished")
 
 
 def test_a_run_longer_than_the_time_limit_goes_on_over_requeues(site: Site) -> None:

@@ -350,10 +350,19 @@ def test_a_job_waits_for_a_controller_that_is_away(
     tools.write("scontrol", AWAY_TWICE.replace("{words}", words))
     (tools.folder / "job").write_text("JobId=7 JobState=RUNNING Restarts=0\n")
     monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setattr(queue, "PATIENCE_S", 600.0)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert task.is_current()
     assert task.requeue() == "7"
     assert capfd.readouterr().err.count(f"{words}; asking again") == 2  # when it asks, and when it requeues
+
+
+def test_a_job_does_not_ask_for_ever(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container from which the controller cannot be reached: then its script queues it again."""
+    tools.write("scontrol", "echo 'scontrol: error: Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setattr(queue, "PATIENCE_S", 0.5)
+    assert queue.insist("scontrol", "requeue", "7").returncode == 1
 
 
 def test_an_element_of_an_array_submits_itself_alone(
