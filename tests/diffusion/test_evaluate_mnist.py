@@ -114,7 +114,7 @@ def test_constant_images_get_finite_numbers_and_no_praise(load: Callable[[str], 
 def test_a_new_metric_comes_with_a_new_version(found: dict[str, Metric]) -> None:
     """Without one, what an older version has evaluated would count as complete, and never get the new metric."""
     in_features = ["frechet", "kernel", "precision", "recall", "density", "coverage", "sure"]
-    known = {3: [*in_features, "classes", "copies", "usefulness"]}
+    known = {2: [*in_features, "classes", "copies", "usefulness"]}
     assert list(found) == known[MnistProblem.metrics_version]
 
 
