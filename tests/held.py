@@ -1,7 +1,7 @@
 """launch.py, but a process of it stands still at a place that the test names, so that nothing comes too late for it.
 
-$HELD is the place: a function, and how many of its calls come before, for the second of $HELD_TIMES processes twice as
-many. A signal that the process handles lets it go on, and so does `let_go`.
+$HELD is the place: a function, and how many of its calls come before; the first $HELD_TIMES processes that get there
+stand still. A signal that the process handles lets it go on, and so does `let_go`.
 """
 
 import itertools
@@ -56,7 +56,7 @@ def holding() -> AbstractContextManager[object]:
     def holds(*arguments: Any, **more: Any) -> Any:
         returned = original(*arguments, **more)
         before = sum(is_held(folder, number) for number in range(times))
-        if next(count) == int(calls) * (before + 1) and before < times:
+        if next(count) == int(calls) and before < times:
             with suppress(FileExistsError):  # another process has come first
                 stand_still(folder / f"held-{before}")
         return returned
