@@ -264,13 +264,13 @@ class RunRecorder(Recorder):
 
     def _wait_for_judge(self, cut_short: Callable[[], bool]) -> None:
         """Waits until the last checkpoint is judged, `LAST_S` at most; an earlier one may be at work before."""
-        deadline = time.monotonic() + LAST_S
+        said, deadline = False, time.monotonic() + LAST_S
         for _ in range(2):
             self._judge_newest()
-            if self._judge is None or self._judge.has_ended():
-                continue
-            self._console.say(f"Waiting for the last step to be judged, {LAST_S:.0f} s at most.")
-            while not self._judge.has_ended(0.2):
+            while self._judge is not None and not self._judge.has_ended(0.2):
+                if not said:
+                    self._console.say(f"Waiting for the last step to be judged, {LAST_S:.0f} s at most.")
+                    said = True
                 if cut_short() or time.monotonic() > deadline:
                     self._judge.close(wait=False)
                     how = f"`sample {self._run}` and `evaluate {self._run}` do it"
