@@ -30,7 +30,7 @@ from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    *("torch", "torch.distributed", "torch._dynamo"),  # the last one with the first optimizer
+    *("torch", "torch.distributed"),
     *("accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
     *("PIL.Image", "tqdm", "tyro"),

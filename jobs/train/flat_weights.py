@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 ALIGNMENT = 16
 """Each parameter begins at a multiple of so many elements (64 bytes of fp32), which fast kernels want.
@@ -59,56 +60,93 @@ class Flat:
         return flat
 
 
-class FlatAdamW(torch.optim.AdamW):
-    """AdamW of flat weights; its state_dict is that of an AdamW of the single parameters, so checkpoints do not differ.
+class FlatAdamW:
+    """AdamW (Loshchilov & Hutter 2019) of flat weights; its state_dict is that of torch's AdamW of single parameters.
 
-    torch's fused optimizers read two tensors: gradients are divided by `grad_scale`, and if `found_inf` is 1 nothing
-    moves, neither weights, moments nor the number of steps.
+    It calls torch's function for it. The class torch.optim.AdamW would load torch's compiler with its first step, which
+    takes a second of each start.
+
+    Gradients are divided by `grad_scale`, and if `found_inf` is 1 nothing moves, neither weights, moments nor the
+    number of steps.
     """
 
-    grad_scale: Tensor
-    found_inf: Tensor
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
-    def __init__(self, flat: Flat, lr: float = 1e-3, **settings: Any) -> None:
-        on_gpu = flat.weights.is_cuda
-        # A CUDA graph repeats the numbers that it was captured with, so there the learning rate has to be a tensor.
-        rate = torch.tensor(lr, device=flat.weights.device) if on_gpu else lr
-        super().__init__([flat.weights], lr=rate, fused=True, capturable=on_gpu, **settings)
+    def __init__(
+        self, flat: Flat, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 1e-2
+    ) -> None:
+        weights = flat.weights
         self._flat = flat
+        self._settings: dict[str, Any] = {"betas": betas, "eps": 1e-8, "weight_decay": weight_decay}
+        # A CUDA graph repeats the numbers that it was captured with, so there the learning rate has to be a tensor.
+        self._lr: float | Tensor = torch.tensor(lr, device=weights.device) if weights.is_cuda else lr
+        self._state = {
+            "step": torch.zeros((), device=weights.device),
+            "exp_avg": torch.zeros_like(weights),
+            "exp_avg_sq": torch.zeros_like(weights),
+        }
 
     def set_lr(self, lr: float) -> None:
-        group = self.param_groups[0]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+        if isinstance(self._lr, Tensor):
+            self._lr.fill_(lr)
         else:
-            group["lr"] = lr
+            self._lr = lr
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Sets gradients to zero in place, whatever is asked: they must stay views of the flat gradient."""
-        super().zero_grad(set_to_none=False)
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the weights by their gradient."""
+        weights, state = self._flat.weights, self._state
+        assert weights.grad is not None
+        beta1, beta2 = self._settings["betas"]
+        adamw(
+            params=[weights],
+            grads=[weights.grad],
+            exp_avgs=[state["exp_avg"]],
+            exp_avg_sqs=[state["exp_avg_sq"]],
+            max_exp_avg_sqs=[],
+            state_steps=[state["step"]],
+            lr=self._lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=self._settings["eps"],
+            weight_decay=self._settings["weight_decay"],
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+            fused=True,
+            capturable=weights.is_cuda,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def zero_grad(self) -> None:
+        """Sets gradients to zero in place, because they must stay views of the flat gradient."""
+        assert self._flat.weights.grad is not None
+        self._flat.weights.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
-        whole = super().state_dict()
-        group = whole["param_groups"][0]
         n = len(self._flat.split(self._flat.weights))
         # `step` is one number here; an AdamW of single parameters has one for each of them.
         parts = {
             name: [value.clone() for _ in range(n)] if name == "step" else self._flat.split(value)
-            for name, value in whole["state"].get(0, {}).items()
+            for name, value in self._state.items()
         }
         states = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
-        return {
-            "state": dict(enumerate(states)),
-            "param_groups": [{**group, "lr": float(group["lr"]), "capturable": False, "params": list(range(n))}],
+        group = {
+            "lr": float(self._lr),
+            **self._settings,
+            "fused": True,
+            **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
+            "decoupled_weight_decay": True,
+            "foreach": None,
+            "params": list(range(n)),
         }
+        return {"state": dict(enumerate(states)), "param_groups": [group]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes all but the learning rate; a GPU continues what a CPU has saved, and the other way round."""
+        group = state_dict["param_groups"][0]
+        self._settings = {name: group[name] for name in self._settings}
         states = [state for _, state in sorted(state_dict["state"].items())]
-        whole = {
-            name: value.clone() if name == "step" else self._flat.join(state[name] for state in states)
-            for name, value in (states[0].items() if states else ())
-        }
-        own = self.param_groups[0]
-        # These two depend on the device, so that a GPU continues what a CPU has saved, and the other way round.
-        group = {**state_dict["param_groups"][0], "lr": own["lr"], "capturable": own["capturable"], "params": [0]}
-        super().load_state_dict({"state": {0: whole} if whole else {}, "param_groups": [group]})
+        for name, value in self._state.items():
+            value.copy_(states[0][name] if name == "step" else self._flat.join(state[name] for state in states))

@@ -273,7 +273,7 @@ class Training:
         self.raw.network.load_state_dict(snapshot.model)
         self.ema.network.load_state_dict(snapshot.ema)
         self.optimizer.load_state_dict(snapshot.optimizer)
-        self.step, self._captured = snapshot.step, None  # the optimizer's moments are new tensors now
+        self.step = snapshot.step
 
 
 def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -284,7 +284,7 @@ def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _copy_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def _copy_optimizer(optimizer: FlatAdamW) -> dict[str, object]:
     """Copies the optimizer's state_dict, so that later steps do not change it."""
     state = optimizer.state_dict()
     tensors = {

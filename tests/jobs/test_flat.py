@@ -21,7 +21,7 @@ def strides(network: nn.Module) -> list[tuple[int, ...]]:
     return [parameter.stride() for parameter in network.parameters()]
 
 
-def trained(network: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def trained(network: nn.Module, optimizer: torch.optim.Optimizer | FlatAdamW, steps: int) -> None:
     torch.manual_seed(1)
     for _ in range(steps):
         network(torch.randn(4, 3, 6, 6)).square().mean().backward()
@@ -48,26 +48,24 @@ def test_training_is_that_of_single_parameters_before_and_after_their_checkpoint
     flat.place_gradients()
     plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1, fused=True)
     flat_optimizer = FlatAdamW(flat, weight_decay=0.1)
-    assert flat_optimizer.state_dict()["state"] == plain_optimizer.state_dict()["state"] == {}
     for _ in range(2):
         trained(plain, plain_optimizer, 3)
         trained(other, flat_optimizer, 3)
         torch.testing.assert_close(other.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-7)
         state, expected = flat_optimizer.state_dict(), plain_optimizer.state_dict()
         torch.testing.assert_close(state["state"], expected["state"], rtol=1e-5, atol=1e-7)
-        assert [group["params"] for group in state["param_groups"]] == [[0, 1, 2, 3]]
+        assert state["param_groups"] == expected["param_groups"]
         plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1, fused=True)
         flat_optimizer = FlatAdamW(flat, weight_decay=0.1)
         flat_optimizer.load_state_dict(copy.deepcopy(expected))
         plain_optimizer.load_state_dict(copy.deepcopy(state))
-        assert flat_optimizer.param_groups[0]["fused"]
 
 
 def test_gradients_stay_where_the_optimizer_finds_them() -> None:
     module = network()
     flat = Flat(module)
     gradient, optimizer = flat.place_gradients(), FlatAdamW(flat)
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     module(torch.ones(1, 3, 6, 6)).sum().backward()
     expected = network()
     expected(torch.ones(1, 3, 6, 6)).sum().backward()
