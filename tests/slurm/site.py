@@ -7,14 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slurm.devcluster import DevCluster
-from tests.launching import Finished, launch, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, Finished, done, finish, launch, start, status, steps_logged, wait_until
 
 STEPS = 400
-TRAINING = (
+HERE = (
     *("train", "1d", "--model.dim", "16", "--train.batch-size", "64", "--train.log-every", "1"),
     *("--diffusion.timesteps", "21"),  # for figures that take less time
-    *("--train.checkpoint-every", "100", "--device", "cpu", "--cluster", "slurm", "--slurm.cpus-per-gpu", "1"),
-    *("--slurm.time-min", "10", "--slurm.signal-delay-s", "30", "--slurm.gpus-per-node", "2"),
+    *("--train.checkpoint-every", "100", "--device", "cpu"),
+)
+TRAINING = (
+    *HERE,
+    *("--cluster", "slurm", "--slurm.cpus-per-gpu", "1", "--slurm.gpus-per-node", "2"),
+    *("--slurm.time-min", "10", "--slurm.signal-delay-s", "30"),
 )
 
 UPDATE = "        self.step += 1\n"
@@ -46,12 +50,14 @@ class Site:
         """Submits a training and returns its run folder.
 
         If it is `slow`, its steps pause until `finish`: then there is time to disturb the training, and what has to
-        wait for Slurm keeps no core from others.
+        wait for Slurm keeps no core from others. It finds no plotting library in its copy of the code, because figures
+        take as long as all else that it computes.
         """
         submitted = self.launch(*TRAINING, "--train.steps", steps, "--gpus", gpus, "--name", name, *more)
         assert submitted.code == 0, submitted
         assert "Submitted" in submitted.out, submitted
         run = self.root / "runs" / "1d" / name
+        (run / "code" / "matplotlib.py").write_text("raise ImportError('left out by a test')\n")
         if slow:
             slow_down(run, run / "code", endless=steps != STEPS)
         return run
@@ -75,6 +81,24 @@ class Site:
         wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=300)
         assert state(run) == "finished", self.log(run)
         self.cluster.wait_for_job(self.job_id(run), "COMPLETED", timeout_s=240)
+
+
+def trained_here(root: Path, gpus: int) -> Path:
+    """Trains what `Site.train` does without Slurm, undisturbed; returns the run folder."""
+    done(*HERE, "--train.steps", STEPS, "--gpus", gpus, "--name", f"calm-{gpus}", cwd=root, **NO_FIGURES)
+    return root / "runs" / "1d" / f"calm-{gpus}"
+
+
+def checkpoint_made_here(root: Path, gpus: int, step: int, steps: int) -> Path:
+    """Trains to a step of a longer run without Slurm, undisturbed; returns the checkpoint's folder."""
+    here = ("--train.checkpoint-every", step, "--gpus", gpus, "--name", "calm")
+    training = start(*HERE, "--train.steps", steps, *here, cwd=root)
+    folder = root / "runs" / "1d" / "calm" / "checkpoints" / f"step-{step:08d}"
+    wait_until(lambda: folder.is_dir() or training.poll() is not None, timeout_s=300)
+    assert folder.is_dir()
+    training.kill()
+    finish(training)
+    return folder
 
 
 def asks(script: str) -> dict[str, str | None]:

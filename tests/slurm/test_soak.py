@@ -14,7 +14,7 @@ from slurm.devcluster.processes import kill_all
 from tests.disturbances import block, fill, small_disk
 from tests.jobs.test_resume import result
 from tests.launching import steps_logged, wait_until
-from tests.slurm.site import Site, state, task_pids
+from tests.slurm.site import Site, state, task_pids, trained_here
 
 pytestmark = [pytest.mark.slurm, pytest.mark.soak]
 
@@ -26,12 +26,9 @@ SECONDS = 10.0
 
 
 @pytest.fixture(scope="module")
-def calm(cluster: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The result of a run that nothing disturbs."""
-    site = Site(tmp_path_factory.mktemp("calm"), cluster)
-    run = site.train("calm", TASKS)
-    site.finish(run)
-    return result(run)
+    return result(trained_here(tmp_path_factory.mktemp("calm"), TASKS))
 
 
 @pytest.fixture

@@ -18,7 +18,19 @@ from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster, wait_for
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
-from tests.slurm.site import START, UPDATE, Site, change, restarted, restarts, slow_down, state, task_pids
+from tests.slurm.site import (
+    START,
+    UPDATE,
+    Site,
+    change,
+    checkpoint_made_here,
+    restarted,
+    restarts,
+    slow_down,
+    state,
+    task_pids,
+    trained_here,
+)
 
 pytestmark = pytest.mark.slurm
 
@@ -27,17 +39,10 @@ SHAPES = {"1x2": 2, "2x2": 4}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: DevCluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, bytes]]:
-    """The result of a run of so many tasks that nothing disturbs."""
-    calm = Site(tmp_path_factory.mktemp("undisturbed"), cluster)
-
-    @cache
-    def reference(gpus: int) -> dict[str, bytes]:
-        run = calm.train(f"calm-{gpus}", gpus)
-        calm.finish(run)
-        return result(run)
-
-    return reference
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, bytes]]:
+    """The result of a run of so many processes that nothing disturbs, without Slurm."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    return cache(lambda gpus: result(trained_here(root, gpus)))
 
 
 def assert_equal(run: Path, expected: dict[str, bytes]) -> None:
@@ -56,11 +61,9 @@ def assert_as_if_nothing_had_happened(site: Site, run: Path, gpus: int) -> None:
     """An interrupted endless run logged each step once, and its weights are those of a run that nothing disturbed."""
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
-    calm = site.train("calm", gpus, "--train.checkpoint-every", len(lines), steps=ENDLESS)
-    folder = f"checkpoints/step-{len(lines):08d}"
-    wait_until(lambda: (calm / folder).is_dir(), timeout_s=300)
-    for path in (run / folder).iterdir():
-        assert path.read_bytes() == (calm / folder / path.name).read_bytes(), path.name
+    calm = checkpoint_made_here(site.root, gpus, len(lines), ENDLESS)
+    for path in (run / "checkpoints" / calm.name).iterdir():
+        assert path.read_bytes() == (calm / path.name).read_bytes(), path.name
 
 
 def test_a_run_longer_than_the_time_limit_goes_on_over_requeues(site: Site) -> None:
