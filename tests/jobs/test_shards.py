@@ -101,7 +101,7 @@ def test_a_run_moves_between_numbers_of_processes_and_keeps_its_bytes(tmp_path: 
     assert "bytes may differ" not in (runs / "moved" / "log.txt").read_text()
 
 
-def test_more_processes_than_shards_cut_the_batch_more_finely_and_say_so(tmp_path: Path) -> None:
+def test_more_shards_than_before_are_said_whether_for_more_processes_or_because_resume_asks(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     done(*command("fp32", "a", 1, "--train.steps", "20"), cwd=tmp_path, **NO_FIGURES)
     more = ("--train.steps", "30", "--device", "cpu", "--gpus", "2")
@@ -109,6 +109,9 @@ def test_more_processes_than_shards_cut_the_batch_more_finely_and_say_so(tmp_pat
     assert "bytes may differ from those of an uninterrupted run: grad_shards 1 before, 2 now" in on_two.out
     losses = [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 30 and np.isfinite(losses).all()
+    more = ("--train.steps", "35", "--train.grad-shards", "6", "--device", "cpu")  # for less memory
+    in_six = done("resume", "1d/a", *more, cwd=tmp_path, **NO_FIGURES)
+    assert "bytes may differ from those of an uninterrupted run: grad_shards 2 before, 6 now" in in_six.out
 
 
 def test_shards_that_do_not_divide_the_batch_are_refused(tmp_path: Path) -> None:
