@@ -100,6 +100,8 @@ def main() -> int:
     words = [_at_home(word) for word in sys.argv[1:]]
     open_standard_streams()
     try:
+        if any(word.replace("_", "-").startswith("--train.micro-batch-size") for word in words):
+            raise UserError("--train.micro-batch-size is gone: --train.grad-shards N computes the batch in N parts")
         command: Callable[[], int] = tyro.cli(
             _choice(words),
             prog="launch.py",

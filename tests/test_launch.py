@@ -38,7 +38,7 @@ from tests.launching import (
         (["train", "1d", "--train.steps", "-5"], ["train.steps must be at least 1", "-5"]),
         (["train", "1d", "--train.steps", "many"], ["--train.steps", "many"]),
         (["train", "1d", "--train.batch-size", "0"], ["train.batch-size must be at least 1", "0"]),
-        (["train", "1d", "--train.micro-batch-size", "0"], ["train.micro-batch-size", "0"]),
+        (["train", "1d", "--train.micro-batch-size", "8"], ["--train.micro-batch-size", "--train.grad-shards N"]),
         (["train", "1d", "--train.lr", "nan"], ["train.lr must be positive and finite", "nan"]),
         (["train", "1d", "--train.lr", "inf"], ["train.lr must be positive and finite", "inf"]),
         (["train", "1d", "--train.lr", "-1"], ["train.lr must be positive and finite", "-1"]),

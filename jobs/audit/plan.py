@@ -11,12 +11,13 @@ from typing import Any
 
 from diffusion.errors import OutsideError, UserError, reason
 from jobs.experiments.configs import ExperimentConfig
+from jobs.experiments.experiment_json import in_parts
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, folder_name
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
 
-AS_STARTED = ("steps", "micro_batch_size", "grad_shards", "precision")
+AS_STARTED = ("steps", "grad_shards", "precision")
 """Settings that bytes depend on and that each start records, because the next one may have others."""
 
 
@@ -198,6 +199,8 @@ def _parts(starts: list[dict[str, Any]], config: ExperimentConfig, first: int, l
         if end > first and start.get("step", 0) < last:
             settings = {name: start[name] for name in AS_STARTED if name in start}
             is_known = "steps" in start or start is starts[-1]  # experiment.json has the settings of the last one
-            again = replace(config, train=replace(config.train, **settings))
-            parts.append(Part(min(end, last), again, start, is_known))
+            train = replace(config.train, **settings)
+            if (most := start.get("micro_batch_size")) is not None:  # of an older version
+                train = in_parts(train, most)
+            parts.append(Part(min(end, last), replace(config, train=train), start, is_known))
     return tuple(parts)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
 
@@ -32,13 +33,24 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
         )
     if number < 3 and isinstance(values.get("tracking"), dict):
         values["tracking"].setdefault("alerts", False)  # whoever began such a run has not asked for any
+    most = train.pop("micro_batch_size", None) if isinstance(train := values.get("train"), dict) else None
     experiment = values.pop("experiment", None)
     if experiment not in EXPERIMENTS:
         raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")
     preset = EXPERIMENTS[experiment].preset
-    return experiment, _from_dict(
-        ExperimentConfig, values, "", {"data": type(preset.data), "model": type(preset.model)}
-    )
+    narrower = {"data": type(preset.data), "model": type(preset.model)}
+    config = _from_dict(ExperimentConfig, values, "", narrower)
+    return experiment, config if most is None else replace(config, train=in_parts(config.train, most))
+
+
+def in_parts(train: TrainSettings, most: int) -> TrainSettings:
+    """Cuts shards so small that none has more than `most` examples: a GPU takes as many at a time, and as much memory.
+
+    Older versions had a setting for that, and added up parts of a shard one after the other, so bytes differ.
+    """
+    size, first = train.batch_size, train.grad_shards or 1
+    shards = next(n for n in range(first, size + 1, first) if size % n == 0 and size // n <= most)
+    return replace(train, grad_shards=shards)
 
 
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:

@@ -35,11 +35,10 @@ class TrainSettings:
     """Optimizer updates; `resume` with more of them trains longer."""
     batch_size: int
     """Examples in each update, over all GPUs."""
-    micro_batch_size: int | None = field(default=None, metadata=FREE)
-    """Examples that one GPU takes at a time, when its share of the batch does not fit; None is all of them."""
-    grad_shards: int | None = None
+    grad_shards: int | None = field(default=None, metadata=ON_PURPOSE)
     """Parts of the batch whose gradients are added up in one order: on so many GPUs, or fewer, bytes are the same.
-    None is as many as there are GPUs at the first start."""
+    A GPU computes its parts one after the other, so more of them need less memory.
+    None is as many as there are GPUs at the first start. If `resume` changes it, later bytes differ."""
     lr: float
     """AdamW's highest learning rate, reached after the warm-up."""
     warmup_steps: int = 100
@@ -88,8 +87,6 @@ class TrainSettings:
             require(math.isfinite(value) and value > 0, f"{_flag(name)} must be positive and finite", value)
         for name in ("ema_decay", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{_flag(name)} must lie in [0, 1)", getattr(self, name))
-        micro = self.micro_batch_size
-        require(micro is None or micro >= 1, "train.micro-batch-size must be at least 1", micro)
         shards = self.grad_shards
         require(
             shards is None or (shards >= 1 and self.batch_size % shards == 0),

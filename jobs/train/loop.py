@@ -61,7 +61,6 @@ def train(
             "grad_shards": training.shards,
             "precision": precision,
             "steps": settings.steps,
-            "micro_batch_size": settings.micro_batch_size,
             "parameters": sum(p.numel() for p in training.raw.network.parameters()),
             **facts(world.device),
         }

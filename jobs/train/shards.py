@@ -53,9 +53,8 @@ def fold(root: Node, known: Mapping[Node, Tensor]) -> Tensor:
 class ShardSum:
     """Sums the gradients of all shards into one flat gradient [n], on every process; all processes must call it."""
 
-    def __init__(self, gradient: Tensor, shards: int, rank: int, processes: int, one_pass: bool) -> None:
-        """`one_pass` says that the gradient of a shard comes as a whole, in one addition to each number."""
-        self._gradient, self._root, self._processes, self._one_pass = gradient, (0, shards), processes, one_pass
+    def __init__(self, gradient: Tensor, shards: int, rank: int, processes: int) -> None:
+        self._gradient, self._root, self._processes = gradient, (0, shards), processes
         self._nodes = [subtrees(share(other, processes, shards), self._root) for other in range(processes)]
         self._own = self._nodes[rank]
         self._piece = -(-len(gradient) // processes)
@@ -66,7 +65,8 @@ class ShardSum:
     def __call__(self, add_gradient: Callable[[int], None]) -> None:
         """Turns the gradient, which is zero, into the sum over all shards.
 
-        `add_gradient(shard)` adds the gradient of one of this process's shards; it is called for each, in order.
+        `add_gradient(shard)` adds the gradient of one of this process's shards, in one addition to each number; it is
+        called for each, in order.
         """
         if self._processes == 1:
             self._grow(self._root, add_gradient)
@@ -87,7 +87,7 @@ class ShardSum:
         # The right half is summed from zero, too, as it is by a process that has the right half alone.
         left, right = halves(node)
         self._grow(left, add_gradient)
-        if self._one_pass and right[1] - right[0] == 1:
+        if right[1] - right[0] == 1:
             add_gradient(right[0])  # adds the sum of this half to that of the other
             return
         first = self._gradient.clone()

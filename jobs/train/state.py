@@ -93,8 +93,7 @@ class Training:
         # More processes than shards cut the batch more finely; then bytes differ from those of fewer processes.
         self.shards = max(settings.grad_shards or 1, world.size)
         self._own_shards = share(world.rank, world.size, self.shards)
-        one_pass = settings.micro_batch_size is None
-        self._sum_shards = ShardSum(self._gradient, self.shards, world.rank, world.size, one_pass)
+        self._sum_shards = ShardSum(self._gradient, self.shards, world.rank, world.size)
         self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Prefetch(self._draw_noise)
         self._next: tuple[int, tuple[Tensor, ...]] | None = None
@@ -130,7 +129,7 @@ class Training:
         losses: list[Tensor] = []
         shards = self._by_shard(*examples)
         first, _ = self._own_shards
-        self._sum_shards(lambda shard: losses.extend(map(self._pass, self._parts(*shards[shard - first]))))
+        self._sum_shards(lambda shard: losses.append(self._pass(*shards[shard - first])))
         # The norm of 16 rows' norms, because one fp32 sum of ten million squares is wrong in its fourth digit.
         norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._gradient.view(ALIGNMENT, -1), dim=1))
         moves = (norm < self._norm_below).to(norm.dtype)
@@ -142,9 +141,9 @@ class Training:
         self.optimizer.zero_grad()
         return torch.cat(losses), norm
 
-    def _pass(self, part: tuple[Tensor, ...]) -> Tensor:
-        """Returns the losses of some examples of the batch, and adds their part of the batch's gradient."""
-        losses: Tensor = self.model(*part)
+    def _pass(self, *examples: Tensor) -> Tensor:
+        """Returns the losses of a shard's examples, and adds their part of the batch's gradient."""
+        losses: Tensor = self.model(*examples)
         self.world.accelerator.backward(losses.sum() / self.settings.batch_size)
         return losses.detach()
 
@@ -152,11 +151,6 @@ class Training:
         """Cuts this process's examples into its shards."""
         size = self.settings.batch_size // self.shards
         return list(zip(*(tensor.split(size) for tensor in examples), strict=True))
-
-    def _parts(self, *examples: Tensor) -> list[tuple[Tensor, ...]]:
-        """Cuts a shard into the parts that go through the network together; the last part may be smaller."""
-        micro = self.settings.micro_batch_size or len(examples[0])
-        return list(zip(*(tensor.split(micro) for tensor in examples), strict=True))
 
     @contextmanager
     def _without_moving(self) -> Iterator[tuple[Tensor, ...]]:

@@ -24,7 +24,7 @@ def training(experiment: str, device: Kind, mnist_root: Path, world: World) -> T
         found = jobs.training(device, mnist_root, world)
     else:
         preset = EXPERIMENTS[experiment].preset
-        found = Training(preset.build(), replace(preset.train, warmup_steps=2, micro_batch_size=48), world)
+        found = Training(preset.build(), replace(preset.train, warmup_steps=2, grad_shards=4), world)
     right = found.experiment.batch
 
     def batch(seed: int, step: int, *rest: object) -> torch.Tensor:

@@ -63,14 +63,13 @@ class SkipJob:
 
     folder: Path
     processes: int
-    micro_batch_size: int | None
+    grad_shards: int | None
 
     def __call__(self) -> int:
-        settings = config(64)
-        train = replace(settings.train, micro_batch_size=self.micro_batch_size)
+        settings = config(64, self.grad_shards)
         world = start(self.processes, "cpu", "fp32")
         experiment = PoisonedAtStepThree(settings.data, settings.model, settings.diffusion)
-        training = Training(experiment, train, world)
+        training = Training(experiment, settings.train, world)
         seen = []
         for _ in range(5):
             update = training.update()

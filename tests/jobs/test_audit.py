@@ -118,9 +118,22 @@ def planned(root: Path, folder: Path, **today: int) -> Audit:
     return plan(run, replace(config, train=replace(config.train, **today)), 0, None, folder, print)  # type: ignore[arg-type]
 
 
-def test_what_a_start_has_not_set_is_not_taken_from_today(trained: Path, tmp_path: Path) -> None:
-    first = planned(trained, tmp_path, micro_batch_size=16).stretches[0].parts[0]
-    assert (first.config.train.micro_batch_size, first.config.train.steps, first.is_known) == (None, 50, True)
+def test_what_a_start_has_set_is_not_taken_from_today(trained: Path, tmp_path: Path) -> None:
+    first = planned(trained, tmp_path, grad_shards=4).stretches[0].parts[0]
+    assert (first.config.train.grad_shards, first.config.train.steps, first.is_known) == (2, 50, True)
+
+
+def test_a_start_that_took_some_examples_at_a_time_is_computed_in_more_shards(trained: Path, tmp_path: Path) -> None:
+    """Which are what older versions' micro batches have become."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    timing = tmp_path / "runs" / "1d" / "a" / "timing.jsonl"
+    lines = [json.loads(line) for line in timing.read_text().splitlines()]
+    starts = [line for line in lines if line.get("event") == "start"]
+    for begun, most in zip(starts, (10, None), strict=True):
+        begun["micro_batch_size"] = most
+    timing.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    parts = [part for stretch in planned(tmp_path, tmp_path).stretches for part in stretch.parts]
+    assert [part.config.train.grad_shards for part in parts] == [8, *[2] * (len(parts) - 1)]
 
 
 def test_a_start_without_its_settings_is_named(trained: Path, tmp_path: Path) -> None:

@@ -61,10 +61,10 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
     monkeypatch.setattr(autograd_config, "enable_autograd_cache", False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     preset = EXPERIMENTS["1d"].preset
-    settings = replace(preset.train, batch_size=8, micro_batch_size=5)  # a last part that is shorter
+    settings = replace(preset.train, batch_size=8, grad_shards=2)
     small = replace(preset, model=MlpSettings(dim=8, layers=1), train=settings)
     Training(small.build(), small.train, start_world(1, "cpu", "fp32")).compile()
-    assert len(chosen) >= 4 and all(chosen)
+    assert len(chosen) >= 2 and all(chosen)
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:

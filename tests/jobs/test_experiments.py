@@ -23,6 +23,29 @@ def test_a_setting_that_came_later_has_its_default() -> None:
 
 
 @pytest.mark.parametrize(
+    ("most", "before", "shards"),
+    [
+        (None, None, None),
+        (None, 2, 2),
+        (32, None, 2),
+        (24, None, 2),
+        (20, None, 3),
+        (20, 2, 4),
+        (5, 3, 12),
+        (48, 1, 1),
+        (1, None, 48),
+    ],
+)
+def test_a_run_that_took_some_examples_at_a_time_takes_no_more(
+    most: int | None, before: int | None, shards: int | None
+) -> None:
+    """By more shards, for what was once a setting of its own."""
+    values = json.loads(write("1d", EXPERIMENTS["1d"].preset))
+    values["train"].update(batch_size=48, grad_shards=before, micro_batch_size=most)
+    assert read(json.dumps(values))[1].train.grad_shards == shards
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda train: train.pop("steps"), r"lacks the setting train\.steps"),

@@ -157,16 +157,6 @@ def test_a_superseded_run_stops_without_writing(tmp_path: Path) -> None:
     assert changed <= {"metrics.jsonl", "timing.jsonl"}
 
 
-def test_micro_batches_keep_the_global_batch(tmp_path: Path) -> None:
-    losses = []
-    for name, extra in (("whole", ()), ("parts", ("--train.micro-batch-size", "20"))):
-        done("train", "1d", *TINY, "--train.steps", "100", "--name", name, *extra, cwd=tmp_path, **NO_FIGURES)
-        lines = (tmp_path / "runs" / "1d" / name / "metrics.jsonl").read_text().splitlines()
-        losses.append([json.loads(line)["loss"] for line in lines])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][-1] < losses[0][0] / 2
-
-
 def test_time_alone_makes_checkpoints_too(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     process = start(

@@ -66,11 +66,9 @@ def test_a_process_that_finds_no_others_blames_the_machine(tmp_path: Path, monke
         world._meet(tmp_path / "port", "gloo")
 
 
-@pytest.mark.parametrize(("processes", "micro_batch_size"), [(1, None), (2, None), (2, 10)])
-def test_a_step_that_is_not_finite_is_skipped_by_all(
-    processes: int, micro_batch_size: int | None, tmp_path: Path
-) -> None:
-    outcome, err = run(SkipJob(tmp_path, processes, micro_batch_size), processes)
+@pytest.mark.parametrize(("processes", "grad_shards"), [(1, None), (2, None), (2, 8)])
+def test_a_step_that_is_not_finite_is_skipped_by_all(processes: int, grad_shards: int | None, tmp_path: Path) -> None:
+    outcome, err = run(SkipJob(tmp_path, processes, grad_shards), processes)
     assert outcome.exit_code == 0, err
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
     assert all(other == seen[0] for other in seen)

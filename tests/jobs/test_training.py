@@ -20,9 +20,9 @@ from jobs.train.state import Training, lr_at
 STEPS = 4
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 24])
+@pytest.mark.parametrize("grad_shards", [None, 4])
 @pytest.mark.parametrize("max_grad_norm", [0.1, 100.0])
-def test_an_update_is_that_of_plain_torch(max_grad_norm: float, micro_batch_size: int | None) -> None:
+def test_an_update_is_that_of_plain_torch(max_grad_norm: float, grad_shards: int | None) -> None:
     preset = EXPERIMENTS["1d"].preset
     settings = replace(
         preset.train,
@@ -30,7 +30,7 @@ def test_an_update_is_that_of_plain_torch(max_grad_norm: float, micro_batch_size
         warmup_steps=2,
         weight_decay=0.1,
         max_grad_norm=max_grad_norm,
-        micro_batch_size=micro_batch_size,
+        grad_shards=grad_shards,
     )
     experiment = replace(preset, model=MlpSettings(dim=16)).build()
     training = Training(experiment, settings, start(1, "cpu", "fp32"))
@@ -130,9 +130,9 @@ def test_the_average_forgets_its_beginning_and_then_remembers_as_long_as_it_is_t
 
 
 def test_a_try_of_a_step_that_fails_halfway_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a warm-up for a CUDA graph, or for the compiler, whose second micro batch finds no memory."""
+    """As a warm-up for a CUDA graph, or for the compiler, whose second shard finds no memory."""
     preset = EXPERIMENTS["1d"].preset
-    settings = replace(preset.train, batch_size=64, micro_batch_size=24)
+    settings = replace(preset.train, batch_size=64, grad_shards=4)
     experiment = replace(preset, model=MlpSettings(dim=16)).build()
     world = start(1, "cpu", "fp32")
     undisturbed, tried = Training(experiment, settings, world), Training(experiment, settings, world)
