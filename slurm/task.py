@@ -58,6 +58,9 @@ class Retried(Protocol):
     def comes_back_as(self, job_id: str) -> None:
         """Records under which id the job is queued again."""
 
+    def is_done(self, cause: str | None) -> bool:
+        """Whether all is done that matters, so that the job has ended well although its processes have not."""
+
     def ended(
         self,
         cause: str | None,

@@ -959,6 +959,13 @@ FAULTS = [
         "tests/jobs/test_hangs.py::test_a_disk_that_stands_still_for_longer_than_a_step_may_take_is_waited_for[True]",
     ),
     Fault(
+        "a complete run fails if a process dies then",
+        "slurm/place.py",
+        "            if retried.is_done(cause):\n",
+        "            if False:\n",
+        "tests/jobs/test_retries.py::test_a_run_is_finished_if_a_process_dies_between_its_last_vote_and_its_end",
+    ),
+    Fault(
         "a job that fails while the controller is away is given up",
         "slurm/queue.py",
         ".returncode != 0 and AWAY.search",

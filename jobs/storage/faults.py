@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
 from jobs.files import write_json
 from jobs.storage import checkpoints
 from jobs.storage.job_ids import number
@@ -237,6 +238,23 @@ def describe_hang(folder: Path) -> tuple[str, str | None]:
     doing = [int(match["step"]) if match["step"] else -1 for match in found]
     behind = min(range(len(found)), key=lambda i: (found[i]["state"] is None, doing[i]))
     return f"hung: {found[behind][0]}", found[behind]["node"]
+
+
+def finish(run: RunFolder, cause: str) -> bool:
+    """Whether the run's last step is saved. Then it is finished, whatever has ended its processes since, and says so.
+
+    Figures and final numbers, which alone can be missing, decide over no run.
+    """
+    try:
+        steps = run.read_experiment()[1].train.steps
+        checkpoints.verify(run.checkpoints, steps)
+    except UserError:
+        return False
+    if (status := run.read_status()).get("state") != State.FINISHED:
+        missing = f"figures and final numbers were not drawn ({cause}); the same command draws them again"
+        state = {"state": State.FINISHED, "step": steps, "eta_s": None, "missing": missing, "updated": now()}
+        write_json(run.status, {**status, **state})
+    return True
 
 
 def fail(run: RunFolder, trace: str) -> None:

@@ -5,9 +5,13 @@ The answers were recorded by record.py; the job ids are in its order.
 
 import json
 import shlex
+import signal
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from submitit.core.utils import DelayedSubmission
 
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
@@ -16,6 +20,7 @@ from slurm.errors import SlurmError, UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Shape, Submission
+from slurm.task import SlurmTask
 from tests.launching import done, launch, sentence
 from tests.slurm.record import RECORDED
 
@@ -431,3 +436,35 @@ def test_which_task_died_first(log: str, expected: tuple[str | None, str | None]
     cause, node = after.first_end(log)
     assert node == expected[1]
     assert cause is None if expected[0] is None else expected[0] in str(cause)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A job whose tasks have died; done or not, it does not come back."""
+
+    done: bool
+    retries: int = 3
+
+    def comes_back_as(self, job_id: str) -> None:
+        raise AssertionError(job_id)
+
+    def is_done(self, cause: str | None) -> bool:
+        return self.done
+
+    def ended(self, *arguments: object) -> bool:
+        assert not self.done
+        return False
+
+
+@pytest.mark.parametrize(("done", "code"), [(True, 0), (False, 137)])
+def test_the_script_of_a_job_that_is_done_ends_well_however_its_tasks_have_ended(
+    done: bool, code: int, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.write("scontrol", "echo JobId=7 JobState=RUNNING Restarts=0")
+    DelayedSubmission(SlurmTask(Ending(done), 60.0)).dump(tmp_path / "7_submitted.pkl")  # type: ignore[arg-type]
+    for name, value in {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(queue, "PATIENCE_S", queue.PATIENCE_S)  # so that it is restored
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "argv", ["after", str(tmp_path), "137", "0"])
+    assert after.main() == code
