@@ -1,6 +1,5 @@
 """What an audit computes again: stretches of a run, from one kept checkpoint to the next. Imports no torch."""
 
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,7 +12,7 @@ from diffusion.errors import OutsideError, UserError, reason
 from jobs.experiments.configs import ExperimentConfig
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, folder_name
-from jobs.storage.records import read_jsonl
+from jobs.storage.records import append, read_jsonl
 from jobs.storage.run_folder import RunFolder
 
 AS_STARTED = ("steps", "micro_batch_size", "grad_shards", "precision")
@@ -130,8 +129,7 @@ class Audit:
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the audit."""
-        with (self.folder / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps({"job_id": job_id}) + "\n")
+        append(self.folder / "jobs.jsonl", {"job_id": job_id})
 
     def job_ids(self) -> list[str]:
         return [line["job_id"] for line in read_jsonl(self.folder / "jobs.jsonl")]
