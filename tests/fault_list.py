@@ -1078,6 +1078,13 @@ FAULTS = [
         "if False:",
         "tests/slurm/test_profile.py::test_nodes_must_be_filled",
     ),
+    Fault(
+        "a job whose run is complete fails with its tasks",
+        "slurm/after.py",
+        "        if job.is_done(cause):\n",
+        "        if False:\n",
+        "tests/slurm/test_words.py::test_the_script_of_a_job_that_is_done_ends_well_however_its_tasks_have_ended[True-0]",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

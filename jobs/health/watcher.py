@@ -75,7 +75,7 @@ def main() -> None:
                     continue
                 doing = memory[HEADER.size :].partition(b"\0")[0].decode(errors="replace")
                 end(worker, dump, folder, advice, f"no progress for {silent_s:.0f} s in {doing}")
-                silent_s = excused_s = 0.0  # a debugger has kept it alive
+                silent_s = excused_s = unanswered_s = 0.0  # a debugger has kept it alive
 
 
 class Disk:

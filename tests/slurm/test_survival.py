@@ -20,7 +20,7 @@ from slurm.devcluster import DevCluster, wait_for
 from tests.jobs.test_hangs import children
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
-from tests.slurm.site import START, UPDATE, Site, change, restarted, restarts, slow_down, state, task_pids
+from tests.slurm.site import START, STEPS, UPDATE, Site, change, restarted, restarts, slow_down, state, task_pids
 
 pytestmark = pytest.mark.slurm
 
@@ -268,6 +268,19 @@ def test_a_job_whose_task_is_killed_is_queued_again(site: Site, undisturbed: Cal
     assert (fault.cause, fault.node, fault.again) == ("task 1 was ended: Killed", node, True)
     assert status(run)["restarts"] == 1
     assert_equal(run, expected)
+
+
+def test_a_job_whose_task_dies_after_the_last_save_has_ended_well(site: Site) -> None:
+    run = site.train("a", 2)
+    last = f"run.checkpoints / 'step-{STEPS:08d}'"
+    dies = f"        if world.rank == 1:\n            import os\n            while not ({last}).is_dir():\n"
+    dies += "                time.sleep(0.1)\n            os.kill(os.getpid(), 9)\n"
+    end = '        watchdog.phase("the end", END)\n'
+    change(run / "code" / "jobs" / "train" / "loop.py", end, dies + end)
+    site.finish(run)
+    assert "is finished all the same: " in site.log(run)
+    assert (restarts(run), site.cluster.job(site.job_id(run))["Restarts"]) == (0, "0")
+    assert faults.read(RunFolder(run)) == []
 
 
 def test_a_node_that_dies_with_all_its_processes(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
