@@ -108,14 +108,13 @@ class Sample:
         where = f"{run}/samples/{asked.name}"
         if self.export is not None:
             exports.check(self.export, config.data.sample.shape)
+        asked.check_disk(more := exports.needed_bytes(asked, self.export, config.data.sample.shape))
         if asked.is_complete() and asked.picture.exists():
             print(f"{asked.num_samples:,} samples are in {where} already.")
             if not self.where.dry_run:
                 exports.export(asked, self.export)
                 self._say_export(asked, where)
             return 0
-        more = exports.needed_bytes(asked, self.export, config.data.sample.shape)
-        asked.check_disk(more)
         place = self.where.place(run)
         missing = tuple(asked.missing())
         device, retries = self.where.resolve_device(place, asked.settings.precision), self.where.retries_at(place)

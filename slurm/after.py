@@ -48,6 +48,8 @@ def main() -> int:
         else:
             job.comes_back_as(new)
     elif isinstance(job, Retried):
+        if job.is_done(cause):
+            return 0
         job.ended(cause, node, come_back, queue.on_cluster(cluster, task.own_id()))
     return code
 

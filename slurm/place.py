@@ -74,9 +74,13 @@ class Here:
         descriptors = [] if keep_open is None else [keep_open]
         if self.step is not None:
             code = allocation.run(job, self.step, self.folder / f".port-{uuid.uuid4().hex}", keep_open=descriptors)
-            if code not in (0, 130):
-                job.failed(0, f"srun ended with exit code {code}: a process has failed without a word, or none started")
-            return code if code in (0, 130) else 1
+            if code in (0, 130):
+                return code
+            ended = f"srun ended with exit code {code}: a process has failed without a word, or none started"
+            if retried is not None and retried.is_done(ended):
+                return 0
+            job.failed(0, ended)
+            return 1
         if self.processes == 1:
             forget_other_launchers()
         if self.processes == 1 and (retried is None or retried.retries == 0):
@@ -92,6 +96,8 @@ class Here:
                 if cause is not None:
                     job.failed(outcome.failed_rank, cause)
                 return outcome.exit_code
+            if retried.is_done(cause):
+                return 0
             if outcome.was_told_to_stop:
                 told: Any = job
                 retried = replace(told, retries=0)  # then it is only written down that it has failed

@@ -164,9 +164,12 @@ def _by_cluster(job_ids: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def config(timeout_s: float | None = 30, cluster: str | None = None) -> dict[str, str]:
-    """What `scontrol show config` says, by name; {} if nothing. Raises SlurmError if no answer comes in time."""
-    shown = ask("scontrol", *of_cluster(cluster), "show", "config", timeout_s=timeout_s).stdout
+def config(cluster: str | None = None, ask: "Callable[..., subprocess.CompletedProcess[str]]" = ask) -> dict[str, str]:
+    """What `scontrol show config` says, by name; {} if nothing. Raises SlurmError if no answer comes in time.
+
+    A job gives `insist` to ask with.
+    """
+    shown = ask("scontrol", *of_cluster(cluster), "show", "config").stdout
     return dict(re.findall(r"^(\w+) *= (.*?) *$", shown, re.MULTILINE))
 
 

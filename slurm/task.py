@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -57,6 +56,9 @@ class Retried(Protocol):
 
     def comes_back_as(self, job_id: str) -> None:
         """Records under which id the job is queued again."""
+
+    def is_done(self, cause: str | None) -> bool:
+        """Whether all is done that matters, so that the job has ended well although its processes have not."""
 
     def ended(
         self,
@@ -172,7 +174,7 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
     if _comes_back_by_itself(before):
         return job_id
     # `incomplete`, because without it a job that is being cancelled would come back to life.
-    print(queue.insist("scontrol", "requeue", "incomplete", job_id).stderr, end="", file=sys.stderr, flush=True)
+    _tell("requeue", "incomplete", job_id)
     after = _fields("job", job_id)
     came_back = after.get("Restarts") != before.get("Restarts") or after.get("JobState") == "PENDING"
     if not came_back:
@@ -183,14 +185,19 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
         # Only now, because Slurm changes this of a waiting job alone.
         known = [nodes for nodes in [before.get("ExcNodeList", "(null)")] if nodes != "(null)"]
         excluded = ",".join([*known, *left_out])
-        subprocess.run(["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={excluded}"], check=False)
+        _tell("update", f"JobId={job_id}", f"ExcNodeList={excluded}")
     return job_id
+
+
+def _tell(*command: str) -> None:
+    """Has scontrol do something, and prints what goes wrong."""
+    print(queue.insist("scontrol", *command).stderr, end="", file=sys.stderr, flush=True)
 
 
 def _has_enough_without(left_out: Sequence[str], job: dict[str, str]) -> bool:
     """Whether the job's partition has enough nodes besides these; if not, the job would wait for ever."""
     command = ["sinfo", "--noheader", "--Node", "--responding", f"--partition={job.get('Partition')}", "--format=%N"]
-    shown = queue.ask(*command, timeout_s=None).stdout
+    shown = queue.insist(*command).stdout
     return len(set(shown.split()) - set(left_out)) >= int(job.get("NumNodes", "1").partition("-")[0])
 
 
@@ -212,7 +219,7 @@ def _comes_back_by_itself(job: dict[str, str]) -> bool:
     """
     if job.get("PreemptTime", "None") == "None" or job.get("Requeue") != "1":
         return False
-    config = queue.config(timeout_s=None)
+    config = queue.config(ask=queue.insist)
     version = [int(part) for part in config.get("SLURM_VERSION", "").split(".")[:2] if part.isdecimal()]
     # Where a quality of service decides what a preemption does, a job cannot see that; then it asks for the requeue.
     by_partition = config.get("PreemptType") == "preempt/partition_prio"
@@ -233,7 +240,7 @@ def stay_away() -> None:
     job = _fields("job", own_id())
     # If Slurm has taken this node for dead and started the job elsewhere, that one must still come back.
     if job.get("JobState") == "RUNNING" and job.get("Restarts") == attempt:
-        subprocess.run(["scontrol", "update", f"JobId={own_id()}", "Requeue=0"], check=False)
+        _tell("update", f"JobId={own_id()}", "Requeue=0")
 
 
 def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
@@ -250,7 +257,7 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", *([f"--array={index}"] if index else [])]
     with outside_any_job():
         for without in ([f"--exclude={','.join([*asked, *left_out])}"], []) if left_out else ([],):
-            done = queue.ask(*command, *without, str(script), timeout_s=None)
+            done = queue.insist(*command, *without, str(script))
             number = queue.submitted_id(done.stdout) if done.returncode == 0 else None
             if number is not None:
                 break

@@ -748,8 +748,8 @@ FAULTS = [
     Fault(
         "a line that is read while it is written is lost",
         "jobs/storage/records.py",
-        "_objects(self._rest + self._file.read())",
-        "_objects(self._file.read())",
+        "_objects(self._rest + self._file.read(), self._path)",
+        "_objects(self._file.read(), self._path)",
         "tests/jobs/test_tracking.py::test_a_line_that_is_read_while_it_is_written_comes_once_and_whole",
     ),
     Fault(
@@ -952,11 +952,32 @@ FAULTS = [
         "tests/jobs/test_hangs.py::test_a_call_that_lets_no_other_python_thread_run_is_noticed_too",
     ),
     Fault(
+        "who looks on does not hear that the time limit is near",
+        "jobs/health/watcher.py",
+        "told = bool(SAVE & signal.sigpending())",
+        "told = False",
+        "tests/jobs/test_hangs.py::test_a_process_that_does_not_answer_when_its_time_limit_is_near_is_ended_before",
+    ),
+    Fault(
         "a disk that stands still is taken for a hang",
         "jobs/health/watcher.py",
         "if silent_s < longest_s and",
         "if silent_s < patience_s and",
         "tests/jobs/test_hangs.py::test_a_disk_that_stands_still_for_longer_than_a_step_may_take_is_waited_for[True]",
+    ),
+    Fault(
+        "a line that a full disk has cut swallows the next one",
+        "jobs/storage/records.py",
+        'end = b"" if file.read(1) in',
+        'end = b"" if True or file.read(1) in',
+        "tests/jobs/test_faults.py::test_lines_that_somebody_has_edited_or_a_disk_has_cut_are_skipped_with_a_sentence",
+    ),
+    Fault(
+        "a complete run fails if a process dies then",
+        "slurm/place.py",
+        "            if retried.is_done(cause):\n",
+        "            if False:\n",
+        "tests/jobs/test_retries.py::test_a_run_is_finished_if_a_process_dies_between_its_last_vote_and_its_end",
     ),
     Fault(
         "a job that fails while the controller is away is given up",
@@ -1056,6 +1077,13 @@ FAULTS = [
         "if gpus % gpus_per_node:",
         "if False:",
         "tests/slurm/test_profile.py::test_nodes_must_be_filled",
+    ),
+    Fault(
+        "a job whose run is complete fails with its tasks",
+        "slurm/after.py",
+        "        if job.is_done(cause):\n",
+        "        if False:\n",
+        "tests/slurm/test_words.py::test_the_script_of_a_job_that_is_done_ends_well_however_its_tasks_have_ended[True-0]",
     ),
     # What only a real Slurm shows.
     Fault(

@@ -1,6 +1,5 @@
 """What an audit computes again: stretches of a run, from one kept checkpoint to the next. Imports no torch."""
 
-import json
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import in_parts
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, folder_name
-from jobs.storage.records import read_jsonl
+from jobs.storage.records import append, read_jsonl
 from jobs.storage.run_folder import RunFolder
 
 AS_STARTED = ("steps", "grad_shards", "precision")
@@ -131,8 +130,7 @@ class Audit:
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the audit."""
-        with (self.folder / "jobs.jsonl").open("a") as file:
-            file.write(json.dumps({"job_id": job_id}) + "\n")
+        append(self.folder / "jobs.jsonl", {"job_id": job_id})
 
     def job_ids(self) -> list[str]:
         return [line["job_id"] for line in read_jsonl(self.folder / "jobs.jsonl")]

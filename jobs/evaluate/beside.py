@@ -5,7 +5,6 @@ If the training ends before, so does it, at once.
 """
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership, Superseded
+from jobs.storage.records import append
 from jobs.storage.run_folder import RunFolder
 
 NUM_SAMPLES = 1000
@@ -86,8 +86,7 @@ def main() -> None:
     try:
         line = judge(run, step)
         owner.check()
-        with run.quality.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append(run.quality, line)
     except Superseded:
         return
     except Exception as error:

@@ -105,9 +105,14 @@ class Evaluation:
         return self.is_complete() and not self.undrawn.exists()
 
     def write(self, results: Mapping[str, Any], replicates: "Mapping[str, NDArray[np.float64]]") -> None:
-        """Completes the evaluation."""
+        """Completes the evaluation. Results of another version are kept: their weights may be gone."""
+        path = self.folder / "metrics.json"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or not of ours
+            before = path.read_bytes()
+            if (version := json.loads(before)["protocol"]["version"]) != self.protocol["version"]:
+                write_atomically(self.folder / f"metrics-version-{version:d}.json", before)
         write_arrays(self.kept / REPLICATES, replicates)
-        write_json(self.folder / "metrics.json", {"protocol": self.protocol, **results})
+        write_json(path, {"protocol": self.protocol, **results})
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the evaluation, here and with the run."""

@@ -226,14 +226,17 @@ class SampleSet:
         return read_job_ids(self.folder / ".jobs.json", RunFolder(self.run).read_launch().get("sample_job_ids", []))
 
     def needed_bytes(self) -> int:
-        """Disk space for the shards that are missing and for the merged file."""
+        """Disk space for the shards that are missing and for the merged file; none for a set that is complete."""
+        if self.is_complete():
+            return 0
         missing = sum(stop - start for start, stop in map(self.shard_range, self.missing()))
         labels = LABEL_BYTES * self.num_samples if self.settings.classes else 0
         return (missing + self.num_samples) * self.bytes_per_sample + labels
 
     def check_disk(self, more: int) -> None:
         """Raises UserError if the disk has no room for the set and for so many bytes more."""
-        free, needed = shutil.disk_usage(self.run).free, self.num_samples * self.bytes_per_sample + more
+        least = 0 if self.is_complete() else self.num_samples * self.bytes_per_sample
+        free, needed = shutil.disk_usage(self.run).free, least + more
         if needed <= free:  # else there may be more shards than can be counted
             needed = self.needed_bytes() + more
         if needed > free:

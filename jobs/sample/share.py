@@ -62,6 +62,9 @@ class Share(IndependentJob):
     def _failure(self) -> Path:
         return self.target.folder / f".failure-{self.name}.json"
 
+    def is_done(self, cause: str | None) -> bool:
+        return False  # it is tried again, and ends at once if nothing is left
+
     def ended(
         self,
         cause: str | None,

@@ -8,6 +8,7 @@ Whoever finds that a run hangs appends {"event": "hung", "seconds": S}: for so l
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -62,7 +63,8 @@ def account(
         return Account()
     books = _Books(_seconds(created or lines[0]["time"]))
     for line in lines:
-        books.read(line)
+        with suppress(LookupError, TypeError, ValueError):  # somebody has edited it
+            books.read(line)
     if now is None or waits:
         books.end_of_job(heard, reached, then="queued")
     if now is not None:

@@ -150,7 +150,7 @@ def ledger(folder: Path) -> dict[int, dict[str, str]]:
     What had followed a step does not count any more once the run has gone back to that step, or has made it again with
     other bytes. Checkpoints that are older than the ledger itself are known as long as they are kept.
     """
-    found = _valid(_entries(folder))
+    found = _valid(read_jsonl(_ledger_file(folder)))
     for step in set(steps(folder)) - found.keys():
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or just being deleted
             manifest = json.loads((folder / folder_name(step) / "manifest.json").read_text())
@@ -176,20 +176,12 @@ def _ledger_file(folder: Path) -> Path:
     return folder.with_name("checkpoints.jsonl")
 
 
-def _entries(folder: Path) -> list[dict[str, Any]]:
-    """Reads the lines of the ledger, without those that are damaged: no checkpoint must fail because of them."""
-    lines = read_jsonl(_ledger_file(folder))
-    return [
-        line for line in lines if isinstance(line, dict) and ({"step", "sha256"} <= line.keys() or "continued" in line)
-    ]
-
-
 def _enter(folder: Path, step: int, files: dict[str, str]) -> bool:
     """Adds a line to the ledger, unless it has this one; returns whether it had other hashes for this step.
 
     The file is written anew, because a disk that is full might take half of a line.
     """
-    lines = _entries(folder)
+    lines = read_jsonl(_ledger_file(folder))
     known = [line["sha256"] for line in lines if line.get("step") == step]
     if _valid(lines).get(step) != files:
         _write_ledger(folder, [*lines, {"step": step, "sha256": files}])
@@ -270,7 +262,7 @@ def set_aside(folder: Path, newer_than: int) -> None:
 
     From now on the ledger counts none of them either: the next steps may be made with other settings.
     """
-    lines = _entries(folder)
+    lines = read_jsonl(_ledger_file(folder))
     if any(step > newer_than for step in _valid(lines)):
         _write_ledger(folder, [*lines, {"continued": newer_than}])
     for step in steps(folder):

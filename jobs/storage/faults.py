@@ -10,14 +10,15 @@ A set of samples has such a file, too: there a shard is what a step is, and a ne
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
 from jobs.files import write_json
 from jobs.storage import checkpoints
 from jobs.storage.job_ids import number
-from jobs.storage.records import now, read_jsonl
+from jobs.storage.records import append, now, read_jsonl
 from jobs.storage.run_folder import RunFolder, State
 
 FILE = "faults.jsonl"
@@ -74,12 +75,18 @@ def _read(folder: Path) -> list[Fault]:
     lines: list[dict[str, Any]] = []
     for line in read_jsonl(folder / FILE):
         lines = [] if "continued" in line else [*lines, line]
-    return [Fault(**line) for line in lines]
+    return [_fault(line) for line in lines]
+
+
+def _fault(line: dict[str, Any]) -> Fault:
+    """Makes a fault of its line, without what only later versions know."""
+    known = {field.name for field in fields(Fault)}
+    return Fault(**{name: value for name, value in line.items() if name in known})
 
 
 def bad_nodes(folder: Path) -> dict[str, Fault]:
     """Returns the nodes that the run or the set in this folder has left out lately, with the newest fault on each."""
-    found = [Fault(**line) for line in read_jsonl(folder / FILE) if line.get("time", "") >= now(REPAIRED_S)]
+    found = [_fault(line) for line in read_jsonl(folder / FILE) if line.get("time", "") >= now(REPAIRED_S)]
     left_out = {node for fault in found for node in fault.left_out}
     return {fault.node: fault for fault in found if fault.node in left_out}
 
@@ -95,7 +102,7 @@ def forgive_set(folder: Path) -> None:
         failure.unlink(missing_ok=True)
     seen = [hang.name for hang in _hangs(folder)]
     if (folder / FILE).exists() or seen:
-        _append(folder, {"continued": now(), "hangs": seen})
+        append(folder / FILE, {"continued": now(), "hangs": seen})
 
 
 def judge(
@@ -123,7 +130,7 @@ def judge(
     else:
         count = f"; {tries} new start{'s' if tries > 1 else ''} brought no progress" if tries else ""
         fail(run, f"{fault.traceback or ''}\n{fault.cause}{count}".lstrip())
-    _append(run.path, asdict(fault))
+    append(run.path / FILE, asdict(fault))
     if fault.again:
         run.clear_failure()  # the next job may die before it does that
     return fault
@@ -145,7 +152,7 @@ def judge_share(
     fault, _, _ = _weigh(folder, budget, cause, node, failure, hang, own is None, left=left)
     if failure.get("for_good"):
         fault = replace(fault, again=False)
-    _append(folder, {name: value for name, value in asdict(fault).items() if name != "checkpoint"})
+    append(folder / FILE, {name: value for name, value in asdict(fault).items() if name != "checkpoint"})
     failure_file.unlink(missing_ok=True)
     return fault
 
@@ -239,6 +246,23 @@ def describe_hang(folder: Path) -> tuple[str, str | None]:
     return f"hung: {found[behind][0]}", found[behind]["node"]
 
 
+def finish(run: RunFolder, cause: str) -> bool:
+    """Whether the run's last step is saved. Then it is finished, whatever has ended its processes since, and says so.
+
+    Figures and final numbers, which alone can be missing, decide over no run.
+    """
+    try:
+        steps = run.read_experiment()[1].train.steps
+        checkpoints.verify(run.checkpoints, steps)
+    except UserError:
+        return False
+    if (status := run.read_status()).get("state") != State.FINISHED:
+        missing = f"figures and final numbers were not drawn ({cause}); the same command draws them again"
+        state = {"state": State.FINISHED, "step": steps, "eta_s": None, "missing": missing, "updated": now()}
+        write_json(run.status, {**status, **state})
+    return True
+
+
 def fail(run: RunFolder, trace: str) -> None:
     """Writes down that the run has failed for good."""
     rank = run.read_failure().get("failed_rank")
@@ -253,8 +277,3 @@ def _same(trace: str | None, other: str | None) -> bool:
 
 def _plain(trace: str) -> str:
     return re.sub(r"0x[0-9a-f]+", "0x", trace)
-
-
-def _append(folder: Path, values: dict[str, Any]) -> None:
-    with (folder / FILE).open("a") as file:
-        file.write(json.dumps(values) + "\n")

@@ -14,6 +14,15 @@ from jobs.storage.ownership import Ownership
 from jobs.storage.run_folder import RunFolder, State
 
 HEARTBEAT_S = 2.0
+SHAPES: dict[str, tuple[dict[str, Any], ...]] = {
+    "metrics.jsonl": ({"step": int},),
+    "quality.jsonl": ({"step": int, "metrics": dict},),
+    "timing.jsonl": ({"time": str, "event": str},),
+    "checkpoints.jsonl": ({"step": int, "sha256": dict}, {"continued": int}),
+    "faults.jsonl": ({"time": str, "cause": str, "node": str | None, "again": bool}, {"continued": str}),
+    "jobs.jsonl": ({"job_id": str},),
+}
+"""What the lines of each file hold at least, in one of these forms; a line of another form is skipped."""
 
 
 def now(ago_s: float = 0.0) -> str:
@@ -42,8 +51,30 @@ class Metrics:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Reads the objects of a file of lines, [] if it is not there; skips lines that a kill or a full disk has cut."""
-    return _objects(path.read_text(errors="replace"))[0] if path.exists() else []
+    """Reads the objects of a file of lines, [] if it is not there.
+
+    Skips lines that a kill or a full disk has cut, or that somebody has edited into another form.
+    """
+    return _objects(path.read_text(errors="replace"), path)[0] if path.exists() else []
+
+
+def skipped(folder: Path) -> dict[str, int]:
+    """How many lines of each file in the folder are skipped, where there are any."""
+    found = {}
+    for path in filter(Path.exists, map(folder.joinpath, SHAPES)):
+        lines = [line for line in path.read_text(errors="replace").split("\n") if line.strip()]
+        if number := len(lines) - len(read_jsonl(path)):
+            found[path.name] = number
+    return found
+
+
+def append(path: Path, values: dict[str, Any]) -> None:
+    """Appends a line to a file of lines. Where the last one was cut, it stays alone."""
+    with path.open("a+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        end = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(end + json.dumps(values).encode() + b"\n")
 
 
 def last_step(metrics: Path) -> int:
@@ -57,8 +88,8 @@ def held_out_losses(metrics: Path) -> dict[int, float]:
     if not metrics.exists():
         return {}
     with metrics.open(errors="replace") as file:  # only few of its lines have one, and are parsed
-        lines = _objects("".join(line for line in file if '"held_out_loss"' in line))[0]
-    return {line["step"]: line["held_out_loss"] for line in lines if line["held_out_loss"] is not None}
+        lines = _objects("".join(line for line in file if '"held_out_loss"' in line), metrics)[0]
+    return {line["step"]: line["held_out_loss"] for line in lines if isinstance(line.get("held_out_loss"), float | int)}
 
 
 def last_start(run: RunFolder) -> dict[str, Any]:
@@ -86,18 +117,25 @@ class Tail:
             if not self._path.exists():
                 return []
             self._file = self._path.open(errors="replace")
-        objects, self._rest = _objects(self._rest + self._file.read())
+        objects, self._rest = _objects(self._rest + self._file.read(), self._path)
         return objects
 
 
-def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
+def _objects(text: str, path: Path) -> tuple[list[dict[str, Any]], str]:
     """Returns the objects of all whole lines, and the text after the last of them."""
     *lines, rest = text.split("\n")
+    forms = SHAPES.get(path.name, ({},))
     objects = []
     for line in lines:
-        with contextlib.suppress(json.JSONDecodeError):
-            objects.append(json.loads(line))
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and any(_has(value, form) for form in forms):
+                objects.append(value)
     return objects, rest
+
+
+def _has(line: dict[str, Any], form: dict[str, Any]) -> bool:
+    return all(name in line and isinstance(line[name], kind) for name, kind in form.items())
 
 
 def cut_after(path: Path, step: int) -> None:
@@ -110,8 +148,7 @@ def cut_after(path: Path, step: int) -> None:
 def append_timing(run: RunFolder, values: dict[str, Any]) -> None:
     """Appends one line to timing.jsonl."""
     # Opened for each line, because launchers and those who judge a hang append to it as well.
-    with run.timing.open("a") as file:
-        file.write(json.dumps({"time": now(), **values}) + "\n")
+    append(run.timing, {"time": now(), **values})
 
 
 class Status:

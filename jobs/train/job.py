@@ -53,6 +53,8 @@ class TrainJob:
                 print(error, file=sys.stderr)
             except Exception as error:
                 failure = failure_of(error, watchdog.doing)
+                if self.is_done(failure.trace.strip().splitlines()[-1]):
+                    return 0 if self.processes == 1 else 1  # which ends the others; then who has started them asks
                 if failure.for_good:
                     self.failed(process_rank(), failure.trace)
                 else:
@@ -71,6 +73,16 @@ class TrainJob:
         """Records a failure of this process; `ended` decides what follows from it, if the job may be tried again."""
         for_good = {} if self.retries else {"state": State.FAILED}
         self._record(process_rank(), trace, outside=outside, node=process_node(), **for_good)
+
+    def is_done(self, cause: str | None) -> bool:
+        run, cause = RunFolder(self.run), cause or faults.WITHOUT_A_WORD
+        if not faults.finish(run, cause):
+            return False
+        print(
+            f"{run} is finished all the same: {run.read_status().get('missing') or cause}", file=sys.stderr, flush=True
+        )
+        notify.tell(run, "finished", _say_aside)
+        return True
 
     def ended(self, cause: str | None, node: str | None, come_back: ComeBack | None, own: str | None = None) -> bool:
         run = RunFolder(self.run)

@@ -84,7 +84,9 @@ def train(
             if training.step == settings.steps:
                 recorder.draw(lambda: signals.requested is not Stop.NO)
         watchdog.phase("the end", END)
-        world.close()
+        # All is saved. Whoever is told to end now may wait for a process that has died.
+        is_safe = world.rank == 0 and training.step == settings.steps
+        world.close(lambda: is_safe and signals.requested >= Stop.TERMINATE)
         return conclude(run, training, recorder, reason, requeue)
     except NotFinite as error:
         good = next(iter(checkpoints.steps(run.checkpoints)), "0, the beginning")

@@ -17,7 +17,7 @@ from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
-from jobs.storage.records import Metrics, Status, append_timing, cut_after, last_step, now, read_jsonl
+from jobs.storage.records import Metrics, Status, append_timing, cut_after, last_step, now, read_jsonl, skipped
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
@@ -126,6 +126,10 @@ class RunRecorder(Recorder):
         self._writer = checkpoints.Writer(
             run.checkpoints, settings.keep_checkpoints, training.step, owner.check, console.say, self._needed
         )
+        for name, number in skipped(run.path).items():
+            console.say(
+                f"WARNING: {number} line{'s' if number > 1 else ''} of {name} cannot be read and count for nothing"
+            )
         self._metrics = Metrics(run.metrics, training.step)
         self._progress = Progress(console, "train", settings.steps, training.step, "images", settings.batch_size)
         self._started = self._saved_at = time.monotonic()

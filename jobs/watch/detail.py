@@ -103,11 +103,11 @@ def _progress(detail: dict[str, Any]) -> str:
 
 def _quality(judged: dict[str, Any]) -> list[str]:
     """Says how good the samples of the last judged checkpoint were (--train.evaluate-every)."""
-    found = [
-        f"{metric['label']} {metric['value']:.4f} ({metric['low']:.4f} to {metric['high']:.4f}), "
-        f"floor {metric['floor']:.4f}"
-        for metric in judged["metrics"].values()
-    ]
+    found = []
+    for metric in judged["metrics"].values():
+        interval = f" ({metric['low']:.4f} to {metric['high']:.4f})" if metric["low"] is not None else ""
+        floor = [f"floor {metric['floor']:.4f}"] if metric["floor"] is not None else []
+        found += [f"{metric['label']} {metric['value']:.4f}{interval}", *floor]
     return [f"step {judged['step']:,}", *found]
 
 

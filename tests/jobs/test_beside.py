@@ -109,6 +109,13 @@ def test_a_signal_ends_the_wait_for_the_last_judgement(tmp_path: Path) -> None:
     assert not (tmp_path / "a" / "quality.jsonl").exists()
 
 
+def test_a_judged_metric_without_a_floor_or_an_interval_is_shown() -> None:
+    whole = {"label": "W1", "value": 0.25, "low": 0.125, "high": 0.5, "floor": 0.0625}
+    bare = {"label": "KL", "value": 0.75, "low": None, "high": None, "floor": None}
+    shown = detail._quality({"step": 1000, "metrics": {"w1": whole, "kl": bare}})
+    assert shown == ["step 1,000", "W1 0.2500 (0.1250 to 0.5000)", "floor 0.0625", "KL 0.7500"]
+
+
 def test_only_what_can_be_judged_within_seconds_is() -> None:
     preset = EXPERIMENTS["fashion-mnist-small"].preset
     with pytest.raises(SettingsError, match="is for 1d and digits"):

@@ -235,6 +235,23 @@ def test_a_metric_without_an_interval_is_shown_and_not_judged(evaluated: Path, t
     assert "KL" in report.quality(sets, 120).splitlines()[0]
 
 
+def test_results_of_an_earlier_version_are_kept_beside_the_new_ones(evaluated: Path, tmp_path: Path) -> None:
+    """Their checkpoint may be gone, so that not all of them could be computed again."""
+    shutil.copytree(evaluated / "runs", tmp_path / "runs")
+    evaluation = planned(tmp_path, "few")
+    path, replicates = evaluation.folder / "metrics.json", evaluation.read_replicates()
+    new = path.read_text()
+    results = {name: value for name, value in evaluation.read().items() if name != "protocol"}
+    old = new.replace(f'"version": {evaluation.protocol["version"]}', '"version": 0')
+    path.write_text(old)
+    for _ in range(2):  # the second time replaces results of the same version
+        evaluation.write(results, replicates)
+        assert path.read_text() == new
+        assert [(kept.name, kept.read_text()) for kept in evaluation.folder.glob("metrics-*")] == [
+            ("metrics-version-0.json", old)
+        ]
+
+
 def test_samples_without_their_checkpoint_are_judged_by_themselves(root: Path, evaluated: Path) -> None:
     shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints" / "step-00000040")
     shown = done("evaluate", "1d/a", "--samples", "more", cwd=root)

@@ -3,9 +3,12 @@
 import errno
 import io
 import os
+import shutil
 import tracemalloc
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,6 +199,18 @@ def test_an_export_appears_whole_or_not_at_all(
     assert sorted(samples.folder.iterdir()) == before
     assert exported(samples, form).exists()
     assert len(list(samples.folder.iterdir())) == len(before) + 1
+
+
+def test_a_set_that_is_complete_needs_room_for_its_export_alone(
+    colours: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = complete(tmp_path, colours)
+    needed = exports.needed_bytes(samples, "npy", colours.shape[1:])
+    assert needed == colours.nbytes
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with nullcontext() if free == needed else pytest.raises(UserError, match=r"of disk; 0\.00 GB are free"):
+            samples.check_disk(needed)
 
 
 def test_a_form_for_images_refuses_numbers() -> None:

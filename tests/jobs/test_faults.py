@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
+from jobs.storage.records import last_start, read_jsonl
+from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
 
 COMMAND = ("train", "1d", *TINY, "--name", "a")
@@ -83,6 +85,29 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops_and_changes_nothing(tmp_p
     refused = launch("sample", run, cwd=tmp_path)
     assert refused.code == 2
     assert "to begin anew, move them away" in refused.err
+
+
+SPOILT = {
+    "metrics.jsonl": ['{"loss": 1}', '{"step": "7", "held_out_loss": "low"}', "[1]"],
+    "quality.jsonl": ['{"step": 7, "metrics": null}', "7"],
+    "timing.jsonl": ["null", '{"event": 3}', '{"time": "noon", "event": "progress"}'],
+    "checkpoints.jsonl": ['{"step": "7", "sha256": {}}', '{"continued": "7"}'],
+    "faults.jsonl": ['{"time": 7, "cause": "why"}', '{"continued": 7}'],
+}
+
+
+def test_lines_that_somebody_has_edited_or_a_disk_has_cut_are_skipped_with_a_sentence(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d" / "a"
+    done(*COMMAND, "--train.steps", "10", cwd=tmp_path, **NO_FIGURES)
+    for name, lines in SPOILT.items():
+        with (run / name).open("a") as file:
+            file.write("\n".join([*lines, '{"step": 9, "tim']))
+    again = done("resume", run, "--train.steps", "20", cwd=tmp_path, **NO_FIGURES)
+    assert "WARNING: 4 lines of metrics.jsonl cannot be read and count for nothing" in again.out
+    assert [name for name in SPOILT if f"lines of {name} cannot be read" not in again.out] == []
+    assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == list(range(1, 21))
+    assert last_start(RunFolder(run))["step"] == 10  # although the line before was cut
+    assert "finished" in done("status", run, cwd=tmp_path).out
 
 
 def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> None:

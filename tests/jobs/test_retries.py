@@ -51,6 +51,36 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself_to_the_same_bytes(proce
     assert "tried again" in shown
 
 
+def test_a_run_is_finished_if_a_process_dies_between_its_last_vote_and_its_end(tmp_path: Path) -> None:
+    where = ("--gpus", 2, "--train.steps", 100)
+    process = start_held("jobs.train.loop.run_steps", 1, *COMMAND, *where, cwd=tmp_path, times=2)
+    run = tmp_path / "runs" / "1d" / "a"
+    both = {held(tmp_path, number) for number in range(2)}
+    wait_until((run / "checkpoints" / "step-00000100").is_dir)  # a thread writes it
+    (other,) = both - {status(run)["pid"]}
+    os.kill(other, signal.SIGKILL)
+    ended = finish(process)
+    assert ended.code == 0, ended
+    assert "runs/1d/a is finished all the same: " in ended.err
+    assert (status(run)["state"], status(run)["step"]) == ("finished", 100)
+
+
+@pytest.mark.parametrize(("place", "missing"), [("save", True), ("finish", False)])
+def test_what_happens_after_the_last_save_fails_no_run_and_starts_none_again(
+    place: str, missing: bool, tmp_path: Path
+) -> None:
+    place = f"jobs.train.recorder.RunRecorder.{place}"
+    process = start_held(place, 1, *COMMAND, "--train.steps", 50, "--retries", 1, cwd=tmp_path)
+    os.kill(held(tmp_path), signal.SIGKILL)
+    ended = finish(process)
+    assert ended.code == 0, ended
+    run = tmp_path / "runs" / "1d" / "a"
+    said = status(run)
+    assert (said["state"], said["restarts"]) == ("finished", 0)
+    assert ("process 0 was ended by SIGKILL" in said["missing"]) == missing
+    assert not (run / "faults.jsonl").exists()
+
+
 def test_wrong_use_is_not_tried_again(tmp_path: Path) -> None:
     diverging = ("--train.lr", "1e30", "--train.warmup-steps", "0", "--train.steps", "200")
     ended = launch(*COMMAND, *diverging, "--retries", 3, cwd=tmp_path, **NO_FIGURES)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -16,10 +17,12 @@ from jobs.storage import faults
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster, wait_for
+from tests.jobs.test_hangs import children
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
 from tests.slurm.site import (
     START,
+    STEPS,
     UPDATE,
     Site,
     change,
@@ -271,6 +274,19 @@ def test_a_job_whose_task_is_killed_is_queued_again(site: Site, undisturbed: Cal
     assert_equal(run, expected)
 
 
+def test_a_job_whose_task_dies_after_the_last_save_has_ended_well(site: Site) -> None:
+    run = site.train("a", 2)
+    last = f"run.checkpoints / 'step-{STEPS:08d}'"
+    dies = f"        if world.rank == 1:\n            import os\n            while not ({last}).is_dir():\n"
+    dies += "                time.sleep(0.1)\n            os.kill(os.getpid(), 9)\n"
+    end = '        watchdog.phase("the end", END)\n'
+    change(run / "code" / "jobs" / "train" / "loop.py", end, dies + end)
+    site.finish(run)
+    assert "is finished all the same: " in site.log(run)
+    assert (restarts(run), site.cluster.job(site.job_id(run))["Restarts"]) == (0, "0")
+    assert faults.read(RunFolder(run)) == []
+
+
 def test_a_node_that_dies_with_all_its_processes(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     """The survivors fail, because they lose the others: the job would be over before Slurm knows why."""
     expected = undisturbed(4)
@@ -309,6 +325,32 @@ def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
     assert fault.cause.split()[4].rstrip(":") == fault.node
     assert len(list((run / str(fault.hang)).iterdir())) == 4
     assert_equal(run, expected)
+
+
+def pauses(pid: int) -> int:
+    """How often it has waited for something."""
+    found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def test_a_job_that_hangs_when_its_time_limit_is_near_is_queued_again(site: Site, tmp_path: Path) -> None:
+    """With patience for hours; the signal is that of the limit."""
+    profile = tmp_path / "patient.toml"
+    profile.write_text('[environment]\nWATCHDOG_S = "3600"\n')
+    run = site.train("a", 2, "--profile", profile, slow=True)
+    site.wait_for_step(run, 120)
+    victim = task_pids(run)[1]
+    os.kill(victim, signal.SIGSTOP)
+    (watcher,) = children(victim, "watcher.py")
+    before = pauses(watcher)
+    wait_until(lambda: pauses(watcher) > before + 2)  # it has seen that nothing is done before the signal comes
+    site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+    wait_until(lambda: restarted(run), timeout_s=240)
+    site.finish(run)
+    (fault,) = faults.read(RunFolder(run))
+    assert fault.cause.startswith("hung: process 1 on n")
+    assert status(run)["restarts"] == 1
 
 
 def test_a_node_on_which_a_run_dies_twice_without_progress_is_left_out(

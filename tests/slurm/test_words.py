@@ -5,9 +5,13 @@ The answers were recorded by record.py; the job ids are in its order.
 
 import json
 import shlex
+import signal
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from submitit.core.utils import DelayedSubmission
 
 from jobs.experiments.experiment_json import write
 from jobs.experiments.table import EXPERIMENTS
@@ -16,6 +20,7 @@ from slurm.errors import SlurmError, UserError
 from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Shape, Submission
+from slurm.task import SlurmTask
 from tests.launching import done, launch, sentence
 from tests.slurm.record import RECORDED
 
@@ -335,8 +340,13 @@ def test_a_job_on_several_nodes_of_an_allocation_is_not_tried_again(tools: Tools
 AWAY_TWICE = """
 cd "$(dirname "$0")"; echo "$*" >> asked
 [ $(grep -c -- "$*" asked) -gt 2 ] || { echo 'slurm_load_jobs error: {words}' >&2; exit 1; }
-case $* in *requeue*) echo JobId=7 JobState=PENDING Restarts=1 > job; exit;; esac
-cat job
+case $* in
+  *requeue*) echo JobId=7 JobState=PENDING Restarts=1 > job;;
+  *config*) echo SLURM_VERSION = 24.05; echo PreemptType = preempt/partition_prio;;
+  *partition*) echo PartitionName=low PreemptMode=REQUEUE; echo n1; echo n2;;
+  *update*) ;;
+  *) cat job;;
+esac
 """
 
 
@@ -347,14 +357,26 @@ cat job
 def test_a_job_waits_for_a_controller_that_is_away(
     words: str, tools: Tools, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    tools.write("scontrol", AWAY_TWICE.replace("{words}", words))
-    (tools.folder / "job").write_text("JobId=7 JobState=RUNNING Restarts=0\n")
+    for name in ("scontrol", "sinfo"):
+        tools.write(name, AWAY_TWICE.replace("{words}", words))
+    job, asked = tools.folder / "job", tools.folder / "asked"
+    job.write_text("JobId=7 JobState=RUNNING Restarts=0\n")
     monkeypatch.setattr(queue, "AGAIN_S", 0.0)
     monkeypatch.setattr(queue, "PATIENCE_S", 600.0)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert task.is_current()
+    assert task.requeue(["n2"]) == "7"
+    # When it asks about the job, requeues it, asks for the other nodes, and leaves one out.
+    assert capfd.readouterr().err.count(f"{words}; asking again") == 4
+    assert asked.read_text().count("update JobId=7 ExcNodeList=n2\n") == 3
+    job.write_text("JobId=7 JobState=RUNNING Restarts=1\n")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    task.stay_away()
+    assert asked.read_text().count("update JobId=7 Requeue=0\n") == 3
+    job.write_text("JobId=7 JobState=RUNNING Restarts=0 PreemptTime=2025-01-01T00:00:00 Requeue=1 Partition=low\n")
+    asked.unlink()
     assert task.requeue() == "7"
-    assert capfd.readouterr().err.count(f"{words}; asking again") == 2  # when it asks, and when it requeues
+    assert "requeue" not in asked.read_text()  # Slurm does it, as its configuration says
 
 
 def test_a_job_does_not_ask_for_ever(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +391,11 @@ def test_an_element_of_an_array_submits_itself_alone(
     tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without a node that has failed, as long as Slurm has others; beside those that the site leaves out."""
-    tools.write("sbatch", f'echo "$@" >> {tmp_path}/asked; case "$*" in *--exclude=n9,n1*) exit 1;; esac; echo 20')
+    away = f"[ -s {tmp_path}/asked ] || words='Unable to contact slurm controller'"  # at first
+    refuses = 'case "$*" in *--exclude=n9,n1*) echo "$words" >&2; exit 1;; esac'
+    tools.write("sbatch", f'{away}; echo "$@" >> {tmp_path}/asked; {refuses}; echo 20')
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setattr(queue, "PATIENCE_S", 600.0)
     monkeypatch.setenv("PATH", str(tools.folder))
     for name, value in {"SLURM_JOB_ID": "18", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "3"}.items():
         monkeypatch.setenv(name, value)
@@ -379,7 +405,7 @@ def test_an_element_of_an_array_submits_itself_alone(
     (tmp_path / "17_3_submitted.pkl").write_text("pickle")
     assert task.requeue(["n1"]) == "20_3"
     alone = "--parsable --dependency=afterany:17_3 --array=3"
-    with_and_without = [f"{alone} --exclude=n9,n1 {script}", f"{alone} {script}"]
+    with_and_without = [*2 * [f"{alone} --exclude=n9,n1 {script}"], f"{alone} {script}"]
     assert (tmp_path / "asked").read_text().splitlines() == with_and_without
     assert (tmp_path / "20_submission.sh").read_text() == script.read_text()
     assert (tmp_path / "20_3_submitted.pkl").read_text() == "pickle"
@@ -431,3 +457,35 @@ def test_which_task_died_first(log: str, expected: tuple[str | None, str | None]
     cause, node = after.first_end(log)
     assert node == expected[1]
     assert cause is None if expected[0] is None else expected[0] in str(cause)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A job whose tasks have died; done or not, it does not come back."""
+
+    done: bool
+    retries: int = 3
+
+    def comes_back_as(self, job_id: str) -> None:
+        raise AssertionError(job_id)
+
+    def is_done(self, cause: str | None) -> bool:
+        return self.done
+
+    def ended(self, *arguments: object) -> bool:
+        assert not self.done
+        return False
+
+
+@pytest.mark.parametrize(("done", "code"), [(True, 0), (False, 137)])
+def test_the_script_of_a_job_that_is_done_ends_well_however_its_tasks_have_ended(
+    done: bool, code: int, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.write("scontrol", "echo JobId=7 JobState=RUNNING Restarts=0")
+    DelayedSubmission(SlurmTask(Ending(done), 60.0)).dump(tmp_path / "7_submitted.pkl")  # type: ignore[arg-type]
+    for name, value in {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": ""}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(queue, "PATIENCE_S", queue.PATIENCE_S)  # so that it is restored
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "argv", ["after", str(tmp_path), "137", "0"])
+    assert after.main() == code
