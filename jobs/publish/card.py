@@ -112,7 +112,7 @@ def _command(experiment: str, config: ExperimentConfig) -> str:
 def _use(config: ExperimentConfig, settings: SampleSettings) -> str:
     """How to draw samples, and how to load the weights."""
     model, known = config.model, versions()
-    packages, told = ["torch", "safetensors"], ""
+    packages, told = ["torch", "safetensors", "numpy"], ""
     text = "Sample i depends on the weights, `config.json`, the seed and i alone."
     if settings.classes:
         told = f" --classes {settings.classes[0]} --guidance {settings.guidance:g}"

@@ -1,4 +1,4 @@
-"""Draws numbers with the model in this folder; needs torch and safetensors alone.
+"""Draws numbers with the model in this folder; needs torch, safetensors and numpy alone.
 
 python generate.py --num-samples 16 writes generated.npz (arr_0: float32 [n]; arr_1: classes, if it has some).
 """

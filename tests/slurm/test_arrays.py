@@ -9,11 +9,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slurm.devcluster import DevCluster, wait_for
 from tests.launching import NO_FIGURES, TINY, Finished, done, launch, status, wait_until
-from tests.slurm.site import Site, state
 
 pytestmark = pytest.mark.slurm
 
@@ -43,8 +43,8 @@ def on_slurm(root: Path, cluster: DevCluster, *more: object, gpus: int = 2) -> F
     return ended
 
 
-def assert_same_samples(root: Path) -> None:
-    folder = root / "runs" / "1d" / "a" / "samples"
+def assert_same_samples(root: Path, experiment: str = "1d") -> None:
+    folder = root / "runs" / experiment / "a" / "samples"
     for path in sorted((folder / "here").iterdir()):
         assert path.read_bytes() == (folder / "there" / path.name).read_bytes(), path.name
 
@@ -125,16 +125,20 @@ def test_an_array_audits_the_stretches_between_kept_checkpoints(tidy: DevCluster
     assert f"steps 0 to {kept[0]}: DIFFERENT\n  from step 3 on: metrics.jsonl (loss)\nWhat" in found.out
 
 
-def test_sampling_through_slurm_writes_the_same_bytes_as_here(site: Site) -> None:
-    run = site.train("a", 2, "--wait", steps=50)
-    assert state(run) == "finished"
-    command = ("sample", run, "--num-samples", "200000", "--sampler", "dpm++", "--steps", "5", "--device", "cpu")
-    here = site.launch(*command, "--name", "here", "--cluster", "local")
-    assert here.code == 0, here
-    slurm = ("--cluster", "slurm", "--gpus", 2, "--slurm.cpus-per-gpu", 1, "--wait")
-    there = site.launch(*command, "--name", "there", *slurm)
+def test_sets_of_classes_of_a_run_trained_on_slurm_are_those_drawn_here(tidy: DevCluster, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "1d-classes" / "a"
+    six = ("--data.means", *range(6), "--data.stds", *[0.1] * 6, "--data.weights", 0.5, *[0.1] * 5)
+    train = ("train", "1d-classes", *TINY, *six, "--train.steps", 50, "--name", "a", *SLURM, "--wait")
+    trained = launch(*train, "--gpus", 2, "--slurm.gpus-per-node", 2, cwd=tmp_path, **tidy.env)
+    assert trained.code == 0, trained
+    command = ("sample", run, "--num-samples", 70_001, "--classes", "3,5,0", "--guidance", 2, "--steps", 5)
+    done(*command, "--name", "here", "--cluster", "local", "--device", "cpu", cwd=tmp_path)
+    there = launch(*command, "--name", "there", *SLURM, "--gpus", 2, "--wait", cwd=tmp_path, **tidy.env)
     assert there.code == 0, there
-    assert_same_samples(site.root)
+    assert "array of 2 jobs" in there.out
+    assert_same_samples(tmp_path, "1d-classes")
+    with np.load(run / "samples" / "there" / "samples.npz") as found:  # a shard is no whole number of rounds
+        assert np.array_equal(found["arr_1"], np.array([3, 5, 0])[np.arange(70_001) % 3])
 
 
 def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, root: Path) -> None:
