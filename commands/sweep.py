@@ -77,7 +77,7 @@ class Sweep:
             return show({"experiment": experiment, **asdict(base)}, what)
         if isinstance(place, OnSlurm):
             place.check_array([job for job, _, _ in jobs])
-        base.prepare(print)
+        base.data.prepare(print)
         for job, config, point in jobs:
             resources = {"processes": job.processes, "device": device}
             facts = {"resources": resources, "sweep": self.name, "point": point}

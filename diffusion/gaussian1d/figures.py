@@ -87,6 +87,7 @@ def samples(mixture: Mixture, x: NDArray[Any], path: Path) -> None:
     low, high = _range(mixture)
     grid = torch.linspace(low, high, 600, dtype=torch.float64)
     figure, axes = new_figure()
+    # About the square root of n, so that chance in a bin stays small beside its height.
     bins = min(120, max(10, round(len(x) ** 0.5)))
     axes.hist(
         x, bins=bins, range=(low, high), density=True, color=MODEL, alpha=0.5, label=f"{len(x):,} samples of the model"

@@ -7,7 +7,7 @@ import platform
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jobs.files import write_atomically, write_json
 from jobs.storage.ownership import Ownership
@@ -43,7 +43,7 @@ class Metrics:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a file of lines, [] if it is not there; skips lines that a kill or a full disk has cut."""
-    return _objects(path.read_text(errors="replace"))[0] if path.exists() else []
+    return _objects(path.read_text(errors="replace")) if path.exists() else []
 
 
 def last_step(metrics: Path) -> int:
@@ -57,7 +57,7 @@ def held_out_losses(metrics: Path) -> dict[int, float]:
     if not metrics.exists():
         return {}
     with metrics.open(errors="replace") as file:  # only few of its lines have one, and are parsed
-        lines = _objects("".join(line for line in file if '"held_out_loss"' in line))[0]
+        lines = _objects("".join(line for line in file if '"held_out_loss"' in line))
     return {line["step"]: line["held_out_loss"] for line in lines if line["held_out_loss"] is not None}
 
 
@@ -73,31 +73,38 @@ def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:
 
 
 class Tail:
-    """Reads a file of lines while it grows."""
+    """Reads a file of lines that grows; it is open only while it is read, because there may be thousands of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: TextIO | None = None
-        self._rest = ""
+        self._file_id = self._position = 0
+        self.is_new = False
+        """Whether the file is another one than before, and was read from its beginning."""
 
     def read(self) -> list[dict[str, Any]]:
         """The objects of all lines that have been completed since the last time."""
-        if self._file is None:
-            if not self._path.exists():
-                return []
-            self._file = self._path.open(errors="replace")
-        objects, self._rest = _objects(self._rest + self._file.read())
-        return objects
+        try:
+            with self._path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                self.is_new = facts.st_ino != self._file_id or facts.st_size < self._position
+                self._file_id, self._position = facts.st_ino, 0 if self.is_new else self._position
+                file.seek(self._position)
+                text = file.read()
+        except OSError:  # there is none yet
+            self.is_new = False
+            return []
+        self._position += text.rfind(b"\n") + 1
+        return _objects(text.decode(errors="replace"))
 
 
-def _objects(text: str) -> tuple[list[dict[str, Any]], str]:
-    """Returns the objects of all whole lines, and the text after the last of them."""
-    *lines, rest = text.split("\n")
+def _objects(text: str) -> list[dict[str, Any]]:
+    """Returns the objects of all whole lines."""
+    *lines, _ = text.split("\n")
     objects = []
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):
             objects.append(json.loads(line))
-    return objects, rest
+    return objects
 
 
 def cut_after(path: Path, step: int) -> None:
