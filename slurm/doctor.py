@@ -103,12 +103,7 @@ def _accounting(config: dict[str, str]) -> Finding:
 
 def _requeue(config: dict[str, str]) -> Finding:
     if config.get("JobRequeue") == "0":
-        return Finding(
-            "warning",
-            "JobRequeue=0: jobs are not queued again after a preemption or the loss of a node",
-            "a long run consists of several jobs under one id",
-            "nothing to do for jobs of launch.py, which ask for it; your own scripts need `#SBATCH --requeue`",
-        )
+        return Finding("ok", "JobRequeue=0: jobs are queued again if they ask for it, as those of launch.py do")
     told = "JobRequeue=1: jobs are queued again after a preemption or the loss of a node"
     if "enable_expedited_requeue" in config.get("SlurmctldParameters", ""):
         told += "; not expedited, for then Slurm holds a job that fails without a broken node"
@@ -124,14 +119,8 @@ def _array_size(config: dict[str, str]) -> Finding:
             "`sample` and `sweep` submit arrays",
             "ask for a larger MaxArraySize, or use one job: --cluster local inside an salloc",
         )
-    if size < 1001:
-        return Finding(
-            "warning",
-            f"MaxArraySize={size}, less than the usual 1001",
-            f"`sample` and `sweep` submit one array for every {size} tasks",
-            "nothing to do unless the number of jobs in the queue is limited, too",
-        )
-    return Finding("ok", f"MaxArraySize={size}")
+    several = f": `sample` and `sweep` submit one array for every {size} tasks" if size < 1001 else ""
+    return Finding("ok", f"MaxArraySize={size}{several}")
 
 
 def _stopping(config: dict[str, str], partition: dict[str, str]) -> Iterator[Finding]:

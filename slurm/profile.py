@@ -18,13 +18,10 @@ ONLY_IN_FILES = ("setup", "environment", "srun_args", "sbatch", "cpu", "notify")
 """Lists and tables, which have no flag."""
 _LAUNCHERS_OWN = ("array", "chdir", "dependency", "error", "job-name", "nodes", "open-mode", "output", "signal", "time")
 """Flags of sbatch on which it depends that no run is lost."""
+PLAIN = {**{key: key for key in ("partition", "account", "qos", "constraint", "exclude")}, "clusters": "cluster"}
+"""Flags of sbatch, and the keys that hold their values as sbatch takes them."""
 _KEYS = {
-    "partition": "partition",
-    "account": "account",
-    "qos": "qos",
-    "constraint": "constraint",
-    "exclude": "exclude",
-    "clusters": "cluster",
+    **PLAIN,
     "ntasks": "ntasks",
     "ntasks-per-node": "gpus_per_node",
     "cpus-per-task": "cpus_per_gpu",
@@ -212,6 +209,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(isinstance(line, str) for line in value)
     if origin is dict:
         return isinstance(value, dict) and all(kinds[1] is Any or _fits(entry, kinds[1]) for entry in value.values())
+    # To Python True is an int, too; in a profile it is none.
     if isinstance(value, bool):
         return bool in (kinds or (hint,))
     return isinstance(value, tuple(kind for kind in kinds or (hint,) if kind is not type(None)))

@@ -134,6 +134,7 @@ def file_system(folder: Path) -> str:
     kinds = {}
     for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
         _, mount, kind, *_ = line.split()
+        # Mounts come in order, and a later one hides an earlier one at the same place.
         kinds[Path(mount)] = kind
     folder = folder.resolve()
     return next((kinds[path] for path in (folder, *folder.parents) if path in kinds), "unknown")

@@ -31,6 +31,7 @@ class SampleFollower:
             first = max(0, done - WINDOW)
             seconds = times[done - 1] - times[first]
             samples = min(done * self._shard_size, total)
+            # Times are those at which shards ended, so the first one in the window gives a time and no samples.
             rate = (samples - (first + 1) * self._shard_size) / seconds if seconds > 0 else None
             self._dashboard.log(samples, {"run/done": samples / total, "speed/samples_per_s": rate})
         self._sent = len(times)

@@ -24,6 +24,8 @@ from jobs.watch.states import SlurmJob
 
 BOKEH = Resources(mode="inline", components=["bokeh"], log_level="error")
 """Its code without widgets, tables, 3D and mathematics, which would be twice as much."""
+FACTS = ("gpu", "device", "processes", "grad_shards", "precision", "threads", "cpu", "driver", "cuda", "cudnn", "nccl")
+"""What is said of a machine, in this order."""
 NARROW, WIDE = 700, 1200
 """Pixels of a picture: where several runs share the page, and where one has it."""
 
@@ -120,20 +122,7 @@ def events(run: Content) -> list[Mapping[str, Any]]:
 
 def machine(run: Content) -> dict[str, Any]:
     """Returns the facts of the machine that computed last, on which bytes depend."""
-    names = (
-        "gpu",
-        "device",
-        "processes",
-        "grad_shards",
-        "precision",
-        "threads",
-        "cpu",
-        "driver",
-        "cuda",
-        "cudnn",
-        "nccl",
-    )
-    return {name.replace("_", " "): run.machine[name] for name in names if run.machine.get(name) is not None}
+    return {name.replace("_", " "): run.machine[name] for name in FACTS if run.machine.get(name) is not None}
 
 
 def hashes(run: Content) -> dict[str, str]:
