@@ -1,6 +1,5 @@
 """The command `report`: a page about runs, to be passed on."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from diffusion.errors import UserError
 from jobs.files import write_atomically
 from jobs.storage import run_folder
 from jobs.storage.run_folder import RunFolder
+from jobs.tracking.identity import short
 from jobs.watch import detail, sweep
 
 
@@ -55,7 +55,5 @@ def _usual_path(runs: list[RunFolder]) -> Path:
     """Where a page goes unless the user says so; file names end at 255 bytes."""
     if len(runs) == 1:
         return Path(run_folder.as_typed(runs[0].path / "report.html"))
-    name = "-vs-".join(run.label.replace("/", "-") for run in runs)
-    if len(name) > 150:
-        name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = short("-vs-".join(run.label.replace("/", "-") for run in runs))
     return Path("reports") / f"{name}.html"

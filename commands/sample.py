@@ -87,6 +87,7 @@ class Sample:
         default, timesteps = EXPERIMENTS[experiment].sampler, config.diffusion.timesteps
         name = self.sampler if self.sampler is not None else default.sampler
         usual = default.steps if name == default.sampler else SAMPLERS[name].default_steps or timesteps
+        # A process with fewer timesteps than that has no more of them to visit.
         steps = self.steps if self.steps is not None else min(usual, timesteps)
         settings = sample_set.choose(
             run,

@@ -7,15 +7,7 @@ import tyro
 from tyro.conf import arg
 
 from commands.arguments import AMONG_OPTIONS
-from commands.train import (
-    as_begun,
-    check_same_settings,
-    choice,
-    create,
-    is_finished,
-    run_training,
-    with_notify,
-)
+from commands.train import as_begun, check_same_settings, choice, create, is_finished, run_training, with_notify
 from commands.where import Launch, show
 from jobs import notify
 from jobs.experiments import grid

@@ -127,6 +127,7 @@ def _stopping(config: dict[str, str], partition: dict[str, str]) -> Iterator[Fin
     """Says how jobs are told to stop, and how long they then have."""
     kill_wait = _number(config.get("KillWait", "30"))
     grace = _number(partition.get("GraceTime", "0"))
+    # What the partition says counts; the cluster's own mode holds where it says nothing.
     preempts = partition.get("PreemptMode", config.get("PreemptMode", "OFF")) != "OFF"
     if not preempts or config.get("PreemptType") == "preempt/none":
         yield Finding("ok", "no preemption in this partition")
@@ -194,6 +195,7 @@ def _limits(place: OnSlurm, profile: Profile, partition: dict[str, str]) -> Iter
         f"--partition={name}",
         "--format=%c|%m|%G|%t",
     ).stdout
+    # sinfo writes 64+ where the nodes of a row differ.
     rows = re.findall(r"^ *(\d+)\+? *\| *(\d+)\+? *\|(.*)\| *(\S+) *$", shown, re.MULTILINE)
     nodes = [(int(cpus), int(mem), sum(site.gpus(gres).values())) for cpus, mem, gres, _ in rows]
     alive = [state for *_, state in rows if not state.startswith(("down", "drain", "drng", "fail", "unk"))]

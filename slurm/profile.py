@@ -173,6 +173,7 @@ def _checked(values: dict[str, Any], where: str, keys: list[str]) -> dict[str, A
     for key, value in values.items():
         if key not in keys:
             raise UserError(f"profile {where}: {key} is no key of a profile; they are {', '.join(keys)}")
+        # In the table [cpu] false takes a key away, whatever its type is.
         taken_away = "cpu" not in keys and value is False
         if not taken_away and not _fits(value, hints[key]):
             raise UserError(f"profile {where}: {key} must be {_describe(hints[key])}; got {value!r}")

@@ -108,6 +108,7 @@ def load(root: Path, size: tuple[int, ...], channels: int | None) -> Loaded:
         raise UserError(f"images for training and tests must be of one size, and some of each; got {shapes} in {root}")
     hashed = hashlib.sha256()
     for split, (images, labels) in splits.items():
+        # With the shapes, because the same bytes may be other images.
         hashed.update(f"{split} {images.shape}\n".encode() + images.tobytes() + labels.tobytes())
     loaded = Loaded(
         {split: images for split, (images, _) in splits.items()},

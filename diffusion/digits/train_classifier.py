@@ -24,12 +24,7 @@ LARGEST_LR = 5e-3
 
 
 def train(
-    images: Images,
-    labels: NDArray[np.integer],
-    *,
-    steps: int,
-    seed: int,
-    say: Callable[[str], None] = lambda _: None,
+    images: Images, labels: NDArray[np.integer], *, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
 ) -> DigitNet:
     """A classifier of digits after `steps` batches of 128; the same bytes on the same number of threads.
 

@@ -62,6 +62,7 @@ def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n:
     def noise(k: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.FIGURE, k, 0, n, experiment.sample_shape))
 
+    # The sampler asks for the noise of steps 0 to steps - 1, so the start has the next number.
     arrays = _path(ddpm, model, experiment, noise(steps), steps, noise)
     grid(arrays[-1], folder / "samples.png", model.num_classes)
     _denoising(arrays, 6, model, f"{noun} (DDPM, {steps} steps)", folder)

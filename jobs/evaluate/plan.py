@@ -60,11 +60,6 @@ class Evaluation:
         """A file that exists as long as figures are missing."""
         return self.kept / "undrawn"
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether the weights that drew the samples still exist."""
-        return bool(self.protocol["weights_are_there"])
-
     def config(self) -> ExperimentConfig:
         """The run's settings, with the data where they lie now."""
         return RunFolder(self.samples.run).read_experiment()[1].moved(self.data_root)
@@ -129,11 +124,7 @@ def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
 
 
 def plan(
-    run: RunFolder,
-    name: str | None,
-    inception: bool = False,
-    likelihood: bool = False,
-    checkpoint: Named | None = None,
+    run: RunFolder, name: str | None, inception: bool = False, likelihood: bool = False, checkpoint: Named | None = None
 ) -> Evaluation:
     """The evaluation of a complete set of the run: the named one, or the newest, of any checkpoint or of that one.
 

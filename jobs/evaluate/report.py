@@ -85,6 +85,7 @@ def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
     found = {}
     for name in metrics_a.keys() & metrics_b.keys():
         value = metrics_b[name]["value"] - metrics_a[name]["value"]
+        # Numbers without chance in them differ by just so much.
         low = high = value
         if name in replicates_a and name in replicates_b:
             of_b = Estimate(metrics_b[name]["value"], replicates_b[name])

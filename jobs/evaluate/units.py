@@ -26,7 +26,7 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     run = RunFolder(samples.run)
     config, model = evaluation.config(), None
     set_numerics("fp32")
-    if evaluation.has_weights:
+    if evaluation.protocol["weights_are_there"]:
         _, model = load_model(run, samples.settings, own_device(device))
         model.requires_grad_(False)
     classes = samples.settings.classes_of(0, samples.num_samples) if samples.settings.classes else None

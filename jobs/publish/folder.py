@@ -84,6 +84,7 @@ def publish(
         (folder / "config.json").write_text(json.dumps(_config(experiment, config, settings), indent=2) + "\n")
         if found is not None and found.picture.exists():
             shutil.copyfile(found.picture, folder / "samples.png")
+        # All of our files have a suffix, and folders have none.
         hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.*"))}
         (folder / "README.md").write_text(card.card(run, experiment, config, settings, found, license_id, hashes))
 

@@ -110,6 +110,7 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
     launch, described = states.read_launch(run), detail.describe(run, jobs)
     complete = sample_set.complete(run)
     shown = [_samples(run, name, facts, width) for name, facts in list(complete.items())[:SETS]]
+    # The training's own picture stands in where no set has been drawn.
     drawn = {} if shown else {"figures/samples.png": "Samples at the end of the training"}
     return Content(
         label=run.label,

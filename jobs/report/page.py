@@ -41,6 +41,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
     if len({run.label for run in found}) < len(found):  # of several folders of all runs
         found = [replace(run, label=run.detail["path"]) for run in found]
     most = curves.points_of(len(found))
+    # All figures in one call, so that Bokeh writes its data once; the names say whose they are.
     figures = {f"{i}/{title}": plot for i, run in enumerate(found) for title, plot in curves.of_run(run, most).items()}
     if len(found) > 1:
         figures |= {f"all/{title}": plot for title, plot in curves.compared(found).items()}

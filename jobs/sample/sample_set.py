@@ -133,9 +133,9 @@ def read(run: RunFolder, name: str) -> "SampleSet":
 def complete(run: RunFolder) -> dict[str, dict[str, Any]]:
     """The manifests of the run's complete sets by their names, the newest first."""
     found: list[tuple[float, str, dict[str, Any]]] = []
-    for path in run.samples.glob("[!.]*/manifest.json"):
-        with suppress(OSError, UserError):  # it is damaged, or is just being deleted
-            if (manifest := run.read_samples(path.parent.name)).get("complete"):
+    for path, manifest in run.sets():
+        with suppress(OSError):  # it is just being deleted
+            if manifest.get("complete"):
                 found.append((path.stat().st_mtime, path.parent.name, manifest))
     return {name: manifest for _, name, manifest in sorted(found, key=lambda entry: entry[:2], reverse=True)}
 

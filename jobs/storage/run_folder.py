@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from enum import StrEnum
@@ -185,15 +185,15 @@ class RunFolder:
         """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
         return _read_json(self.samples / name / "manifest.json")
 
+    def sets(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields the manifest of each set of samples and what it says, unless it is damaged or just being deleted."""
+        for path in self.samples.glob("[!.]*/manifest.json"):
+            with suppress(OSError, UserError):
+                yield path, self.read_samples(path.parent.name)
+
     def drawn_steps(self) -> set[int]:
         """The steps of the checkpoints that sets of samples still need: a job that draws them may wait for hours."""
-        found: set[int] = set()
-        for path in self.samples.glob("*/manifest.json"):
-            with suppress(OSError, UserError, KeyError):  # it is damaged, or is just being deleted
-                manifest = self.read_samples(path.parent.name)
-                if not manifest["complete"]:
-                    found.add(manifest["step"])
-        return found
+        return {known["step"] for _, known in self.sets() if "step" in known and known.get("complete") is False}
 
     def add_job(self, kind: JobKind, job_id: str, listed: Path | None = None) -> None:
         """Remembers a Slurm job of the run, as `cancel` and `status` need it, and in the list of what it works on."""

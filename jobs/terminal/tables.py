@@ -8,12 +8,7 @@ LEAST = 6
 
 
 def render(
-    headers: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    width: int,
-    names: Collection[str],
-    texts: Collection[str],
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int, names: Collection[str], texts: Collection[str]
 ) -> str:
     """Returns the table in lines of at most `width` characters.
 

@@ -54,7 +54,7 @@ MAX_NAME = 128
 
 
 def short(name: str) -> str:
-    """The name as wandb takes it: of one that is too long the beginning, and a hash of the whole."""
+    """The name as wandb and file systems take it: of one that is too long the beginning, and a hash of the whole."""
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

@@ -89,6 +89,7 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     else:
         unseen = host if is_held is None or host != platform.node() else None
         state, reason = _judge(status, job, unseen, is_known=job_id is None or jobs is not None)
+        # Its files do not say yet that it has failed: whoever judges the hang has not been there.
         if state == State.FAILED and state != status.get("state") and (hang := faults.new_hang(run.path)) is not None:
             reason = f"{faults.describe_hang(hang)[0]}; stacks in {faults.HANG}/{hang.name}"
     alive = state == State.RUNNING
