@@ -107,7 +107,7 @@ def sampling_phase(run: Path, device: "Kind") -> Measurements:
     asked.write_manifest()
     with SignalWatch() as signals:
         started = time.perf_counter()
-        sample(asked, asked.missing(), device, signals, Watchdog(run / HANG), show_progress=False)
+        sample(asked, asked.missing(), device, signals, Watchdog(run / HANG))
         seconds = time.perf_counter() - started
     drawn = np.concatenate([np.load(asked.shard_path(shard)) for shard in range(asked.num_shards)])
     assert len(drawn) == SAMPLES_1D

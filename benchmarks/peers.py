@@ -197,7 +197,7 @@ def experiment(dim: int) -> "ImageExperiment":
     from jobs.experiments.table import EXPERIMENTS
 
     preset = EXPERIMENTS["mnist"].preset
-    preset.prepare(print)
+    preset.data.prepare(print)
     found = replace(preset, model=UnetSettings(dim=dim)).build()
     assert isinstance(found, ImageExperiment)
     return found

@@ -135,7 +135,7 @@ def main() -> None:
 
     keep_freed_memory()
     preset = EXPERIMENTS["mnist"].preset
-    preset.prepare(print)
+    preset.data.prepare(print)
     kind = resolve_device("auto", None)
     precision = resolve_precision("bf16" if options.tflops else preset.train.precision, kind)
     training = Training(preset.build(), preset.train, start(1, kind, precision))

@@ -124,7 +124,7 @@ def frechet(samples: "NDArray[np.uint8]", experiment: str = "mnist-small", *, re
     from jobs.experiments.table import EXPERIMENTS
 
     entry = EXPERIMENTS[experiment]
-    evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler), seed=0, inception=False)
+    evaluator = entry.preset.evaluator(Drawn(samples, None, entry.sampler))
     return unpack(evaluator.units()[f"features-real-{len(samples)}" if real else "features"].compute()["frechet"]).value
 
 

@@ -114,16 +114,9 @@ def planned(run: Path, sampler: Any, steps: int, num_samples: int = 64) -> "Samp
     from jobs.sample import sample_set
     from jobs.storage.run_folder import RunFolder
 
-    return sample_set.plan(
-        RunFolder(run),
-        num_samples=num_samples,
-        seed=0,
-        sampler=SamplerSettings(sampler=sampler, steps=steps),
-        weights="ema",
-        checkpoint=None,
-        name="benchmark",
-        say=print,
-    )
+    asked = SamplerSettings(sampler=sampler, steps=steps)
+    settings = sample_set.choose(RunFolder(run), seed=0, sampler=asked, weights="ema", checkpoint=None, say=print)
+    return sample_set.plan(RunFolder(run), settings, num_samples, "benchmark")
 
 
 def _load(samples: "SampleSet", device: "Kind") -> "tuple[Experiment, DiffusionModel]":

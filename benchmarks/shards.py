@@ -28,7 +28,7 @@ class Steps:
 
         keep_freed_memory()
         preset = EXPERIMENTS[self.experiment].preset
-        preset.prepare(print)
+        preset.data.prepare(print)
         world = start(self.processes, "cpu", "bf16")
         training = Training(preset.build(), replace(preset.train, grad_shards=self.shards), world)
         seconds = []

@@ -60,7 +60,7 @@ class Audit:
             return show({"run": str(run), "steps": stretches}, what)
         if isinstance(place, OnSlurm):
             place.check_array(jobs, after)
-        config.prepare(print)
+        config.data.prepare(print)
         if code_folder(run.path).name != "code":
             print(f"{run} began with other code than this.")
         try:

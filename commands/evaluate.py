@@ -114,8 +114,8 @@ class Evaluate:
     def _find(self, name: str) -> tuple[RunFolder, str | None]:
         """Finds a run, and the name of the set if the user has given the set's folder."""
         for folder in (Path(name), self.where.runs_dir / name):
-            if folder.parent.name == "samples" and (folder.parent.parent / "experiment.json").is_file():
-                return RunFolder(folder.parent.parent), folder.name
+            if folder.parent.name == "samples" and (run := RunFolder(folder.parent.parent)).exists():
+                return run, folder.name
         return run_folder.find(name, self.where.runs_dir), None
 
     def _jobs(self, asked: Evaluation) -> tuple[Here | OnSlurm, EvaluateJob, list[EvaluateJob]]:
@@ -142,7 +142,7 @@ class Evaluate:
         merge = EvaluateMergeJob(asked)
         if isinstance(place, OnSlurm):
             place.check_array(elements, merge)
-        asked.config().prepare(print)
+        asked.config().data.prepare(print)
         print(f"Evaluating {report.title(asked)}", flush=True)
         faults.forgive_set(asked.folder)
         if isinstance(place, Here):

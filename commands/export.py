@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.arguments import Run
+from commands.arguments import Run, RunsDir
 from commands.where import Checkpoint
 from jobs.storage import run_folder
 
@@ -20,8 +20,7 @@ class Export:
     checkpoint: Checkpoint = None
     license: str = "unknown"
     """Licence of the weights, as the Hugging Face Hub names it: mit, apache-2.0, cc-by-4.0, ..."""
-    runs_dir: Path = Path("runs")
-    """Folder of all runs."""
+    runs_dir: RunsDir = Path("runs")
 
     def __call__(self) -> int:
         from jobs.publish import folder  # here, because other commands need none of it, nor does --help

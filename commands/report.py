@@ -1,18 +1,18 @@
 """The command `report`: a page about runs, to be passed on."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from commands.arguments import optional
+from commands.arguments import RunsDir, optional
 from commands.watch import ask_slurm
 from diffusion.errors import UserError
 from jobs.files import write_atomically
 from jobs.storage import run_folder
 from jobs.storage.run_folder import RunFolder
+from jobs.tracking.identity import short
 from jobs.watch import detail, sweep
 
 
@@ -26,13 +26,12 @@ class Report:
     ]
     out: Annotated[Path | None, optional("FILE", "RUN/report.html, or reports/ for several runs")] = None
     """Where the page goes."""
-    runs_dir: Path = Path("runs")
-    """Folder of all runs."""
+    runs_dir: RunsDir = Path("runs")
 
     def __call__(self) -> int:
         if not self.runs:
             raise UserError("report needs a RUN: a run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run")
-        runs = [run for name in self.runs for run in self._find(name)]
+        runs = [run for name in self.runs for run in sweep.named(name, self.runs_dir)]
         path = self.out or _usual_path(runs)
         if path.is_dir():
             raise UserError(f"--out names the page itself; {path} is a folder")
@@ -51,17 +50,10 @@ class Report:
                 print(f"Left out of {run.label}, because links lead out of its folder: {', '.join(names)}")
         return 0
 
-    def _find(self, name: str) -> list[RunFolder]:
-        """The run that the user means, or all runs of a sweep; an existing folder is a run."""
-        points = [] if Path(name).is_dir() else sweep.runs_of(name, self.runs_dir)
-        return points or [run_folder.find(name, self.runs_dir)]
-
 
 def _usual_path(runs: list[RunFolder]) -> Path:
     """Where a page goes unless the user says so; file names end at 255 bytes."""
     if len(runs) == 1:
         return Path(run_folder.as_typed(runs[0].path / "report.html"))
-    name = "-vs-".join(run.label.replace("/", "-") for run in runs)
-    if len(name) > 150:
-        name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    name = short("-vs-".join(run.label.replace("/", "-") for run in runs))
     return Path("reports") / f"{name}.html"

@@ -1,6 +1,6 @@
 """`sample` draws a set of samples, on this machine or as an array on Slurm."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from commands.arguments import AMONG_OPTIONS, Run, optional
 from commands.where import Checkpoint, Launch, show
 from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
-from jobs.experiments.table import EXPERIMENTS
+from jobs.experiments.table import EXPERIMENTS, Entry
 from jobs.runtime.job import submitted
 from jobs.sample import exports, sample_set
 from jobs.sample.exports import Form
@@ -21,22 +21,12 @@ from slurm import queue
 from slurm.place import ROUNDS, OnSlurm
 
 
-def _by_experiment(setting: str) -> str:
-    """Writes the experiments' defaults, for the help."""
-    return _by_value({name: getattr(entry.sampler, setting) for name, entry in EXPERIMENTS.items()})
-
-
-def _guidance() -> str:
-    """The default guidance of models with classes, for the help."""
-    with_classes = {name: entry for name, entry in EXPERIMENTS.items() if entry.preset.knows_classes}
-    return _by_value({name: f"{entry.guidance:g}" for name, entry in with_classes.items()})
-
-
-def _by_value(defaults: Mapping[str, object]) -> str:
-    """Writes defaults of experiments, equal ones together."""
+def _defaults(of: Callable[[Entry], object]) -> str:
+    """Writes the experiments' defaults for the help, equal ones together, without those that are None."""
     names: dict[object, list[str]] = {}
-    for name, value in defaults.items():
-        names.setdefault(value, []).append(name)
+    for name, entry in EXPERIMENTS.items():
+        if (value := of(entry)) is not None:
+            names.setdefault(value, []).append(name)
     return "; ".join(f"{value} for {', '.join(same)}" for value, same in names.items())
 
 
@@ -63,10 +53,12 @@ class Sample:
     """Sample i depends on the seed and i, not on the number of samples or processes."""
     sampler: Annotated[
         SamplerName | None,
-        optional(f"{{{','.join(SAMPLERS)}}}", _by_experiment("sampler")),
+        optional(f"{{{','.join(SAMPLERS)}}}", _defaults(lambda entry: entry.sampler.sampler)),
         arg(help=_samplers()),
     ] = None
-    steps: Annotated[int | None, optional("INT", f"{_by_experiment('steps')}; {_of_other_samplers()}")] = None
+    steps: Annotated[
+        int | None, optional("INT", f"{_defaults(lambda entry: entry.sampler.steps)}; {_of_other_samplers()}")
+    ] = None
     """Network evaluations for each sample."""
     eta: float = 0.0
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
@@ -76,7 +68,10 @@ class Sample:
     classes: Annotated[str | None, optional("LIST", "all of them")] = None
     """Classes to draw, such as 7, 3,5 or 0-9: sample i has the (i mod n)-th of these n. For models that know
     classes."""
-    guidance: Annotated[float | None, optional("S", _guidance())] = None
+    guidance: Annotated[
+        float | None,
+        optional("S", _defaults(lambda entry: f"{entry.guidance:g}" if entry.preset.knows_classes else None)),
+    ] = None
     """How far the classes are exaggerated: 1 is not at all, 0 is without classes (Ho & Salimans 2022, S = 1 + w). Any
     other scale takes two network evaluations a step."""
     name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
@@ -92,19 +87,19 @@ class Sample:
         default, timesteps = EXPERIMENTS[experiment].sampler, config.diffusion.timesteps
         name = self.sampler if self.sampler is not None else default.sampler
         usual = default.steps if name == default.sampler else SAMPLERS[name].default_steps or timesteps
+        # A process with fewer timesteps than that has no more of them to visit.
         steps = self.steps if self.steps is not None else min(usual, timesteps)
-        asked = sample_set.plan(
+        settings = sample_set.choose(
             run,
-            num_samples=self.num_samples,
             seed=self.seed,
             sampler=SamplerSettings(sampler=name, steps=steps, eta=self.eta),
             weights=self.weights,
             checkpoint=self.checkpoint,
             classes=self.classes,
             guidance=self.guidance,
-            name=self.name,
             say=print,
         )
+        asked = sample_set.plan(run, settings, self.num_samples, self.name)
         where = f"{run}/samples/{asked.name}"
         if self.export is not None:
             exports.check(self.export, config.data.sample.shape)

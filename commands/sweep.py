@@ -7,15 +7,7 @@ import tyro
 from tyro.conf import arg
 
 from commands.arguments import AMONG_OPTIONS
-from commands.train import (
-    as_begun,
-    check_same_settings,
-    choice,
-    create,
-    is_finished,
-    run_training,
-    with_notify,
-)
+from commands.train import as_begun, check_same_settings, choice, create, is_finished, run_training, with_notify
 from commands.where import Launch, show
 from jobs import notify
 from jobs.experiments import grid
@@ -77,7 +69,7 @@ class Sweep:
             return show({"experiment": experiment, **asdict(base)}, what)
         if isinstance(place, OnSlurm):
             place.check_array([job for job, _, _ in jobs])
-        base.prepare(print)
+        base.data.prepare(print)
         for job, config, point in jobs:
             resources = {"processes": job.processes, "device": device}
             facts = {"resources": resources, "sweep": self.name, "point": point}

@@ -120,7 +120,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         return show({"experiment": experiment, **asdict(config)}, place.describe(job))
     _check_idle(run)
     place.check(job)
-    config.prepare(print)
+    config.data.prepare(print)
     if is_new:
         create(run, experiment, config, {"resources": {"processes": job.processes, "device": job.device}})
     with ownership.locked(run.path) as descriptor:

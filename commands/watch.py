@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 from tyro.conf import Positional, arg
 
-from commands.arguments import Run
+from commands.arguments import Run, RunsDir
 from diffusion.errors import UserError
 from jobs.storage import run_folder
 from jobs.storage.run_folder import RunFolder
@@ -29,8 +29,7 @@ class Status:
         Positional[Optional[str]],  # noqa: UP045
         arg(metavar="[RUN]", help="A run or a sweep.", help_behavior_hint="(default: all runs)"),
     ] = None
-    runs_dir: Path = Path("runs")
-    """Folder of all runs."""
+    runs_dir: RunsDir = Path("runs")
     json: bool = False
     """Print it for scripts."""
     watch: bool = False
@@ -66,21 +65,19 @@ class Status:
 
         if self.json:
             raise UserError("--watch is for people, --json for scripts; give one of them")
-        if self.run is not None and not self._sweep():
-            run_folder.find(self.run, self.runs_dir)
+        self._found()  # which says now that there is no such run
         screen.watch(self._found, ask_slurm, queue.Pace(load_profile(None, {}).poll_s).is_due)
         return 0
 
     def _sweep(self) -> list[RunFolder]:
         """The runs of the sweep that the user means, [] if it is none; an existing folder is a run."""
-        named = self.run is not None and not Path(self.run).is_dir()
-        return sweep.runs_of(str(self.run), self.runs_dir) if named else []
+        return [] if self.run is None else sweep.runs_of(self.run, self.runs_dir)
 
     def _found(self) -> list[RunFolder]:
         """The runs that are watched now."""
         if self.run is None:
             return listing.runs(self.runs_dir)
-        return self._sweep() or [run_folder.find(self.run, self.runs_dir)]
+        return sweep.named(self.run, self.runs_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +87,7 @@ class Logs:
     run: Run
     follow: bool = False
     """Go on until the run has ended."""
-    runs_dir: Path = Path("runs")
-    """Folder of all runs."""
+    runs_dir: RunsDir = Path("runs")
 
     def __call__(self) -> int:
         run = run_folder.find(self.run, self.runs_dir)
@@ -121,8 +117,7 @@ class Cancel:
     """Ends a run for good, with a last checkpoint."""
 
     run: Run
-    runs_dir: Path = Path("runs")
-    """Folder of all runs."""
+    runs_dir: RunsDir = Path("runs")
 
     def __call__(self) -> int:
         cancel(run_folder.find(self.run, self.runs_dir), queue.active, queue.cancel, queue.Pace().is_due, print)
@@ -139,8 +134,7 @@ class Sync:
     ]
     live: bool = False
     """Go on until the runs have ended."""
-    runs_dir: Path = Path("runs")
-    """Folder of all runs."""
+    runs_dir: RunsDir = Path("runs")
 
     def __call__(self) -> int:
         if not self.runs:

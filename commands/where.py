@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 
 from tyro.conf import arg
 
-from commands.arguments import optional
+from commands.arguments import RunsDir, optional
 from diffusion.errors import UserError
 from jobs.experiments.configs import ExperimentConfig
 from jobs.storage.checkpoints import Named
@@ -108,8 +108,7 @@ class Where:
     """Number of GPUs in all; with --device cpu, number of processes."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto is a GPU where there is one."""
-    runs_dir: Path = Path("runs")
-    """Folder of all runs."""
+    runs_dir: RunsDir = Path("runs")
     profile: Annotated[str | None, optional("NAME", "the default one")] = None
     """Slurm settings of a site: a TOML file, or the name of one in slurm/profiles."""
     slurm: Annotated[

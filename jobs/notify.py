@@ -160,6 +160,7 @@ SEND = {"mail": _mail, "webhook": _webhook, "wandb": _wandb}
 def main() -> None:
     from jobs.followers.loop import leave, say
 
+    # Whatever hangs, a mail program or a library: the job waits no longer for this process.
     signal.signal(signal.SIGALRM, lambda number, frame: leave())
     signal.alarm(END_S)
     run, event = RunFolder(Path(sys.argv[1])), next(event for event in WORDS if event == sys.argv[2])

@@ -103,12 +103,7 @@ def _accounting(config: dict[str, str]) -> Finding:
 
 def _requeue(config: dict[str, str]) -> Finding:
     if config.get("JobRequeue") == "0":
-        return Finding(
-            "warning",
-            "JobRequeue=0: jobs are not queued again after a preemption or the loss of a node",
-            "a long run consists of several jobs under one id",
-            "nothing to do for jobs of launch.py, which ask for it; your own scripts need `#SBATCH --requeue`",
-        )
+        return Finding("ok", "JobRequeue=0: jobs are queued again if they ask for it, as those of launch.py do")
     told = "JobRequeue=1: jobs are queued again after a preemption or the loss of a node"
     if "enable_expedited_requeue" in config.get("SlurmctldParameters", ""):
         told += "; not expedited, for then Slurm holds a job that fails without a broken node"
@@ -124,20 +119,15 @@ def _array_size(config: dict[str, str]) -> Finding:
             "`sample` and `sweep` submit arrays",
             "ask for a larger MaxArraySize, or use one job: --cluster local inside an salloc",
         )
-    if size < 1001:
-        return Finding(
-            "warning",
-            f"MaxArraySize={size}, less than the usual 1001",
-            f"`sample` and `sweep` submit one array for every {size} tasks",
-            "nothing to do unless the number of jobs in the queue is limited, too",
-        )
-    return Finding("ok", f"MaxArraySize={size}")
+    several = f": `sample` and `sweep` submit one array for every {size} tasks" if size < 1001 else ""
+    return Finding("ok", f"MaxArraySize={size}{several}")
 
 
 def _stopping(config: dict[str, str], partition: dict[str, str]) -> Iterator[Finding]:
     """Says how jobs are told to stop, and how long they then have."""
     kill_wait = _number(config.get("KillWait", "30"))
     grace = _number(partition.get("GraceTime", "0"))
+    # What the partition says counts; the cluster's own mode holds where it says nothing.
     preempts = partition.get("PreemptMode", config.get("PreemptMode", "OFF")) != "OFF"
     if not preempts or config.get("PreemptType") == "preempt/none":
         yield Finding("ok", "no preemption in this partition")
@@ -205,6 +195,7 @@ def _limits(place: OnSlurm, profile: Profile, partition: dict[str, str]) -> Iter
         f"--partition={name}",
         "--format=%c|%m|%G|%t",
     ).stdout
+    # sinfo writes 64+ where the nodes of a row differ.
     rows = re.findall(r"^ *(\d+)\+? *\| *(\d+)\+? *\|(.*)\| *(\S+) *$", shown, re.MULTILINE)
     nodes = [(int(cpus), int(mem), sum(site.gpus(gres).values())) for cpus, mem, gres, _ in rows]
     alive = [state for *_, state in rows if not state.startswith(("down", "drain", "drng", "fail", "unk"))]

@@ -18,13 +18,10 @@ ONLY_IN_FILES = ("setup", "environment", "srun_args", "sbatch", "cpu", "notify")
 """Lists and tables, which have no flag."""
 _LAUNCHERS_OWN = ("array", "chdir", "dependency", "error", "job-name", "nodes", "open-mode", "output", "signal", "time")
 """Flags of sbatch on which it depends that no run is lost."""
+PLAIN = {**{key: key for key in ("partition", "account", "qos", "constraint", "exclude")}, "clusters": "cluster"}
+"""Flags of sbatch, and the keys that hold their values as sbatch takes them."""
 _KEYS = {
-    "partition": "partition",
-    "account": "account",
-    "qos": "qos",
-    "constraint": "constraint",
-    "exclude": "exclude",
-    "clusters": "cluster",
+    **PLAIN,
     "ntasks": "ntasks",
     "ntasks-per-node": "gpus_per_node",
     "cpus-per-task": "cpus_per_gpu",
@@ -176,6 +173,7 @@ def _checked(values: dict[str, Any], where: str, keys: list[str]) -> dict[str, A
     for key, value in values.items():
         if key not in keys:
             raise UserError(f"profile {where}: {key} is no key of a profile; they are {', '.join(keys)}")
+        # In the table [cpu] false takes a key away, whatever its type is.
         taken_away = "cpu" not in keys and value is False
         if not taken_away and not _fits(value, hints[key]):
             raise UserError(f"profile {where}: {key} must be {_describe(hints[key])}; got {value!r}")
@@ -212,6 +210,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(isinstance(line, str) for line in value)
     if origin is dict:
         return isinstance(value, dict) and all(kinds[1] is Any or _fits(entry, kinds[1]) for entry in value.values())
+    # To Python True is an int, too; in a profile it is none.
     if isinstance(value, bool):
         return bool in (kinds or (hint,))
     return isinstance(value, tuple(kind for kind in kinds or (hint,) if kind is not type(None)))

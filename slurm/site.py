@@ -228,6 +228,7 @@ def _size(kind: Nodes, about: dict[str, str]) -> dict[str, Any]:
 
 def _memory(kind: Nodes, cpus: int, config: dict[str, str]) -> list[dict[str, Any]]:
     """The ways to ask for a GPU's share of a node's memory; not to mention it comes first where that is not all."""
+    # Not all of it: sites keep some of a node's memory for the system, and a request for more would never start.
     share = kind.mem_mb * 95 // 100 // 1024 // max(1, kind.gpus)
     ways: list[dict[str, Any]] = [{"mem_per_gpu_gb": share}] if share and kind.gpus else []
     ways += [{"mem_per_cpu_gb": share // cpus}] if share >= cpus else []

@@ -13,7 +13,7 @@ from typing import Any
 from slurm import queue
 from slurm.environment import outside_any_job
 from slurm.errors import SlurmError, UserError
-from slurm.profile import Profile
+from slurm.profile import PLAIN, Profile
 from slurm.task import WISH, SlurmTask, Work
 
 _OURS = ("job-name", "output", "error", "open-mode", "chdir", "requeue", "signal", "dependency", "array")
@@ -134,12 +134,7 @@ class Submission:
         setup = [*asked.setup, *(f"export {name}={shlex.quote(value)}" for name, value in asked.environment.items())]
         flags: dict[str, Any] = {
             "job-name": self.name,
-            "partition": asked.partition,
-            "account": asked.account,
-            "qos": asked.qos,
-            "constraint": asked.constraint,
-            "exclude": asked.exclude,
-            "clusters": asked.cluster,
+            **{flag: getattr(asked, key) for flag, key in PLAIN.items()},
             "time": asked.time_min,
             "nodes": shape.nodes,
             "ntasks": shape.tasks if asked.ntasks else None,

@@ -621,8 +621,8 @@ FAULTS = [
     Fault(
         "images for tests are trained on, too",
         "diffusion/data/own_images.py",
-        "kept[held_out] = False",
-        "kept[held_out] = True",
+        "rest = np.delete(images, held_out, axis=0), np.delete(labels, held_out)",
+        "rest = images, labels",
         "tests/diffusion/test_own_images.py::test_every_tenth_image_of_a_folder_is_held_out",
     ),
     Fault(
@@ -755,8 +755,8 @@ FAULTS = [
     Fault(
         "a line that is read while it is written is lost",
         "jobs/storage/records.py",
-        "_objects(self._rest + self._file.read(), self._path)",
-        "_objects(self._file.read(), self._path)",
+        'self._position += text.rfind(b"\\n") + 1',
+        "self._position += len(text)",
         "tests/jobs/test_tracking.py::test_a_line_that_is_read_while_it_is_written_comes_once_and_whole",
     ),
     Fault(

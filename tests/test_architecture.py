@@ -71,8 +71,8 @@ ARROWS = {
     | {"jobs.files", "jobs.terminal", "jobs.runtime", "jobs.experiments", "jobs.storage", "jobs.followers"},
     "jobs.report": {"jobs.files", "jobs.terminal", "jobs.experiments", "jobs.storage", "jobs.tracking", "jobs.watch"}
     | {"jobs.sample", "jobs.evaluate"},
-    "jobs.publish": {"diffusion.settings", "diffusion.process", "diffusion.images", "jobs.evaluate", "jobs.sample"}
-    | {"jobs.files", "jobs.experiments", "jobs.storage"},
+    "jobs.publish": {"diffusion.settings", "diffusion.process", "diffusion.gaussian1d", "diffusion.images"}
+    | {"jobs.evaluate", "jobs.sample", "jobs.files", "jobs.experiments", "jobs.storage"},
 }
 """What each room of diffusion/ and jobs/ may import of the others; only problems and experiments know all models."""
 GROUND = {"diffusion.errors"}

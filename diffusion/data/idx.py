@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Split = Literal["train", "test"]
 _PREFIX = {"train": "train", "test": "t10k"}
+LAST_RESORT_S = 180.0
+"""Seconds that the last resort may take."""
 
 
 class DataUnavailable(UserError):
@@ -113,9 +115,7 @@ class IdxDataset:
         root: Path,
         *,
         mirrors: Sequence[str] | None = None,
-        last_resort: bool = True,
         patience_s: float = 5.0,
-        last_resort_s: float = 180.0,
         say: Callable[[str], None] = print,
     ) -> None:
         """Puts the files that are missing into their folder; returns at once if there are none.
@@ -127,8 +127,8 @@ class IdxDataset:
             return
         asked = self.mirrors if mirrors is None else mirrors
         sources = [(mirror, partial(self._from_mirror, mirror, patience_s)) for mirror in asked]
-        if last_resort and self.last_resort is not None:
-            sources.append((self.last_resort.title, partial(_from, self.last_resort, last_resort_s)))
+        if self.last_resort is not None:
+            sources.append((self.last_resort.title, partial(_from, self.last_resort)))
         folder = self.raw_folder(root)
         failures = []
         try:
@@ -189,8 +189,8 @@ class IdxDataset:
             yield name, content
 
 
-def _from(source: Source, timeout_s: float, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-    files = source.fetch(timeout_s)
+def _from(source: Source, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    files = source.fetch(LAST_RESORT_S)
     for name in names:
         yield name, files[name]
 

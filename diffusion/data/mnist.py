@@ -1,8 +1,12 @@
 """MNIST, the handwritten digits. Importing this costs neither torch nor numpy."""
 
+from pathlib import Path
+
 from diffusion.data import mnist_wheel
 from diffusion.data.idx import IdxDataset, Source
 
+CLASSIFIER = Path(__file__).resolve().parent.parent / "digits" / "digits.safetensors"
+"""Weights of the classifier of these digits that the project ships (diffusion/digits/classifier.py)."""
 MNIST = IdxDataset(
     name="MNIST",
     variable="MNIST_ROOT",

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion.data import array_files, picture_files
+from diffusion.data.array_files import CIFAR_FOLDER
 from diffusion.data.idx import Split
 from diffusion.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    Labelled = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+    """Images [n, height, width, channels] and their classes [n]."""
 
 FEWEST = 20
 """Images that there must be for training."""
@@ -87,14 +91,16 @@ def load(root: Path, size: tuple[int, ...], channels: int | None) -> Loaded:
 
     Raises UserError, naming the file, for what cannot be used.
     """
+    import numpy as np
+
     if (known := _loaded.get((root, size, channels))) is not None:
         return known
     splits = _read(root, size, channels)
     if "test" not in splits:
         images, labels = splits["train"]
         held_out = slice(HELD_OUT_EVERY - 1, HELD_OUT_EVERY * MOST_HELD_OUT, HELD_OUT_EVERY)
-        rest = _all_but(len(images), held_out)
-        splits = {"train": (images[rest], labels[rest]), "test": (images[held_out], labels[held_out])}
+        rest = np.delete(images, held_out, axis=0), np.delete(labels, held_out)
+        splits = {"train": rest, "test": (images[held_out], labels[held_out])}
     if (n := len(splits["train"][0])) < FEWEST:
         raise UserError(f"a data set needs at least {FEWEST} images for training; {root} holds {n}")
     shapes = {images.shape[1:] for images, _ in splits.values()}
@@ -102,6 +108,7 @@ def load(root: Path, size: tuple[int, ...], channels: int | None) -> Loaded:
         raise UserError(f"images for training and tests must be of one size, and some of each; got {shapes} in {root}")
     hashed = hashlib.sha256()
     for split, (images, labels) in splits.items():
+        # With the shapes, because the same bytes may be other images.
         hashed.update(f"{split} {images.shape}\n".encode() + images.tobytes() + labels.tobytes())
     loaded = Loaded(
         {split: images for split, (images, _) in splits.items()},
@@ -109,14 +116,13 @@ def load(root: Path, size: tuple[int, ...], channels: int | None) -> Loaded:
         hashed.hexdigest(),
     )
     _loaded.clear()
+    # Also under what was found, because experiment.json holds that: whoever asks next names it.
     for key in ((root, size, channels), (root, loaded.shape[:2], loaded.shape[2])):
         _loaded[key] = loaded
     return loaded
 
 
-def _read(
-    root: Path, size: tuple[int, ...], channels: int | None
-) -> dict[Split, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+def _read(root: Path, size: tuple[int, ...], channels: int | None) -> dict[Split, Labelled]:
     """Reads the images for training, and those for tests if they are told apart."""
     try:
         if root.is_file():
@@ -125,8 +131,8 @@ def _read(
             found = array_files.read_npy(root) if root.suffix == ".npy" else array_files.read_npz(root)
         elif not root.is_dir():
             raise UserError(f"--data.root must name a folder of images, or a file of them; {root} is not there")
-        elif (cifar := _cifar(root)) is not None:
-            found = array_files.read_cifar(cifar)
+        elif cifar := [folder for folder in (root, root / CIFAR_FOLDER) if (folder / "data_batch_1").is_file()]:
+            found = array_files.read_cifar(cifar[0])
         elif files := array_files.idx_files(root):
             found = array_files.read_idx(files)
         else:
@@ -137,23 +143,13 @@ def _read(
     return {split: _checked(root, *pair, size, channels) for split, pair in zip(splits, found, strict=False)}
 
 
-def _cifar(root: Path) -> Path | None:
-    """Returns the folder of CIFAR-10, if there is one."""
-    folders = (root, root / array_files.CIFAR_FOLDER)
-    return next((folder for folder in folders if (folder / "data_batch_1").is_file()), None)
-
-
-def _pictures(
-    root: Path, size: tuple[int, ...], channels: int | None
-) -> dict[Split, tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+def _pictures(root: Path, size: tuple[int, ...], channels: int | None) -> dict[Split, Labelled]:
     """Reads the pictures in a folder, or in its folders train and test."""
     if not (root / "train").is_dir():
         images, labels, _ = picture_files.read_split(root, size, channels)
         return {"train": (images, labels)}
     splits: tuple[Split, ...] = ("train", "test")
-    if strange := sorted(
-        path.name for path in root.iterdir() if not path.name.startswith(".") and path.name not in splits
-    ):
+    if strange := sorted(path.name for path in root.glob("[!.]*") if path.name not in splits):
         raise UserError(f"beside its folder train, {root} may hold the folder test alone; it holds {strange[0]}")
     found = {
         split: picture_files.read_split(root / split, size, channels) for split in splits if (root / split).is_dir()
@@ -166,7 +162,7 @@ def _pictures(
 
 def _checked(
     path: Path, images: NDArray[np.uint8], labels: NDArray[np.uint8] | None, size: tuple[int, ...], channels: int | None
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+) -> Labelled:
     """Arrays from a file as images [n, height, width, channels] of the size asked for, and classes [n]."""
     import numpy as np
     from PIL import Image
@@ -192,11 +188,3 @@ def _checked(
     if not (np.issubdtype(first.dtype, np.integer) and first.min() >= 0 and first.max() < 256):
         raise UserError(f"classes must be whole numbers from 0 to 255; {path} holds others")
     return np.ascontiguousarray(images), first.astype(np.uint8)
-
-
-def _all_but(n: int, held_out: slice) -> NDArray[np.bool_]:
-    import numpy as np
-
-    kept = np.ones(n, bool)
-    kept[held_out] = False
-    return kept

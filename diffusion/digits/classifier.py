@@ -1,6 +1,5 @@
 """The digit classifier that the project ships; its features are what the metrics of digits compare."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffusion.data.mnist import CLASSIFIER
 from diffusion.images.pixels import Images, check_images, to_pixels
 
-WEIGHTS = Path(__file__).with_name("digits.safetensors")
 FEATURES = 64
 SHAPE = (28, 28, 1)
 """Of a digit as files hold it."""
@@ -49,7 +48,7 @@ class DigitNet(nn.Module):
 def load() -> DigitNet:
     """The shipped classifier, at least 99.3% right on the test digits (train_classifier.py made it)."""
     net = DigitNet()
-    net.load_state_dict(load_file(WEIGHTS))
+    net.load_state_dict(load_file(CLASSIFIER))
     return net.eval()
 
 

@@ -44,12 +44,8 @@ class FeatureMetric(NamedTuple):
 
 
 FEATURE_METRICS = {
-    "frechet": FeatureMetric(
-        "Frechet distance", "lower", lambda seen: frechet_distance(seen.real, seen.features, seed=seen.seed)
-    ),
-    "kernel": FeatureMetric(
-        "kernel distance", "lower", lambda seen: kernel_distance(seen.real, seen.features, seed=seen.seed)
-    ),
+    "frechet": FeatureMetric("Frechet distance", "lower", lambda s: frechet_distance(s.real, s.features, seed=s.seed)),
+    "kernel": FeatureMetric("kernel distance", "lower", lambda s: kernel_distance(s.real, s.features, seed=s.seed)),
     "precision": FeatureMetric("precision", "higher", lambda seen: seen.overlap["precision"]),
     "recall": FeatureMetric("recall", "higher", lambda seen: seen.overlap["recall"]),
     "density": FeatureMetric("density", "higher", lambda seen: seen.overlap["density"]),

@@ -36,6 +36,7 @@ def class_shares(labels: NDArray[np.integer], real_labels: NDArray[np.integer]) 
     check_labels(labels, len(labels))
     _check_real_labels(real_labels, len(real_labels))
     real_shares = np.bincount(real_labels, minlength=10) / len(real_labels)
+    # With less than 5 expected in a class, the statistic does not follow the chi-squared distribution.
     if (expected := len(labels) * real_shares).min() < 5:
         least = int(np.ceil(5 / real_shares.min()))
         raise ValueError(f"class shares need at least {least} images for a chi-squared test; got {len(labels)}")

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from diffusion.data.mnist import MNIST
-from diffusion.digits.classifier import WEIGHTS, DigitNet, check_digits, check_labels, classify
+from diffusion.data.mnist import CLASSIFIER, MNIST
+from diffusion.digits.classifier import DigitNet, check_digits, check_labels, classify
 from diffusion.images.pixels import Images, to_pixels
 from diffusion.process.randomness import Stream, generator, permutation
 
@@ -24,12 +24,7 @@ LARGEST_LR = 5e-3
 
 
 def train(
-    images: Images,
-    labels: NDArray[np.integer],
-    *,
-    steps: int,
-    seed: int,
-    say: Callable[[str], None] = lambda _: None,
+    images: Images, labels: NDArray[np.integer], *, steps: int, seed: int, say: Callable[[str], None] = lambda _: None
 ) -> DigitNet:
     """A classifier of digits after `steps` batches of 128; the same bytes on the same number of threads.
 
@@ -67,6 +62,7 @@ def _moved(x: Tensor, random: np.random.Generator) -> Tensor:
     """x [n, 1, 28, 28] turned by up to 10 degrees, scaled by up to 10% and shifted by up to 2 pixels."""
     uniforms = torch.from_numpy(random.random((4, len(x)), dtype=np.float32))
     angle, size, right, down = 2 * uniforms - 1
+    # affine_grid measures from the middle to the edge: 14 pixels are 1.
     angle, size, shift = angle * math.radians(10), 1 + 0.1 * size, torch.stack([right, down], 1) * 2 / 14
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(-1, 2, 2)
     affine = torch.cat([size[:, None, None] * turn, shift[:, :, None]], 2)  # [n, 2, 3]
@@ -87,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=10 * 469, help="batches of 128; an epoch is 469")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=CLASSIFIER)
     options = parser.parse_args()
     root = Path(MNIST.default_root())
     MNIST.require(root)

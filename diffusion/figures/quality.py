@@ -37,6 +37,7 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         handles.append(Line2D([], [], color=color, linewidth=2, label=name))
     floor = [(row["steps"], row["floor"]) for row in rows if row["floor"] > 0 and not row["eta"]]
     axes.plot(*zip(*sorted(floor), strict=True), ":", color="grey", linewidth=1.5)
+    # The legend explains colours and styles apart: an entry for each pair would be twice as long.
     chance = ", ".join(name for name, kind in SAMPLERS.items() if not kind.is_deterministic)
     handles += [
         Line2D([], [], color="black", marker="o", label="trained network"),
@@ -84,6 +85,7 @@ def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
             )
         axes.set(title=metrics[0]["label"])
         values = [metric["value"] for metric in metrics]
+        # Ticks of a logarithmic axis say little where values span less than a decade.
         if min(values) > 0 and max(values) > 10 * min(values):
             axes.set_yscale("log")
         ticks = sorted({row[over] for row in rows})

@@ -20,6 +20,7 @@ def training(
     Dotted lines mark restarts, a dashed one the smallest loss that any network can reach, where that is known.
     """
     held_out = [line for line in history if line.get("held_out_loss") is not None]
+    # More points than the picture has pixels show nothing more, and take longer to draw.
     history = history[:: max(1, len(history) // 2000)]
     judged = list(dict.fromkeys(name for line in quality for name in line["metrics"]))
     rows = 2 + -(-len(judged) // 2)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from diffusion.gaussian1d import distances
 from diffusion.gaussian1d.experiment import Gaussian1d
@@ -17,9 +16,9 @@ from diffusion.gaussian1d.sample_distances import metrics_of, sample_metrics
 from diffusion.gaussian1d.sampler_errors import sampler_errors
 from diffusion.process.guidance import of_class
 from diffusion.process.model import DiffusionModel
-from diffusion.process.samplers import Predict
+from diffusion.process.samplers import Denoiser, Predict
 from diffusion.settings import SAMPLERS, SamplerSettings
-from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit, pack, unpack
+from diffusion.statistics.evaluator import Drawn, Evaluator, Metric, Result, Table, Unit, pack, unpack
 from diffusion.statistics.flow import log_likelihood
 
 STEPS = (10, 20, 50, 100)
@@ -31,21 +30,13 @@ POINTS, PARTS = 1000, 4
 class Evaluator1d(Evaluator):
     """Samples x [n] of a mixture, and the model that drew them; without it what the samples alone tell."""
 
-    def __init__(
-        self,
-        experiment: Gaussian1d,
-        samples: NDArray[np.float32],
-        model: DiffusionModel | None,
-        sampler: SamplerSettings,
-        seed: int,
-        classes: NDArray[np.int64] | None = None,
-    ) -> None:
-        """`classes` [n] are those that the samples were to be of: then the mixture is that of so many of each."""
+    def __init__(self, experiment: Gaussian1d, drawn: Drawn) -> None:
+        """Samples that were to be of certain classes are compared with the mixture of so many of each."""
         self._experiment, self._mixture, self._abar = experiment, experiment.mixture, experiment.abar
         self._start = self._mixture.at(float(self._abar[0]))
-        self._samples, self._seed, self._classes = torch.from_numpy(samples), seed, classes
-        self._target = experiment.mixture_of(classes)
-        self._model = model.cpu() if model is not None else None  # a GPU would not be faster
+        self._samples, self._seed, self._classes = torch.from_numpy(drawn.samples), drawn.seed, drawn.classes
+        self._target = experiment.mixture_of(drawn.classes)
+        self._model = drawn.model.cpu() if drawn.model is not None else None  # a GPU would not be faster
         compared = [
             SamplerSettings(sampler=name, steps=steps)
             for name in SAMPLERS
@@ -54,8 +45,8 @@ class Evaluator1d(Evaluator):
         ]
         # What is asked of the network as a whole is asked without a class, for any mixture of samples.
         self._without = ", without a class" if experiment.num_classes else ""
-        self._own, order = sampler, list(SAMPLERS)
-        self._samplers = sorted({sampler, *compared}, key=lambda s: (order.index(s.sampler), s.eta, s.steps))
+        self._own, order = drawn.sampler, list(SAMPLERS)
+        self._samplers = sorted({self._own, *compared}, key=lambda s: (order.index(s.sampler), s.eta, s.steps))
 
     @property
     def num_judged(self) -> int:
@@ -144,7 +135,8 @@ class Evaluator1d(Evaluator):
         }
 
     def _of_sampler(self, model: DiffusionModel, settings: SamplerSettings) -> Result:
-        errors = sampler_errors(model.predict, self._experiment.exact_predict, self._mixture, self._abar, settings)
+        denoiser, exact = (Denoiser(p, self._abar) for p in (model.predict, self._experiment.exact_predict))
+        errors = sampler_errors(denoiser, exact, self._mixture, settings)
         return {name: np.array(value) for name, value in vars(errors).items()}
 
     def _excess_loss(self, model: DiffusionModel) -> Result:

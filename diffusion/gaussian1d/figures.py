@@ -35,8 +35,7 @@ def forward_process(mixture: Mixture, abar: Tensor, path: Path) -> None:
         axes.set(title=f"t = {t}", xlabel="$x_t$", xlim=(low, high))
     all_axes[0].set_ylabel("density")
     figure.suptitle("Forward process: the mixture becomes noise")
-    handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 
@@ -77,8 +76,7 @@ def reverse_process(predict: Predict, mixture: Mixture, abar: Tensor, path: Path
         axes.set(title=title, xlabel="density")
     start.set_ylabel("$x$")
     start.invert_xaxis()
-    handles, labels = end.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*end.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 
@@ -87,6 +85,7 @@ def samples(mixture: Mixture, x: NDArray[Any], path: Path) -> None:
     low, high = _range(mixture)
     grid = torch.linspace(low, high, 600, dtype=torch.float64)
     figure, axes = new_figure()
+    # About the square root of n, so that chance in a bin stays small beside its height.
     bins = min(120, max(10, round(len(x) ** 0.5)))
     axes.hist(
         x, bins=bins, range=(low, high), density=True, color=MODEL, alpha=0.5, label=f"{len(x):,} samples of the model"
@@ -112,8 +111,7 @@ def guidance(components: list[Mixture], drawn: list[list[Tensor]], scales: Seque
                 axes.set_title(f"guidance {scale:g}")
         all_axes[row, 0].set_ylabel(f"class {row}")
     figure.suptitle("Guidance: 0 is without classes, 1 the class as it is, more exaggerates it")
-    handles, labels = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(figure, path)
 
 

@@ -45,14 +45,10 @@ def metrics_of(mixture: Mixture) -> dict[str, SampleMetric]:
     means = mixture.means.tolist()
     return {
         "w1": SampleMetric(
-            "W1 to the exact mixture",
-            distances.wasserstein1,
-            lambda grid, shares: grid.gap(shares) @ grid.widths,
+            "W1 to the exact mixture", distances.wasserstein1, lambda grid, shares: grid.gap(shares) @ grid.widths
         ),
         "ks": SampleMetric(
-            "KS to the exact mixture",
-            distances.kolmogorov_smirnov,
-            lambda grid, shares: grid.gap(shares).max(1),
+            "KS to the exact mixture", distances.kolmogorov_smirnov, lambda grid, shares: grid.gap(shares).max(1)
         ),
         "kl": SampleMetric(
             f"KL of the histogram, {BINS} bins",

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.gaussian1d.distances import wasserstein1, wasserstein1_floor
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
+from diffusion.process.samplers import FUNCTIONS, Denoiser
 from diffusion.settings import SamplerSettings
 
 SUB_BATCH = 4096
@@ -35,10 +35,8 @@ class SamplerErrors:
 
 
 @torch.inference_mode()
-def sampler_errors(
-    predict: Predict, exact_predict: Predict, mixture: Mixture, alphas_cumprod: Tensor, settings: SamplerSettings
-) -> SamplerErrors:
-    """The errors of `predict` and of the exact denoiser with these settings.
+def sampler_errors(denoiser: Denoiser, exact: Denoiser, mixture: Mixture, settings: SamplerSettings) -> SamplerErrors:
+    """The errors of a denoiser, and of the exact one, with these settings.
 
     A deterministic sampler starts from the grid x_T = Phi^-1((i - 0.5) / N). The probability-flow ODE keeps F_t(x_t)
     constant, so it must end at F_0^-1(F_T(x_T)), and the error has no chance in it. Samples of the others are compared
@@ -47,29 +45,26 @@ def sampler_errors(
     if settings.is_deterministic:
         n = SUB_BATCH
         start = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
-        exact = mixture.quantile(mixture.at(float(alphas_cumprod[-1])).cdf(start))
-        own = _draw(predict, start, alphas_cumprod, settings, 0)
-        perfect = _draw(exact_predict, start, alphas_cumprod, settings, 0)
-        return SamplerErrors(_between(own, exact), _between(perfect, exact), _between(own, perfect), 0.0, n)
+        end = mixture.quantile(mixture.at(float(exact.alphas_cumprod[-1])).cdf(start))
+        own, perfect = _draw(denoiser, start, settings, 0), _draw(exact, start, settings, 0)
+        return SamplerErrors(_between(own, end), _between(perfect, end), _between(own, perfect), 0.0, n)
     batches = max(1, min(5, EVALUATIONS // (settings.steps * SUB_BATCH)))
     starts = [torch.from_numpy(normal(0, Stream.EVALUATION, 0, *_rows(i))).double() for i in range(batches)]
-    own = torch.cat([_draw(predict, x, alphas_cumprod, settings, i) for i, x in enumerate(starts)])
-    perfect = torch.cat([_draw(exact_predict, x, alphas_cumprod, settings, i) for i, x in enumerate(starts)])
+    own = torch.cat([_draw(denoiser, x, settings, i) for i, x in enumerate(starts)])
+    perfect = torch.cat([_draw(exact, x, settings, i) for i, x in enumerate(starts)])
     n = len(own)
     distances = wasserstein1(own, mixture), wasserstein1(perfect, mixture), _between(own, perfect)
     return SamplerErrors(*distances, wasserstein1_floor(mixture, n), n)
 
 
-def _draw(predict: Predict, start: Tensor, alphas_cumprod: Tensor, settings: SamplerSettings, batch: int) -> Tensor:
+def _draw(denoiser: Denoiser, start: Tensor, settings: SamplerSettings, batch: int) -> Tensor:
     """Draws samples [SUB_BATCH] from the noise `start`, in float32 as `sample` does."""
 
     def noise(step: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.EVALUATION, step + 1, *_rows(batch), (1,)))
 
-    denoiser = Denoiser(predict, alphas_cumprod)
-    *_, x0 = FUNCTIONS[settings.sampler](
-        denoiser, start.float()[:, None], steps=settings.steps, noise=noise, eta=settings.eta
-    )
+    draw, xt = FUNCTIONS[settings.sampler], start.float()[:, None]
+    *_, x0 = draw(denoiser, xt, steps=settings.steps, noise=noise, eta=settings.eta)
     return x0[:, 0].double()
 
 

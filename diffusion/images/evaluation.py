@@ -16,7 +16,7 @@ from diffusion.process.randomness import Stream, permutation
 from diffusion.statistics import bits_per_dim, bits_table, bootstrap, flow
 from diffusion.statistics.bits_per_dim import Bound
 from diffusion.statistics.bootstrap import Estimate, Resampled
-from diffusion.statistics.evaluator import Evaluator, Metric, Result, Table, Unit
+from diffusion.statistics.evaluator import Drawn, Evaluator, Metric, Result, Table, Unit
 from diffusion.statistics.features import frechet
 
 LARGEST = 10_000
@@ -60,27 +60,15 @@ class RealImages:
 class ImageEvaluator(Evaluator):
     """Judges samples [n, height, width, channels], and the model that drew them; without it the samples alone."""
 
-    def __init__(
-        self,
-        load: Callable[[Literal["train", "test"]], RealImages],
-        samples: Images,
-        model: DiffusionModel | None,
-        seed: int,
-        inception: bool,
-        noun: str,
-        classes: NDArray[np.int64] | None = None,
-        likelihood: bool = False,
-    ) -> None:
-        """`noun` is what tables call the images; `classes` are those that the samples were to be of.
-
-        `likelihood` asks for that of the flow, which costs the most.
-        """
-        self._load, self._samples, self._model, self._seed = load, samples[:LARGEST], model, seed
-        self._inception, self._noun, self._likelihood = inception, noun, likelihood
+    def __init__(self, load: Callable[[Literal["train", "test"]], RealImages], drawn: Drawn, noun: str) -> None:
+        """`noun` is what tables call the images."""
+        self._load, self._noun, self._model, self._seed = load, noun, drawn.model, drawn.seed
+        self._inception, self._likelihood = drawn.inception, drawn.likelihood
+        self._samples: Images = drawn.samples[:LARGEST]
         self._n = len(self._samples)
         # The bound and the flow ask the network without a class: so they compare with those of a model that has none.
-        self._without = ", without a class" if model is not None and model.num_classes else ""
-        self._asked = classes[: self._n] if classes is not None else None
+        self._without = ", without a class" if drawn.model is not None and drawn.model.num_classes else ""
+        self._asked = drawn.classes[: self._n] if drawn.classes is not None else None
         self._size = f"{self._n}"  # of real images, in the names of results that sets of one size share
         if self._asked is not None:
             self._size += "-" + "-".join(map(str, np.bincount(self._asked)))
@@ -177,23 +165,14 @@ class ImageEvaluator(Evaluator):
         return {"distances": distances}
 
     def _bound(self, model: DiffusionModel, first: int) -> Result:
-        images = self._bounded[first : first + BOUND_CHUNK]
-        abar = model.alphas_cumprod.double().cpu()
-        edges = bits_per_dim.strata(len(abar), min(STRATA, len(abar) - 1))
-        found = bits_per_dim.bound(
-            model.predict_for,
-            images,
-            abar,
-            first=first,
-            seed=self._seed,
-            edges=edges,
-            clip=(-1, 1),
-        )
-        return vars(found)
+        images, denoiser = self._bounded[first : first + BOUND_CHUNK], model.denoiser((-1, 1))
+        timesteps = len(denoiser.alphas_cumprod)
+        edges = bits_per_dim.strata(timesteps, min(STRATA, timesteps - 1))
+        return vars(bits_per_dim.bound(denoiser, images, first=first, seed=self._seed, edges=edges))
 
     def _flow(self, model: DiffusionModel, first: int) -> Result:
         images = self._bounded[first : first + BOUND_CHUNK]
-        return flow.bits(model.predict_for, images, model.alphas_cumprod, first=first, seed=self._seed, clip=(-1, 1))
+        return flow.bits(model.denoiser((-1, 1)), images, first=first, seed=self._seed)
 
     def _flow_metrics(self, results: Mapping[str, Result]) -> dict[str, Metric]:
         labels = {"model": "bits by the flow (ODE), its own noise", "uniform": "bits by the flow (ODE), uniform noise"}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -71,24 +71,18 @@ class ImageExperiment(Experiment):
 
     def __init__(
         self,
-        load_images: Callable[[], Images],
+        load: Callable[[Literal["train", "test"]], tuple[Images, NDArray[np.uint8]]],
         shape: tuple[int, int, int],
         noun: str,
         model: UnetSettings,
         diffusion: DiffusionSettings,
-        load_classes: Callable[[], NDArray[np.uint8]] | None = None,
         num_classes: int = 0,
-        load_test_images: Callable[[], Images] | None = None,
-        load_test_classes: Callable[[], NDArray[np.uint8]] | None = None,
     ) -> None:
-        """`load_images` returns the training images [n, height, width, channels], `shape` is that of one.
+        """`load` returns images [n, height, width, channels] and their classes [n], `shape` is that of one image.
 
-        `noun` is what figures call the images. `load_test_images` is None for a data set without test images.
-        `load_classes` returns the classes of the training images [n], for networks that are told `num_classes` of them,
-        and `load_test_classes` those of the test images.
+        `noun` is what figures call the images. A network that is told classes is told `num_classes` of them.
         """
-        self.load_images, self.load_test_images = load_images, load_test_images
-        self.load_classes, self.load_test_classes = load_classes, load_test_classes
+        self.load = load
         if isinstance(model, ClassSettings):
             self.num_classes, self.class_dropout = num_classes, model.class_dropout
         height, width, channels = shape
@@ -96,23 +90,20 @@ class ImageExperiment(Experiment):
         self.noun = noun
         self.model_settings = model
         self.diffusion_settings = diffusion
+        self._classes = np.empty(0, dtype=np.int64)
         self._epoch = -1
         self._order = np.empty(0, dtype=np.int64)
 
     @cached_property
     def images(self) -> Tensor:
         """uint8 [n, channels, height, width]; loaded when training first asks for it, sampling does not."""
-        images = torch.from_numpy(self.load_images()).permute(0, 3, 1, 2)
-        return images.clone(memory_format=torch.contiguous_format)
-
-    @cached_property
-    def image_classes(self) -> NDArray[np.int64]:
-        """[n]; loaded when training first asks for it."""
-        assert self.load_classes is not None
-        return self.load_classes().astype(np.int64)
+        images, classes = self.load("train")
+        self._classes = classes.astype(np.int64)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
     def classes(self, seed: int, step: int, start: int, stop: int, batch_size: int) -> NDArray[np.int64]:
-        return self.image_classes[self._indices(seed, step, start, stop, batch_size)]
+        indices = self._indices(seed, step, start, stop, batch_size)  # which loads the images, and their classes
+        return self._classes[indices]
 
     def build_model(self) -> DiffusionModel:
         settings = self.model_settings
@@ -134,17 +125,14 @@ class ImageExperiment(Experiment):
             self.images = self.images.to(device)
         return scaled(self.images[sent(self._indices(seed, step, start, stop, batch_size), device)])
 
-    def held_out(self) -> tuple[Tensor, ...] | None:
-        if self.load_test_images is None:
-            return None
-        images = self.load_test_images()
+    def held_out(self) -> tuple[Tensor, ...]:
+        images, classes = self.load("test")
         chosen = np.resize(permutation(0, Stream.EVALUATION, 1, len(images)), HELD_OUT)
         x0 = scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
         if not self.num_classes:
             return (x0,)
-        assert self.load_test_classes is not None
-        classes = self.load_test_classes()[chosen].astype(np.int64)
-        return x0, torch.from_numpy(self.with_dropout(classes, 0, 0, 0))  # a training draws steps from 1 on
+        told = self.with_dropout(classes[chosen].astype(np.int64), 0, 0, 0)  # a training draws steps from 1 on
+        return x0, torch.from_numpy(told)
 
     def to_array(self, x0: Tensor) -> NDArray[np.uint8]:
         """Returns uint8 [n, height, width, channels]."""

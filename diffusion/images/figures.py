@@ -14,7 +14,7 @@ from diffusion.images.pixels import Images, scaled, unscaled
 from diffusion.process.guidance import guided
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import Denoiser, Predict, ddim, ddpm
+from diffusion.process.samplers import Denoiser, Noise, Predict, Sampler, ddim, ddpm
 
 
 def tile(images: Images, columns: int) -> NDArray[np.uint8]:
@@ -57,18 +57,15 @@ def forward_process(images: Tensor, abar: Tensor, noun: str, path: Path) -> None
 
 def reverse_process(model: DiffusionModel, experiment: Experiment, noun: str, n: int, folder: Path) -> None:
     """n samples by the ancestral sampler: samples.png, denoising.png (a strip of steps) and denoising.gif."""
-    abar = model.alphas_cumprod.double().cpu()
-    steps = min(250, len(abar))
+    steps = min(250, len(model.alphas_cumprod))
 
     def noise(k: int) -> Tensor:
         return torch.from_numpy(normal(0, Stream.FIGURE, k, 0, n, experiment.sample_shape))
 
-    xt = noise(steps)
-    with torch.inference_mode():
-        x = [xt, *ddpm(Denoiser(_predict(model, n), abar, (-1, 1)), xt, steps=steps, noise=noise)]
-    arrays = [experiment.to_array(value) for value in x]
+    # The sampler asks for the noise of steps 0 to steps - 1, so the start has the next number.
+    arrays = _path(ddpm, model, experiment, noise(steps), steps, noise)
     grid(arrays[-1], folder / "samples.png", model.num_classes)
-    _denoising([array[:6] for array in arrays], len(abar), f"{noun} (DDPM, {steps} steps)", folder)
+    _denoising(arrays, 6, model, f"{noun} (DDPM, {steps} steps)", folder)
     frames = [
         Image.fromarray(_enlarged(tile(arrays[i][:36], columns=6))) for i in np.linspace(0, steps, 40).astype(int)
     ]
@@ -101,31 +98,35 @@ def _of_classes(
     return images
 
 
-def _predict(model: DiffusionModel, n: int) -> Predict:
-    """The model's prediction for n images; where it knows classes, they come in turn."""
-    if not model.num_classes:
-        return model.predict_for
-    return guided(model.predict_for, torch.arange(n) % model.num_classes, model.num_classes, 1.0)
-
-
 def sketch(model: DiffusionModel, experiment: Experiment, noun: str, n: int, folder: Path) -> None:
     """n samples by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
-    abar = model.alphas_cumprod.double().cpu()
-    steps = min(25, len(abar))
+    steps = min(25, len(model.alphas_cumprod))
     xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, experiment.sample_shape))
-    with torch.inference_mode():
-        x = [xt, *ddim(Denoiser(_predict(model, n), abar, (-1, 1)), xt, steps=steps, noise=torch.randn)]
-    arrays = [experiment.to_array(value) for value in x]
+    arrays = _path(ddim, model, experiment, xt, steps, torch.randn)
     grid(arrays[-1], folder / "grid.png", model.num_classes)
-    _denoising([array[:4] for array in arrays], len(abar), f"{noun} (DDIM, {steps} steps)", folder)
+    _denoising(arrays, 4, model, f"{noun} (DDIM, {steps} steps)", folder)
 
 
-def _denoising(arrays: list[Images], timesteps: int, what: str, folder: Path) -> None:
-    """denoising.png: nine of the images that a sampler has passed through, from noise to the last one."""
+def _path(
+    sampler: Sampler, model: DiffusionModel, experiment: Experiment, xt: Tensor, steps: int, noise: Noise
+) -> list[Images]:
+    """The images that a sampler passes through from noise xt; where the model knows classes, they come in turn."""
+    predict: Predict = model.predict_for
+    if n := model.num_classes:
+        predict = guided(model.predict_for, torch.arange(len(xt)) % n, n, 1.0)
+    denoiser = Denoiser(predict, model.alphas_cumprod.double().cpu(), (-1, 1))
+    with torch.inference_mode():
+        return [experiment.to_array(x) for x in (xt, *sampler(denoiser, xt, steps=steps, noise=noise))]
+
+
+def _denoising(arrays: list[Images], rows: int, model: DiffusionModel, what: str, folder: Path) -> None:
+    """denoising.png: nine of the steps that a sampler has passed through, from noise to the last one."""
     steps = len(arrays) - 1
     shown = np.linspace(0, steps, 9).round().astype(int)
-    labels = [f"t = {round(timesteps * (1 - i / steps))}" for i in shown]
-    _labelled([arrays[i] for i in shown], labels, f"Reverse process: noise becomes {what}", folder / "denoising.png")
+    labels = [f"t = {round(len(model.alphas_cumprod) * (1 - i / steps))}" for i in shown]
+    _labelled(
+        [arrays[i][:rows] for i in shown], labels, f"Reverse process: noise becomes {what}", folder / "denoising.png"
+    )
 
 
 def real_beside_generated(real: Images, generated: Images, path: Path) -> None:

@@ -53,15 +53,8 @@ def unit_norm(x: Tensor) -> Tensor:
     return UnitNorm.apply(x)
 
 
-class RMSNorm(library.RMSNorm):  # type: ignore[misc]
+class RMSNorm(nn.Module):
     """A unit norm, times a gain for each channel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return unit_norm(x) * _gain(self).to(x.dtype)
-
-
-class RMSNormWithClasses(with_classes.RMSNorm):  # type: ignore[misc]
-    """The same in the network with classes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return unit_norm(x) * _gain(self).to(x.dtype)
@@ -168,7 +161,7 @@ class Embedding(nn.Embedding):
 FAST_LAYERS = {
     nn.Upsample: Upsample,
     nn.Embedding: Embedding,
-    with_classes.RMSNorm: RMSNormWithClasses,
+    with_classes.RMSNorm: RMSNorm,
     with_classes.PreNorm: PreNorm,
     with_classes.Block: BlockWithClasses,
     with_classes.LinearAttention: LinearAttentionWithClasses,

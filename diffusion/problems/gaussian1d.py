@@ -46,17 +46,7 @@ class Gaussian1dProblem(MixtureSettings, Problem):
 
         return Gaussian1d(self, model, diffusion)
 
-    def evaluator(
-        self,
-        model: MlpSettings,
-        diffusion: DiffusionSettings,
-        drawn: "Drawn",
-        *,
-        seed: int,
-        inception: bool,
-        likelihood: bool = False,
-    ) -> "Evaluator":
+    def evaluator(self, model: MlpSettings, diffusion: DiffusionSettings, drawn: "Drawn") -> "Evaluator":
         from diffusion.gaussian1d.evaluation import Evaluator1d
 
-        experiment = self.build(model, diffusion)
-        return Evaluator1d(experiment, drawn.samples, drawn.model, drawn.sampler, seed, drawn.classes)
+        return Evaluator1d(self.build(model, diffusion), drawn)

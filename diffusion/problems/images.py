@@ -5,7 +5,6 @@ import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
@@ -113,44 +112,20 @@ class ImageProblem(Problem):
     def build(self, model: UnetSettings, diffusion: DiffusionSettings) -> "ImageExperiment":
         from diffusion.images.experiment import ImageExperiment
 
-        def load(split: Split) -> "Images":
-            self.data_set.require(Path(self.root))
-            return self.data_set.read_images(Path(self.root), split)
+        return ImageExperiment(self._load, self.shape, self.noun, model, diffusion, self.num_classes)
 
-        def load_classes(split: Split) -> "NDArray[np.uint8]":
-            return self.data_set.read_labels(Path(self.root), split)
-
-        return ImageExperiment(
-            partial(load, "train"),
-            self.shape,
-            self.noun,
-            model,
-            diffusion,
-            partial(load_classes, "train"),
-            self.num_classes,
-            load_test_images=partial(load, "test"),
-            load_test_classes=partial(load_classes, "test"),
-        )
-
-    def evaluator(
-        self,
-        model: UnetSettings,
-        diffusion: DiffusionSettings,
-        drawn: "Drawn",
-        *,
-        seed: int,
-        inception: bool,
-        likelihood: bool = False,
-    ) -> "ImageEvaluator":
+    def evaluator(self, model: UnetSettings, diffusion: DiffusionSettings, drawn: "Drawn") -> "ImageEvaluator":
         from diffusion.images.evaluation import RealImages
 
-        def load(split: Split) -> RealImages:
-            root = Path(self.root)
-            self.data_set.require(root)
-            return RealImages(self.data_set.read_images(root, split), self.data_set.read_labels(root, split))
-
         samples = drawn.samples[: self.data_set.num_test(Path(self.root))]  # as many real ones stand beside them
-        return self.evaluator_class()(load, samples, drawn.model, seed, inception, self.noun, drawn.classes, likelihood)
+        judged = drawn._replace(samples=samples)
+        return self.evaluator_class()(lambda split: RealImages(*self._load(split)), judged, self.noun)
+
+    def _load(self, split: Split) -> "tuple[Images, NDArray[np.uint8]]":
+        """Returns images [n, height, width, channels] and their classes [n]; raises UserError if files are wrong."""
+        root = Path(self.root)
+        self.data_set.require(root)
+        return self.data_set.read_images(root, split), self.data_set.read_labels(root, split)
 
     def evaluator_class(self) -> "type[ImageEvaluator]":
         """Returns the evaluator; imports torch."""

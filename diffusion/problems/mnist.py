@@ -1,10 +1,9 @@
 """MNIST's digits, judged by a classifier of digits too. Importable without torch."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusion.data.mnist import MNIST
+from diffusion.data.mnist import CLASSIFIER, MNIST
 from diffusion.problems.images import ImageProblem
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ class MnistProblem(ImageProblem):
     data_set = MNIST
     noun = "digits"
     has_glance = True
-    classifier = Path(__file__).resolve().parent.parent / "digits" / "digits.safetensors"
+    classifier = CLASSIFIER
 
     @property
     def num_classes(self) -> int:

@@ -95,14 +95,5 @@ class Problem(ABC):
         """Builds the experiment; imports torch."""
 
     @abstractmethod
-    def evaluator(
-        self,
-        model: Any,
-        diffusion: DiffusionSettings,
-        drawn: "Drawn",
-        *,
-        seed: int,
-        inception: bool,
-        likelihood: bool = False,
-    ) -> "Evaluator":
-        """Builds the evaluation of samples; imports torch. `likelihood` asks for that of the flow, if it costs much."""
+    def evaluator(self, model: Any, diffusion: DiffusionSettings, drawn: "Drawn") -> "Evaluator":
+        """Builds the evaluation of samples; imports torch."""

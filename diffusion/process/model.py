@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from diffusion.process.randomness import Stream, uniform
-from diffusion.process.samplers import Clip
+from diffusion.process.samplers import Clip, Denoiser
 
 
 class DiffusionModel(nn.Module, ABC):
@@ -38,6 +38,10 @@ class DiffusionModel(nn.Module, ABC):
         device = self.alphas_cumprod.device
         told = None if classes is None else classes.to(device)
         return self.predict(xt.to(device), t.to(device), told).to(xt.device)
+
+    def denoiser(self, clip: Clip | None) -> Denoiser:
+        """What samplers take; the schedule is on the host, whose single numbers they read."""
+        return Denoiser(self.predict_for, self.alphas_cumprod.double().cpu(), clip)
 
     def told(self, xt: Tensor, classes: Tensor | None) -> tuple[Tensor, ...]:
         """What the network takes after xt and t: nothing, or the class of each example."""
@@ -96,8 +100,8 @@ class Experiment(ABC):
         return np.where(dropped, self.num_classes, classes)
 
     @abstractmethod
-    def held_out(self) -> tuple[Tensor, ...] | None:
-        """x0 [n, *sample_shape] on the host that no training sees, always the same; None if the data have no such.
+    def held_out(self) -> tuple[Tensor, ...]:
+        """x0 [n, *sample_shape] on the host that no training sees, always the same.
 
         If the network is told classes, these [n] come last, left out as often as in training: else the loss of these
         examples would not be comparable with that of the training's.

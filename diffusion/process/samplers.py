@@ -38,11 +38,13 @@ class Denoiser:
         """Returns x0 and eps; where x0 is clipped, eps is changed so that both still make up xt."""
         # Autocast may have made eps shorter.
         eps = self.predict(xt, torch.full((len(xt),), t, device=xt.device)).to(xt.dtype)
-        x0 = (xt - (1 - abar) ** 0.5 * eps) / abar**0.5
+        x0 = self.clipped((xt - (1 - abar) ** 0.5 * eps) / abar**0.5)
         if self.clip is not None:
-            x0 = x0.clamp(*self.clip)
             eps = (xt - abar**0.5 * x0) / (1 - abar) ** 0.5
         return x0, eps
+
+    def clipped(self, x0: Tensor) -> Tensor:
+        return x0 if self.clip is None else x0.clamp(*self.clip)
 
 
 class Sampler(Protocol):

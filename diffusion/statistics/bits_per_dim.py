@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.process.randomness import Stream, normal, uniform
-from diffusion.process.samplers import Clip, Predict
+from diffusion.process.samplers import Denoiser, Predict
 from diffusion.statistics.bootstrap import Floats
 
 _BATCH_SIZE = 64
@@ -57,14 +57,11 @@ def mean_and_error(values: Floats) -> tuple[NDArray[np.float64], NDArray[np.floa
     return values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
 
 
-def strata(timesteps: int, number: int | None = None) -> NDArray[np.int64]:
+def strata(timesteps: int, number: int) -> NDArray[np.int64]:
     """Edges [number + 1] that split the timesteps 1..T-1, finely at small t where the terms are large and change fast.
 
-    None is one for each timestep: the whole sum over t. Fewer are faster and as unbiased, with a larger error; 63 and
-    t = 0 fill one batch.
+    T - 1 are the whole sum over t. Fewer are faster and as unbiased, with a larger error; 63 and t = 0 fill one batch.
     """
-    if number is None:
-        return np.arange(1, timesteps + 1)
     if not 1 <= number < timesteps:
         raise ValueError(f"strata must lie between 1 and {timesteps - 1}, one less than timesteps; got {number}")
     edges = np.geomspace(1, timesteps, number + 1).round().astype(np.int64)
@@ -73,26 +70,16 @@ def strata(timesteps: int, number: int | None = None) -> NDArray[np.int64]:
 
 
 @torch.inference_mode()
-def bound(
-    predict: Predict,
-    images: NDArray[np.uint8],
-    alphas_cumprod: Tensor,
-    *,
-    first: int,
-    seed: int,
-    edges: NDArray[np.int64],
-    clip: Clip | None = None,
-) -> Bound:
+def bound(denoiser: Denoiser, images: NDArray[np.uint8], *, first: int, seed: int, edges: NDArray[np.int64]) -> Bound:
     """The bound for images [n, height, width, channels], whose indices are first, first + 1, ...
 
-    `alphas_cumprod` is [T], `edges` come from `strata`, `clip` bounds predictions of x0 as in a sampler. ValueError
-    for images that are not uint8.
+    `edges` come from `strata`. ValueError for images that are not uint8.
     """
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
         raise ValueError(f"images must be uint8 [n, height, width, channels]; got {images.dtype} {list(images.shape)}")
-    process = _Process.of(alphas_cumprod)
+    process = _Process.of(denoiser.alphas_cumprod)
     x0 = exactly_scaled(images)
-    rows = [_terms(predict, x, process, first + i, seed=seed, edges=edges, clip=clip) for i, x in enumerate(x0)]
+    rows = [_terms(denoiser, x, process, first + i, seed, edges) for i, x in enumerate(x0)]
     transitions, reconstruction, squared_error = (np.array(column) for column in zip(*rows, strict=True))
     return Bound(edges, _prior(x0, process.abar[-1]), transitions, reconstruction, squared_error)
 
@@ -142,14 +129,7 @@ class _Process:
 
 
 def _terms(
-    predict: Predict,
-    x0: Tensor,
-    process: _Process,
-    index: int,
-    *,
-    seed: int,
-    edges: NDArray[np.int64],
-    clip: Clip | None,
+    denoiser: Denoiser, x0: Tensor, process: _Process, index: int, seed: int, edges: NDArray[np.int64]
 ) -> tuple[Floats, float, Floats]:
     """Transitions [strata], reconstruction and squared error [1 + strata] of one image x0 [channels, height, width]."""
     sizes = np.diff(edges)
@@ -158,10 +138,8 @@ def _terms(
     noise = torch.from_numpy(normal(seed, Stream.BOUND, index, 0, int(t[-1]) + 1, tuple(x0.shape)))[t].double()
     a, b = (value[t].sqrt().view(-1, 1, 1, 1) for value in (process.abar, 1 - process.abar))
     xt = a * x0 + b * noise
-    eps = _predicted(predict, xt, t)
-    x0_predicted = (xt - b * eps) / a
-    if clip is not None:
-        x0_predicted = x0_predicted.clamp(*clip)
+    eps = _predicted(denoiser.predict, xt, t)
+    x0_predicted = denoiser.clipped((xt - b * eps) / a)
     error = (x0 - x0_predicted)[1:].square().flatten(1).mean(1)
     weight, variance = (value[t[1:]] for value in (process.weight, process.variance))
     # KL of two Gaussians of the same variance whose means differ by weight * (x0 - x0_predicted).

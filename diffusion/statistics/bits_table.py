@@ -30,6 +30,7 @@ def rows(bound: Bound) -> list[dict[str, str | float]]:
         if not chosen.any():
             continue
         name = "t = 0, reconstruction" if high == 1 else f"t = {starts[chosen][0]} to {ends[chosen][-1] - 1}"
+        # Each column counts as often as it stands for timesteps.
         loss = (bound.squared_error[:, chosen] @ sizes[chosen] / sizes[chosen].sum()).mean()
         found.append({**_row(name, terms[:, chosen].sum(1)), "loss": float(loss)})
     found.append({**_row("t = T, prior", bound.prior), "loss": ""})

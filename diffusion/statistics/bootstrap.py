@@ -1,6 +1,5 @@
 """Estimates with bootstrap intervals (Efron 1979), whose resamples are functions of (seed, replicate, which set)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -54,10 +53,5 @@ def resample(seed: int, replicate: int, which: Resampled, n: int) -> NDArray[np.
 
 def mean(values: NDArray[Any], *, seed: int, which: Resampled) -> Estimate:
     """Estimates the mean over images of a number that each image has, values [n]."""
-    return statistic(lambda chosen: float(values[chosen].mean()), len(values), seed=seed, which=which)
-
-
-def statistic(value_of: Callable[[NDArray[np.int64]], float], n: int, *, seed: int, which: Resampled) -> Estimate:
-    """Estimates any number that `value_of` computes from the indices of the images that are there, of n."""
-    replicates = [value_of(resample(seed, replicate, which, n)) for replicate in range(REPLICATES)]
-    return Estimate.of(value_of(np.arange(n)), np.array(replicates))
+    replicates = [float(values[resample(seed, i, which, len(values))].mean()) for i in range(REPLICATES)]
+    return Estimate.of(float(values.mean()), np.array(replicates))

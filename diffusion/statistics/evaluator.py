@@ -21,7 +21,7 @@ Better = Literal["lower", "higher", "near"]
 
 
 class Drawn(NamedTuple):
-    """Samples, and what drew them."""
+    """Samples, what drew them, and how they are to be judged."""
 
     samples: NDArray[Any]
     model: DiffusionModel | None
@@ -29,6 +29,12 @@ class Drawn(NamedTuple):
     sampler: SamplerSettings
     classes: NDArray[np.int64] | None = None
     """The class that each sample was to be of, [n]; None for models without classes."""
+    seed: int = 0
+    """Decides all that is drawn in the evaluation."""
+    inception: bool = False
+    """Whether Inception's features are asked for."""
+    likelihood: bool = False
+    """Whether that of the flow is asked for, where it costs much."""
 
 
 class Unit(NamedTuple):
@@ -78,6 +84,7 @@ class Metric:
             return None, None
         least, most = self.bounds
         low, high = number.interval()
+        # Shifted replicates may lie beyond what is possible, such as a share of more than 1.
         return min(max(low, least), most), max(min(high, most), least)
 
 

@@ -41,6 +41,7 @@ def frechet(real: NDArray[Any], fake: NDArray[Any]) -> float:
 
 def _covariance_root(x: Floats) -> Floats:
     """The symmetric square root of the covariance of x [n, d]."""
+    # np.cov of one column is a single number. Rounding may make an eigenvalue of 0 negative, which has no root.
     values, vectors = np.linalg.eigh(np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]))
     return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 

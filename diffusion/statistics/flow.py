@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.process.randomness import Stream, generator
-from diffusion.process.samplers import Clip, Predict
+from diffusion.process.samplers import Denoiser, Predict
 from diffusion.process.schedules import log_snr
 from diffusion.statistics import bits_per_dim
 from diffusion.statistics.bootstrap import Floats
@@ -66,23 +66,15 @@ def log_likelihood(
     return torch.distributions.Normal(0.0, 1.0).log_prob(x).flatten(1).sum(1) + change
 
 
-def bits(
-    predict: Predict,
-    images: NDArray[np.uint8],
-    alphas_cumprod: Tensor,
-    *,
-    first: int,
-    seed: int,
-    clip: Clip | None = None,
-) -> Mapping[str, Floats]:
+def bits(denoiser: Denoiser, images: NDArray[np.uint8], *, first: int, seed: int) -> Mapping[str, Floats]:
     """Bits per dimension of images [n, height, width, channels] whose indices are first, first + 1, ...: [n] each.
 
     `uniform` adds uniform noise as wide as a grey level, as flows do (Theis et al. 2016; Song et al. 2021).
     `model` adds the noise of t = 0, on which the network was trained, and decodes what that has covered as the bound of
     `bits_per_dim` does: -log p(x) <= E[log q(x_0 | x) - log p(x_0) - log p(x | x_0)]. It differs from that bound in the
-    flow alone, which stands in place of reverse steps with fixed variances. `clip` bounds the decoder's x0.
+    flow alone, which stands in place of reverse steps with fixed variances.
     """
-    abar = alphas_cumprod.double().cpu()
+    abar = denoiser.alphas_cumprod.double().cpu()
     a, b = float(abar[0].sqrt()), float((1 - abar[0]).sqrt())
     x0 = bits_per_dim.exactly_scaled(images)
     shape, size = tuple(x0.shape[1:]), x0[0].numel()
@@ -97,7 +89,7 @@ def bits(
     )
 
     def predict_double(xt: Tensor, t: Tensor) -> Tensor:
-        return predict(xt.float(), t.float()).double()
+        return denoiser.predict(xt.float(), t.float()).double()
 
     def log_density(xt: Tensor) -> Tensor:
         return log_likelihood(predict_double, xt, abar, signs, IMAGE_STEPS)
@@ -108,9 +100,7 @@ def bits(
     noisy = a * x0 + b * z
     log_q = torch.distributions.Normal(0.0, b).log_prob(b * z).flatten(1).sum(1)
     with torch.no_grad():
-        x0_predicted = (noisy - b * predict_double(noisy, torch.zeros(len(x0)))) / a
-    if clip is not None:
-        x0_predicted = x0_predicted.clamp(*clip)
+        x0_predicted = denoiser.clipped((noisy - b * predict_double(noisy, torch.zeros(len(x0)))) / a)
     decoder = bits_per_dim.log_likelihood(x0, x0_predicted, bits_per_dim.decoder_std(abar)).flatten(1).sum(1)
     nats = {"uniform": -uniform, "model": log_q - log_density(noisy) - decoder}
     return {name: (value / size / math.log(2)).numpy() for name, value in nats.items()}

@@ -32,6 +32,7 @@ class AuditRecorder(NoRecorder):
         if step in self._stretch.hashes or step == self._part.stop:
             self._watchdog.phase("saving", SAVING)
             self.save()
+            # Nobody needs the value: the others wait here until the first process has written.
             self._training.world.of_first(None)
 
 

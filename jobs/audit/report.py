@@ -36,7 +36,12 @@ def _compare(stretch: Stretch, recorded: dict[int, dict[str, Any]]) -> tuple[boo
     """Returns whether a stretch is computed and equal, and a sentence that says so."""
     computed, other = stretch.computed(), stretch.different()
     metrics = [line for line in read_jsonl(RunFolder(stretch.again).metrics) if line["step"] in recorded]
-    parting = [(line["step"], names) for line in metrics if (names := _other_names(line, recorded[line["step"]]))]
+    # A version may record what another does not.
+    parting = [
+        (line["step"], names)
+        for line in metrics
+        if (names := [name for name, value in line.items() if recorded[line["step"]].get(name, value) != value])
+    ]
     more = [f"from step {step} on: metrics.jsonl ({', '.join(names)})" for step, names in parting[:1]]
     if other is not None:
         files = [name for name, digest in stretch.hashes[other].items() if computed[other].get(name) != digest]
@@ -47,25 +52,15 @@ def _compare(stretch: Stretch, recorded: dict[int, dict[str, Any]]) -> tuple[boo
         for part in stretch.parts
         if not part.is_known
     ]
-    more += _elsewhere(stretch)
+    # Where it computed otherwise than the run did: on another machine, with other threads or versions.
+    more += [
+        f"from step {line['step']} on bytes may differ: {'; '.join(line['differing'])}"
+        for line in read_jsonl(RunFolder(stretch.again).timing)
+        if line["differing"]
+    ]
     if other is not None or parting:
         return False, ["DIFFERENT", *more]
     if not stretch.is_done():
         return False, [f"not computed after step {max(computed, default=stretch.start)}", *more]
     checkpoints = f"{len(computed)} checkpoint{'s' if len(computed) > 1 else ''}"
     return True, [f"{checkpoints} and {len(metrics)} lines of metrics.jsonl are equal", *more]
-
-
-def _other_names(line: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
-    """Returns which values of a line of metrics.jsonl differ; a version may record what another does not."""
-    return [name for name, value in line.items() if name in recorded and recorded[name] != value]
-
-
-def _elsewhere(stretch: Stretch) -> list[str]:
-    """Says where this computes otherwise than the run did (machine, threads, versions), so that bytes may differ."""
-    starts = read_jsonl(RunFolder(stretch.again).timing)
-    return [
-        f"from step {line['step']} on bytes may differ: {'; '.join(line['differing'])}"
-        for line in starts
-        if line["differing"]
-    ]

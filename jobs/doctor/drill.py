@@ -71,6 +71,7 @@ class Drill:
         self, process: Process, run: RunFolder, moment: int, name: str, disturb: Disturb, say: Callable[[str], None]
     ) -> None:
         """Waits until the run has logged step `moment`, and disturbs it."""
+        # Looked at often: a training of this size makes hundreds of steps a second, and is to be stopped near this one.
         while process.poll() is None and last_step(run.metrics) < moment:
             time.sleep(0.002)
         at = last_step(run.metrics)

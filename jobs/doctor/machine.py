@@ -85,6 +85,7 @@ def _mnist(root: Path) -> Finding:
 
 def _folder(runs_dir: Path, is_shared: bool) -> Iterator[Finding]:
     """Tries writing, locking and room in the folder of all runs, or in the place where it will be made."""
+    # The folder itself is made by the first run.
     there = next(path for path in (runs_dir.absolute(), *runs_dir.absolute().parents) if path.is_dir())
     try:
         with tempfile.TemporaryFile(dir=there) as file:
@@ -134,6 +135,7 @@ def file_system(folder: Path) -> str:
     kinds = {}
     for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
         _, mount, kind, *_ = line.split()
+        # Mounts come in order, and a later one hides an earlier one at the same place.
         kinds[Path(mount)] = kind
     folder = folder.resolve()
     return next((kinds[path] for path in (folder, *folder.parents) if path in kinds), "unknown")

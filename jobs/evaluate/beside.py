@@ -48,8 +48,8 @@ def judge(run: RunFolder, step: int) -> dict[str, Any]:
         abar = model.alphas_cumprod
         parts = [draw(model.predict, abar, experiment, settings, first, first + size) for first in firsts]
     classes = settings.classes_of(0, NUM_SAMPLES) if settings.classes else None
-    drawn = Drawn(experiment.to_array(torch.cat(parts)[:NUM_SAMPLES]), None, sampler, classes)
-    found = config.evaluator(drawn, seed=SEED, inception=False).glance()
+    drawn = Drawn(experiment.to_array(torch.cat(parts)[:NUM_SAMPLES]), None, sampler, classes, SEED)
+    found = config.evaluator(drawn).glance()
     return {
         "num_samples": NUM_SAMPLES,
         **settings.as_json(),

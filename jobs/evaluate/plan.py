@@ -3,7 +3,6 @@
 Imports neither torch nor numpy.
 """
 
-import contextlib
 import hashlib
 import json
 import zipfile
@@ -22,7 +21,7 @@ from jobs.sample import sample_set
 from jobs.sample.sample_set import SampleSet
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, Named
-from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, read_job_ids
+from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,11 +59,6 @@ class Evaluation:
     def undrawn(self) -> Path:
         """A file that exists as long as figures are missing."""
         return self.kept / "undrawn"
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether the weights that drew the samples still exist."""
-        return bool(self.protocol["weights_are_there"])
 
     def config(self) -> ExperimentConfig:
         """The run's settings, with the data where they lie now."""
@@ -116,16 +110,12 @@ class Evaluation:
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the evaluation, here and with the run."""
-        run = RunFolder(self.samples.run)
-        run.add_job("evaluate_job_ids", job_id)
         self.kept.mkdir(exist_ok=True)
-        with run.changing():
-            write_json(self.kept / "jobs.json", [*self.job_ids(), job_id])
+        RunFolder(self.samples.run).add_job("evaluate_job_ids", job_id, self.kept / "jobs.json")
 
     def job_ids(self) -> list[str]:
         """Slurm jobs of this run that have worked on the evaluation."""
-        own = RunFolder(self.samples.run).read_launch().get("evaluate_job_ids", [])
-        return read_job_ids(self.kept / "jobs.json", own)
+        return RunFolder(self.samples.run).jobs_in(self.kept / "jobs.json", "evaluate_job_ids")
 
 
 def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
@@ -139,11 +129,7 @@ def write_arrays(path: Path, arrays: "Mapping[str, NDArray[Any]]") -> None:
 
 
 def plan(
-    run: RunFolder,
-    name: str | None,
-    inception: bool = False,
-    likelihood: bool = False,
-    checkpoint: Named | None = None,
+    run: RunFolder, name: str | None, inception: bool = False, likelihood: bool = False, checkpoint: Named | None = None
 ) -> Evaluation:
     """The evaluation of a complete set of the run: the named one, or the newest, of any checkpoint or of that one.
 
@@ -178,13 +164,8 @@ def plan(
 
 
 def complete_sets(run: RunFolder) -> list[str]:
-    """The names of the run's complete sets of samples, the newest first."""
-    found = []
-    for path in run.samples.glob("[!.]*/samples.npz"):
-        with contextlib.suppress(OSError, UserError):
-            if run.read_samples(path.parent.name).get("complete"):
-                found.append((path.with_name("manifest.json").stat().st_mtime, path.parent.name))
-    return [name for _, name in sorted(found, reverse=True)]
+    """The names of the run's complete sets whose samples are there, the newest first."""
+    return [name for name in sample_set.complete(run) if (run.samples / name / "samples.npz").is_file()]
 
 
 def load_samples(chosen: SampleSet, sample: SampleFormat) -> "NDArray[Any]":

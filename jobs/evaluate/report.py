@@ -3,13 +3,13 @@
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.evaluate.plan import Evaluation
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.classes import label, predictions
-from jobs.sample.sample_set import SampleSettings
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
 
@@ -37,9 +37,8 @@ def metric_rows(results: Json) -> dict[str, MetricRow]:
         if not floor and metric["floor"] is not None:
             floor = f"{metric['floor']:.{decimals}f}" if metric["floor"] else "0"
         interval = _range(metric["low"], metric["high"], decimals)
-        rows[name] = MetricRow(
-            metric["label"], f"{metric['value']:.{decimals}f}", interval, floor, _is_at_floor(metric)
-        )
+        at_floor = bool(_reaches(metric, metric["floor_low"], metric["floor_high"]))
+        rows[name] = MetricRow(metric["label"], f"{metric['value']:.{decimals}f}", interval, floor, at_floor)
     return rows
 
 
@@ -47,8 +46,9 @@ def title(evaluation: Evaluation) -> str:
     """Which samples these are, in a line."""
     samples = evaluation.samples
     where, results = f"{RunFolder(samples.run)}/samples/{samples.name}", evaluation.read()
-    number = judged(results) if results else f"{samples.num_samples:,} samples"
-    return f"{where}: {number}, {samples.settings.sampler.label}{_told(samples.settings)}"
+    number, settings = judged(results) if results else f"{samples.num_samples:,} samples", samples.settings
+    told = f", classes {label(settings.classes)}, guidance {settings.guidance:g}" if settings.classes else ""
+    return f"{where}: {number}, {settings.sampler.label}{told}"
 
 
 def num_judged(results: Json) -> int:
@@ -60,11 +60,6 @@ def judged(results: Json) -> str:
     """The same as people read it."""
     n, drawn = num_judged(results), results["protocol"]["samples"]["num_samples"]
     return f"{n:,} samples" if n == drawn else f"the first {n:,} of {drawn:,} samples"
-
-
-def _told(settings: SampleSettings) -> str:
-    """Names classes and guidance, if there are any."""
-    return f", classes {label(settings.classes)}, guidance {settings.guidance:g}" if settings.classes else ""
 
 
 def one(evaluation: Evaluation, width: int) -> str:
@@ -90,6 +85,7 @@ def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
     found = {}
     for name in metrics_a.keys() & metrics_b.keys():
         value = metrics_b[name]["value"] - metrics_a[name]["value"]
+        # Numbers without chance in them differ by just so much.
         low = high = value
         if name in replicates_a and name in replicates_b:
             of_b = Estimate(metrics_b[name]["value"], replicates_b[name])
@@ -171,9 +167,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": evaluation.samples.name,
-                "sampler": sampler.sampler,
-                "steps": sampler.steps,
-                "eta": sampler.eta,
+                **asdict(sampler),
                 "evaluations": sampler.steps * predictions(guidance),
                 "guidance": guidance,
                 "num_samples": evaluation.samples.num_samples,
@@ -186,7 +180,10 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     rows.sort(key=lambda row: (row["evaluations"], row["sampler"], row["guidance"] or 0, row["name"]))
     reference = _reference(rows)["metrics"]
     for row in rows:
-        row["as_reference"] = {name: _is_as_good(metric, reference[name]) for name, metric in row["metrics"].items()}
+        row["as_reference"] = {
+            name: _reaches(metric, reference[name]["low"], reference[name]["high"])
+            for name, metric in row["metrics"].items()
+        }
     return rows
 
 
@@ -199,11 +196,6 @@ def _reference(rows: Sequence[Json]) -> Json:
     return max(reversed(rows), key=key)
 
 
-def _is_as_good(metric: Json, reference: Json) -> bool | None:
-    """Whether a value lies within the reference's interval, or is better; None where there is no interval."""
-    return None if reference["low"] is None else _reaches(metric, reference["low"], reference["high"])
-
-
 def _verdict(low: float, high: float, better: str) -> str:
     if low <= 0 <= high:
         return ""
@@ -212,13 +204,10 @@ def _verdict(low: float, high: float, better: str) -> str:
     return "B" if (high < 0) == (better == "lower") else "A"
 
 
-def _is_at_floor(metric: Json) -> bool:
-    """Whether the value is one that a perfect model may have too, by chance."""
-    return metric["floor_low"] is not None and _reaches(metric, metric["floor_low"], metric["floor_high"])
-
-
-def _reaches(metric: Json, low: float, high: float) -> bool:
-    """Whether a value lies between these bounds, or is better."""
+def _reaches(metric: Json, low: float | None, high: float | None) -> bool | None:
+    """Whether a value lies between these bounds, or is better; None where there are none."""
+    if low is None or high is None:
+        return None
     good_low = metric["better"] == "lower" or metric["value"] >= low
     good_high = metric["better"] == "higher" or metric["value"] <= high
     return bool(good_low and good_high)
@@ -261,6 +250,7 @@ def _decimals(metric: Json) -> int:
     """Returns the number of decimals: two digits of the interval, or three of the distance to the floor."""
     for low, high in ((metric["low"], metric["high"]), (metric["floor_low"], metric["floor_high"])):
         if low is not None and high > low:
+            # Half of the interval is about two standard errors. Further digits of the value would be chance.
             return _clamped(2 - math.ceil(math.log10((high - low) / 2)))
     distance = abs(metric["value"] - (metric["floor"] or 0))
     return _clamped(3 - math.ceil(math.log10(distance))) if distance else 3

@@ -26,14 +26,13 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     run = RunFolder(samples.run)
     config, model = evaluation.config(), None
     set_numerics("fp32")
-    if evaluation.has_weights:
+    if evaluation.protocol["weights_are_there"]:
         _, model = load_model(run, samples.settings, own_device(device))
         model.requires_grad_(False)
     classes = samples.settings.classes_of(0, samples.num_samples) if samples.settings.classes else None
-    drawn = Drawn(load_samples(samples, config.data.sample), model, samples.settings.sampler, classes)
-    protocol = evaluation.protocol
-    inception, likelihood = "inception" in protocol["sha256"], "likelihood" in protocol
-    return config.evaluator(drawn, seed=protocol["seed"], inception=inception, likelihood=likelihood)
+    array, protocol = load_samples(samples, config.data.sample), evaluation.protocol
+    asked = protocol["seed"], "inception" in protocol["sha256"], "likelihood" in protocol
+    return config.evaluator(Drawn(array, model, samples.settings.sampler, classes, *asked))
 
 
 @contextmanager

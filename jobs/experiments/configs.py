@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from diffusion.problems.problem import Problem, Say
+from diffusion.problems.problem import Problem
 from diffusion.settings import ClassSettings, DiffusionSettings, ModelSettings, require
 from jobs.experiments.settings import TrackingSettings, TrainSettings
 
@@ -45,16 +45,10 @@ class ExperimentConfig:
         """Returns the same settings with the data in the folder `root`, None being where they were."""
         return replace(self, data=self.data.moved(root))
 
-    def prepare(self, say: Say) -> None:
-        """Fetches what is missing of the data; raises UserError when they are wrong or cannot be had."""
-        self.data.prepare(say)
-
     def build(self) -> "Experiment":
         """Builds the experiment itself; imports torch."""
         return self.data.build(self.model, self.diffusion)
 
-    def evaluator(self, drawn: "Drawn", *, seed: int, inception: bool, likelihood: bool = False) -> "Evaluator":
+    def evaluator(self, drawn: "Drawn") -> "Evaluator":
         """Builds the evaluation of samples; imports torch."""
-        return self.data.evaluator(
-            self.model, self.diffusion, drawn, seed=seed, inception=inception, likelihood=likelihood
-        )
+        return self.data.evaluator(self.model, self.diffusion, drawn)

@@ -114,6 +114,7 @@ def _from_dict(cls: type[C], values: Any, prefix: str, narrower: Mapping[str, ty
         if dataclasses.is_dataclass(hints[name]):
             built[name] = _from_dict(hints[name], value, f"{prefix}{name}.")
         else:
+            # JSON has no tuples, and settings are compared with those of the command line, which has.
             built[name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**built)

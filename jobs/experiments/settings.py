@@ -99,6 +99,7 @@ class TrainSettings:
         require(self.held_out_every >= 1 or not self.keep_best, needs, self.held_out_every)
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)
+        # If the newest one turns out to be damaged, the one before it is the last resort.
         require(self.keep_checkpoints >= 2, "train.keep-checkpoints must be at least 2", self.keep_checkpoints)
         check_seed("train.seed", self.seed)
 

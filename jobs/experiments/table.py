@@ -6,6 +6,7 @@ from diffusion.problems.fashion_mnist import FashionMnistProblem
 from diffusion.problems.gaussian1d import Gaussian1dProblem
 from diffusion.problems.mnist import MnistProblem
 from diffusion.problems.own_images import OwnClassesProblem, OwnImagesProblem
+from diffusion.problems.problem import Problem
 from diffusion.settings import ClassMlpSettings, ClassUnetSettings, MlpSettings, SamplerSettings, UnetSettings
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrainSettings
@@ -29,114 +30,59 @@ class Entry:
     """What to say before a training starts on a CPU."""
 
 
+DDPM = SamplerSettings(sampler="ddpm", steps=50)
+SMALL_UNET = UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2)
+SMALL_CLASS_UNET = ClassUnetSettings(dim=32, dim_mults=(1, 2), noise_skip=True, patch_size=2)
+
+
+def _of_numbers(help: str, model: MlpSettings, held_out_every: int = 0) -> Entry:
+    """An experiment on the mixture in one dimension."""
+    train = TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32", held_out_every=held_out_every)
+    preset = ExperimentConfig(data=Gaussian1dProblem(), model=model, train=train)
+    sampler = SamplerSettings(sampler="dpm++", steps=30)
+    return Entry(preset=preset, help=help, sub_batch_size=4096, shard_size=65536, sampler=sampler)
+
+
+def _of_digits(name: str, help: str, model: UnetSettings, held_out_every: int = 0) -> Entry:
+    """An experiment on digits for GPUs; NAME-small is the same for a CPU."""
+    train = TrainSettings(
+        steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995, held_out_every=held_out_every
+    )
+    advice = (
+        f"{name} is sized for GPUs: {{steps:,}} steps of {{batch_size}} images take about {{duration}} on this CPU. "
+        f"`python launch.py train {name}-small` draws recognisable digits after a few minutes."
+    )
+    preset, sampler = ExperimentConfig(data=MnistProblem(), model=model, train=train), DDPM
+    return Entry(preset=preset, help=help, sub_batch_size=256, shard_size=1024, sampler=sampler, cpu_advice=advice)
+
+
+def _small(help: str, data: Problem, model: UnetSettings, held_out_every: int = 0) -> Entry:
+    """An experiment on images that trains in minutes on a CPU."""
+    train = TrainSettings(
+        steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500, held_out_every=held_out_every
+    )
+    preset = ExperimentConfig(data=data, model=model, train=train)
+    return Entry(preset=preset, help=help, sub_batch_size=64, shard_size=256, sampler=DDPM)
+
+
 EXPERIMENTS: dict[str, Entry] = {
-    "1d": Entry(
-        preset=ExperimentConfig(
-            data=Gaussian1dProblem(),
-            model=MlpSettings(),
-            train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32", held_out_every=200),
-        ),
-        help="an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop",
-        sub_batch_size=4096,
-        shard_size=65536,
-        sampler=SamplerSettings(sampler="dpm++", steps=30),
+    "1d": _of_numbers(
+        "an MLP on a Gaussian mixture, checked against the exact answer: a minute on a laptop", MlpSettings(), 200
     ),
-    "1d-classes": Entry(
-        preset=ExperimentConfig(
-            data=Gaussian1dProblem(),
-            model=ClassMlpSettings(),
-            train=TrainSettings(steps=4000, batch_size=2048, lr=4e-3, precision="fp32"),
-        ),
-        help="the same with classes, which are the mixture's components",
-        sub_batch_size=4096,
-        shard_size=65536,
-        sampler=SamplerSettings(sampler="dpm++", steps=30),
+    "1d-classes": _of_numbers("the same with classes, which are the mixture's components", ClassMlpSettings()),
+    "mnist": _of_digits(
+        "mnist", "a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs", UnetSettings(), 500
     ),
-    "mnist": Entry(
-        preset=ExperimentConfig(
-            data=MnistProblem(),
-            model=UnetSettings(),
-            train=TrainSettings(
-                steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995, held_out_every=500
-            ),
-        ),
-        help="a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs",
-        sub_batch_size=256,
-        shard_size=1024,
-        sampler=SamplerSettings(sampler="ddpm", steps=50),
-        cpu_advice="mnist is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on this "
-        "CPU. `python launch.py train mnist-small` draws recognisable digits after a few minutes.",
+    "mnist-small": _small("a DDPM on MNIST that trains in minutes on a CPU", MnistProblem(), SMALL_UNET, 200),
+    "mnist-classes": _of_digits(
+        "mnist-classes", "digits on demand: a DDPM on MNIST that is told the digit, for GPUs", ClassUnetSettings()
     ),
-    "mnist-small": Entry(
-        preset=ExperimentConfig(
-            data=MnistProblem(),
-            model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
-            train=TrainSettings(
-                steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, held_out_every=200, checkpoint_every=500
-            ),
-        ),
-        help="a DDPM on MNIST that trains in minutes on a CPU",
-        sub_batch_size=64,
-        shard_size=256,
-        sampler=SamplerSettings(sampler="ddpm", steps=50),
+    "mnist-classes-small": _small("digits on demand, trained in minutes on a CPU", MnistProblem(), SMALL_CLASS_UNET),
+    "fashion-mnist-small": _small(
+        "a DDPM on Fashion-MNIST that trains in minutes on a CPU", FashionMnistProblem(), SMALL_UNET, 200
     ),
-    "mnist-classes": Entry(
-        preset=ExperimentConfig(
-            data=MnistProblem(),
-            model=ClassUnetSettings(),
-            train=TrainSettings(steps=40_000, batch_size=128, lr=4e-4, warmup_steps=500, ema_decay=0.9995),
-        ),
-        help="digits on demand: a DDPM on MNIST that is told the digit, for GPUs",
-        sub_batch_size=256,
-        shard_size=1024,
-        sampler=SamplerSettings(sampler="ddpm", steps=50),
-        cpu_advice="mnist-classes is sized for GPUs: {steps:,} steps of {batch_size} images take about {duration} on "
-        "this CPU. `python launch.py train mnist-classes-small` draws recognisable digits after a few minutes.",
-    ),
-    "mnist-classes-small": Entry(
-        preset=ExperimentConfig(
-            data=MnistProblem(),
-            model=ClassUnetSettings(dim=32, dim_mults=(1, 2), noise_skip=True, patch_size=2),
-            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
-        ),
-        help="digits on demand, trained in minutes on a CPU",
-        sub_batch_size=64,
-        shard_size=256,
-        sampler=SamplerSettings(sampler="ddpm", steps=50),
-    ),
-    "fashion-mnist-small": Entry(
-        preset=ExperimentConfig(
-            data=FashionMnistProblem(),
-            model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
-            train=TrainSettings(
-                steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, held_out_every=200, checkpoint_every=500
-            ),
-        ),
-        help="a DDPM on Fashion-MNIST that trains in minutes on a CPU",
-        sub_batch_size=64,
-        shard_size=256,
-        sampler=SamplerSettings(sampler="ddpm", steps=50),
-    ),
-    "images": Entry(
-        preset=ExperimentConfig(
-            data=OwnImagesProblem(),
-            model=UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_skip=True, patch_size=2),
-            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
-        ),
-        help="a DDPM on images of your own: --data.root FOLDER",
-        sub_batch_size=64,
-        shard_size=256,
-        sampler=SamplerSettings(sampler="ddpm", steps=50),
-    ),
-    "images-classes": Entry(
-        preset=ExperimentConfig(
-            data=OwnClassesProblem(),
-            model=ClassUnetSettings(dim=32, dim_mults=(1, 2), noise_skip=True, patch_size=2),
-            train=TrainSettings(steps=4000, batch_size=64, lr=4e-3, ema_decay=0.998, checkpoint_every=500),
-        ),
-        help="the same on demand: it is told the class, which is an image's folder",
-        sub_batch_size=64,
-        shard_size=256,
-        sampler=SamplerSettings(sampler="ddpm", steps=50),
+    "images": _small("a DDPM on images of your own: --data.root FOLDER", OwnImagesProblem(), SMALL_UNET),
+    "images-classes": _small(
+        "the same on demand: it is told the class, which is an image's folder", OwnClassesProblem(), SMALL_CLASS_UNET
     ),
 }

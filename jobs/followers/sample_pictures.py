@@ -35,6 +35,7 @@ class Sketches:
 
     def start(self, newest: int) -> None:
         """Draws the newest checkpoint if it is time for one."""
+        # By multiples, because checkpoints need not come at these steps themselves.
         due = self._step // self._every < newest // self._every if self._every else False
         if not due or self._process is not None or time.monotonic() < self._next:
             return

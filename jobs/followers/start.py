@@ -117,11 +117,11 @@ def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: 
     """Follows the set of samples `name`: while it is drawn if `live`, otherwise once this process has completed it."""
     arguments = [str(run.path), name]
     ensure_id(run)
-    follower = FollowerProcess("jobs.followers.samples", arguments, say) if live else None
+    follower = FollowerProcess("jobs.followers.parts", arguments, say) if live else None
     try:
         yield
         if follower is None and is_complete():
-            follower = FollowerProcess("jobs.followers.samples", arguments, say)
+            follower = FollowerProcess("jobs.followers.parts", arguments, say)
     finally:
         if follower is not None:
             follower.close(wait=True)
@@ -130,7 +130,7 @@ def following(run: RunFolder, name: str, is_complete: Callable[[], bool], live: 
 def follow_evaluation(run: RunFolder, name: str, say: Say) -> None:
     """Passes the complete evaluation of the set of samples `name` on to wandb."""
     ensure_id(run)
-    FollowerProcess("jobs.followers.evaluation", [str(run.path), name], say).close(wait=True)
+    FollowerProcess("jobs.followers.parts", [str(run.path), name, "evaluation"], say).close(wait=True)
 
 
 def _relay(process: "subprocess.Popen[str]", say: Say) -> None:

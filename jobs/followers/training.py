@@ -24,7 +24,7 @@ from jobs.followers.sample_pictures import Sketches
 from jobs.followers.start import online_mark
 from jobs.storage import account, checkpoints
 from jobs.storage.ownership import Ownership
-from jobs.storage.records import Tail, last_start, now, read_jsonl
+from jobs.storage.records import Tail, last_start, now
 from jobs.storage.run_folder import RunFolder, State
 from jobs.tracking.dashboard import FLUSH_S, Dashboard, Wandb, open_dashboard
 from jobs.tracking.identity import POSITION, Machine, of_training
@@ -59,22 +59,17 @@ class TrainingFollower:
     def __init__(self, run: RunFolder, owner: Ownership, machine: Machine, attempt: int) -> None:
         self._run, self._owner = run, owner
         self._experiment, self._config = run.read_experiment()
-        self._timing = read_jsonl(run.timing)
-        start = next(line for line in reversed(self._timing) if line["event"] == "start")
+        start = last_start(run)
         self._position_file = run.path / POSITION
-        position = self._read_position()
-        # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within one
-        # start goes on where the first one was.
-        self._position = (
-            position
-            if attempt > 1
-            else dataclasses.replace(
-                position, step=min(position.step, start["step"]), quality=min(position.quality, start["step"])
-            )
-        )
+        self._position = self._read_position()
+        if attempt == 1:
+            # A new start makes the lines after its checkpoint again, so they are sent again. A second attempt within
+            # one start goes on where the first one was.
+            step, quality = (min(at, start["step"]) for at in (self._position.step, self._position.quality))
+            self._position = dataclasses.replace(self._position, step=step, quality=quality)
         self._recent = deque([(time.monotonic(), self._position)])
         self._metrics, self._times, self._judged = Tail(run.metrics), Tail(run.timing), Tail(run.quality)
-        self._timing.clear()
+        self._timing: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._quality: list[dict[str, Any]] = []
         self._curves = Curves(self._config.diffusion.timesteps, start.get("loss_floor"))

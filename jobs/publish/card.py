@@ -12,6 +12,7 @@ from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.classes import label, predictions
 from jobs.sample.sample_set import SampleSet, SampleSettings
+from jobs.storage import checkpoints
 from jobs.storage.provenance import versions
 from jobs.storage.run_folder import RunFolder
 
@@ -136,7 +137,7 @@ from {module} import Unet
 from safetensors.torch import load_file
 
 unet = Unet({size}, dim_mults={model.dim_mults}, channels={channels}{heads})
-unet.load_state_dict(load_file("ema.safetensors"))
+unet.load_state_dict(load_file("{checkpoints.EMA}"))
 ```"""
     return f"""## Use
 

@@ -66,7 +66,7 @@ def publish(
     experiment, config = run.read_experiment()
     programs = code(config)
     step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
-    found = examples(run, manifest["files"][checkpoints.weights_file("ema")]["sha256"])
+    found = examples(run, manifest["files"][checkpoints.EMA]["sha256"])
     if found is None:
         say(f"The card has no picture and no numbers: no samples of step {step:,} are there; `sample` draws some.")
     settings = found.settings if found is not None else _default(run, experiment, config, step, say)
@@ -74,9 +74,9 @@ def publish(
     settings = replace(settings, precision=precision_of(run, settings.precision, "fp32"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(target) as folder:
-        weights = run.checkpoints / checkpoints.folder_name(step) / checkpoints.weights_file("ema")
-        shutil.copyfile(weights, folder / "ema.safetensors")
-        if sha256(folder / "ema.safetensors") != settings.weights_sha256:
+        weights = run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
+        shutil.copyfile(weights, folder / weights.name)
+        if sha256(folder / weights.name) != settings.weights_sha256:
             raise UserError(f"{weights} has changed meanwhile; run the command again")
         for name, text in programs.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -84,6 +84,7 @@ def publish(
         (folder / "config.json").write_text(json.dumps(_config(experiment, config, settings), indent=2) + "\n")
         if found is not None and found.picture.exists():
             shutil.copyfile(found.picture, folder / "samples.png")
+        # All of our files have a suffix, and folders have none.
         hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.*"))}
         (folder / "README.md").write_text(card.card(run, experiment, config, settings, found, license_id, hashes))
 
@@ -101,10 +102,7 @@ def _default(
     """The settings of `sample` without options."""
     sampler = EXPERIMENTS[experiment].sampler
     sampler = replace(sampler, steps=min(sampler.steps, config.diffusion.timesteps))
-    asked = sample_set.plan(
-        run, num_samples=1, seed=0, sampler=sampler, weights="ema", checkpoint=step, name="none", say=say
-    )
-    return asked.settings
+    return sample_set.choose(run, seed=0, sampler=sampler, weights="ema", checkpoint=step, say=say)
 
 
 def _config(experiment: str, config: ExperimentConfig, settings: SampleSettings) -> dict[str, Any]:
@@ -112,6 +110,7 @@ def _config(experiment: str, config: ExperimentConfig, settings: SampleSettings)
     shape = config.data.sample.shape  # as in files
     return {
         "experiment": experiment,
+        "weights": checkpoints.EMA,
         "sample_shape": (shape[-1], *shape[:-1]) if shape else (1,),
         "model": asdict(config.model),
         "diffusion": asdict(config.diffusion),

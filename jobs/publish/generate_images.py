@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
+from diffusion.images.pixels import to_pixels, unscaled
 from diffusion.images.unet import with_fast_layers
 from diffusion.process.schedules import alphas_cumprod_at
 from jobs.publish.drawing import arguments, draw, exact_numerics, save
@@ -46,7 +47,7 @@ def main() -> None:
     ).alphas_cumprod.to(asked.device)
     # The weights fit the library's own network, too; these layers compute the same, rounded as in training.
     unet = with_fast_layers(unet)
-    unet.load_state_dict(load_file(FOLDER / "ema.safetensors"))
+    unet.load_state_dict(load_file(FOLDER / config["weights"]))
     unet.to(asked.device, memory_format=torch.channels_last).eval()
 
     def predict(xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -61,10 +62,10 @@ def main() -> None:
         return (1 - a).sqrt() * xt + a.sqrt() * out.float()
 
     x0 = draw(predict, abar, (-1.0, 1.0), config, asked)
-    pixels = ((x0.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-    save(pixels.permute(0, 2, 3, 1).numpy(), asked)
-    save_image(pixels[:64].float() / 255, asked.out.with_suffix(".png"))
-    print(f"{len(pixels)} samples are in {asked.out}, the first {len(pixels[:64])} in {asked.out.with_suffix('.png')}.")
+    images = unscaled(x0)
+    save(images, asked)
+    save_image(to_pixels(images[:64]), asked.out.with_suffix(".png"))
+    print(f"{len(images)} samples are in {asked.out}, the first {len(images[:64])} in {asked.out.with_suffix('.png')}.")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion.errors import UserError
 from jobs.evaluate import report
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.report.pictures import Picture, leads_out, picture
+from jobs.sample import sample_set
 from jobs.storage import account, checkpoints
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
@@ -24,9 +24,6 @@ SETS = 3
 """So many sets of samples are shown, the newest ones."""
 STRIPS = {"figures/denoising.png": "From noise to samples", "figures/reverse.png": "From noise to samples"}
 """Pictures of how samples come about, with what they show: of images, and of one dimension."""
-
-
-DRAWN = "samples.npz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +53,7 @@ class Content:
     """What `status RUN --json` prints."""
     launch: Json
     command: str
+    """The command line as it is typed."""
     changed_files: list[str]
     """Files that differed from the commit when the run was started."""
     history: list[Json]
@@ -110,8 +108,9 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
     """
     experiment, config = run.read_experiment()
     launch, described = states.read_launch(run), detail.describe(run, jobs)
-    complete = _complete_sets(run)
+    complete = sample_set.complete(run)
     shown = [_samples(run, name, facts, width) for name, facts in list(complete.items())[:SETS]]
+    # The training's own picture stands in where no set has been drawn.
     drawn = {} if shown else {"figures/samples.png": "Samples at the end of the training"}
     return Content(
         label=run.label,
@@ -119,7 +118,7 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
         config=config,
         detail={**described, "traceback": str(described["traceback"] or "").strip()},
         launch=launch,
-        command=_command(launch.get("argv") or []),
+        command=shlex.join(["python", Path(argv[0]).name, *argv[1:]]) if (argv := launch.get("argv")) else "",
         changed_files=_changed_files(launch.get("git_diff") or ""),
         history=[line for line in read_jsonl(run.metrics) if "step" in line],
         timing=[line for line in read_jsonl(run.timing) if "event" in line],
@@ -137,28 +136,10 @@ def outside(run: RunFolder) -> list[str]:
     return sorted(path.relative_to(run.path).as_posix() for path in found if leads_out(run.path, path))
 
 
-def _command(argv: list[str]) -> str:
-    """The command line as it is typed."""
-    return shlex.join(["python", Path(argv[0]).name, *argv[1:]]) if argv else ""
-
-
 def _changed_files(diff: str) -> list[str]:
     """The names in a diff. The diff itself stays in launch.json: it may hold what is not to be passed on."""
     heads = [line for line in diff.splitlines() if line.startswith("diff --git ")]
     return [head.rpartition(" b/")[2] for head in heads]
-
-
-def _complete_sets(run: RunFolder) -> dict[str, Json]:
-    """The manifests of the complete sets of samples by name, the newest first."""
-    found: list[tuple[float, str, Json]] = []
-    for path in run.samples.glob("[!.]*/manifest.json"):
-        try:
-            facts = run.read_samples(path.parent.name)
-            if facts.get("complete"):
-                found.append((path.stat().st_mtime, path.parent.name, facts))
-        except (OSError, UserError):
-            continue  # it is damaged, or is just being deleted
-    return {name: facts for _, name, facts in sorted(found, key=lambda entry: entry[:2], reverse=True)}
 
 
 def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:
@@ -167,7 +148,11 @@ def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:
     results = _read_object(folder / "metrics.json")
     measured = results.get("protocol", {})
     version = run.read_experiment()[1].data.metrics_version
-    if (measured.get("version"), measured.get("sha256", {}).get("samples")) != (version, facts["sha256"][DRAWN]):
+    # Numbers of other samples, or by metrics of another version, would stand beside the wrong picture.
+    if (measured.get("version"), measured.get("sha256", {}).get("samples")) != (
+        version,
+        facts["sha256"]["samples.npz"],
+    ):
         results = {}
     files = sorted((path.name for path in folder.glob("[!.]*.png")), key=lambda file: (file != "grid.png", file))
     texts = {file: file.removesuffix(".png").replace("-", " ").capitalize() for file in files}

@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -38,6 +38,7 @@ class Point(NamedTuple):
 def points(lines: Sequence[Json], name: str) -> list[Point]:
     """Returns a quantity by step with its mean over the last 5% of the lines; lines without it are left out."""
     found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    # A mean is a difference of two sums from the beginning: its cost does not depend on the width.
     sums = [0.0, *accumulate(value for _, value in found)]
     width = max(1, len(found) // 20)
     return [
@@ -49,6 +50,18 @@ def points(lines: Sequence[Json], name: str) -> list[Point]:
 def without_noise(lines: Sequence[Json], name: str) -> list[Point]:
     """Returns a quantity that needs no running mean."""
     return [point._replace(mean=point.value) for point in points(lines, name)]
+
+
+def excess(run: Content) -> list[Point]:
+    """Returns the loss above the smallest one that any network can reach; [] where nobody knows that."""
+    floor = run.floor
+    return (
+        [] if floor is None else [Point(p.step, p.value - floor, p.mean - floor) for p in points(run.history, "loss")]
+    )
+
+
+def rate(run: Content) -> list[Point]:
+    return points([line for line in run.timing if line["event"] == "progress"], "images_per_s")
 
 
 def qualities(lines: Sequence[Json]) -> dict[str, dict[str, list[Point]]]:
@@ -89,18 +102,16 @@ def of_run(run: Content, most: int) -> dict[str, Any]:
     What the run has not recorded has no figure.
     """
     steps = DataRange1d(range_padding=0.02)
-    floor, progress = run.floor, [line for line in run.timing if line["event"] == "progress"]
     loss, held_out = points(run.history, "loss"), without_noise(run.history, "held_out_loss")
-    excess = [] if floor is None else [Point(p.step, p.value - floor, p.mean - floor) for p in loss]
     names = sorted({name for line in run.history for name in line if name.startswith("loss_t")})
     bands = {f"t < {i + 1}/{len(names)} T": points(run.history, name) for i, name in enumerate(names)}
     quantities: dict[str, tuple[Mapping[str, Sequence[Point]], Scale]] = {
         "Training loss": ({"in training": loss, HELD_OUT: held_out} if held_out else {"": loss}, "log"),
-        "Excess loss: above the smallest loss that any network can reach": ({"": excess}, "log"),
+        "Excess loss: above the smallest loss that any network can reach": ({"": excess(run)}, "log"),
         "Loss by noise level": (bands, "log"),
         "Norm of the gradient before clipping": ({"": points(run.history, "grad_norm")}, "log"),
         "Learning rate": ({"": without_noise(run.history, "lr")}, "linear"),
-        "Images per second": ({"": points(progress, "images_per_s")}, "linear"),
+        "Images per second": ({"": rate(run)}, "linear"),
         **{f"{title} while it trains": (judged, "log") for title, judged in qualities(run.quality).items()},
     }
     figures = {}
@@ -108,9 +119,9 @@ def of_run(run: Content, most: int) -> dict[str, Any]:
         if any(curves.values()):
             figures[title] = _figure(curves, scale, steps, most, with_values=curves is not bands)
             _mark_restarts(figures[title], run.starts)
-    if floor is not None and "Training loss" in figures:
+    if run.floor is not None and "Training loss" in figures:
         figures["Training loss"].add_layout(
-            Span(location=floor, dimension="width", line_color=FLOOR, line_width=2, line_dash="dashed")
+            Span(location=run.floor, dimension="width", line_color=FLOOR, line_width=2, line_dash="dashed")
         )
     return figures
 
@@ -118,21 +129,19 @@ def of_run(run: Content, most: int) -> dict[str, Any]:
 def compared(runs: Sequence[Content]) -> dict[str, Any]:
     """Returns figures with the running means of all runs on one axis, by their titles."""
     steps = DataRange1d(range_padding=0.02)
-    losses = {run.label: points(run.history, "loss") for run in runs}
-    excesses = {
-        run.label: [Point(p.step, p.value - run.floor, p.mean - run.floor) for p in losses[run.label]]
-        for run in runs
-        if run.floor is not None
-    }
-    rates = {run.label: points([x for x in run.timing if x["event"] == "progress"], "images_per_s") for run in runs}
-    norms = {run.label: points(run.history, "grad_norm") for run in runs}
-    held_out = {run.label: without_noise(run.history, "held_out_loss") for run in runs}
+
+    def of_all(curve: Callable[[Content], list[Point]]) -> dict[str, list[Point]]:
+        return {run.label: curve(run) for run in runs}
+
     quantities: dict[str, tuple[Mapping[str, Sequence[Point]], Scale]] = {
-        "Training loss": (losses, "log"),
-        "Held-out loss of the averaged weights": (held_out, "log"),
-        "Excess loss": (excesses, "log"),
-        "Norm of the gradient before clipping": (norms, "log"),
-        "Images per second": (rates, "linear"),
+        "Training loss": (of_all(lambda run: points(run.history, "loss")), "log"),
+        "Held-out loss of the averaged weights": (
+            of_all(lambda run: without_noise(run.history, "held_out_loss")),
+            "log",
+        ),
+        "Excess loss": (of_all(excess), "log"),
+        "Norm of the gradient before clipping": (of_all(lambda run: points(run.history, "grad_norm")), "log"),
+        "Images per second": (of_all(rate), "linear"),
     }
     judged = {run.label: qualities(run.quality) for run in runs}
     for title in dict.fromkeys(title for of_run in judged.values() for title in of_run):

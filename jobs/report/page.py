@@ -24,6 +24,8 @@ from jobs.watch.states import SlurmJob
 
 BOKEH = Resources(mode="inline", components=["bokeh"], log_level="error")
 """Its code without widgets, tables, 3D and mathematics, which would be twice as much."""
+FACTS = ("gpu", "device", "processes", "grad_shards", "precision", "threads", "cpu", "driver", "cuda", "cudnn", "nccl")
+"""What is said of a machine, in this order."""
 NARROW, WIDE = 700, 1200
 """Pixels of a picture: where several runs share the page, and where one has it."""
 
@@ -39,6 +41,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
     if len({run.label for run in found}) < len(found):  # of several folders of all runs
         found = [replace(run, label=run.detail["path"]) for run in found]
     most = curves.points_of(len(found))
+    # All figures in one call, so that Bokeh writes its data once; the names say whose they are.
     figures = {f"{i}/{title}": plot for i, run in enumerate(found) for title, plot in curves.of_run(run, most).items()}
     if len(found) > 1:
         figures |= {f"all/{title}": plot for title, plot in curves.compared(found).items()}
@@ -120,20 +123,7 @@ def events(run: Content) -> list[Mapping[str, Any]]:
 
 def machine(run: Content) -> dict[str, Any]:
     """Returns the facts of the machine that computed last, on which bytes depend."""
-    names = (
-        "gpu",
-        "device",
-        "processes",
-        "grad_shards",
-        "precision",
-        "threads",
-        "cpu",
-        "driver",
-        "cuda",
-        "cudnn",
-        "nccl",
-    )
-    return {name.replace("_", " "): run.machine[name] for name in names if run.machine.get(name) is not None}
+    return {name.replace("_", " "): run.machine[name] for name in FACTS if run.machine.get(name) is not None}
 
 
 def hashes(run: Content) -> dict[str, str]:

@@ -157,14 +157,6 @@ def facts(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """Says how this machine differs from that of the last start in what bytes depend on; None if it does not."""
-    changed = differing(before, now)
-    return (
-        f"From here on bytes may differ from those of an uninterrupted run: {'; '.join(changed)}." if changed else None
-    )
-
-
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns what bytes depend on and is not the same in both, in words.
 

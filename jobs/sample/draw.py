@@ -21,7 +21,7 @@ from jobs.files import write_atomically
 from jobs.health import gpu_test
 from jobs.health.watchdog import DRAWING, Watchdog
 from jobs.runtime.cuda_graphs import in_one_launch
-from jobs.runtime.job import JobError
+from jobs.runtime.job import JobError, process_rank
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
@@ -33,14 +33,7 @@ from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
 
 
-def sample(
-    samples: SampleSet,
-    shards: Sequence[int],
-    device: Kind,
-    signals: SignalWatch,
-    watchdog: Watchdog,
-    show_progress: bool,
-) -> None:
+def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, watchdog: Watchdog) -> None:
     """Draws these shards; raises Stopped when a signal comes."""
     run = RunFolder(samples.run)
     precision = resolve_precision(samples.settings.precision, device)
@@ -67,7 +60,7 @@ def sample(
         for done, shard in enumerate(shards):
             evaluations = count(1)
             write_shard(samples, shard, experiment, predict, model.alphas_cumprod)
-            if show_progress:
+            if process_rank() == 0:
                 progress.update(done + 1, "")
     progress.close()
 

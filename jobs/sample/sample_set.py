@@ -3,6 +3,7 @@
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from jobs.files import sha256, whole, write_json
 from jobs.sample.classes import check_guidance, label, parse
 from jobs.storage import checkpoints
 from jobs.storage.records import precision_of
-from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, number_of_shards, read_job_ids
+from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, number_of_shards
 
 if TYPE_CHECKING:
     import numpy as np
@@ -65,31 +66,9 @@ class SampleSettings:
         return np.array(self.classes)[np.arange(start, stop) % len(self.classes or ())]
 
 
-def plan(
-    run: RunFolder,
-    *,
-    num_samples: int,
-    seed: int,
-    sampler: SamplerSettings,
-    weights: Weights,
-    checkpoint: checkpoints.Named | None,
-    classes: str | None = None,
-    guidance: float | None = None,
-    name: str | None,
-    say: Callable[[str], None],
-) -> "SampleSet":
-    """The set of samples that a user asks for; raises UserError where that cannot be."""
+def plan(run: RunFolder, settings: SampleSettings, num_samples: int, name: str | None) -> "SampleSet":
+    """The set of so many samples that a user asks for; raises UserError where that cannot be."""
     require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
-    settings = choose(
-        run,
-        seed=seed,
-        sampler=sampler,
-        weights=weights,
-        checkpoint=checkpoint,
-        classes=classes,
-        guidance=guidance,
-        say=say,
-    )
     num_bytes = run.read_experiment()[1].data.sample.num_bytes
     found = SampleSet(run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, num_bytes)
     found.check_existing()
@@ -151,6 +130,16 @@ def read(run: RunFolder, name: str) -> "SampleSet":
         raise UserError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
 
 
+def complete(run: RunFolder) -> dict[str, dict[str, Any]]:
+    """The manifests of the run's complete sets by their names, the newest first."""
+    found: list[tuple[float, str, dict[str, Any]]] = []
+    for path, manifest in run.sets():
+        with suppress(OSError):  # it is just being deleted
+            if manifest.get("complete"):
+                found.append((path.stat().st_mtime, path.parent.name, manifest))
+    return {name: manifest for _, name, manifest in sorted(found, key=lambda entry: entry[:2], reverse=True)}
+
+
 @dataclass(frozen=True)
 class SampleSet:
     """`num_samples` samples with these settings, in the folder RUN/samples/NAME.
@@ -205,6 +194,7 @@ class SampleSet:
 
     def is_complete(self) -> bool:
         manifest = self.read_manifest()
+        # A set that is extended is complete with its old number until its manifest is written anew.
         merged = manifest.get("complete") and manifest["num_samples"] == self.num_samples
         return bool(merged) and (self.folder / "samples.npz").is_file() and not self.missing()
 
@@ -216,14 +206,11 @@ class SampleSet:
 
     def add_job(self, job_id: str) -> None:
         """Remembers a Slurm job that works on the set, here and with the run."""
-        run = RunFolder(self.run)
-        run.add_job("sample_job_ids", job_id)
-        with run.changing():
-            write_json(self.folder / ".jobs.json", [*self.job_ids(), job_id])
+        RunFolder(self.run).add_job("sample_job_ids", job_id, self.folder / ".jobs.json")
 
     def job_ids(self) -> list[str]:
         """Slurm jobs of this run that have worked on the set."""
-        return read_job_ids(self.folder / ".jobs.json", RunFolder(self.run).read_launch().get("sample_job_ids", []))
+        return RunFolder(self.run).jobs_in(self.folder / ".jobs.json", "sample_job_ids")
 
     def needed_bytes(self) -> int:
         """Disk space for the shards that are missing and for the merged file; none for a set that is complete."""

@@ -132,6 +132,7 @@ class _Books:
             self._part = "steps"  # older versions did not mark where they begin
         if self._part == "steps":
             saving_s = max(0.0, min(saving_s, spent))
+            # Of these steps, those below the highest one so far are done again: the time is shared in proportion.
             share = useful / done if done else float(step >= self._highest)
             self._book("saving", saving_s)
             self._book("useful", share * (spent - saving_s))

@@ -76,6 +76,8 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
             if sha256(path / name) != recorded["sha256"]:
                 raise CorruptCheckpoint(f"checkpoint {path}: {name} has changed since it was written")
     except OSError as error:
+        # A missing file is damage for good. Any other error, of a network file system say, may be over in a minute: a
+        # good checkpoint must not be set aside for that.
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
         raise CorruptCheckpoint(f"checkpoint {path} is damaged: {error}") from error

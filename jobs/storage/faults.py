@@ -121,7 +121,9 @@ def judge(
     if "state" in failure or not (goes_on or status.get("updated", "") < begun):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)
-    fault, first, tries = _weigh(run.path, budget, cause, node, failure, new_hang(run), stays, checkpoint=checkpoint)
+    fault, first, tries = _weigh(
+        run.path, budget, cause, node, failure, new_hang(run.path), stays, checkpoint=checkpoint
+    )
     # Nothing is counted before all else is written: if the disk is full, all of this is done again.
     if fault.again:
         write_json(run.status, {**status, "state": State.REQUEUED, "updated": now()})
@@ -148,7 +150,7 @@ def judge_share(
         failure = json.loads(failure_file.read_text())
     except (OSError, ValueError):
         failure = {}
-    hang = _new_hang(folder, "" if own is None else f"-{number(own)}_port_")
+    hang = new_hang(folder, "" if own is None else f"-{number(own)}_port_")
     fault, _, _ = _weigh(folder, budget, cause, node, failure, hang, own is None, left=left)
     if failure.get("for_good"):
         fault = replace(fault, again=False)
@@ -218,13 +220,8 @@ def _weigh(
     return fault, first, len(tries)
 
 
-def new_hang(run: RunFolder) -> Path | None:
-    """Returns the folder of stacks of a job that has hung, if nobody has taken note of it yet."""
-    return _new_hang(run.path, "")
-
-
-def _new_hang(folder: Path, of: str) -> Path | None:
-    """Returns the newest of these folders whose name contains `of`."""
+def new_hang(folder: Path, of: str = "") -> Path | None:
+    """Returns the newest folder of stacks of a job that has hung, with `of` in its name, if nobody has noted it yet."""
     lines = read_jsonl(folder / FILE)
     known = {Path(line["hang"]).name for line in lines if line.get("hang")}.union(*(x.get("hangs", ()) for x in lines))
     return next((hang for hang in _hangs(folder) if hang.name not in known and of in hang.name), None)

@@ -113,6 +113,7 @@ def holders(run: Path) -> list[int]:
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
+            # proc(5): behind the name, which may hold blanks and brackets, come the state and the parent.
             if any(os.readlink(descriptor) in files for descriptor in (folder / "fd").iterdir()):
                 parents[int(folder.name)] = int((folder / "stat").read_bytes().rpartition(b")")[2].split()[1])
         except OSError:  # another user's process, or one that has just ended

@@ -70,6 +70,7 @@ def save_code(folder: Path) -> None:
         for name in _files(ROOT):
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, made / name)  # without its mode: the umask says who may read and delete it
+        # The first copy says itself what the run began with; a later one is looked up by the digest in its name.
         if folder.name != "code" and folder.name != f"code-{_digest(made)[:8]}":
             raise OutsideError("the code was edited while it was copied for the job; start the job again")
         made.rename(folder)

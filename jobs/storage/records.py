@@ -7,7 +7,7 @@ import platform
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jobs.files import write_atomically, write_json
 from jobs.storage.ownership import Ownership
@@ -55,7 +55,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
     Skips lines that a kill or a full disk has cut, or that somebody has edited into another form.
     """
-    return _objects(path.read_text(errors="replace"), path)[0] if path.exists() else []
+    return _objects(path.read_text(errors="replace"), path) if path.exists() else []
 
 
 def skipped(folder: Path) -> dict[str, int]:
@@ -88,7 +88,7 @@ def held_out_losses(metrics: Path) -> dict[int, float]:
     if not metrics.exists():
         return {}
     with metrics.open(errors="replace") as file:  # only few of its lines have one, and are parsed
-        lines = _objects("".join(line for line in file if '"held_out_loss"' in line), metrics)[0]
+        lines = _objects("".join(line for line in file if '"held_out_loss"' in line), metrics)
     return {line["step"]: line["held_out_loss"] for line in lines if isinstance(line.get("held_out_loss"), float | int)}
 
 
@@ -104,26 +104,33 @@ def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:
 
 
 class Tail:
-    """Reads a file of lines while it grows."""
+    """Reads a file of lines that grows; it is open only while it is read, because there may be thousands of them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: TextIO | None = None
-        self._rest = ""
+        self._file_id = self._position = 0
+        self.is_new = False
+        """Whether the file is another one than before, and was read from its beginning."""
 
     def read(self) -> list[dict[str, Any]]:
         """The objects of all lines that have been completed since the last time."""
-        if self._file is None:
-            if not self._path.exists():
-                return []
-            self._file = self._path.open(errors="replace")
-        objects, self._rest = _objects(self._rest + self._file.read(), self._path)
-        return objects
+        try:
+            with self._path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                self.is_new = facts.st_ino != self._file_id or facts.st_size < self._position
+                self._file_id, self._position = facts.st_ino, 0 if self.is_new else self._position
+                file.seek(self._position)
+                text = file.read()
+        except OSError:  # there is none yet
+            self.is_new = False
+            return []
+        self._position += text.rfind(b"\n") + 1
+        return _objects(text.decode(errors="replace"), self._path)
 
 
-def _objects(text: str, path: Path) -> tuple[list[dict[str, Any]], str]:
-    """Returns the objects of all whole lines, and the text after the last of them."""
-    *lines, rest = text.split("\n")
+def _objects(text: str, path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of all whole lines."""
+    *lines, _ = text.split("\n")
     forms = SHAPES.get(path.name, ({},))
     objects = []
     for line in lines:
@@ -131,7 +138,7 @@ def _objects(text: str, path: Path) -> tuple[list[dict[str, Any]], str]:
             value = json.loads(line)
             if isinstance(value, dict) and any(_has(value, form) for form in forms):
                 objects.append(value)
-    return objects, rest
+    return objects
 
 
 def _has(line: dict[str, Any], form: dict[str, Any]) -> bool:

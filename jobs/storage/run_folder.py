@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from enum import StrEnum
@@ -22,6 +22,7 @@ from jobs.storage import ownership
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SAMPLES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # `+` for dpm++
 
+JobKind = Literal["job_ids", "sample_job_ids", "evaluate_job_ids"]
 LAUNCH_LOCK = ".launch.lock"
 OWN = ("job_ids", "sample_job_ids", "evaluate_job_ids", "wandb_id", "sweep", "point")
 """What of launch.json belongs to one run alone, and not to a copy of its folder."""
@@ -169,6 +170,8 @@ class RunFolder:
         if home == self.path or "wandb_id" not in launch:
             return False
         try:
+            # A copy has the same id as its original. So has a run that was moved, but then nothing is left at its old
+            # place.
             same_id = _read_json(home / "launch.json").get("wandb_id") == launch["wandb_id"]
             return same_id and not home.samefile(self.path)  # it may have two paths
         except (OSError, UserError):
@@ -182,26 +185,36 @@ class RunFolder:
         """manifest.json of a set of samples: its settings, `num_samples`, and whether it is `complete`; {} if none."""
         return _read_json(self.samples / name / "manifest.json")
 
+    def sets(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Yields the manifest of each set of samples and what it says, unless it is damaged or just being deleted."""
+        for path in self.samples.glob("[!.]*/manifest.json"):
+            with suppress(OSError, UserError):
+                yield path, self.read_samples(path.parent.name)
+
     def drawn_steps(self) -> set[int]:
         """The steps of the checkpoints that sets of samples still need: a job that draws them may wait for hours."""
-        found: set[int] = set()
-        for path in self.samples.glob("*/manifest.json"):
-            with suppress(OSError, UserError, KeyError):  # it is damaged, or is just being deleted
-                manifest = self.read_samples(path.parent.name)
-                if not manifest["complete"]:
-                    found.add(manifest["step"])
-        return found
+        return {known["step"] for _, known in self.sets() if "step" in known and known.get("complete") is False}
 
-    def add_job(self, kind: Literal["job_ids", "sample_job_ids", "evaluate_job_ids"], job_id: str) -> None:
-        """Remembers a Slurm job of the run; `cancel` and `status` need its id."""
-        with self.changing():
+    def add_job(self, kind: JobKind, job_id: str, listed: Path | None = None) -> None:
+        """Remembers a Slurm job of the run, as `cancel` and `status` need it, and in the list of what it works on."""
+        with self._changing():
             self._update(**{kind: [*self.read_launch().get(kind, []), job_id]})
+            if listed is not None:
+                write_json(listed, [*self.jobs_in(listed, kind), job_id])
+
+    def jobs_in(self, listed: Path, kind: JobKind) -> list[str]:
+        """Reads those of a list of ids of Slurm jobs that are the run's own; [] if there is no list.
+
+        Raises UserError for a damaged file.
+        """
+        ids, own = _json_in(listed), self.read_launch().get(kind, [])
+        return [job_id for job_id in ids if job_id in own] if isinstance(ids, list) else []
 
     def update_launch(self, **values: Any) -> None:
-        with self.changing():
+        with self._changing():
             self._update(**values)
 
-    def changing(self) -> AbstractContextManager[None]:
+    def _changing(self) -> AbstractContextManager[None]:
         """Keeps others from changing launch.json and lists of jobs meanwhile: elements of an array do, and commands."""
         return ownership.for_a_moment(self.path / LAUNCH_LOCK)
 
@@ -262,15 +275,6 @@ def _created(run: RunFolder) -> str:
         return str(run.read_launch().get("created", ""))
     except (OSError, UserError):
         return ""
-
-
-def read_job_ids(path: Path, own: Collection[str]) -> list[str]:
-    """Reads those of a list of ids of Slurm jobs that are the run's own; [] if there is no list.
-
-    Raises UserError for a damaged file.
-    """
-    value = _json_in(path)
-    return [job_id for job_id in value if job_id in own] if isinstance(value, list) else []
 
 
 def _read_json(path: Path) -> dict[str, Any]:

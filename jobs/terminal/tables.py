@@ -8,12 +8,7 @@ LEAST = 6
 
 
 def render(
-    headers: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    width: int,
-    names: Collection[str],
-    texts: Collection[str],
+    headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int, names: Collection[str], texts: Collection[str]
 ) -> str:
     """Returns the table in lines of at most `width` characters.
 
@@ -23,6 +18,7 @@ def render(
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
     may_shrink = [i for i, header in enumerate(headers) if header in names or header in texts]
+    # One character at a time from what is widest then, so that no column is cut while another has more to give.
     while sum(widths) + gap * (len(widths) - 1) > width:
         widest = max(may_shrink, key=lambda i: widths[i])
         if widths[widest] <= LEAST:

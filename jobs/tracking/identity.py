@@ -54,7 +54,7 @@ MAX_NAME = 128
 
 
 def short(name: str) -> str:
-    """The name as wandb takes it: of one that is too long the beginning, and a hash of the whole."""
+    """The name as wandb and file systems take it: of one that is too long the beginning, and a hash of the whole."""
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
@@ -72,11 +72,9 @@ def of_training(run: RunFolder, start: Mapping[str, Any], machine: Machine) -> I
     facts = {name: start[name] for name in FACTS if name in start}
     about = {"experiment": experiment, "git_commit": launch.get("git_commit"), "job_ids": launch.get("job_ids", [])}
     return Identity(
-        folder=run.path,
+        **_common(run),
         run_id=launch["wandb_id"],
-        project=settings.tracking.project,
         name=short(run.label),
-        group=_group(run),
         job_type="train",
         tags=[experiment, str(start.get("device", ""))],
         config={**dataclasses.asdict(settings), **about, **facts},
@@ -86,19 +84,13 @@ def of_training(run: RunFolder, start: Mapping[str, Any], machine: Machine) -> I
 
 def of_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any]) -> Identity:
     """Returns the identity of a part of a run, such as a set of samples; wandb shows it in the run's group."""
-    experiment, settings = run.read_experiment()
-    return Identity(
-        folder=run.path,
-        run_id=f"{run.read_launch()['wandb_id']}-{hashlib.sha256(part.encode()).hexdigest()[:6]}",
-        project=settings.tracking.project,
-        name=short(f"{run.label}/{part}"),
-        group=_group(run),
-        job_type=job_type,
-        tags=[experiment],
-        config=config,
-    )
+    # Made of the part's name, so that a sampling that is continued goes on with the same run in wandb.
+    run_id = f"{run.read_launch()['wandb_id']}-{hashlib.sha256(part.encode()).hexdigest()[:6]}"
+    name, tags = short(f"{run.label}/{part}"), [run.read_experiment()[0]]
+    return Identity(**_common(run), run_id=run_id, name=name, job_type=job_type, tags=tags, config=config)
 
 
-def _group(run: RunFolder) -> str:
-    """Returns the group of a training, its samples and its evaluations: the sweep, or the training itself."""
-    return short(run.read_launch().get("sweep") or run.label)
+def _common(run: RunFolder) -> dict[str, Any]:
+    """What a training shares with its samples and evaluations; their group is the sweep, or the training itself."""
+    group = short(run.read_launch().get("sweep") or run.label)
+    return {"folder": run.path, "project": run.read_experiment()[1].tracking.project, "group": group}

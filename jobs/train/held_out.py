@@ -30,28 +30,20 @@ class HeldOut:
 
     @cached_property
     def _chunks(self) -> list[tuple[Tensor, ...]]:
-        """x0 [n, *sample_shape], t [n], eps like x0 and what the network is told, in chunks.
-
-        [] if the data set has nothing to hold out.
-        """
-        examples = self._experiment.held_out()
-        if examples is None:
-            return []
-        x0, *told = examples
+        """x0 [n, *sample_shape], t [n], eps like x0 and what the network is told, in chunks."""
+        x0, *told = self._experiment.held_out()
         u = stratified(0, Stream.TIMESTEP, 0, 0, len(x0), len(x0))
         t = torch.from_numpy(timesteps(u, len(self._model.alphas_cumprod)))
         eps = torch.from_numpy(normal(0, Stream.NOISE, 0, 0, len(x0), tuple(x0.shape[1:])))
         return list(zip(*(part.split(CHUNK) for part in (x0, t, eps, *told)), strict=True))
 
     @torch.no_grad()
-    def loss(self) -> float | None:
-        """Returns the mean loss, None if there are no such examples; every process must call it, for its share.
+    def loss(self) -> float:
+        """Returns the mean loss; every process must call it, for its share.
 
         Whoever computes a chunk gets the same bytes, and chunks are added up in their order.
         """
         world, device = self._world, self._world.device
-        if not self._chunks:
-            return None
         sums = torch.zeros(len(self._chunks), dtype=torch.float64, device=device)
         for i in range(world.rank, len(self._chunks), world.size):
             with world.accelerator.autocast():

@@ -12,7 +12,7 @@ from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, HELD_OUT, SAVING, START, Watchdog
 from jobs.runtime.cuda_graphs import not_captured
 from jobs.runtime.job import JobError, Requeue, process_node
-from jobs.runtime.numerics import Kind, changes, facts, lacking, resolve_precision, uuid_of, whereabouts
+from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision, uuid_of, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, StopVote
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
@@ -65,8 +65,8 @@ def train(
             **facts(world.device),
         }
         before = {"grad_shards": before.get("processes"), **before}  # as older versions cut the batch
-        if step and (differences := changes(before, machine)):
-            console.say(differences)
+        if step and (changed := differing(before, machine)):
+            console.say(f"From here on bytes may differ from those of an uninterrupted run: {'; '.join(changed)}.")
         recorder = RunRecorder(run, training, owner, console, requeue is not None, machine, here)
     try:
         recorder.start()
@@ -151,8 +151,7 @@ def logged(training: Training, update: Update, watchdog: Watchdog) -> dict[str, 
     }
     if held_out:
         watchdog.between_steps("the held-out loss", HELD_OUT)
-        if (held_out_loss := training.held_out.loss()) is not None:
-            values["held_out_loss"] = held_out_loss
+        values["held_out_loss"] = training.held_out.loss()
     # JSON has no NaN.
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 

@@ -5,9 +5,8 @@ import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -284,31 +283,29 @@ class RunRecorder(Recorder):
     def _write_timing(self) -> None:
         """Writes a line of timing.jsonl: rates, and times of a step, since the line before."""
         last, self._clock = self._clock, self._read_clock()
-        steps = self._clock.step - last.step
+        steps, *spent = (now - then for now, then in zip(self._clock, last, strict=True))
         if steps == 0:
             return
-        step_s = (self._clock.time - last.time) / steps
-        data_s = (self._clock.data_s - last.data_s) / steps
-        checkpoint_s = (self._clock.checkpoint_s - last.checkpoint_s) / steps
-        communication_s = (self._clock.communication_s - last.communication_s) / steps
-        compute_s = max(0.0, step_s - data_s - checkpoint_s - communication_s)
+        step_s, data_s, communication_s, checkpoint_s = (seconds / steps for seconds in spent)
+        parts = {
+            "step_s": step_s,
+            "data_s": data_s,
+            "compute_s": max(0.0, step_s - data_s - checkpoint_s - communication_s),
+            "communication_s": communication_s,
+            "checkpoint_s": checkpoint_s,
+        }
         timing = {
             "event": "progress",
             "step": self._clock.step,
             "images_per_s": round(self._training.settings.batch_size / step_s, 1),
-            "step_s": round(step_s, 6),
-            "data_s": round(data_s, 6),
-            "compute_s": round(compute_s, 6),
-            "communication_s": round(communication_s, 6),
-            "checkpoint_s": round(checkpoint_s, 6),
+            **{name: round(seconds, 6) for name, seconds in parts.items()},
             "memory_mb": _memory_mb(self._training.world.device),
         }
         append_timing(self._run, timing)
 
     def _read_clock(self) -> "_Clock":
-        training = self._training
-        communication_s = training.communication_s
-        return _Clock(time.monotonic(), training.step, training.data_s, self._checkpoint_wait_s(), communication_s)
+        training, saving_s = self._training, self._checkpoint_wait_s()
+        return _Clock(training.step, time.monotonic(), training.data_s, training.communication_s, saving_s)
 
     def _needed(self) -> set[int]:
         """The steps of the checkpoints that are kept besides the newest ones."""
@@ -332,15 +329,14 @@ class RunRecorder(Recorder):
         self._saved_at, self._due = time.monotonic(), False
 
 
-@dataclass(frozen=True)
-class _Clock:
-    """A moment of a training, with the seconds spent so far on data, on checkpoints and on exchanging gradients."""
+class _Clock(NamedTuple):
+    """A moment of a training, with the seconds spent so far on data, on exchanging gradients and on checkpoints."""
 
-    time: float
     step: int
+    time: float
     data_s: float
-    checkpoint_s: float
     communication_s: float
+    checkpoint_s: float
 
 
 def _memory_mb(device: torch.device) -> int:

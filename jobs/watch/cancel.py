@@ -26,11 +26,7 @@ IsDue = Callable[[bool | None, Hashable], bool]
 
 
 def cancel(
-    run: RunFolder,
-    active: Active,
-    scancel: Callable[[list[str]], None],
-    is_due: IsDue,
-    say: Callable[[str], None],
+    run: RunFolder, active: Active, scancel: Callable[[list[str]], None], is_due: IsDue, say: Callable[[str], None]
 ) -> None:
     """Ends all jobs and processes of the run, waits until they have ended, and says how the run stands.
 

@@ -43,7 +43,7 @@ def describe(run: RunFolder, jobs: Mapping[str, SlurmJob] | None) -> dict[str, A
         "jobs": {job_id: _job(job_id, jobs) for job_id in launch.get("job_ids", [])},
         "sample_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("sample_job_ids", [])},
         "evaluate_jobs": {job_id: _array(job_id, jobs) for job_id in launch.get("evaluate_job_ids", [])},
-        "faults": _faults(run),
+        "faults": [asdict(fault) for fault in faults.read(run)],
         "missing": status.get("missing"),
         "failed_rank": status.get("failed_rank"),
         "traceback": status.get("traceback"),
@@ -132,11 +132,6 @@ def _settings(run: RunFolder) -> dict[str, Any]:
     if train.grad_shards == states.read_launch(run).get("resources", {}).get("processes"):
         usual.add("train.grad-shards")  # they are as many without being asked for
     return {**always, **{flag: value for flag, _, value in sorted(changed) if flag not in usual}}
-
-
-def _faults(run: RunFolder) -> list[dict[str, Any]]:
-    """The faults of the machine since a person has started or continued the run, oldest first."""
-    return [asdict(fault) for fault in faults.read(run)]
 
 
 def _samples(run: RunFolder, folder: Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """All runs on one screen that is drawn again and again, for `status --watch`."""
 
-import json
 import math
 import os
 import shutil
@@ -8,14 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from jobs.storage.records import HEARTBEAT_S
+from jobs.storage.records import HEARTBEAT_S, Tail
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 from jobs.watch import states
@@ -35,46 +33,19 @@ BLOCKS, PLAIN_BLOCKS = "▁▂▃▄▅▆▇█░", "_.-~=+*#."
 Ask = Callable[[list[str]], Jobs | None]
 
 
-class Lines:
-    """A file of lines that grows; it is open only while it is read, because there may be thousands of them."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file_id = self._position = 0
-
-    def read(self) -> tuple[list[dict[str, Any]], bool]:
-        """Returns the objects in the new lines, and whether the file is a new one, read from its beginning."""
-        try:
-            with self._path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-                is_new = facts.st_ino != self._file_id or facts.st_size < self._position
-                self._file_id, self._position = facts.st_ino, 0 if is_new else self._position
-                file.seek(self._position)
-                text = file.read()
-        except OSError:  # there is none yet
-            return [], False
-        whole = text[: text.rfind(b"\n") + 1]
-        self._position += len(whole)
-        objects = []
-        for line in whole.splitlines():
-            with suppress(ValueError):  # a kill has cut it
-                objects.append(json.loads(line))
-        return objects, is_new
-
-
 class Record:
     """What the files of a run say of its losses and its GPUs, read as they grow."""
 
     def __init__(self, run: RunFolder) -> None:
-        self._metrics, self._timing = Lines(run.metrics), Lines(run.timing)
+        self._metrics, self._timing = Tail(run.metrics), Tail(run.timing)
         self.losses: list[float] = []
         self.gpus = 0
 
     def read(self) -> None:
-        lines, is_new = self._metrics.read()
-        before = [] if is_new else self.losses  # a new start writes the lines up to its checkpoint anew
+        lines = self._metrics.read()
+        before = [] if self._metrics.is_new else self.losses  # a new start writes the lines up to its checkpoint anew
         self.losses = before + [line["loss"] for line in lines if line.get("loss") is not None]
-        for line in self._timing.read()[0]:
+        for line in self._timing.read():
             if line.get("event") == "start":
                 self.gpus = line.get("processes", 1) if str(line.get("device")).startswith("cuda") else 0
 
@@ -116,6 +87,7 @@ def watch(find: Callable[[], list[RunFolder]], ask: Ask, is_due: Callable[[bool 
 def in_order(overviews: Sequence[Overview]) -> list[Overview]:
     """Sorts runs: those that run, those that wait, the others; of each the newest first."""
     newest = sorted(overviews, key=lambda overview: overview.updated, reverse=True)
+    # Python sorts stably: runs of one rank stay in the order of their last updates.
     rank: dict[str, int] = {state: i for i, state in enumerate(ORDER)}
     return sorted(newest, key=lambda overview: rank.get(overview.state, len(rank)))
 
@@ -189,6 +161,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     width_of_values = min(width, len(values))
     edges = [round(i * len(values) / width_of_values) for i in range(width_of_values + 1)] if values else []
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    # A loss may be 0, whose logarithm is minus infinity.
     heights = [math.log(max(mean, 1e-12)) for mean in means]
     low, high = min(heights, default=0.0), max(heights, default=0.0)
     scale = 7 / (high - low) if high > low else 0.0

@@ -23,7 +23,6 @@ ENDING_S = 10.0
 """A process may exit this long after its final status; a lock held longer belongs to a restarted one."""
 TELLING = ("OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "PREEMPTED")
 """These states of Slurm say more about a failure than the run's own last line does."""
-UNKNOWN_DEATH = "died without a word"
 
 
 class SlurmJob(Protocol):
@@ -90,7 +89,8 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     else:
         unseen = host if is_held is None or host != platform.node() else None
         state, reason = _judge(status, job, unseen, is_known=job_id is None or jobs is not None)
-        if state == State.FAILED and state != status.get("state") and (hang := faults.new_hang(run)) is not None:
+        # Its files do not say yet that it has failed: whoever judges the hang has not been there.
+        if state == State.FAILED and state != status.get("state") and (hang := faults.new_hang(run.path)) is not None:
             reason = f"{faults.describe_hang(hang)[0]}; stacks in {faults.HANG}/{hang.name}"
     alive = state == State.RUNNING
     return Overview(
@@ -147,7 +147,8 @@ def _judge(status: dict[str, Any], job: SlurmJob | None, unseen: str | None, is_
     if job is not None and job.phase == "running" and state in UNSETTLED:
         return State.RUNNING, _silence(status)
     if state == State.FAILED:
-        return state, job.state if job is not None and job.state in TELLING else _last_line(status)
+        last_line = str(status.get("traceback") or "").strip().rpartition("\n")[2].strip()
+        return state, job.state if job is not None and job.state in TELLING else last_line
     if state not in UNSETTLED:
         return state, ""
     if not is_known:
@@ -163,12 +164,12 @@ def _judge(status: dict[str, Any], job: SlurmJob | None, unseen: str | None, is_
 def _death(job: SlurmJob | None) -> tuple[str, str]:
     """(state, reason) of a run whose status says that it lives, though it does not."""
     if job is None:
-        return State.FAILED, UNKNOWN_DEATH
+        return State.FAILED, faults.WITHOUT_A_WORD
     if job.state == "CANCELLED":
         return State.CANCELLED, ""
     if job.state in TELLING:
         return State.FAILED, job.state
-    return State.FAILED, f"killed by {job.signal}" if job.signal else UNKNOWN_DEATH
+    return State.FAILED, f"killed by {job.signal}" if job.signal else faults.WITHOUT_A_WORD
 
 
 def _silence(status: dict[str, Any]) -> str:
@@ -177,11 +178,6 @@ def _silence(status: dict[str, Any]) -> str:
         return "starting"
     age_s = _age_s(status)
     return f"silent for {tables.short(age_s)}" if age_s is not None and age_s > SILENT_S else ""
-
-
-def _last_line(status: dict[str, Any]) -> str:
-    lines = str(status.get("traceback") or "").strip().splitlines()
-    return lines[-1].strip() if lines else ""
 
 
 def _age_s(status: dict[str, Any]) -> float | None:

@@ -6,15 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.storage import run_folder
 from jobs.storage.run_folder import NAME, RunFolder
 from jobs.terminal import tables
 from jobs.watch import states
 
 
+def named(name: str, runs_dir: Path) -> list[RunFolder]:
+    """Returns the runs of a sweep, or the run of this name; raises UserError if there is none."""
+    return runs_of(name, runs_dir) or [run_folder.find(name, runs_dir)]
+
+
 def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
-    """Returns the runs of the sweep S or EXPERIMENT/S, in order; [] if there is no such sweep."""
+    """Returns the runs of the sweep S or EXPERIMENT/S, in order; [] if there is no such sweep, or a folder is meant."""
     folder, _, name = sweep.rpartition("/")
-    if not NAME.fullmatch(name) or folder.startswith("/"):
+    if Path(sweep).is_dir() or not NAME.fullmatch(name) or folder.startswith("/"):
         return []
     found = [RunFolder(path.parent) for path in runs_dir.glob(f"{folder or '*'}/{name}-[0-9]*/launch.json")]
     mine = (run for run in found if states.read_launch(run).get("sweep") == name)

@@ -48,6 +48,7 @@ def is_sent(segment: Path) -> bool:
 def sync(run: RunFolder, is_alive: bool, say: Say) -> None:
     """Sends what has not been sent yet, in order, apart from segments that are still being written."""
     written = _training(run) if is_alive else None
+    # What a killed job has left is sent as it is; what somebody still writes would be sent without its end.
     held_back = {written} | {s for s in segments(run) if is_alive and _is_fresh(run, s)}
     unsent = [segment for segment in segments(run) if segment not in held_back and not is_sent(segment)]
     for done, segment in enumerate(unsent):

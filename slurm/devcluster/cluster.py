@@ -136,8 +136,7 @@ class DevCluster:
 
     def run(self, *command: str, input: str | None = None) -> str:
         """Runs a command, such as squeue, against this cluster and returns what it prints; RuntimeError if it fails."""
-        env = {**os.environ, **self.env}
-        done = subprocess.run(command, env=env, input=input, capture_output=True, text=True, check=False)
+        done = self._done(*command, input=input)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stdout}{done.stderr}".strip())
         return done.stdout
@@ -218,14 +217,14 @@ class DevCluster:
             raise RuntimeError(f"{name} ended with {child.returncode}: {log.read_text()[-500:].strip()}")
 
     def _controller_answers(self) -> bool:
-        return " is UP" in self._output("scontrol", "ping")
+        return " is UP" in self._done("scontrol", "ping").stdout
 
     def _accounting_answers(self) -> bool:
-        return bool(self._output("sacctmgr", "--noheader", "show", "qos"))
+        return bool(self._done("sacctmgr", "--noheader", "show", "qos").stdout)
 
-    def _output(self, *command: str) -> str:
+    def _done(self, *command: str, input: str | None = None) -> "subprocess.CompletedProcess[str]":
         env = {**os.environ, **self.env}
-        return subprocess.run(command, env=env, capture_output=True, text=True, check=False).stdout
+        return subprocess.run(command, env=env, input=input, capture_output=True, text=True, check=False)
 
     def _remove(self) -> None:
         kill_all(self.dir)

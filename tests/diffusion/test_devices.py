@@ -134,7 +134,7 @@ def test_evaluation_of_the_weights(config: ExperimentConfig, monkeypatch: pytest
 
     def act(experiment: Experiment, model: DiffusionModel) -> Any:
         drawn = Drawn(samples, model, SamplerSettings(sampler="dpm++", steps=4))
-        units = config.evaluator(drawn, seed=0, inception=False).units()
+        units = config.evaluator(drawn).units()
         names = [name for name in units if name.startswith(("sampler-dpm++-4", "likelihood-0", "excess", "bound-0"))]
         assert names
         return {name: {key: value.tolist() for key, value in units[name].compute().items()} for name in names}

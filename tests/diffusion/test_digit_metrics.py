@@ -12,7 +12,7 @@ from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 
 from diffusion.data.idx import Split
-from diffusion.data.mnist import MNIST
+from diffusion.data.mnist import CLASSIFIER, MNIST
 from diffusion.digits import classifier, metrics
 from diffusion.digits.classifier import DigitNet, classify
 from diffusion.digits.train_classifier import train
@@ -69,7 +69,7 @@ def test_the_shipped_classifier_is_right_about_real_digits(net: DigitNet, mnist_
     assert (probabilities.argmax(1) == labels).mean() >= 0.993
     assert features.shape == (10_000, classifier.FEATURES)
     assert 0.1 < features.var(0).min() < features.var(0).max() < 2
-    assert classifier.WEIGHTS.stat().st_size < 600_000
+    assert CLASSIFIER.stat().st_size < 600_000
 
 
 def test_an_image_has_the_same_features_in_any_company(net: DigitNet, held_out: tuple[Images, Any]) -> None:
@@ -104,11 +104,10 @@ def collapsed(images: Images) -> Images:
     return np.repeat(images[:10], N // 10, axis=0)
 
 
-@pytest.mark.parametrize("spoil", [blurred, noisy])
-def test_blur_and_noise_show_in_every_feature_metric(
-    spoil: Any, net: DigitNet, real_features: Any, held_out: tuple[Images, Any], floor: dict[str, float]
+def test_blur_shows_in_every_feature_metric(
+    net: DigitNet, real_features: Any, held_out: tuple[Images, Any], floor: dict[str, float]
 ) -> None:
-    spoilt = distances(net, real_features, spoil(held_out[0][:N]))
+    spoilt = distances(net, real_features, blurred(held_out[0][:N]))
     assert spoilt["frechet"] > 3 * floor["frechet"]
     assert spoilt["kernel"] > 3 * abs(floor["kernel"])
     assert all(spoilt[name] < floor[name] - 0.05 for name in ("precision", "density", "coverage"))

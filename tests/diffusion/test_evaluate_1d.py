@@ -17,6 +17,7 @@ from diffusion.gaussian1d.sampler_errors import sampler_errors
 from diffusion.problems.gaussian1d import Gaussian1dProblem
 from diffusion.process.model import DiffusionModel
 from diffusion.process.randomness import Stream, normal, uniform
+from diffusion.process.samplers import Denoiser
 from diffusion.settings import (
     SAMPLERS,
     ClassMlpSettings,
@@ -25,6 +26,7 @@ from diffusion.settings import (
     MlpSettings,
     SamplerSettings,
 )
+from diffusion.statistics.evaluator import Drawn
 from diffusion.statistics.flow import log_likelihood
 
 EXPERIMENT = Gaussian1d(MixtureSettings(), MlpSettings(), DiffusionSettings(timesteps=100))
@@ -119,11 +121,11 @@ def test_the_likelihood_of_a_shifted_gaussian_lacks_its_kl_divergence() -> None:
 
 def test_sampler_errors_of_the_exact_denoiser_are_the_samplers_and_fall_with_their_order() -> None:
     experiment = Gaussian1d(MixtureSettings(), MlpSettings(), DiffusionSettings())
-    exact = experiment.exact_predict
+    exact = Denoiser(experiment.exact_predict, experiment.abar)
 
     def error(sampler: str, steps: int) -> float:
         settings = SamplerSettings(sampler=sampler, steps=steps)  # type: ignore[arg-type]
-        found = sampler_errors(exact, exact, experiment.mixture, experiment.abar, settings)
+        found = sampler_errors(exact, exact, experiment.mixture, settings)
         assert found.network_alone == 0
         assert found.total == found.sampler_alone
         return found.total
@@ -144,7 +146,7 @@ def test_an_evaluation_finds_a_known_mistake_and_survives_without_the_model() ->
     x = exact_samples(4_000, 3).numpy()
     sampler = SamplerSettings(sampler="ddim", steps=10)
     model = Biased(torch.nn.Identity(), ABAR)
-    evaluator = Evaluator1d(EXPERIMENT, x, model, sampler, 0)
+    evaluator = Evaluator1d(EXPERIMENT, Drawn(x, model, sampler))
     units = evaluator.units()
     results = {name: unit.compute() for name, unit in units.items() if "ddpm" not in name and "100" not in name}
     results |= dict.fromkeys(units.keys() - results.keys(), results["sampler-ddim-10"])
@@ -152,7 +154,7 @@ def test_an_evaluation_finds_a_known_mistake_and_survives_without_the_model() ->
     assert found["excess_loss"].value == pytest.approx(0.01, rel=1e-3)
     assert found["likelihood_gap"].value > 0.01
     assert found["log_likelihood"].value == pytest.approx(-START.entropy() - found["likelihood_gap"].value)
-    alone = Evaluator1d(EXPERIMENT, x, None, sampler, 0)
+    alone = Evaluator1d(EXPERIMENT, Drawn(x, None, sampler))
     assert list(alone.units()) == ["samples"]
     known = {3: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
     assert list(alone.metrics(results)) == known[Gaussian1dProblem.metrics_version]
@@ -184,7 +186,7 @@ def test_samples_of_classes_are_compared_with_so_many_of_each() -> None:
     x = MIXTURE.means[classes] + MIXTURE.stds[classes] * torch.from_numpy(normal(5, Stream.DATA, 0, 0, n))
 
     def judged(classes: np.ndarray) -> dict[str, float]:
-        evaluator = Evaluator1d(told, x.float().numpy(), None, sampler, 0, classes)
+        evaluator = Evaluator1d(told, Drawn(x.float().numpy(), None, sampler, classes))
         found = evaluator.metrics({"samples": evaluator.units()["samples"].compute()})
         return {name: metric.value / metric.floor.value for name, metric in found.items()}  # type: ignore[union-attr]
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from diffusion.data.idx import Split
 from diffusion.data.mnist import MNIST
@@ -12,8 +14,9 @@ from diffusion.digits.evaluation import DigitEvaluator
 from diffusion.images.evaluation import CHUNK, HELD_OUT, RealImages
 from diffusion.images.pixels import Images
 from diffusion.problems.mnist import MnistProblem
+from diffusion.settings import SamplerSettings
 from diffusion.statistics.bootstrap import REPLICATES, Estimate
-from diffusion.statistics.evaluator import Metric, Result, pack
+from diffusion.statistics.evaluator import Drawn, Metric, Result, pack
 
 N = 300
 
@@ -29,6 +32,10 @@ def load(mnist_root: Path) -> Callable[[str], RealImages]:
 
 def only(real: RealImages, digit: int) -> Images:
     return real.images[real.labels == digit]
+
+
+def evaluator_of(load: Any, images: Images, asked: NDArray[np.int64] | None = None) -> DigitEvaluator:
+    return DigitEvaluator(load, Drawn(images, None, SamplerSettings(sampler="ddpm", steps=50), asked), "digits")
 
 
 def judge(evaluator: DigitEvaluator) -> dict[str, Metric]:
@@ -58,7 +65,7 @@ def real(load: Callable[[str], RealImages]) -> Images:
 @pytest.fixture(scope="module")
 def found(load: Callable[[str], RealImages], real: Images) -> dict[str, Metric]:
     """How real digits are judged."""
-    evaluator = DigitEvaluator(load, real, None, 0, False, "digits")
+    evaluator = evaluator_of(load, real)
     metrics = judge(evaluator)
     assert evaluator.glance()["frechet"].as_json() == metrics["frechet"].as_json()
     return metrics
@@ -68,7 +75,7 @@ def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(
     load: Callable[[str], RealImages], real: Images, found: dict[str, Metric]
 ) -> None:
     noise = np.random.default_rng(0).normal(0, 60, real.shape)
-    noisy = judge(DigitEvaluator(load, (real + noise).clip(0, 255).astype(np.uint8), None, 0, False, "digits"))
+    noisy = judge(evaluator_of(load, (real + noise).clip(0, 255).astype(np.uint8)))
     for name, metric in found.items():
         assert isinstance(metric.floor, Estimate), name
         low, high = metric.floor.interval()
@@ -84,7 +91,7 @@ def test_real_digits_lie_at_the_floors_and_corrupted_ones_do_not(
 def test_copies_and_a_missing_class_are_found(load: Callable[[str], RealImages]) -> None:
     train = load("train")
     copies = train.images[train.labels != 3][:N]
-    found = judge(DigitEvaluator(load, copies, None, 0, False, "digits"))
+    found = judge(evaluator_of(load, copies))
     assert found["copies"].value == 1
     assert isinstance(found["classes"].floor, Estimate)
     assert found["classes"].value > found["classes"].floor.interval()[1]
@@ -94,13 +101,13 @@ def test_copies_and_a_missing_class_are_found(load: Callable[[str], RealImages])
 
 def test_the_units_are_the_same_for_all_sets_of_a_size(load: Callable[[str], RealImages]) -> None:
     images = load("test").images
-    units = [DigitEvaluator(load, images[i : i + N], None, 0, False, "digits").units() for i in (0, 1000)]
+    units = [evaluator_of(load, images[i : i + N]).units() for i in (0, 1000)]
     assert list(units[0]) == list(units[1])
     assert len(units[0]) == 5 + -(-N // CHUNK) + HELD_OUT // CHUNK
 
 
 def test_constant_images_get_finite_numbers_and_no_praise(load: Callable[[str], RealImages]) -> None:
-    found = judge(DigitEvaluator(load, np.zeros((N, 28, 28, 1), np.uint8), None, 0, False, "digits"))
+    found = judge(evaluator_of(load, np.zeros((N, 28, 28, 1), np.uint8)))
     assert all(
         np.isfinite([metric.value, *metric.estimate.replicates]).all()
         for metric in found.values()
@@ -120,7 +127,7 @@ def test_a_new_metric_comes_with_a_new_version(found: dict[str, Metric]) -> None
 
 def test_digits_on_demand_are_judged_by_the_digit_asked_for(load: Callable[[str], RealImages]) -> None:
     real = load("test").part(7, 0, 500)
-    evaluator = DigitEvaluator(load, real.images, None, 0, False, "digits", real.labels.astype(np.int64))
+    evaluator = evaluator_of(load, real.images, real.labels.astype(np.int64))
     results = computed(evaluator)
     found, rows = evaluator.metrics(results), evaluator.tables(results)["by_class"].rows
     assert "classes" not in found  # how often each comes was asked for
@@ -135,7 +142,7 @@ def test_digits_on_demand_are_judged_by_the_digit_asked_for(load: Callable[[str]
         sevens = only(every, 7)
         return every if split == "train" else RealImages(sevens[:100], np.full(100, 7, np.uint8))
 
-    evaluator = DigitEvaluator(with_few, only(load("test"), 7), None, 0, False, "digits", np.full(1028, 7))  # type: ignore[arg-type]
+    evaluator = evaluator_of(with_few, only(load("test"), 7), np.full(1028, 7))
     assert set(evaluator._held_out.labels) == set(evaluator._real.labels) == {7}
     (row,) = evaluator.tables({"by-class": evaluator.units()["by-class"].compute()})["by_class"].rows
     assert 0.5 < row["frechet"] / row["floor"] < 2  # type: ignore[operator]
@@ -143,7 +150,7 @@ def test_digits_on_demand_are_judged_by_the_digit_asked_for(load: Callable[[str]
     # Of the 3s and 7s a half was asked for as the other digit; other digits are not there.
     few = only(load("test"), 3)[:100], only(load("test"), 7)[:100]
     asked = np.repeat([3, 7, 3, 7], 50)
-    evaluator = DigitEvaluator(load, np.concatenate(few), None, 0, False, "digits", asked)
+    evaluator = evaluator_of(load, np.concatenate(few), asked)
     results = computed(evaluator)
     found, rows = evaluator.metrics(results), evaluator.tables(results)["by_class"].rows
     assert list(found) == ["asked", "copies"]

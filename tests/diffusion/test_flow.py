@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
+from diffusion.process.samplers import Denoiser
 from diffusion.process.schedules import alphas_cumprod, alphas_cumprod_at
 from diffusion.statistics import bits_per_dim
 from diffusion.statistics.flow import IMAGE_STEPS, bits, log_likelihood
@@ -52,9 +53,8 @@ def test_a_gaussian_in_784_dimensions_has_its_likelihood(rotated: bool) -> None:
 
 def test_bits_per_dimension_of_a_gaussian_have_their_closed_form() -> None:
     """Pixels are +-sqrt(S2), under the flow of a Gaussian of variance S2."""
-    found = bits(
-        lambda xt, t: linear(xt, t, torch.tensor(S2)).float(), two_levels(256), ABAR, first=0, seed=0, clip=(-1, 1)
-    )
+    denoiser = Denoiser(lambda xt, t: linear(xt, t, torch.tensor(S2)).float(), ABAR, (-1, 1))
+    found = bits(denoiser, two_levels(256), first=0, seed=0)
     variance, width = float(flow_variances(torch.tensor(S2))), 2 / 255
     a2, b2 = float(ABAR[0]), 1 - float(ABAR[0])
     cross_entropy = [
@@ -80,8 +80,8 @@ def test_an_images_noise_depends_on_its_index_alone() -> None:
     images = two_levels(6)
 
     def share(start: int, stop: int) -> np.ndarray:
-        predict = lambda xt, t: linear(xt, t, torch.tensor(S2))  # noqa: E731
-        return np.stack(list(bits(predict, images[start:stop], ABAR, first=start, seed=1).values()))
+        denoiser = Denoiser(lambda xt, t: linear(xt, t, torch.tensor(S2)), ABAR)
+        return np.stack(list(bits(denoiser, images[start:stop], first=start, seed=1).values()))
 
     whole = share(0, 6)
     np.testing.assert_allclose(np.concatenate([share(0, 2), share(2, 6)], axis=1), whole, rtol=1e-9)

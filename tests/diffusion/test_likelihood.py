@@ -13,6 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from diffusion.process.randomness import Stream, normal, uniform
+from diffusion.process.samplers import Denoiser
 from diffusion.process.schedules import alphas_cumprod
 from diffusion.statistics.bits_per_dim import Bound, bound, log_likelihood, mean_and_error, strata
 
@@ -32,6 +33,9 @@ def linear(xt: Tensor, t: Tensor) -> Tensor:
     return ((1 - abar).sqrt() * xt / (abar * S2 + 1 - abar)).float()
 
 
+LINEAR = Denoiser(linear, ABAR)
+
+
 def exact_transitions() -> NDArray[np.float64]:
     """KL of q and p in bits for t = 1..T-1, [T - 1], for `linear`."""
     abar, before = ABAR[1:].numpy(), ABAR[:-1].numpy()
@@ -42,7 +46,7 @@ def exact_transitions() -> NDArray[np.float64]:
 
 
 def test_the_terms_of_the_best_linear_denoiser_have_their_closed_form() -> None:
-    found = bound(linear, two_levels(60), ABAR, first=0, seed=0, edges=strata(100))
+    found = bound(LINEAR, two_levels(60), first=0, seed=0, edges=strata(100, 99))
     mean, error = mean_and_error(found.transitions)
     assert (np.abs(mean - exact_transitions()) < 5 * error).all()
     mean, error = mean_and_error(found.transitions.sum(1))
@@ -57,7 +61,7 @@ def test_the_terms_of_the_best_linear_denoiser_have_their_closed_form() -> None:
 @pytest.mark.parametrize("number", [1, 7, 40])
 def test_a_few_timesteps_estimate_the_same_sum_and_each_stratum_its_part(number: int) -> None:
     edges, known = strata(100, number), exact_transitions()
-    found = bound(linear, two_levels(400), ABAR, first=0, seed=0, edges=edges)
+    found = bound(LINEAR, two_levels(400), first=0, seed=0, edges=edges)
     mean, error = mean_and_error(found.transitions)
     parts = np.add.reduceat(known, edges[:-1] - 1)
     assert (np.abs(mean - parts) < 4.5 * error).all()
@@ -100,7 +104,8 @@ def test_one_pixel_with_the_exact_denoiser_equals_quadrature_and_exceeds_the_ent
             nats = nats + (weight * quadrature_term(t, xt, x0, value, int(level))).sum()
         known.append(float(nats) / math.log(2))
         images = np.full((100, 1, 1, 1), int(level), np.uint8)
-        mean, error = mean_and_error(bound(predict, images, ABAR, first=0, seed=0, edges=strata(100)).total)
+        found = bound(Denoiser(predict, ABAR), images, first=0, seed=0, edges=strata(100, 99))
+        mean, error = mean_and_error(found.total)
         measured.append(float(mean))
         errors.append(float(error))
     assert (np.abs(np.subtract(measured, known)) < 4 * np.array(errors) + 1e-6).all()
@@ -143,7 +148,7 @@ def test_the_terms_equal_the_librarys_gaussians() -> None:
     library = GaussianDiffusion(unet, image_size=28, objective="pred_noise", beta_schedule="linear")
     image = np.random.default_rng(0).integers(0, 256, (1, 28, 28, 1), dtype=np.uint8)
     edges = strata(1000, 20)
-    found = bound(unet, image, library.alphas_cumprod, first=3, seed=5, edges=edges, clip=(-1, 1))
+    found = bound(Denoiser(unet, library.alphas_cumprod, (-1, 1)), image, first=3, seed=5, edges=edges)
     sizes = np.diff(edges)
     t = torch.from_numpy(edges[:-1] + (uniform(5, Stream.TIMESTEP, 3, 0, 20) * sizes).astype(np.int64))
     x0 = (torch.from_numpy(image).permute(0, 3, 1, 2).float() / 127.5 - 1).expand(20, -1, -1, -1)
@@ -162,10 +167,11 @@ def test_the_terms_equal_the_librarys_gaussians() -> None:
 def test_shares_of_the_images_join_to_the_same_bytes(processes: int) -> None:
     torch.manual_seed(0)
     network = torch.nn.Conv2d(1, 1, 3, padding=1)
+    denoiser = Denoiser(lambda x, t: network(x), ABAR)
     images, edges = two_levels(10), strata(100, 15)
 
     def share(start: int, stop: int) -> Bound:
-        return bound(lambda x, t: network(x), images[start:stop], ABAR, first=start, seed=1, edges=edges)
+        return bound(denoiser, images[start:stop], first=start, seed=1, edges=edges)
 
     cuts = [10 * i // processes for i in range(processes + 1)]
     joined, whole = Bound.join([share(a, b) for a, b in pairwise(cuts)]), share(0, 10)
@@ -179,7 +185,7 @@ def test_shares_of_the_images_join_to_the_same_bytes(processes: int) -> None:
 )
 def test_what_is_no_image_is_refused(images: Any) -> None:
     with pytest.raises(ValueError, match=r"images must be uint8 \[n, height, width, channels\]; got"):
-        bound(linear, images, ABAR, first=0, seed=0, edges=strata(100, 5))
+        bound(LINEAR, images, first=0, seed=0, edges=strata(100, 5))
 
 
 def test_what_has_no_error_and_no_strata_is_refused() -> None:

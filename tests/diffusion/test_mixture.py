@@ -7,7 +7,6 @@ from scipy import integrate, stats
 
 from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal, uniform
-from diffusion.process.schedules import alphas_cumprod
 from diffusion.settings import MixtureSettings
 
 ABAR = [0.999, 0.7, 0.2, 0.01]
@@ -16,11 +15,6 @@ ABAR = [0.999, 0.7, 0.2, 0.01]
 @pytest.fixture(scope="module")
 def mixture() -> Mixture:
     return Mixture.of(MixtureSettings(means=(-2.0, 0.5, 3.0), stds=(0.3, 0.6, 0.2), weights=(0.5, 0.2, 0.3)))
-
-
-def exact_samples(mixture: Mixture, n: int) -> torch.Tensor:
-    u, z = uniform(1, Stream.COMPONENT, 0, 0, n), normal(1, Stream.DATA, 0, 0, n)
-    return mixture.sample(torch.from_numpy(u), torch.from_numpy(z))
 
 
 def posterior_moments(mixture: Mixture, x: float, abar: float) -> tuple[float, float]:
@@ -90,17 +84,3 @@ def test_the_loss_floor_is_the_mean_loss_of_the_optimal_prediction(mixture: Mixt
     squared_error = (mixture.eps(abar.sqrt() * x0 + (1 - abar).sqrt() * eps, abar) - eps) ** 2
     standard_error = float(squared_error.std()) / n**0.5
     assert float(mixture.loss_floor(abar[None])) == pytest.approx(float(squared_error.mean()), abs=4 * standard_error)
-
-
-def test_the_loss_floor_runs_from_one_to_zero_over_the_process(mixture: Mixture) -> None:
-    floor = mixture.loss_floor(alphas_cumprod("linear", 1000))
-    assert floor[0] > 0.99
-    assert floor[-1] < 0.01
-
-
-def test_samples_have_the_mixtures_distribution(mixture: Mixture) -> None:
-    n = 50_000
-    x = mixture.sample(
-        torch.from_numpy(uniform(2, Stream.COMPONENT, 0, 0, n)), torch.from_numpy(normal(2, Stream.DATA, 0, 0, n))
-    )
-    assert stats.kstest(x.numpy(), lambda q: mixture.cdf(torch.from_numpy(q)).numpy()).pvalue > 1e-3

@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 
 def experiment(images: int = 100, **settings: object) -> ImageExperiment:
     pixels = np.random.default_rng(0).integers(0, 256, (images, 28, 28, 1), dtype=np.uint8)
-    return ImageExperiment(lambda: pixels, (28, 28, 1), "digits", UnetSettings(**settings), DiffusionSettings())  # type: ignore[arg-type]
+    loaded = pixels, np.zeros(images, np.uint8)
+    model = UnetSettings(**settings)  # type: ignore[arg-type]
+    return ImageExperiment(lambda split: loaded, (28, 28, 1), "digits", model, DiffusionSettings())
 
 
 @pytest.mark.parametrize(

@@ -382,7 +382,7 @@ def test_coloured_images_are_trained_and_judged(
     assert experiment.batch(0, 1, 0, 8, 8, torch.device("cpu")).shape == (8, 3, 16, 16)
     train = problem.data_set.read_images(Path(problem.root), "train")
     drawn = Drawn(train[:50], model, SamplerSettings(sampler="dpm++", steps=4))
-    evaluator = problem.evaluator(MODEL, DIFFUSION, drawn, seed=0, inception=False)
+    evaluator = problem.evaluator(MODEL, DIFFUSION, drawn)
     found = evaluator.metrics({name: unit.compute() for name, unit in evaluator.units().items()})
     assert evaluator.num_judged == 6  # as many as there are test images
     assert found["copies"].value == 1.0

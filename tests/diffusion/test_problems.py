@@ -44,8 +44,8 @@ def problem(tmp_path: Path) -> ImageProblem:
 
 def judged(problem: ImageProblem, samples: Any, model: Any) -> tuple[dict[str, Metric], dict[str, Any]]:
     """The metrics, and what else an evaluation tells."""
-    drawn = Drawn(samples, model, SamplerSettings(sampler="dpm++", steps=4))
-    evaluator = problem.evaluator(MODEL, DIFFUSION, drawn, seed=0, inception=False, likelihood=model is not None)
+    drawn = Drawn(samples, model, SamplerSettings(sampler="dpm++", steps=4), likelihood=model is not None)
+    evaluator = problem.evaluator(MODEL, DIFFUSION, drawn)
     results = {name: unit.compute() for name, unit in evaluator.units().items()}
     evaluator.draw(results, Path(problem.root))
     return evaluator.metrics(results), {**evaluator.tables(results), **evaluator.curves(results)}
@@ -76,7 +76,9 @@ def test_images_of_any_size_are_trained_drawn_and_judged(
 
 def test_images_may_have_colours(tmp_path: Path) -> None:
     colours = np.random.default_rng(0).integers(0, 256, (8, 16, 12, 3), dtype=np.uint8)
-    experiment = ImageExperiment(lambda: colours, (16, 12, 3), "colours", replace(MODEL, patch_size=2), DIFFUSION)
+    experiment = ImageExperiment(
+        lambda split: (colours, np.zeros(8, np.uint8)), (16, 12, 3), "colours", replace(MODEL, patch_size=2), DIFFUSION
+    )
     x0 = experiment.batch(0, 1, 0, 8, 8, CPU)
     assert experiment.build_model()(x0, torch.arange(8), torch.randn(x0.shape)).shape == (8,)
     order = [experiment._index(0, i) for i in range(8)]

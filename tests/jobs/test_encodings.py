@@ -37,10 +37,7 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
 def test_lines_that_a_power_cut_has_spoilt_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\xfe\x00\n{"step": 2}\n')
-    tail = Tail(path)
-    assert read_jsonl(path) == tail.read() == [{"step": 1}, {"step": 2}]
-    assert tail._file is not None
-    tail._file.close()
+    assert read_jsonl(path) == Tail(path).read() == [{"step": 1}, {"step": 2}]
 
 
 def test_a_holder_whose_name_is_no_text_is_found(tmp_path: Path) -> None:

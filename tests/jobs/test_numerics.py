@@ -157,13 +157,13 @@ def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path, n
 
 def test_another_gpu_model_is_a_change_and_another_gpu_of_the_model_is_none() -> None:
     a100 = {"device": "cuda:0", "gpu": "NVIDIA A100", "precision": "bf16"}
-    assert numerics.changes(a100, {**a100, "device": "cuda:3"}) is None
-    assert "gpu NVIDIA A100 before, NVIDIA H100 now" in str(numerics.changes(a100, {**a100, "gpu": "NVIDIA H100"}))
-    assert numerics.changes({"precision": "bf16"}, a100) is None  # an older version recorded less
+    assert numerics.differing(a100, {**a100, "device": "cuda:3"}) == []
+    assert "gpu NVIDIA A100 before, NVIDIA H100 now" in str(numerics.differing(a100, {**a100, "gpu": "NVIDIA H100"}))
+    assert numerics.differing({"precision": "bf16"}, a100) == []  # an older version recorded less
     # A GPU's bytes do not depend on its host.
-    assert numerics.changes({**a100, "threads": 8}, {**a100, "threads": 16}) is None
-    assert "threads 8 before" in str(numerics.changes({"threads": 8}, {"device": "cpu", "threads": 16}))
-    assert "device cuda:0 before, cpu now" in str(numerics.changes(a100, {"device": "cpu", "precision": "bf16"}))
+    assert numerics.differing({**a100, "threads": 8}, {**a100, "threads": 16}) == []
+    assert "threads 8 before" in str(numerics.differing({"threads": 8}, {"device": "cpu", "threads": 16}))
+    assert "device cuda:0 before, cpu now" in str(numerics.differing(a100, {"device": "cpu", "precision": "bf16"}))
 
 
 def test_a_gpu_without_bf16_does_not_mix_it_with_something_else(monkeypatch: pytest.MonkeyPatch) -> None:

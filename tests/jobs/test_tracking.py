@@ -203,7 +203,6 @@ class Shown(NoDashboard):
         self.alerts.append(f"{title}: {text.splitlines()[0]}")
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a Tail is open as long as its process lives
 def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -483,7 +482,6 @@ def test_what_wandb_is_asked_for_it_knows_and_the_rule_for_projects_is_its_own()
         assert len(refused) in (0, 2), name
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a Tail is open as long as its process lives
 def test_a_line_that_is_read_while_it_is_written_comes_once_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     tail = Tail(path)
@@ -493,6 +491,11 @@ def test_a_line_that_is_read_while_it_is_written_comes_once_and_whole(tmp_path: 
             file.write(written)
             file.flush()
             assert [line["step"] for line in tail.read()] == steps
+    assert not tail.is_new
+    path.with_name("new").write_text('{"step": 1}\n{"step": 3}\n')
+    path.with_name("new").replace(path)  # as a new start does, which makes the lines after its checkpoint again
+    assert [line["step"] for line in tail.read()] == [1, 3]
+    assert tail.is_new
 
 
 def test_loss_by_timestep_is_the_mean_over_the_examples_of_each_band() -> None:

@@ -1,8 +1,6 @@
-"""Follows a set of samples from outside: `python -m jobs.followers.samples RUN NAME`.
+"""Passes a set of samples, or its evaluation, on to wandb: `python -m jobs.followers.parts RUN NAME [evaluation]`."""
 
-Progress and rate are computed from the times of the shards' files, so every follower sends the same values.
-"""
-
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,10 @@ WINDOW = 10
 
 
 class SampleFollower:
-    """Shows how far a set of samples is, and the pictures of a complete one."""
+    """Shows how far a set of samples is, and the pictures of a complete one.
+
+    Progress and rate are computed from the times of the shards' files, so every follower sends the same values.
+    """
 
     def __init__(self, run: RunFolder, name: str) -> None:
         self._run, self._folder, self._sent = run, run.samples / name, 0
@@ -31,6 +32,7 @@ class SampleFollower:
             first = max(0, done - WINDOW)
             seconds = times[done - 1] - times[first]
             samples = min(done * self._shard_size, total)
+            # Times are those at which shards ended, so the first one in the window gives a time and no samples.
             rate = (samples - (first + 1) * self._shard_size) / seconds if seconds > 0 else None
             self._dashboard.log(samples, {"run/done": samples / total, "speed/samples_per_s": rate})
         self._sent = len(times)
@@ -42,13 +44,8 @@ class SampleFollower:
         if manifest["complete"]:
             pictures = {f"generated/{path.stem}": path for path in sorted(self._folder.glob("*.png"))}
             self._dashboard.show(manifest["num_samples"], pictures)
-            self._dashboard.keep(
-                f"{self._run.path.name}-samples",
-                "samples",
-                [self._folder / "manifest.json"],
-                self._folder,
-                in_place=True,
-            )
+            name, kept = f"{self._run.path.name}-samples", [self._folder / "manifest.json"]
+            self._dashboard.keep(name, "samples", kept, self._folder, in_place=True)
         self._dashboard.finish(0, preempted=False)
 
     def _manifest(self) -> dict[str, Any]:
@@ -61,9 +58,31 @@ def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**about, **manifest["sampler"], "checkpoint": manifest["step"]}
 
 
+class EvaluationFollower:
+    """Shows metrics and figures of a complete evaluation."""
+
+    def __init__(self, run: RunFolder, name: str) -> None:
+        self._folder = run.samples / name
+        self._results: dict[str, Any] = json.loads((self._folder / "metrics.json").read_text())
+        self._dashboard = open_part(run, f"{name}/evaluate", "evaluate", self._results["protocol"])
+
+    def look(self) -> None:
+        """Does nothing: everything is shown at the end."""
+
+    def end(self) -> None:
+        """Passes on everything; the step is that of the weights, so that evaluations of a run make a curve."""
+        step = self._results["protocol"]["samples"]["step"]
+        metrics = self._results["metrics"].items()
+        floors = {f"quality/{name}_floor": metric["floor"] for name, metric in metrics}
+        self._dashboard.log(step, {**{f"quality/{name}": metric["value"] for name, metric in metrics}, **floors})
+        pictures = sorted(self._folder.glob("*.png"))
+        self._dashboard.show(step, {f"results/{path.stem}": path for path in pictures})
+        self._dashboard.finish(0, preempted=False)
+
+
 def main() -> None:
-    run, name = RunFolder(Path(sys.argv[1])), sys.argv[2]
-    follow(lambda attempt: SampleFollower(run, name))
+    kind = EvaluationFollower if "evaluation" in sys.argv[3:] else SampleFollower
+    follow(lambda attempt: kind(RunFolder(Path(sys.argv[1])), sys.argv[2]))
 
 
 if __name__ == "__main__":
