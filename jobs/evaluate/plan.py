@@ -3,6 +3,7 @@
 Imports neither torch nor numpy.
 """
 
+import contextlib
 import hashlib
 import json
 import zipfile
