@@ -44,9 +44,11 @@ demo: $(VENV)/ready
 	@ls -d runs/1d/demo/figures/* runs/1d/demo/samples/*/grid.png \
 	  runs/mnist-small/demo/figures/* runs/mnist-small/demo/samples/*/grid.png
 
-# A process on each core, and one thread in each: threads that wait for a core that others use make steps crawl.
+# One thread in each process: threads that wait for a core that others use make steps crawl. A process more than there
+# are cores, because a fifth of the time a test waits for something.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
-SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8 --dist worksteal
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))' 2>/dev/null)
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
 
 check: lint
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not processes and not slurm and not soak and not gpu and not data and not browser"
