@@ -12,8 +12,8 @@ def optional(metavar: str, default: str) -> Any:
 
 
 AMONG_OPTIONS = arg(name="", help="")
-"""Of a field whose own fields are options of the command. Without `help`, here and where a group has words of its own,
-tyro looks for them in the sources of all classes above, in each start of a command."""
+"""Marks a field whose own fields are options of the command. Without `help`, here and where a group has words of its
+own, tyro looks for them in the sources of all classes above, in each start of a command."""
 
 RunsDir = Annotated[Path, arg(help="Folder of all runs.")]
 Run = Annotated[

@@ -145,7 +145,7 @@ class Sample:
             with ownership.sampling(run.path) as descriptor:
                 code = place.run(job, keep_open=descriptor)
         if code == 0:
-            files = "samples.npz, grid.png" if asked.picture.exists() else "samples.npz"
+            files = ", ".join(file.name for file in (asked.file, asked.picture) if file.exists())
             print(f"{asked.num_samples:,} samples are in {where}: {files}.")
             self._say_export(asked, where)
         return code

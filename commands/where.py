@@ -160,9 +160,9 @@ class Where:
             return None
         return around.step(self.processes, on_gpus=self.device != "cpu" and around.gpus_per_node > 0)
 
-    def copy_code(self, place: Here | OnSlurm) -> None:
+    def copy_code(self, place: OnSlurm) -> None:
         """Makes sure that a job on Slurm finds its copy of the code; says so if the run began with other code."""
-        if isinstance(place, OnSlurm) and not place.code.exists():
+        if not place.code.exists():
             if place.code.name != "code":
                 print(f"The code has changed since this run began: the job runs a copy of today's, {place.code.name}/.")
             save_code(place.code)

@@ -14,7 +14,7 @@ _OF_LAUNCHERS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("TORCHELASTIC_", "OMPI_COMM_WORLD_", "PMI_", "PMIX_", "MV2_COMM_WORLD_", "MPI_LOCAL"),
 )
-"""By variables that begin so, torchrun, mpirun and pods tell their processes of each other."""
+"""Variables that begin so are how torchrun, mpirun and pods tell their processes of each other."""
 
 
 def copies() -> int:

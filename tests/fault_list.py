@@ -607,8 +607,8 @@ FAULTS = [
     Fault(
         "a set that has lost a shard counts as complete",
         "jobs/sample/sample_set.py",
-        '"samples.npz").is_file() and not self.missing()',
-        '"samples.npz").is_file()',
+        "self.file.is_file() and not self.missing()",
+        "self.file.is_file()",
         "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
     ),
     Fault(
@@ -712,7 +712,7 @@ FAULTS = [
     Fault(
         "samples are judged without a look at their hash",
         "jobs/evaluate/plan.py",
-        'if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:',
+        'if sha256(path) != chosen.read_manifest()["sha256"][DRAWN]:',
         "if False:",
         "tests/jobs/test_evaluate.py::test_samples_that_are_not_those_that_were_drawn_are_refused",
     ),

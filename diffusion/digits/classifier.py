@@ -14,7 +14,7 @@ from diffusion.images.pixels import Images, check_images, to_pixels
 
 FEATURES = 64
 SHAPE = (28, 28, 1)
-"""Of a digit as files hold it."""
+"""Shape of a digit as files hold it."""
 _BATCH_SIZE = 500
 
 
@@ -54,12 +54,12 @@ def load() -> DigitNet:
 
 @torch.inference_mode()
 def classify(net: DigitNet, images: Images) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Features [n, 64] and probabilities of the digits [n, 10]; ValueError for what `check_digits` refuses.
+    """Features [n, 64] and probabilities of the digits [n, 10]; ValueError for what are no digits.
 
     The probabilities of an image sum to 1 less that of being no digit. An image's numbers do not depend on the other
     images: the network always sees full batches, the last one filled up.
     """
-    check_digits(images)
+    check_images(images, shape=SHAPE)
     features, probabilities = [], []
     for start in range(0, len(images), _BATCH_SIZE):
         batch = images[start : start + _BATCH_SIZE]
@@ -68,11 +68,6 @@ def classify(net: DigitNet, images: Images) -> tuple[NDArray[np.float32], NDArra
         features.append(h.numpy())
         probabilities.append(net.last(F.relu(h)).softmax(1)[:, :10].numpy())
     return np.concatenate(features), np.concatenate(probabilities)
-
-
-def check_digits(images: NDArray[Any]) -> None:
-    """Raises ValueError unless these are images of the shape that the classifier knows."""
-    check_images(images, shape=SHAPE)
 
 
 def check_labels(labels: NDArray[Any], n: int, name: str = "labels") -> None:

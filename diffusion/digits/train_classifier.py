@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diffusion.data.mnist import CLASSIFIER, MNIST
-from diffusion.digits.classifier import DigitNet, check_digits, check_labels, classify
-from diffusion.images.pixels import Images, to_pixels
+from diffusion.digits.classifier import SHAPE, DigitNet, check_labels, classify
+from diffusion.images.pixels import Images, check_images, to_pixels
 from diffusion.process.randomness import Stream, generator, permutation
 
 BATCH_SIZE = 128
@@ -32,7 +32,7 @@ def train(
     batch filled up from the first. With each batch come images that are no digits, a class of their own: without them
     the net takes noise for a digit with certainty.
     """
-    check_digits(images)
+    check_images(images, shape=SHAPE)
     check_labels(labels, len(images))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

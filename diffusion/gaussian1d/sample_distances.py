@@ -33,9 +33,9 @@ class SampleMetric(NamedTuple):
 
     label: str
     exact: Callable[[Tensor, Mixture], float]
-    """Of samples [n]."""
+    """The metric of samples [n] themselves."""
     in_cells: Callable[["Grid", Floats], Floats]
-    """Of the shares of samples in the cells, [R, CELLS] to [R]."""
+    """The same of the shares of samples in the cells, [R, CELLS] to [R]."""
     better: Better = "lower"
     bounds: tuple[float, float] = (0, math.inf)
 

@@ -189,7 +189,7 @@ def _scaled_and_shifted(norm: nn.Module, x: Tensor, scale_shift: tuple[Tensor, T
 
 
 def _linear_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
-    """Of q, k and v [b, n, heads * d], all heads in one product of matrices."""
+    """Computes the attention of q, k and v [b, n, heads * d], all heads in one product of matrices."""
     # Both keep the precision of their input: CUDA's autocast would write fp32, which is twice the bytes.
     q = q.unflatten(-1, (heads, -1)).softmax(-1, dtype=q.dtype).flatten(-2)
     context = k.softmax(1, dtype=k.dtype).transpose(1, 2) @ v  # [b, heads * d, heads * d]

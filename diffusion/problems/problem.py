@@ -21,13 +21,13 @@ class SampleFormat:
 
     dtype: str
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of one sample."""
     fewest: int
     """`evaluate` refuses smaller sets."""
 
     @property
     def num_bytes(self) -> int:
-        """Of one sample in a file."""
+        """The size of one sample in a file."""
         return {"float32": 4, "uint8": 1}[self.dtype] * math.prod(self.shape)
 
 

@@ -44,6 +44,7 @@ class Denoiser:
         return x0, eps
 
     def clipped(self, x0: Tensor) -> Tensor:
+        """Returns a prediction of x0 within the bounds, if there are some."""
         return x0 if self.clip is None else x0.clamp(*self.clip)
 
 

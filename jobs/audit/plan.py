@@ -113,7 +113,7 @@ class Audit:
         source = RunFolder(self.run).checkpoints / name
         try:
             (copies / name).mkdir()
-            for file in (*checkpoints.FILES, "manifest.json"):
+            for file in (*checkpoints.FILES, checkpoints.MANIFEST):
                 shutil.copyfile(source / file, copies / name / file)
             files = checkpoints.verify(copies, stretch.start)["files"]
         except (FileNotFoundError, CorruptCheckpoint):

@@ -112,7 +112,9 @@ def on_its_job(act: Callable[[str], None]) -> Disturb:
 def differences(a: RunFolder, b: RunFolder) -> list[str]:
     """Returns which files, of the last checkpoint and metrics.jsonl, do not have the same bytes in both runs."""
     step = max(checkpoints.steps(a.checkpoints))
-    names = [f"checkpoints/{checkpoints.folder_name(step)}/{file}" for file in (*checkpoints.FILES, "manifest.json")]
+    names = [
+        f"checkpoints/{checkpoints.folder_name(step)}/{file}" for file in (*checkpoints.FILES, checkpoints.MANIFEST)
+    ]
     return [name for name in (*names, "metrics.jsonl") if not _same(a.path / name, b.path / name)]
 
 

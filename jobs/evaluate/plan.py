@@ -19,7 +19,7 @@ from diffusion.problems.problem import SampleFormat
 from jobs.experiments.configs import ExperimentConfig
 from jobs.files import sha256, write_atomically, write_json
 from jobs.sample import sample_set
-from jobs.sample.sample_set import SampleSet
+from jobs.sample.sample_set import DRAWN, SampleSet
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, Named
 from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name
@@ -151,7 +151,7 @@ def plan(
         "samples": {"num_samples": chosen.num_samples, **chosen.settings.as_json()},
         "weights_are_there": True,
         "sha256": {
-            "samples": manifest["sha256"]["samples.npz"],
+            "samples": manifest["sha256"][DRAWN],
             "weights": chosen.settings.weights_sha256,
             **config.data.digest(inception=inception),
         },
@@ -166,15 +166,15 @@ def plan(
 
 def complete_sets(run: RunFolder) -> list[str]:
     """The names of the run's complete sets whose samples are there, the newest first."""
-    return [name for name in sample_set.complete(run) if (run.samples / name / "samples.npz").is_file()]
+    return [name for name in sample_set.complete(run) if (run.samples / name / DRAWN).is_file()]
 
 
 def load_samples(chosen: SampleSet, sample: SampleFormat) -> "NDArray[Any]":
     """The samples of a complete set; raises UserError unless they are those that were drawn, and can be evaluated."""
     import numpy as np
 
-    path = chosen.folder / "samples.npz"
-    if sha256(path) != chosen.read_manifest()["sha256"]["samples.npz"]:
+    path = chosen.file
+    if sha256(path) != chosen.read_manifest()["sha256"][DRAWN]:
         raise UserError(f"{path} is not the file that was drawn: its sha256 differs from its manifest.json")
     try:
         with np.load(path, allow_pickle=False) as arrays:

@@ -1,6 +1,7 @@
 """What a report says of one run: from the run's folder, and from what Slurm says of its jobs."""
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Samples:
     pictures: list[Picture]
     metrics: dict[str, report.MetricRow]
     tables: dict[str, dict[str, list[str]]]
-    """By title, then by column."""
+    """Cells by the title of their table, then by column."""
     legend: str
     num_judged: int
     """Samples that the metrics rest on."""
@@ -119,7 +120,8 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
         detail={**described, "traceback": str(described["traceback"] or "").strip()},
         launch=launch,
         command=shlex.join(["python", Path(argv[0]).name, *argv[1:]]) if (argv := launch.get("argv")) else "",
-        changed_files=_changed_files(launch.get("git_diff") or ""),
+        # The diff itself stays in launch.json: it may hold what is not to be passed on.
+        changed_files=re.findall(r"^diff --git .* b/(.*)$", launch.get("git_diff") or "", re.MULTILINE),
         history=[line for line in read_jsonl(run.metrics) if "step" in line],
         timing=[line for line in read_jsonl(run.timing) if "event" in line],
         quality=read_jsonl(run.quality),
@@ -136,12 +138,6 @@ def outside(run: RunFolder) -> list[str]:
     return sorted(path.relative_to(run.path).as_posix() for path in found if leads_out(run.path, path))
 
 
-def _changed_files(diff: str) -> list[str]:
-    """The names in a diff. The diff itself stays in launch.json: it may hold what is not to be passed on."""
-    heads = [line for line in diff.splitlines() if line.startswith("diff --git ")]
-    return [head.rpartition(" b/")[2] for head in heads]
-
-
 def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:
     """Describes a set of samples; an evaluation of fewer samples or by an older version is left out."""
     folder = run.samples / name
@@ -151,7 +147,7 @@ def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:
     # Numbers of other samples, or by metrics of another version, would stand beside the wrong picture.
     if (measured.get("version"), measured.get("sha256", {}).get("samples")) != (
         version,
-        facts["sha256"]["samples.npz"],
+        facts["sha256"][sample_set.DRAWN],
     ):
         results = {}
     files = sorted((path.name for path in folder.glob("[!.]*.png")), key=lambda file: (file != "grid.png", file))
@@ -176,7 +172,8 @@ def _pictures(run: RunFolder, texts: Mapping[str, str], width: int) -> list[Pict
 def _checkpoints(folder: Path) -> list[Json]:
     """What the manifests of the checkpoints say; their files are not verified, which would take long."""
     found = [
-        _read_object(folder / checkpoints.folder_name(step) / "manifest.json") for step in checkpoints.steps(folder)
+        _read_object(folder / checkpoints.folder_name(step) / checkpoints.MANIFEST)
+        for step in checkpoints.steps(folder)
     ]
     return [manifest for manifest in found if "files" in manifest]
 

@@ -14,7 +14,7 @@ from bokeh.plotting import figure
 from jobs.report.contents import Content, Json
 
 COLORS = ("#4c78c8", "#dd8452", "#3fa46a", "#d1495b", "#8f79c4", "#a3785f", "#d977b5", "#8c8c8c", "#b5a33c", "#3fa9c2")
-"""Of the figures of a run, a bit stronger, so that they are seen on light and on dark."""
+"""Those of the figures of a run, a bit stronger, so that they are seen on light and on dark."""
 CURVE, FLOOR = COLORS[0], COLORS[2]
 HELD_OUT = "held out, averaged weights"
 """Names the curve of the held-out loss beside that of the training loss, as training.png does."""

@@ -16,6 +16,7 @@ from jobs.evaluate.report import MetricRow
 from jobs.report import contents, curves
 from jobs.report.contents import Content
 from jobs.sample import classes
+from jobs.sample.sample_set import DRAWN
 from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.tables import setting, short
@@ -133,7 +134,7 @@ def hashes(run: Content) -> dict[str, str]:
         folder = checkpoints.folder_name(manifest["step"])
         found |= {f"checkpoints/{folder}/{name}": file["sha256"] for name, file in manifest["files"].items()}
     for samples in run.samples:
-        found[f"samples/{samples.name}/samples.npz"] = samples.facts["sha256"]["samples.npz"]
+        found[f"samples/{samples.name}/{DRAWN}"] = samples.facts["sha256"][DRAWN]
     return found
 
 

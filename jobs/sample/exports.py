@@ -67,7 +67,7 @@ def export(samples: SampleSet, form: Form | None) -> None:
                 for name, content in _pngs(samples):
                     archive.writestr(zipfile.ZipInfo(name), content)  # with a fixed date; PNGs are packed already
         else:
-            with zipfile.ZipFile(samples.folder / "samples.npz") as merged, zipfile.ZipFile(temporary, "w") as archive:
+            with zipfile.ZipFile(samples.file) as merged, zipfile.ZipFile(temporary, "w") as archive:
                 for name in merged.namelist():  # the images, and their classes where there are any
                     with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
                         if name == "arr_0.npy":

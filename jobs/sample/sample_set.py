@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 Weights = Literal["ema", "model"]
 Precision = Literal["bf16", "tf32", "fp32"]
 
+DRAWN = "samples.npz"
+"""All samples of a set in one file, below its folder; arr_0 are the samples, arr_1 their classes, if they have some."""
 LABEL_BYTES = 8
-"""Size of the class of one sample in samples.npz."""
+"""Size of the class of one sample in it."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,10 @@ class SampleSet:
         return RunFolder(self.run).samples / self.name
 
     @property
+    def file(self) -> Path:
+        return self.folder / DRAWN
+
+    @property
     def picture(self) -> Path:
         """The picture of the first samples; it is drawn once the set is complete."""
         return self.folder / "grid.png"
@@ -196,7 +202,7 @@ class SampleSet:
         manifest = self.read_manifest()
         # A set that is extended is complete with its old number until its manifest is written anew.
         merged = manifest.get("complete") and manifest["num_samples"] == self.num_samples
-        return bool(merged) and (self.folder / "samples.npz").is_file() and not self.missing()
+        return bool(merged) and self.file.is_file() and not self.missing()
 
     def write_manifest(self, **more: Any) -> None:
         """Settings and number of samples; `complete` and hashes once all are there."""
@@ -251,7 +257,7 @@ class SampleSet:
             )
 
     def merge(self) -> None:
-        """Writes samples.npz from the shards and completes the manifest. Idempotent; memory does not grow with n.
+        """Writes the file from the shards and completes the manifest. Idempotent; memory does not grow with n.
 
         Two processes that merge at once write the same bytes.
         """
@@ -260,7 +266,7 @@ class SampleSet:
         # The header with the shape of the whole set is written first, then shard after shard: one at a time in memory.
         first: NDArray[Any] = np.load(self.shard_path(0), mmap_mode="r")
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.num_samples, *first.shape[1:])}
-        with whole(self.folder / "samples.npz") as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with whole(self.file) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             with _member(archive, "arr_0") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for shard in range(self.num_shards):
@@ -272,7 +278,7 @@ class SampleSet:
                     for shard in range(self.num_shards):
                         file.write(self.settings.classes_of(*self.shard_range(shard)).astype("<i8").data)
         hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
-        self.write_manifest(complete=True, sha256={"samples.npz": sha256(self.folder / "samples.npz"), **hashes})
+        self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **hashes})
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
-FILES = (MODEL, EMA, OPTIMIZER)
+FILES, MANIFEST = (MODEL, EMA, OPTIMIZER), "manifest.json"
 Named = int | Literal["best"]
 """How users name a checkpoint: by its step, or as the one with the lowest held-out loss."""
 SLOW_S = 10.0
@@ -66,7 +66,7 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
     """
     path = folder / folder_name(step)
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / MANIFEST).read_text())
         files: dict[str, dict[str, Any]] = manifest["files"]
         if manifest["step"] != step or set(files) != set(FILES):
             raise CorruptCheckpoint(f"checkpoint {path} has a manifest of something else")
@@ -155,7 +155,7 @@ def ledger(folder: Path) -> dict[int, dict[str, str]]:
     found = _valid(read_jsonl(_ledger_file(folder)))
     for step in set(steps(folder)) - found.keys():
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # damaged, or just being deleted
-            manifest = json.loads((folder / folder_name(step) / "manifest.json").read_text())
+            manifest = json.loads((folder / folder_name(step) / MANIFEST).read_text())
             found[step] = {name: recorded["sha256"] for name, recorded in manifest["files"].items()}
     return dict(sorted(found.items()))
 
@@ -221,7 +221,7 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
             sync_file(temporary / file)
             recorded[file] = {"size": (temporary / file).stat().st_size, "sha256": sha256(temporary / file)}
         # Last: a manifest means that all files are complete. It syncs the folder, too, and so the names of all four.
-        write_json(temporary / "manifest.json", {"step": snapshot.step, "files": recorded})
+        write_json(temporary / MANIFEST, {"step": snapshot.step, "files": recorded})
         may_write()
         # Before the checkpoint appears, so that a kill between the two leaves none out.
         is_other = _enter(folder, snapshot.step, {file: str(facts["sha256"]) for file, facts in recorded.items()})

@@ -23,7 +23,7 @@ from jobs.storage.run_folder import RunFolder, State
 
 FILE = "faults.jsonl"
 PLACES = ("In step ", "In evaluation ", "In unit ")
-"""With one of these begins a traceback that names what was being done; each of them is a pure function."""
+"""A traceback that names what was being done begins with one of these; each of them is a pure function."""
 TWICE = 2
 """A node on which so many jobs of a run have died without progress is left out."""
 REPAIRED_S = 30 * 24 * 3600

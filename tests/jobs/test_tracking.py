@@ -203,6 +203,7 @@ class Shown(NoDashboard):
         self.alerts.append(f"{title}: {text.splitlines()[0]}")
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Stop starts a process, and waits for nothing
 def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
