@@ -335,21 +335,26 @@ def pauses(pid: int) -> int:
 
 
 def test_a_job_that_hangs_when_its_time_limit_is_near_is_queued_again(site: Site, tmp_path: Path) -> None:
-    """With patience for hours; the signal is that of the limit."""
+    """With patience for hours; the signal is that of the limit. Before it, Slurm wakes what is stopped."""
     profile = tmp_path / "patient.toml"
     profile.write_text('[environment]\nWATCHDOG_S = "3600"\n')
     run = site.train("a", 2, "--profile", profile, slow=True)
+    first = "os.environ['RANK'] == '1' and os.environ.get('SLURM_RESTART_COUNT', '0') == '0'"
+    hangs = f"        import os, threading\n        if self.step == 121 and {first}:\n"
+    change(
+        run / "code" / "jobs" / "train" / "state.py",
+        UPDATE,
+        f"{UPDATE}{hangs}            threading.Semaphore(0).acquire()\n",
+    )
     site.wait_for_step(run, 120)
-    victim = task_pids(run)[1]
-    os.kill(victim, signal.SIGSTOP)
-    (watcher,) = children(victim, "watcher.py")
+    (watcher,) = children(task_pids(run)[1], "watcher.py")
     before = pauses(watcher)
     wait_until(lambda: pauses(watcher) > before + 2)  # it has seen that nothing is done before the signal comes
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
     wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
     (fault,) = faults.read(RunFolder(run))
-    assert fault.cause.startswith("hung: process 1 on n")
+    assert fault.cause.startswith("hung: process ") and fault.cause.endswith(" in step 121")
     assert status(run)["restarts"] == 1
 
 
