@@ -21,6 +21,8 @@ sys.dont_write_bytecode = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The tests of whole commands first: they take 15 seconds each, for which at the end the other processes would wait.
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
     for item in items:
         if isinstance(item, pytest.Function) and processes.starts_some(item.function):
             item.add_marker("processes")

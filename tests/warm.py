@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Collection
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -33,10 +34,10 @@ LIBRARIES = (
     *("torch", "torch.distributed"),
     *("accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
-    *("PIL.Image", "tqdm", "tyro"),
+    *("matplotlib.style", "PIL.Image", "tqdm", "tyro", "typeguard"),
 )
 OURS = ("commands", "diffusion", "jobs", "slurm")
-EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH", "CUDA")
+EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "CUDA")
 """Variables that begin so are read when a process or a library begins: too early for one that is forked."""
 
 
@@ -154,6 +155,8 @@ def main() -> int:
     for library in LIBRARIES:
         __import__(library)
     gc.freeze()  # else the first collection in each child would copy all of it
+    for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
+        finalizer.atexit = False  # else each child would take torch's operators apart at its end, and copy their memory
     awake, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
@@ -235,6 +238,9 @@ def _fork_of(command: list[str], env: dict[str, str], keep: Collection[int]) -> 
         if fd > 2 and fd not in keep:
             with contextlib.suppress(OSError):  # the one that has listed them
                 os.close(fd)
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in OURS:
+            del sys.modules[name]
     _become(command, env)
 
 
@@ -261,9 +267,6 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", line_buffering=True)
-    for name in [*sys.modules]:
-        if name.partition(".")[0] in OURS:
-            del sys.modules[name]
     sys.modules.update(dict.fromkeys(env.get("LAUNCHED_WITHOUT", "").split()))  # type: ignore[arg-type]
     if "LAUNCHED_SLOWED" in env:
         _slow(*env["LAUNCHED_SLOWED"].split(":"))

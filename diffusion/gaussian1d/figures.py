@@ -15,6 +15,9 @@ from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal, uniform
 from diffusion.process.samplers import Denoiser, Predict, ddpm
 
+_HISTOGRAM: dict[str, Any] = {"density": True, "histtype": "stepfilled", "color": MODEL, "alpha": 0.5}
+"""How histograms look: one shape each, as a bar for each bin takes a third more of the time that a figure takes."""
+
 
 def forward_process(mixture: Mixture, abar: Tensor, path: Path) -> None:
     """Histograms of x_t at five timesteps against the exact marginals: data become noise."""
@@ -30,7 +33,7 @@ def forward_process(mixture: Mixture, abar: Tensor, path: Path) -> None:
     for axes, t in zip(all_axes, times, strict=True):
         a = float(abar[t])
         xt = a**0.5 * x0 + (1 - a) ** 0.5 * eps
-        axes.hist(xt.numpy(), bins=80, range=(low, high), density=True, color=MODEL, alpha=0.5, label="forward process")
+        axes.hist(xt.numpy(), bins=80, range=(low, high), **_HISTOGRAM, label="forward process")
         axes.plot(grid, mixture.at(a).pdf(grid), color=EXACT, linewidth=2, label="exact density")
         axes.set(title=f"t = {t}", xlabel="$x_t$", xlim=(low, high))
     all_axes[0].set_ylabel("density")
@@ -66,10 +69,8 @@ def reverse_process(predict: Predict, mixture: Mixture, abar: Tensor, path: Path
             values,
             bins=60,
             range=(low, high),
-            density=True,
             orientation="horizontal",
-            color=MODEL,
-            alpha=0.5,
+            **_HISTOGRAM,
             label="model",
         )
         axes.plot(density, grid, color=EXACT, linewidth=2, label="exact")
@@ -87,9 +88,7 @@ def samples(mixture: Mixture, x: NDArray[Any], path: Path) -> None:
     figure, axes = new_figure()
     # About the square root of n, so that chance in a bin stays small beside its height.
     bins = min(120, max(10, round(len(x) ** 0.5)))
-    axes.hist(
-        x, bins=bins, range=(low, high), density=True, color=MODEL, alpha=0.5, label=f"{len(x):,} samples of the model"
-    )
+    axes.hist(x, bins=bins, range=(low, high), **_HISTOGRAM, label=f"{len(x):,} samples of the model")
     axes.plot(grid, mixture.pdf(grid), color=EXACT, linewidth=2, label="exact density")
     axes.set(title="Samples of the model against the exact mixture", xlabel="$x_0$", ylabel="density", xlim=(low, high))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -104,7 +103,7 @@ def guidance(components: list[Mixture], drawn: list[list[Tensor]], scales: Seque
     grid = torch.linspace(low, high, 400, dtype=torch.float64)
     for row, (component, by_scale) in enumerate(zip(components, drawn, strict=True)):
         for axes, x, scale in zip(all_axes[row], by_scale, scales, strict=True):
-            axes.hist(x.numpy(), bins=80, range=(low, high), density=True, color=MODEL, alpha=0.5, label="samples")
+            axes.hist(x.numpy(), bins=80, range=(low, high), **_HISTOGRAM, label="samples")
             axes.plot(grid, component.pdf(grid), color=EXACT, linewidth=2, label="exact density of the class")
             axes.set_xlim(low, high)
             if row == 0:

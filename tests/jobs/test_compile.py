@@ -13,10 +13,11 @@ from diffusion.settings import MlpSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start as start_world
 from jobs.train.state import Training
-from tests.launching import NO_FIGURES, TINY, done, interrupt, launch, slowed, start, steps_logged, wait_until
+from tests.held import AFTER_STEP, held, start_held
+from tests.launching import NO_FIGURES, TINY, done, interrupt, launch, steps_logged
 
-STEPS = 150
-COMMAND = ("train", "1d", *TINY, "--train.steps", STEPS, "--device", "cpu", "--gpus", 2)
+STEPS = 30
+COMMAND = ("train", "1d", *TINY, "--train.steps", STEPS, "--train.grad-shards", 2, "--device", "cpu")
 
 
 def losses(run: Path) -> list[float]:
@@ -24,19 +25,22 @@ def losses(run: Path) -> list[float]:
 
 
 def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path: Path) -> None:
+    """On any number of processes, each of which compiles: two of them until it is stopped, one where it is not."""
     runs = tmp_path / "runs" / "1d"
     done(*COMMAND, "--name", "plain", cwd=tmp_path, **NO_FIGURES)
     compiled = done(*COMMAND, "--train.compile", "--name", "compiled", cwd=tmp_path, **NO_FIGURES)
-    assert len(re.findall(r"Compiled the network in \d+ (?:s|min) \(--train.compile\)", compiled.out)) == 1
+    said = r"Compiled the network in \d+ (?:s|min) \(--train.compile\)"
+    assert len(re.findall(said, compiled.out)) == 1
     # The same arithmetic in another order of summation.
     assert losses(runs / "compiled")[:20] == pytest.approx(losses(runs / "plain")[:20], rel=1e-4)
 
-    slowly = slowed("jobs.train.loop", "logged", 0.2)
-    process = start(*COMMAND, "--train.compile", "--name", "stopped", cwd=tmp_path, **NO_FIGURES, **slowly)
-    wait_until(lambda: steps_logged(runs / "stopped") >= 5, timeout_s=120)
-    assert interrupt(process, signal.SIGINT).code == 130
+    process = start_held(AFTER_STEP, 5, *COMMAND, "--train.compile", "--gpus", 2, "--name", "stopped", cwd=tmp_path)
+    held(tmp_path)
+    stopped = interrupt(process, signal.SIGINT)
+    assert stopped.code == 130
+    assert len(re.findall(said, stopped.out)) == 1
     assert 5 <= steps_logged(runs / "stopped") < STEPS
-    done("resume", "1d/stopped", "--device", "cpu", "--gpus", 2, cwd=tmp_path, **NO_FIGURES)
+    done("resume", "1d/stopped", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     assert (runs / "stopped" / last).read_bytes() == (runs / "compiled" / last).read_bytes()
 
@@ -68,8 +72,8 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
 
 
 def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
-    nothing = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    nothing["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # no processes of its own, which import torch each
+    """A folder of its own for what is compiled, else it finds what another test has compiled."""
+    nothing = {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     ended = launch("train", "1d", *TINY, "--train.compile", "--device", "cpu", "--name", "a", cwd=tmp_path, **nothing)
     assert ended.code == 1
     assert "--train.compile failed on this machine:" in ended.err
