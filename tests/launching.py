@@ -116,11 +116,13 @@ def done(*arguments: object, cwd: Path, see_gpus: bool = False, plain: bool = Fa
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Polls until the condition holds."""
+    """Polls until the condition holds; it waits longer between looks that take long, such as at Slurm's queue."""
     deadline = time.monotonic() + timeout_s
+    began = time.monotonic()
     while not condition():
         assert time.monotonic() < deadline, "the condition was not met in time"
-        time.sleep(0.005)
+        time.sleep(max(0.005, min(0.5, 4 * (time.monotonic() - began))))
+        began = time.monotonic()
 
 
 def steps_logged(run: Path) -> int:
