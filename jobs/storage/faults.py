@@ -10,6 +10,7 @@ A set of samples has such a file, too: there a shard is what a step is, and a ne
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,8 @@ def finish(run: RunFolder, cause: str) -> bool:
     if (status := run.read_status()).get("state") != State.FINISHED:
         missing = f"figures and final numbers were not drawn ({cause}); the same command draws them again"
         state = {"state": State.FINISHED, "step": steps, "eta_s": None, "missing": missing, "updated": now()}
-        write_json(run.status, {**status, **state})
+        with suppress(OSError):  # the disk may be full; then the same command writes it
+            write_json(run.status, {**status, **state})
     return True
 
 
