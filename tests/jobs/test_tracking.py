@@ -55,8 +55,6 @@ from tests.launching import (
 WANDB = Path(sys.executable).with_name("wandb")
 KEY = "0123456789" * 4
 OFFLINE = {"WANDB_MODE": "offline"}
-SLOWLY = slowed("jobs.train.loop", "logged", 0.01)
-"""Steps of an endless training for which wandb's process is waited for: it need not have thousands of them by then."""
 
 
 def segments(run: Path) -> list[list[dict[str, Any]]]:
@@ -122,18 +120,18 @@ def tell(processes: list[int], number: signal.Signals) -> None:
 
 def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    command = ("train", "1d", *TINY, "--name", "a", "--train.steps", "1000000", "--train.checkpoint-every", "20")
-    process = start_held(AFTER_STEP, 60, *command, cwd=tmp_path, **OFFLINE, **SLOWLY)
+    command = ("train", "1d", *TINY, "--name", "a", "--train.steps", "1000000", "--train.checkpoint-every", "100")
+    process = start_held(AFTER_STEP, 600, *command, cwd=tmp_path, **OFFLINE)
     held(tmp_path)
     wait_until((run / ".tracking.json").exists)
     node = relatives(process)  # now, as it takes a while to find them: wandb must not write meanwhile what it has
     let_go(tmp_path)
-    wait_until(lambda: json.loads((run / ".tracking.json").read_text())["step"] > 100)
+    wait_until(lambda: json.loads((run / ".tracking.json").read_text())["step"] > 800)
     tell(node, signal.SIGKILL)  # the node fails: the follower and wandb's own process die as well
     finish(process)
     # Two requeues within wandb's flush interval, with signals that reach all processes of the job, as Slurm's do.
     for restarts, kind in ((1, signal.SIGUSR2), (2, signal.SIGTERM)):
-        process = start(*command, cwd=tmp_path, **OFFLINE, **SLOWLY, **NO_FIGURES)
+        process = start(*command, cwd=tmp_path, **OFFLINE)
         wait_until(lambda n=restarts: status(run)["restarts"] == n)
         before = steps_logged(run)
         wait_until(lambda n=before: steps_logged(run) >= n + 20)
@@ -142,7 +140,7 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / "moved"
     moved.parent.mkdir()
     shutil.move(run, moved)
-    process = start("resume", moved, cwd=tmp_path, **OFFLINE, **SLOWLY)
+    process = start("resume", moved, cwd=tmp_path, **OFFLINE)
     wait_until(lambda: status(moved)["restarts"] == 3 and steps_logged(moved) >= before + 100)
     assert interrupt(process, signal.SIGTERM).code == 130
     found = assert_one_curve(moved)
@@ -167,8 +165,9 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
         return len(files) == count and files[-1].read_bytes().count(b"proc.memory.rssMB") > 3
 
     for restarts, processes in ((1, 1), (2, 2)):
-        env = {"WANDB_X_STATS_SAMPLING_INTERVAL": "0.5", **OFFLINE}
-        process = start(*command, "--device", "cpu", "--gpus", processes, cwd=tmp_path, **env, **SLOWLY, **NO_FIGURES)
+        slowly = slowed("jobs.train.loop", "logged", 0.01)  # it need not have made thousands of steps by then
+        env = {"WANDB_X_STATS_SAMPLING_INTERVAL": "0.5", **OFFLINE, **NO_FIGURES, **slowly}
+        process = start(*command, "--device", "cpu", "--gpus", processes, cwd=tmp_path, **env)
         wait_until(lambda n=restarts: is_shown(n))
         used = sum(map(resident_mb, relatives(process)))
         alone = resident_mb(status(run)["pid"])
