@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_counted_and_what_runs_is_shown(width: int, tmp_pat
     runs = [make(tmp_path, f"old-{i:02}", age_s=i, state="finished") for i in range(28)]
     runs.append(make(tmp_path, "a-run-with-a-name-that-is-far-longer-than-others", 5000, state="running", jobs=["1"]))
     runs.append(make(tmp_path, "failed", 0, state="failed", traceback=f"ValueError: {'why' * 50}"))
-    (runs[28].timing).write_text('{"event": "start", "processes": 4, "device": "cuda:0"}\n')
+    (runs[28].timing).write_text('{"time": "now", "event": "start", "processes": 4, "device": "cuda:0"}\n')
     found = screen.in_order([states.summarize(run, {"1": JobState("RUNNING", nodes="n1")}) for run in runs])
     records = {run.path: screen.Record(run) for run in runs}
     for record in records.values():
