@@ -684,7 +684,7 @@ FAULTS = [
     Fault(
         "a published model needs this project",
         "jobs/publish/folder.py",
-        'found[name] = _OWN.sub(r"from sampling.\2 import", text)',
+        r'found[name] = _OWN.sub(r"from sampling.\2 import", text)',
         "found[name] = text",
         "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project[1d]",
     ),
