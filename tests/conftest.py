@@ -24,7 +24,6 @@ gc.disable()  # until all tests are imported, and torch with them: that leaves h
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()
     gc.enable()
 
 

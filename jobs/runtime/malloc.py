@@ -23,13 +23,10 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """While entered, Python collects no garbage, and what has been made until then is never looked through.
-
-    Importing torch makes hardly any, and looking for it takes a quarter of the time.
-    """
+    """While entered, Python collects no garbage: importing torch makes hardly any, and looking for it takes a quarter
+    of the time."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
         gc.enable()
