@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import gc
 import os
 import signal
 import sys
@@ -18,6 +19,12 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup` ignores
 # Python is told in many containers to keep no bytecode: each command would compile the project, a quarter of its time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+
+gc.disable()  # until all tests are imported, and torch with them: that leaves hardly any garbage
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

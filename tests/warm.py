@@ -34,7 +34,7 @@ LIBRARIES = (
     *("torch", "torch.distributed"),
     *("accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
-    *("matplotlib.style", "PIL.Image", "tqdm", "tyro", "typeguard"),
+    *("PIL.Image", "tqdm", "tyro", "typeguard"),
 )
 OURS = ("commands", "diffusion", "jobs", "slurm")
 EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "CUDA")
@@ -152,9 +152,11 @@ class Warm:
 def main() -> int:
     """Forks until the tests are gone; in a process that has been forked, runs launch.py."""
     tests = socket.socket(fileno=int(sys.argv[1]))
+    gc.disable()
     for library in LIBRARIES:
         __import__(library)
     gc.freeze()  # else the first collection in each child would copy all of it
+    gc.enable()
     for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
         finalizer.atexit = False  # else each child would take torch's operators apart at its end, and copy their memory
     awake, wake = os.pipe()

@@ -12,7 +12,7 @@ from jobs import notify
 from jobs.files import write_json
 from jobs.health.watchdog import Watchdog
 from jobs.runtime.job import Requeue, failure_of, process_node, process_rank
-from jobs.runtime.malloc import keep_freed_memory
+from jobs.runtime.malloc import importing, keep_freed_memory
 from jobs.runtime.signals import SignalWatch
 from jobs.runtime.surroundings import undisturbed
 from jobs.storage import faults, job_ids
@@ -46,7 +46,8 @@ class TrainJob:
         # Before anything slow: a signal that comes while torch is imported must not end the job unsaved.
         with undisturbed(), SignalWatch() as signals, Watchdog(self.run / faults.HANG, self._advice) as watchdog:
             try:
-                from jobs.train.loop import train
+                with importing():
+                    from jobs.train.loop import train
 
                 return train(RunFolder(self.run), self.processes, self.device, signals, watchdog, requeue)
             except Superseded as error:
