@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from diffusion.errors import OutsideError, UserError
-from jobs.runtime.malloc import keep_freed_memory
+from jobs.runtime.malloc import importing, keep_freed_memory
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import undisturbed
 
@@ -71,6 +71,8 @@ class IndependentJob(ABC):
     def __call__(self, requeue: Requeue | None = None) -> int:
         keep_freed_memory()
         with undisturbed(), SignalWatch() as signals:
+            with importing():
+                import torch  # noqa: F401  which all these jobs need
             try:
                 with self.around():
                     try:
