@@ -27,9 +27,12 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+LONG = ("test_survival.py", "test_arrays.py", "test_launch.py")
+"""Files of long tests; they come first, because at the end the other processes would wait for them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The tests of whole commands first: they take 15 seconds each, for which at the end the other processes would wait.
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if isinstance(item, pytest.Function) and processes.starts_some(item.function):
             item.add_marker("processes")
