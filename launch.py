@@ -29,7 +29,7 @@ COMMANDS = {
     "resume": ("train.Resume", "Continues a run, also a failed one, on other GPUs if asked."),
     "status": ("watch.Status", "Shows all runs, one of them in detail, or a sweep's runs by their loss."),
     "logs": ("watch.Logs", "Shows what a run has printed."),
-    "cancel": ("watch.Cancel", "Ends a run for good, with a last checkpoint."),
+    "cancel": ("watch.Cancel", "Ends a run, with a last checkpoint; `resume` continues it."),
     "sync": (
         "watch.Sync",
         "Sends what was tracked offline to wandb, from a machine with a network; knows what it has sent.",
@@ -55,7 +55,7 @@ COMMANDS = {
         "Computes a run, or steps of it, again, and says whether it gets the same bytes; the run may be running.",
     ),
 }
-"""Where each command lies in commands/, and the first sentence of its help, with which the list needs no command."""
+"""The file and class of each command, and the first sentence of its help, so that `--help` imports no command."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ def _named(name: str, *, import_it: bool) -> Any:
 def _starts_a_job(command: object) -> bool:
     if not hasattr(command, "where"):
         return False
-    from commands.where import Launch  # which this command has imported already
+    from commands.where import Start  # which this command has imported already
 
-    return isinstance(command.where, Launch)
+    return isinstance(command.where, Start)
 
 
 def _at_home(word: str) -> str:

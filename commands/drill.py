@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from commands.arguments import AMONG_OPTIONS
-from commands.where import Launch, given, show
+from commands.where import Start, given, show
 from diffusion.errors import UserError
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
@@ -18,7 +18,8 @@ from slurm.place import Here, OnSlurm
 class Drill:
     """Trains twice, once stopped again and again, and shows that the results are equal byte for byte.
 
-    Here, with --gpus N, it goes on on half as many in turn.
+    With --gpus N on this machine, every other start of the second one uses half as many processes. It stays until the
+    end, with or without --wait.
     """
 
     kills: int = 4
@@ -28,7 +29,7 @@ class Drill:
     """Steps of the training, a small 1D model."""
     seed: int = 0
     """Decides at which steps the training is stopped."""
-    where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
+    where: Annotated[Start, AMONG_OPTIONS] = field(default_factory=Start)
 
     def __call__(self) -> int:
         if not 0 < self.kills < self.steps:

@@ -151,7 +151,7 @@ class Evaluate:
         self.where.copy_code(place)
         place.run_array(elements, submitted, len(elements), merge, min(ROUNDS, job.retries))
         if self.where.wait:
-            # What is asked for again and again, because the last job submits more if elements were lost.
+            # The ids are asked for again and again, because the last job submits more if elements were lost.
             place.wait(asked.job_ids, lambda: False if asked.is_done() else None)
         return 0
 

@@ -114,7 +114,7 @@ class Logs:
 
 @dataclass(frozen=True, kw_only=True)
 class Cancel:
-    """Ends a run for good, with a last checkpoint."""
+    """Ends a run, with a last checkpoint; `resume` continues it."""
 
     run: Run
     runs_dir: RunsDir = Path("runs")

@@ -1,6 +1,7 @@
 """The errors that launch.py prints as one sentence; every other one is a bug of ours, and shows its traceback.
 
-They live at the bottom, because all rooms raise them. slurm/, which imports none of these rooms, has a pair of its own.
+They live at the bottom, because all of diffusion/ and jobs/ raises them. slurm/, which imports neither, has a pair of
+its own.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""Settings of data, networks and diffusion processes. Importable without torch: the command line is made of them."""
+"""Settings of data, networks, diffusion and samplers; the table of samplers.
+
+Importable without torch: the command line is made of them.
+"""
 
 import math
 from dataclasses import dataclass

@@ -244,7 +244,7 @@ class AfterArray:
                     if (code := job(requeue)) != 0 or requeue.came_back:
                         return code
                 return self.then(requeue)
-        print("Run the same command again.", flush=True)
+        print("Something is still missing: the command that submitted this does the rest.", flush=True)
         return code
 
     def failed(self, rank: int, trace: str) -> None:

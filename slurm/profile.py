@@ -17,7 +17,7 @@ MEMORY = ("mem_gb", "mem_per_gpu_gb", "mem_per_cpu_gb")
 ONLY_IN_FILES = ("setup", "environment", "srun_args", "sbatch", "cpu", "notify")
 """Lists and tables, which have no flag."""
 _LAUNCHERS_OWN = ("array", "chdir", "dependency", "error", "job-name", "nodes", "open-mode", "output", "signal", "time")
-"""Flags of sbatch on which it depends that no run is lost."""
+"""Flags of sbatch that the launcher sets itself; without them a run could be lost."""
 PLAIN = {**{key: key for key in ("partition", "account", "qos", "constraint", "exclude")}, "clusters": "cluster"}
 """Flags of sbatch, and the keys that hold their values as sbatch takes them."""
 _KEYS = {
@@ -123,7 +123,8 @@ class Profile:
         if not re.fullmatch("[a-z][a-z-]+", flag):
             raise UserError(f"[sbatch] holds long names of sbatch's flags without their dashes; got {flag}")
         if flag in _LAUNCHERS_OWN:
-            raise UserError(f"[sbatch] {flag} is the launcher's own: no run is lost because of it")
+            key = "; use time_min" if flag == "time" else ""
+            raise UserError(f"[sbatch] {flag} is the launcher's own: it sets this so that no run is lost{key}")
         if value is not False and flag in _KEYS:
             raise UserError(f"[sbatch] {flag} has a key of its own in a profile: {_KEYS[flag]}")
         if flag == "gres" and self.gpu_request != "none" and re.search(r"(^|,|/)gpu\b", str(value)):

@@ -1,4 +1,4 @@
-"""What Slurm knows: whether it is there, which jobs wait or run, and how jobs have ended."""
+"""What Slurm knows of itself and of jobs, and the few things that it is told to do to a job."""
 
 import os
 import re

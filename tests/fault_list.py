@@ -961,7 +961,7 @@ FAULTS = [
     Fault(
         "who looks on does not hear that the time limit is near",
         "jobs/health/watcher.py",
-        "told = bool(SAVE & signal.sigpending())",
+        "told = bool(NEAR_LIMIT & signal.sigpending())",
         "told = False",
         "tests/jobs/test_hangs.py::test_a_process_that_does_not_answer_when_its_time_limit_is_near_is_ended_before",
     ),

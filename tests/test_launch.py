@@ -65,6 +65,7 @@ from tests.launching import (
         ),
         (["train", "1d", "--tracking.project", "a/b"], ["tracking.project must have at most 128 characters", "a/b"]),
         (["audit", "1d/a", "--retries", "3"], ["--retries"]),
+        (["drill", "--retries", "3"], ["--retries"]),
         (["resume", "nowhere"], ["nowhere", "1d, 1d-classes, mnist, mnist-small"]),
         (["resume", "1d"], ["no run of 1d"]),
         (["status", "--runs-dir", "/dev/null"], ["--runs-dir must be a folder", "/dev/null"]),

@@ -54,7 +54,8 @@ FEATURE_METRICS = {
         f"share of sure digits (p > {SURE:g})", "higher", lambda seen: sure_share(seen.probabilities, seed=seen.seed)
     ),
 }
-"""Whoever adds a row gives `MnistProblem` (diffusion/problems/mnist.py) the next `metrics_version`."""
+"""Whoever adds a row gives `MnistProblem` a `metrics_version` of its own, one higher than the one that it inherits from
+`ImageProblem`, and tells the test in tests/diffusion/test_evaluate_mnist.py."""
 
 
 BY_CLASS = ("digit", "samples", "right", "frechet", "floor")
@@ -103,7 +104,7 @@ class DigitEvaluator(ImageEvaluator):
                 for name, metric in FEATURE_METRICS.items()
             },
             **({"classes": self._class_metric(results)} if self._asked is None else {}),
-            "copies": general["copies"],  # again in `general`; a name keeps its first place, and tables this order
+            "copies": general["copies"],  # in `general`, too; listed here for its place in tables
             "usefulness": Metric(
                 "accuracy of a net trained on it",
                 unpack(results["usefulness"]["accuracy"]),

@@ -5,8 +5,9 @@ other process does. It counts only time in which it runs itself, so a stopped jo
 hang. Nor is a process that a person looks into with a debugger, or has stopped at a terminal with Ctrl-Z. While nothing
 can be written into the folder above FOLDER, all wait for that, for up to LONGEST seconds.
 
-Of a Slurm job, $SAVE_WITHIN_S says how many seconds before its time limit it is told to save. Slurm tells this process,
-too, and queues no job again that reaches its limit. So one that does nothing more is ended shortly before.
+In a Slurm job $SAVE_WITHIN_S is the number of seconds between the signal to save and the time limit. Slurm sends the
+signal to this process, too. It queues no job again that reaches its limit, so one that does nothing more is ended
+shortly before.
 """
 
 import mmap
@@ -31,8 +32,11 @@ PAUSE_S = 0.05
 """After such a pause no more lines come."""
 ENDING_S = 20.0
 """Seconds before the time limit at which a job is ended that has not answered: its script has to queue it again."""
-SAVE = {signal.SIGUSR1, signal.SIGUSR2}
-"""The signals that tell a job to save. They are held back in this process, so they stay where it can see them."""
+NEAR_LIMIT = {signal.SIGUSR1, signal.SIGUSR2}
+"""The signals that tell a job to save before its time limit.
+
+They are held back in this process, so they stay where it can see them.
+"""
 STATES = {"T": "stopped", "D": "waiting for a disk or a network", "Z": "dead"}
 """What /proc says of a process that does not run."""
 DEBUGGER = re.compile(r'File ".*\b(pdb\.py|bdb\.py|pydevd|debugpy)')
@@ -60,7 +64,7 @@ def main() -> None:
         if ended or os.getppid() != worker:
             return
         beats, patience_s = HEADER.unpack_from(memory)
-        told = bool(SAVE & signal.sigpending())
+        told = bool(NEAR_LIMIT & signal.sigpending())
         if beats != last:
             silent_s, excused_s, last, answered = 0.0, 0.0, beats, told
             continue

@@ -16,7 +16,7 @@ from jobs.sample import sample_set
 from jobs.storage import account, checkpoints
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
-from jobs.terminal.tables import short
+from jobs.terminal.tables import duration
 from jobs.watch import detail, states
 
 Json = dict[str, Any]
@@ -99,7 +99,7 @@ class Content:
         """(part, what people read, percent, duration) of the time that the run has taken."""
         time = self.detail["time"]
         spent = [(part, name, time["seconds"][part]) for part, name in account.PARTS.items()]
-        return [(part, name, 100 * s / time["whole_s"], short(s)) for part, name, s in spent if s >= 0.5]
+        return [(part, name, 100 * s / time["whole_s"], duration(s)) for part, name, s in spent if s >= 0.5]
 
 
 def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int) -> Content:

@@ -19,7 +19,7 @@ from jobs.sample import classes
 from jobs.sample.sample_set import DRAWN
 from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
-from jobs.terminal.tables import setting, short
+from jobs.terminal.tables import duration, setting
 from jobs.tracking.server import public
 from jobs.watch.states import SlurmJob
 
@@ -62,7 +62,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "short": short,
+        "duration": duration,
         "moment": _moment,
         "setting": setting,
         "classes": lambda told: classes.label(tuple(told)),

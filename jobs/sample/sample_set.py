@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from jobs.runtime.numerics import Precision
+
 Weights = Literal["ema", "model"]
-Precision = Literal["bf16", "tf32", "fp32"]
 
 DRAWN = "samples.npz"
 """All samples of a set in one file, below its folder; arr_0 are the samples, arr_1 their classes, if they have some."""
@@ -41,7 +42,7 @@ class SampleSettings:
     weights_sha256: str
     sampler: SamplerSettings
     seed: int
-    precision: Precision
+    precision: "Precision"
     sub_batch_size: int
     shard_size: int
     classes: tuple[int, ...] | None = None

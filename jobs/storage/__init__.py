@@ -1,1 +1,1 @@
-"""A run on disk: its files, who may write them, where it comes from."""
+"""A run on disk: its files, its checkpoints, who may write them, what has stopped it, where it comes from."""

@@ -112,8 +112,8 @@ def judge(
     """Decides whether a run is tried again whose processes have ended badly, and writes that down.
 
     `cause` is what is known from outside, such as a signal that has ended a process, and `node` where. Returns None if
-    the end is no such fault: the run has come to an end of its own, or was used wrongly. A status from before they have
-    `begun` says nothing of them. A job that `stays` on its machine leaves out no node.
+    the end is no such fault: the run has come to an end of its own, or a person must change something. A status from
+    before they have `begun` says nothing of them. A job that `stays` on its machine leaves out no node.
     """
     status, failure = run.read_status(), run.read_failure()
     # Created, too: a process may die before it has written the first status.json.

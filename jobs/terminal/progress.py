@@ -42,7 +42,7 @@ class Progress:
         self._bar.update(step - self._bar.n)
         if time.monotonic() - self._said >= LOG_LINE_S:
             self._said = time.monotonic()
-            line = f"{self._label} {step:,}/{self._total:,} {shown}, {tables.short(self.eta_s(step)) or '?'} left"
+            line = f"{self._label} {step:,}/{self._total:,} {shown}, {tables.duration(self.eta_s(step)) or '?'} left"
             self._console.log(line)
             if self._bar.disable:
                 print(line, flush=True)

@@ -49,7 +49,7 @@ def setting(value: Any) -> str:
     return " ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
 
 
-def short(seconds: float | None) -> str:
+def duration(seconds: float | None) -> str:
     """Writes a duration in its largest fitting unit, as in `3.4 h`; nothing for None."""
     if seconds is None:
         return ""

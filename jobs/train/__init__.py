@@ -1,1 +1,1 @@
-"""This room holds one training: its job, its loop, its state, its record."""
+"""One training: its job, its loop, its state, its record."""

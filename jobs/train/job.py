@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ComeBack = Callable[[Sequence[str]], str | None]
 """Queues a job again, without the nodes that are named; returns its id, None if that fails."""
 FULL_S = (10, 60, 300)
-"""Pauses before what follows a fault is written once more, if the disk is full."""
+"""If the disk is full: the pauses before what follows a fault is decided and written again."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jobs.storage.ownership import Ownership
 from jobs.storage.records import last_start, precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
-from jobs.terminal.tables import short
+from jobs.terminal.tables import duration
 from jobs.train.ema import decay_at
 from jobs.train.recorder import NodeRecorder, NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update
@@ -204,5 +204,5 @@ def advise(training: Training, advice: str | None, console: Console) -> None:
         seconds = 3 * (time.perf_counter() - started)  # the backward pass costs about twice the forward pass
     settings = training.settings
     images = (settings.steps - training.step) * settings.batch_size
-    duration = short(images / training.world.size * seconds / len(few[0]))
-    console.say(advice.format(steps=settings.steps, batch_size=settings.batch_size, duration=duration))
+    takes = duration(images / training.world.size * seconds / len(few[0]))
+    console.say(advice.format(steps=settings.steps, batch_size=settings.batch_size, duration=takes))

@@ -20,7 +20,7 @@ from jobs.storage.records import Metrics, Status, append_timing, cut_after, last
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
-from jobs.terminal.tables import short
+from jobs.terminal.tables import duration
 from jobs.tracking.identity import Machine
 from jobs.train.state import Training
 
@@ -154,7 +154,7 @@ class RunRecorder(Recorder):
 
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
-            self._console.say(f"Compiled the network in {short(compile_s)} (--train.compile).")
+            self._console.say(f"Compiled the network in {duration(compile_s)} (--train.compile).")
         append_timing(self._run, {"event": "begin", "step": self._training.step, "compile_s": round(compile_s or 0, 3)})
         # Rates count steps alone, so the clock starts after compiling.
         self._clock = self._read_clock()

@@ -1,1 +1,1 @@
-"""Runs seen from outside: `status`, `logs`, `cancel`."""
+"""Runs and sweeps seen from outside: `status`, `logs`, `cancel`, `sync`."""

@@ -1,4 +1,4 @@
-"""Ends a run for good, wherever it runs."""
+"""Ends a run, wherever it runs, until a person continues it."""
 
 import os
 import signal

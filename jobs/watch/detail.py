@@ -92,9 +92,9 @@ def _progress(detail: dict[str, Any]) -> str:
         f"loss {loss:.4f}" if loss is not None else "",
         f"held-out loss {held_out:.4f}" if held_out is not None else "",
         f"{rate:,.0f} images/s" if rate is not None else "",
-        f"{tables.short(detail['eta_s'])} left" if detail["eta_s"] is not None else "",
+        f"{tables.duration(detail['eta_s'])} left" if detail["eta_s"] is not None else "",
         f"{restarts} restart{'s' if restarts > 1 else ''}" if (restarts := detail["restarts"]) else "",
-        f"{'ended' if detail['state'] == State.FINISHED else 'last heard of'} {tables.short(age_s)} ago"
+        f"{'ended' if detail['state'] == State.FINISHED else 'last heard of'} {tables.duration(age_s)} ago"
         if silent
         else "",
     ]
@@ -115,8 +115,8 @@ def _time(time: dict[str, Any]) -> list[str]:
     """Says how the time since the first submission was spent, without the parts that took none of it."""
     whole_s, redone = time["whole_s"], time["redone_steps"]
     parts = [(name, time["seconds"][part]) for part, name in account.PARTS.items()]
-    shares = [f"{name} {tables.short(spent)} ({spent / whole_s:.0%})" for name, spent in parts if spent >= 0.5]
-    return [f"{tables.short(whole_s)} in all", *shares, *([f"{redone:,} steps redone"] if redone else [])]
+    shares = [f"{name} {tables.duration(spent)} ({spent / whole_s:.0%})" for name, spent in parts if spent >= 0.5]
+    return [f"{tables.duration(whole_s)} in all", *shares, *([f"{redone:,} steps redone"] if redone else [])]
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def render(overviews: Sequence[Overview], width: int) -> str:
             f"{_count(o.step)}/{_count(o.total)}" if o.total is not None else "",
             f"{o.loss:.4f}" if o.loss is not None else "",
             f"{o.rate_images_per_s:.0f}" if o.rate_images_per_s is not None else "",
-            tables.short(o.eta_s),
+            tables.duration(o.eta_s),
             str(o.restarts),
             o.nodes,
         )

@@ -140,7 +140,7 @@ def _table(overviews: Sequence[Overview], records: Mapping[Path, Record], width:
                 f"{progress_bar(o.step / o.total, bar)} {o.step / o.total:4.0%}" if o.total else "",
                 f"{sparkline(losses, curve)} {o.loss:.4f}" if o.loss is not None else "",
                 f"{o.rate_images_per_s:.0f}" if o.rate_images_per_s is not None else "",
-                tables.short(o.eta_s),
+                tables.duration(o.eta_s),
                 str(o.restarts),
             )
         )

@@ -177,7 +177,7 @@ def _silence(status: dict[str, Any]) -> str:
     if status.get("state") != State.RUNNING:
         return "starting"
     age_s = _age_s(status)
-    return f"silent for {tables.short(age_s)}" if age_s is not None and age_s > SILENT_S else ""
+    return f"silent for {tables.duration(age_s)}" if age_s is not None and age_s > SILENT_S else ""
 
 
 def _age_s(status: dict[str, Any]) -> float | None:

@@ -80,7 +80,7 @@ def test_it_draws_what_is_missing_itself_if_it_needs_no_gpu_for_that(
     assert "1 of 3 shards are missing." in printed
     if on_gpus:
         assert code == 1
-        assert printed.endswith("Run the same command again.\n")
+        assert printed.endswith("Something is still missing: the command that submitted this does the rest.\n")
         assert asked.missing() == [1]
     else:
         assert code == 0

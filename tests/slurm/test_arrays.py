@@ -197,7 +197,10 @@ def test_a_cancelled_element_stays_away(element: int, tidy: DevCluster, root: Pa
     tidy.run("scancel", f"{array}_{element}")
     wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
     assert job_ids(root) == [array, merge]
-    assert "1 of 5 shards are missing.\nRun the same command again." in merge_log(root, merge)
+    assert (
+        "1 of 5 shards are missing.\nSomething is still missing: the command that submitted this does the rest."
+        in merge_log(root, merge)
+    )
 
 
 def test_preempted_tasks_come_back_alone(tidy: DevCluster, root: Path) -> None:

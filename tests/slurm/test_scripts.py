@@ -147,7 +147,7 @@ CONTRADICTIONS = [
     ("ntasks = 1", "ntasks must be true or false; got 1"),
     ("sbatch.gres = 'gpu:4'", "gres=gpu:4 and gpu_request=gpus-per-node would both ask for GPUs"),
     ("sbatch.partition = 'gpu'", "[sbatch] partition has a key of its own in a profile: partition"),
-    ("sbatch.time = '1:00'", "[sbatch] time is the launcher's own"),
+    ("sbatch.time = '1:00'", "[sbatch] time is the launcher's own: it sets this so that no run is lost; use time_min"),
     ("sbatch.signal = false", "[sbatch] signal is the launcher's own"),
     ("sbatch.C = 'gpu'", "long names of sbatch's flags without their dashes; got C"),
     ("sbatch.nice = [1]", "sbatch must be a table of values"),
