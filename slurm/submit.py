@@ -161,7 +161,7 @@ class Submission:
             "array_parallelism": self.at_once,
             "signal_delay_s": asked.signal_delay_s,
             "stderr_to_stdout": True,
-            "setup": [_LOG_START, f"export SAVE_WITHIN_S={asked.signal_delay_s}", *setup, "set +e"],
+            "setup": [_LOG_START, *setup, "set +e"],
             "teardown": [_after(self.folder)],
             "srun_args": [
                 *(*cpus, "--kill-on-bad-exit=1"),
@@ -199,8 +199,7 @@ class Submission:
 _LOG_START = "log_start=$(stat --dereference --format=%s /proc/self/fd/2)"
 """The size of the job's log before this attempt, which is appended to those before it.
 
-$SAVE_WITHIN_S is for jobs/health/watcher.py. After the site's own lines comes `set +e`: with `set -e` nothing would
-follow a srun that fails.
+After the site's own lines comes `set +e`: with `set -e` nothing would follow a srun that fails.
 """
 
 

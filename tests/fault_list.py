@@ -959,13 +959,6 @@ FAULTS = [
         "tests/jobs/test_hangs.py::test_a_call_that_lets_no_other_python_thread_run_is_noticed_too",
     ),
     Fault(
-        "who looks on does not hear that the time limit is near",
-        "jobs/health/watcher.py",
-        "told = bool(NEAR_LIMIT & signal.sigpending())",
-        "told = False",
-        "tests/jobs/test_hangs.py::test_a_process_that_does_not_answer_when_its_time_limit_is_near_is_ended_before",
-    ),
-    Fault(
         "a disk that stands still is taken for a hang",
         "jobs/health/watcher.py",
         "if silent_s < longest_s and",

@@ -55,10 +55,11 @@ def holding() -> AbstractContextManager[object]:
 
     def holds(*arguments: Any, **more: Any) -> Any:
         returned = original(*arguments, **more)
-        before = sum(is_held(folder, number) for number in range(times))
-        if next(count) == int(calls) and before < times:
-            with suppress(FileExistsError):  # another process has come first
-                stand_still(folder / f"held-{before}")
+        if next(count) == int(calls):
+            for number in range(times):
+                with suppress(FileExistsError):  # another process stands there
+                    stand_still(folder / f"held-{number}")
+                    break
         return returned
 
     return mock.patch(function, holds)

@@ -102,10 +102,12 @@ class Evaluation:
     def write(self, results: Mapping[str, Any], replicates: "Mapping[str, NDArray[np.float64]]") -> None:
         """Completes the evaluation. Results of another version are kept: their weights may be gone."""
         path = self.folder / "metrics.json"
+        before, version = b"", self.protocol["version"]
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or not of ours
             before = path.read_bytes()
-            if (version := json.loads(before)["protocol"]["version"]) != self.protocol["version"]:
-                write_atomically(self.folder / f"metrics-version-{version:d}.json", before)
+            version = int(json.loads(before)["protocol"]["version"])
+        if version != self.protocol["version"]:
+            write_atomically(self.folder / f"metrics-version-{version}.json", before)
         write_arrays(self.kept / REPLICATES, replicates)
         write_json(path, {"protocol": self.protocol, **results})
 

@@ -4,10 +4,6 @@ It imports nothing but a few modules of Python's own, because each process of a 
 other process does. It counts only time in which it runs itself, so a stopped job or a machine that sleeps is no
 hang. Nor is a process that a person looks into with a debugger, or has stopped at a terminal with Ctrl-Z. While nothing
 can be written into the folder above FOLDER, all wait for that, for up to LONGEST seconds.
-
-In a Slurm job $SAVE_WITHIN_S is the number of seconds between the signal to save and the time limit. Slurm sends the
-signal to this process, too. It queues no job again that reaches its limit, so one that does nothing more is ended
-shortly before.
 """
 
 import mmap
@@ -30,13 +26,6 @@ A disk on which no file can be written meanwhile stands still.
 """
 PAUSE_S = 0.05
 """After such a pause no more lines come."""
-ENDING_S = 20.0
-"""Seconds before the time limit at which a job is ended that has not answered: its script has to queue it again."""
-NEAR_LIMIT = {signal.SIGUSR1, signal.SIGUSR2}
-"""The signals that tell a job to save before its time limit.
-
-They are held back in this process, so they stay where it can see them.
-"""
 STATES = {"T": "stopped", "D": "waiting for a disk or a network", "Z": "dead"}
 """What /proc says of a process that does not run."""
 DEBUGGER = re.compile(r'File ".*\b(pdb\.py|bdb\.py|pydevd|debugpy)')
@@ -55,31 +44,26 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # A thread of its own, because a file system that hangs must not stop this process, too.
         threading.Thread(target=look_for, args=(folder, others_hang), daemon=True).start()
-    within_s = float(os.environ.get("SAVE_WITHIN_S", "inf"))
-    silent_s, excused_s, (last, _) = 0.0, 0.0, HEADER.unpack_from(memory)
-    unanswered_s, answered = 0.0, False
+    silent_s, excused_s, last = 0.0, 0.0, -1
     while True:
         before = time.monotonic()
         ended = bool(select.select([0], [], [], TICK_S)[0]) and not os.read(0, 65536)
         if ended or os.getppid() != worker:
             return
         beats, patience_s = HEADER.unpack_from(memory)
-        told = bool(NEAR_LIMIT & signal.sigpending())
         if beats != last:
-            silent_s, excused_s, last, answered = 0.0, 0.0, beats, told
+            silent_s, excused_s, last = 0.0, 0.0, beats
             continue
         with suppress(ProcessLookupError, FileNotFoundError):  # it may end by itself meanwhile
             if state_of(worker) not in by_hand:
-                silent_s += (spent := min(time.monotonic() - before, 2 * TICK_S))
-                unanswered_s += spent if told and not answered else 0.0
-            is_late = unanswered_s >= max(within_s - ENDING_S, within_s / 2)
-            if is_late or silent_s - excused_s >= patience_s or others_hang.is_set():
+                silent_s += min(time.monotonic() - before, 2 * TICK_S)
+            if silent_s - excused_s >= patience_s or others_hang.is_set():
                 if silent_s < longest_s and disk.stands_still():
                     excused_s = silent_s  # and when it is back, the worker has time to go on
                     continue
                 doing = memory[HEADER.size :].partition(b"\0")[0].decode(errors="replace")
                 end(worker, dump, folder, advice, f"no progress for {silent_s:.0f} s in {doing}")
-                silent_s = excused_s = unanswered_s = 0.0  # a debugger has kept it alive
+                silent_s = excused_s = 0.0  # a debugger has kept it alive
 
 
 class Disk:

@@ -247,8 +247,10 @@ def describe_hang(folder: Path) -> tuple[str, str | None]:
 def finish(run: RunFolder, cause: str) -> bool:
     """Whether the run's last step is saved. Then it is finished, whatever has ended its processes since, and says so.
 
-    Figures and final numbers, which alone can be missing, decide over no run.
+    Figures and final numbers, which alone can be missing, decide over no run. A loss that was not finite does.
     """
+    if run.read_failure().get("for_good"):
+        return False
     try:
         steps = run.read_experiment()[1].train.steps
         checkpoints.verify(run.checkpoints, steps)

@@ -133,12 +133,16 @@ class FlatAdamW:
         }
         states = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         group = {
+            # In torch's order, which decides over the bytes of a checkpoint.
             "lr": float(self._lr),
             **self._settings,
-            "fused": True,
-            **dict.fromkeys(("amsgrad", "maximize", "capturable", "differentiable"), False),
-            "decoupled_weight_decay": True,
+            "amsgrad": False,
+            "maximize": False,
             "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": True,
+            "decoupled_weight_decay": True,
             "params": list(range(n)),
         }
         return {"state": dict(enumerate(states)), "param_groups": [group]}

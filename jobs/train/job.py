@@ -54,7 +54,7 @@ class TrainJob:
                 print(error, file=sys.stderr)
             except Exception as error:
                 failure = failure_of(error, watchdog.doing)
-                if self.is_done(failure.trace.strip().splitlines()[-1]):
+                if not failure.for_good and self.is_done(failure.trace.strip().splitlines()[-1]):
                     return 0 if self.processes == 1 else 1  # which ends the others; then who has started them asks
                 if failure.for_good:
                     self.failed(process_rank(), failure.trace)
@@ -68,15 +68,17 @@ class TrainJob:
         return "" if self.retries else f"Continue with: python launch.py resume {RunFolder(self.run)}"
 
     def failed(self, rank: int, trace: str) -> None:
-        self._record(rank, trace, state=State.FAILED)
+        self._record(rank, trace, state=State.FAILED, for_good=True)
 
     def _failed_here(self, trace: str, *, outside: bool) -> None:
         """Records a failure of this process; `ended` decides what follows from it, if the job may be tried again."""
-        for_good = {} if self.retries else {"state": State.FAILED}
-        self._record(process_rank(), trace, outside=outside, node=process_node(), **for_good)
+        ended = {} if self.retries else {"state": State.FAILED}
+        self._record(process_rank(), trace, outside=outside, node=process_node(), **ended)
 
     def is_done(self, cause: str | None) -> bool:
-        run, cause = RunFolder(self.run), cause or faults.WITHOUT_A_WORD
+        run = RunFolder(self.run)
+        *_, word = run.read_failure().get("traceback", "").strip().splitlines() or [faults.WITHOUT_A_WORD]
+        cause = cause or word
         if not faults.finish(run, cause):
             return False
         print(

@@ -54,7 +54,10 @@ def test_training_is_that_of_single_parameters_before_and_after_their_checkpoint
         torch.testing.assert_close(other.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-7)
         state, expected = flat_optimizer.state_dict(), plain_optimizer.state_dict()
         torch.testing.assert_close(state["state"], expected["state"], rtol=1e-5, atol=1e-7)
-        assert state["param_groups"] == expected["param_groups"]
+        # The order, too: with it the file has the bytes that torch's AdamW gives it, and earlier versions have given.
+        assert [[*group.items()] for group in state["param_groups"]] == [
+            [*group.items()] for group in expected["param_groups"]
+        ]
         plain_optimizer = torch.optim.AdamW(plain.parameters(), weight_decay=0.1, fused=True)
         flat_optimizer = FlatAdamW(flat, weight_decay=0.1)
         flat_optimizer.load_state_dict(copy.deepcopy(expected))

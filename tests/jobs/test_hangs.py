@@ -150,21 +150,6 @@ def test_a_call_that_lets_no_other_python_thread_run_is_noticed_too(tmp_path: Pa
     assert 'File "<string>", line 7 in <module>' in stacks.read_text()
 
 
-def test_a_process_that_does_not_answer_when_its_time_limit_is_near_is_ended_before(tmp_path: Path) -> None:
-    """Without a signal it would have a minute."""
-    command = [sys.executable, "-c", HOLDS_THE_INTERPRETER.replace("watchdog.step(7)", "print(flush=True)"), tmp_path]
-    environment = {**os.environ, VARIABLE: "4", "SAVE_WITHIN_S": "1"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        wait_until(lambda: len(children(process.pid, "watcher.py")) > 0)
-        (watcher,) = children(process.pid, "watcher.py")
-        os.kill(watcher, signal.SIGUSR2)
-    assert process.returncode == -signal.SIGKILL
-    (stacks,) = tmp_path.glob("*/process-0.txt")
-    assert re.search(r"no progress for [1-4]?\d s in the start", stacks.read_text())
-
-
 AT_A_TERMINAL = """
 import os, pdb, signal, sys, threading  # pdb, so that the first question to it takes no second
 from pathlib import Path
@@ -316,9 +301,10 @@ def test_a_held_out_loss_may_take_longer_than_a_step(tmp_path: Path, monkeypatch
     settings = replace(preset.train, steps=3, held_out_every=2)
     seen = []
 
-    def loss() -> None:
+    def loss() -> float:
         assert watchdog._memory is not None
         seen.append((watchdog.doing, HEADER.unpack_from(watchdog._memory)[1]))
+        return 0.0
 
     with Watchdog(tmp_path) as watchdog:
         training = Training(replace(preset, train=settings).build(), settings, world.start(1, "cpu", "fp32"))

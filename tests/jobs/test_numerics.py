@@ -53,6 +53,8 @@ def test_a_job_for_a_gpu_that_finds_none_says_so_and_does_nothing(
     run = tmp_path / "runs" / "1d" / "a"
     if precision == "auto":
         (run / "timing.jsonl").unlink()  # so that it has to be resolved
+    if job == "train":
+        shutil.rmtree(run / "checkpoints")  # or the run would be finished, and nothing could fail it
     logged = (run / "metrics.jsonl").read_bytes()
     task = {"RANK": "0", "LOCAL_RANK": "0", "SLURMD_NODENAME": "n7"}
     ended = finish(start(job, run, cwd=ROOT, module="tests.jobs.for_gpu", **task))

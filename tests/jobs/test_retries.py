@@ -90,6 +90,16 @@ def test_wrong_use_is_not_tried_again(tmp_path: Path) -> None:
     assert not (run / "faults.jsonl").exists()
 
 
+def test_a_loss_that_is_not_finite_fails_a_run_whose_last_step_is_saved(tmp_path: Path) -> None:
+    done(*COMMAND, "--train.steps", 5, cwd=tmp_path, **NO_FIGURES)
+    run = RunFolder(tmp_path / "runs" / "1d" / "a")
+    job = TrainJob(run.path, 1, "cpu", retries=1)
+    assert job.is_done("killed")
+    job.failed(0, "the loss was not finite")
+    assert not job.is_done("killed")
+    assert run.state() is State.FAILED
+
+
 def test_ctrl_c_is_obeyed_and_no_fault(tmp_path: Path) -> None:
     process = start(*COMMAND, "--train.steps", 1_000_000, "--retries", 3, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -17,7 +16,6 @@ from jobs.storage import faults
 from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster, wait_for
-from tests.jobs.test_hangs import children
 from tests.jobs.test_resume import result
 from tests.launching import status, steps_logged, wait_until
 from tests.slurm.site import (
@@ -325,37 +323,6 @@ def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
     assert fault.cause.split()[4].rstrip(":") == fault.node
     assert len(list((run / str(fault.hang)).iterdir())) == 4
     assert_equal(run, expected)
-
-
-def pauses(pid: int) -> int:
-    """How often it has waited for something."""
-    found = re.search(r"^voluntary_ctxt_switches:\s*(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
-
-
-def test_a_job_that_hangs_when_its_time_limit_is_near_is_queued_again(site: Site, tmp_path: Path) -> None:
-    """With patience for hours; the signal is that of the limit. Before it, Slurm wakes what is stopped."""
-    profile = tmp_path / "patient.toml"
-    profile.write_text('[environment]\nWATCHDOG_S = "3600"\n')
-    run = site.train("a", 2, "--profile", profile, slow=True)
-    first = "os.environ['RANK'] == '1' and os.environ.get('SLURM_RESTART_COUNT', '0') == '0'"
-    hangs = f"        import os, threading\n        if self.step == 121 and {first}:\n"
-    change(
-        run / "code" / "jobs" / "train" / "state.py",
-        UPDATE,
-        f"{UPDATE}{hangs}            threading.Semaphore(0).acquire()\n",
-    )
-    site.wait_for_step(run, 120)
-    (watcher,) = children(task_pids(run)[1], "watcher.py")
-    before = pauses(watcher)
-    wait_until(lambda: pauses(watcher) > before + 2)  # it has seen that nothing is done before the signal comes
-    site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
-    wait_until(lambda: restarted(run), timeout_s=240)
-    site.finish(run)
-    (fault,) = faults.read(RunFolder(run))
-    assert fault.cause.startswith("hung: process ") and fault.cause.endswith(" in step 121")
-    assert status(run)["restarts"] == 1
 
 
 def test_a_node_on_which_a_run_dies_twice_without_progress_is_left_out(
