@@ -19,8 +19,10 @@ LOOK_S = 5.0
 POLL_S = 60
 """Seconds between questions about a job that goes on, unless a profile says otherwise; administrators ask for that."""
 
-AWAY = re.compile("Unable to contact|timed out|Zero Bytes", re.IGNORECASE)
-"""Slurm's tools say so if the controller is down, or too busy."""
+UNREACHED = re.compile("Unable to contact", re.IGNORECASE)
+"""Slurm's tools say so if the controller is down."""
+AWAY = re.compile(f"{UNREACHED.pattern}|timed out|Zero Bytes", re.IGNORECASE)
+"""The same, or the controller is too busy to answer; but it may have done what it was asked for."""
 AGAIN_S = 5.0
 """Seconds until it is asked once more."""
 PATIENCE_S = 20.0
@@ -95,13 +97,13 @@ def ask(*command: str, input: str | None = None, timeout_s: float | None = 30) -
         raise SlurmError(f"{command[0]} does not answer within {timeout_s:g} s") from error
 
 
-def insist(*command: str) -> "subprocess.CompletedProcess[str]":
+def insist(*command: str, when: re.Pattern[str] = AWAY) -> "subprocess.CompletedProcess[str]":
     """Asks as `ask` does, and asks again while the controller does not answer, for `PATIENCE_S`.
 
     That is for jobs, whose fate depends on it.
     """
     said, deadline = False, time.monotonic() + PATIENCE_S
-    while (done := ask(*command, timeout_s=None)).returncode != 0 and AWAY.search(done.stdout + done.stderr):
+    while (done := ask(*command, timeout_s=None)).returncode != 0 and when.search(done.stdout + done.stderr):
         if time.monotonic() > deadline:
             break
         if not said:

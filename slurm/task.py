@@ -257,7 +257,8 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", *([f"--array={index}"] if index else [])]
     with outside_any_job():
         for without in ([f"--exclude={','.join([*asked, *left_out])}"], []) if left_out else ([],):
-            done = queue.insist(*command, *without, str(script))
+            # Not after a time-out: the job may have been submitted all the same.
+            done = queue.insist(*command, *without, str(script), when=queue.UNREACHED)
             number = queue.submitted_id(done.stdout) if done.returncode == 0 else None
             if number is not None:
                 break

@@ -982,8 +982,8 @@ FAULTS = [
     Fault(
         "a job that fails while the controller is away is given up",
         "slurm/queue.py",
-        ".returncode != 0 and AWAY.search",
-        ".returncode == 0 and AWAY.search",
+        ".returncode != 0 and when.search",
+        ".returncode == 0 and when.search",
         "tests/slurm/test_words.py::test_a_job_waits_for_a_controller_that_is_away",
     ),
     Fault(

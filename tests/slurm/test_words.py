@@ -411,6 +411,20 @@ def test_an_element_of_an_array_submits_itself_alone(
     assert (tmp_path / "20_3_submitted.pkl").read_text() == "pickle"
 
 
+def test_a_job_is_submitted_once_if_the_answer_does_not_come(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller may have taken it."""
+    tools.write("sbatch", f"echo asked >> {tmp_path}/asked; echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setenv("PATH", str(tools.folder))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    (tmp_path / "7_submission.sh").write_text("#!/bin/bash\n")
+    assert task.requeue() is None
+    assert (tmp_path / "asked").read_text() == "asked\n"
+
+
 @either
 @quiet_or_not
 def test_status_logs_and_cancel(version: str, notice: bool, tools: Tools, tmp_path: Path) -> None:
