@@ -48,7 +48,7 @@ demo: $(VENV)/ready
 # are cores, because a fifth of the time a test waits for something.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))' 2>/dev/null)
-SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist load
 
 check: lint
 	$(PYTEST) $(SIDE_BY_SIDE) -m "not processes and not slurm and not soak and not gpu and not data and not browser"

@@ -27,12 +27,16 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-LONG = ("test_survival.py", "test_arrays.py", "test_launch.py")
+LONG = (
+    *("test_survival.py", "test_arrays.py", "slurm/test_evaluate.py", "slurm/test_old_runs.py", "test_operate.py"),
+    *("test_submission.py", "test_task.py", "test_sites.py"),
+    *("test_launch.py", "test_hangs.py", "test_tracking.py", "test_tracking_online.py", "test_secrets.py"),
+)
 """Files of long tests; they come first, because at the end the other processes would wait for them."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    items.sort(key=lambda item: next((i for i, file in enumerate(LONG) if item.path.match(file)), len(LONG)))
     for item in items:
         if isinstance(item, pytest.Function) and processes.starts_some(item.function):
             item.add_marker("processes")

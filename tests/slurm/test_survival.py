@@ -133,8 +133,8 @@ def test_tasks_without_slurms_tools_are_queued_again_by_their_script(
 
 
 def test_preemption_by_the_high_partition(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
-    expected = undisturbed(4)
-    run = site.train("a", 4, slow=True)
+    expected = undisturbed(2)
+    run = site.train("a", 2, slow=True)
     site.wait_for_step(run, 120)
     urgent = site.cluster.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     site.cluster.wait_for_job(urgent, "COMPLETED", timeout_s=240)
@@ -310,18 +310,18 @@ def test_a_node_that_dies_with_all_its_processes(site: Site, undisturbed: Callab
 def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
     site: Site, undisturbed: Callable[[int], dict[str, bytes]], tmp_path: Path
 ) -> None:
-    expected = undisturbed(4)
+    expected = undisturbed(2)
     profile = tmp_path / "hasty.toml"
     profile.write_text('[environment]\nWATCHDOG_S = "5"\n')
-    run = site.train("a", 4, "--profile", profile, slow=True)
+    run = site.train("a", 2, "--profile", profile, slow=True)
     site.wait_for_step(run, 120)
-    os.kill(task_pids(run)[3], signal.SIGSTOP)
+    os.kill(task_pids(run)[1], signal.SIGSTOP)
     site.finish(run)
     (fault,) = faults.read(RunFolder(run))
-    assert fault.cause.startswith("hung: process 3 on n")
+    assert fault.cause.startswith("hung: process 1 on n")
     assert fault.cause.endswith(", stopped")
     assert fault.cause.split()[4].rstrip(":") == fault.node
-    assert len(list((run / str(fault.hang)).iterdir())) == 4
+    assert len(list((run / str(fault.hang)).iterdir())) == 2
     assert_equal(run, expected)
 
 
