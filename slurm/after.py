@@ -50,7 +50,7 @@ def main() -> int:
     elif isinstance(job, Retried):
         if job.is_done(cause):
             return 0
-        job.ended(cause, node, come_back, queue.on_cluster(cluster, task.own_id()))
+        job.try_again_after(cause, node, come_back, queue.on_cluster(cluster, task.own_id()))
     return code
 
 

@@ -101,7 +101,7 @@ class Here:
             if outcome.was_told_to_stop:
                 told: Any = job
                 retried = replace(told, retries=0)  # then it is only written down that it has failed
-            if not retried.ended(cause, platform.node(), None):
+            if not retried.try_again_after(cause, platform.node(), None):
                 return outcome.exit_code
 
 

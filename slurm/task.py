@@ -60,7 +60,7 @@ class Retried(Protocol):
     def is_done(self, cause: str | None) -> bool:
         """Whether all is done that matters, so that the job has ended well although its processes have not."""
 
-    def ended(
+    def try_again_after(
         self,
         cause: str | None,
         node: str | None,

@@ -65,7 +65,7 @@ class Share(IndependentJob):
     def is_done(self, cause: str | None) -> bool:
         return False  # it is tried again, and ends at once if nothing is left
 
-    def ended(
+    def try_again_after(
         self,
         cause: str | None,
         node: str | None,

@@ -71,7 +71,7 @@ class TrainJob:
         self._record(rank, trace, state=State.FAILED, for_good=True)
 
     def _failed_here(self, trace: str, *, outside: bool) -> None:
-        """Records a failure of this process; `ended` decides what follows from it, if the job may be tried again."""
+        """Records a failure of this process; `try_again_after` decides what follows, if the job may be tried again."""
         ended = {} if self.retries else {"state": State.FAILED}
         self._record(process_rank(), trace, outside=outside, node=process_node(), **ended)
 
@@ -87,7 +87,9 @@ class TrainJob:
         notify.tell(run, "finished", _say_aside)
         return True
 
-    def ended(self, cause: str | None, node: str | None, come_back: ComeBack | None, own: str | None = None) -> bool:
+    def try_again_after(
+        self, cause: str | None, node: str | None, come_back: ComeBack | None, own: str | None = None
+    ) -> bool:
         run = RunFolder(self.run)
         ids = run.read_launch().get("job_ids", [])
         if own in ids and ids[-1] != own:

@@ -209,13 +209,13 @@ def test_a_job_whose_run_goes_on_elsewhere_does_not_come_back(run: RunFolder) ->
     job = TrainJob(run.path, 1, "cpu", retries=3)
     for where in ({"on_slurm": True, "host": platform.node()}, {"on_slurm": False, "host": "elsewhere"}):
         write_json(run.status, {"state": State.RUNNING, **where})
-        assert not job.ended("process 0 was ended by SIGKILL", None, None)
+        assert not job.try_again_after("process 0 was ended by SIGKILL", None, None)
         assert faults.read(run) == []
-    assert not job.ended(
+    assert not job.try_again_after(
         "task 0 was ended: Killed", None, lambda left_out: "17"
     )  # the last one runs here, not on Slurm
     write_json(run.status, {"state": State.RUNNING, "on_slurm": False, "host": platform.node()})
-    assert job.ended("process 0 was ended by SIGKILL", None, None)
+    assert job.try_again_after("process 0 was ended by SIGKILL", None, None)
 
 
 def test_a_run_that_has_ended_well_is_not_started_again(run: RunFolder) -> None:
@@ -235,5 +235,7 @@ def test_a_job_that_stays_on_its_machine_leaves_out_no_node(run: RunFolder) -> N
     here = {"state": State.RUNNING, "on_slurm": False, "host": platform.node()}
     for _ in range(2):
         write_json(run.status, here)
-        assert TrainJob(run.path, 1, "cpu", retries=9).ended("process 0 was ended by SIGKILL", platform.node(), None)
+        assert TrainJob(run.path, 1, "cpu", retries=9).try_again_after(
+            "process 0 was ended by SIGKILL", platform.node(), None
+        )
     assert [(fault.node, fault.left_out) for fault in faults.read(run)] == [(platform.node(), [])] * 2

@@ -148,7 +148,7 @@ def test_a_fault_that_repeats_without_progress_ends_a_share(tmp_path: Path, monk
         monkeypatch.setattr(draw, "sample", fail)
         if error is not None:
             assert job.work(SignalWatch()) == 1
-        return job.ended(cause, "n1", lambda left_out: "17_0", "17_0")
+        return job.try_again_after(cause, "n1", lambda left_out: "17_0", "17_0")
 
     monkeypatch.setenv(VARIABLE, "0")
     monkeypatch.setattr(asked.__class__, "job_ids", lambda self: ["17"])

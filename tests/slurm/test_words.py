@@ -486,7 +486,7 @@ class Ending:
     def is_done(self, cause: str | None) -> bool:
         return self.done
 
-    def ended(self, *arguments: object) -> bool:
+    def try_again_after(self, *arguments: object) -> bool:
         assert not self.done
         return False
 
