@@ -15,9 +15,8 @@ def test_a_drill_finds_equal_results_and_would_see_a_changed_byte(tmp_path: Path
         assert name in ended.out
     (folder,) = (tmp_path / "runs" / "drill").iterdir()
     whole, killed = (RunFolder(folder / "1d" / name) for name in ("whole", "killed"))
-    # Each of the four has stopped the training, or says that it came too late to.
-    assert killed.read_status()["restarts"] == 4 - ended.out.count("came too late")
-    assert killed.read_status()["restarts"] >= 1
+    # Each of the four has stopped the training, or says that it came too late: then it may have stopped what follows.
+    assert max(1, 4 - ended.out.count("came too late")) <= killed.read_status()["restarts"] <= 4
     assert differences(whole, killed) == []
     path = killed.checkpoints / "step-00000240" / "ema.safetensors"
     content = bytearray(path.read_bytes())
