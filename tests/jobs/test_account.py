@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from jobs.storage.account import PARTS, Account, account
+from jobs.storage.records import read_jsonl
 from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, start, status, steps_logged, wait_until
 
 CREATED = datetime(2025, 3, 1, 12, tzinfo=UTC)
@@ -112,12 +113,19 @@ def test_a_run_without_a_line_has_spent_nothing() -> None:
     assert account([], created=None, heard=None, reached=0, now=None, waits=False) == Account()
 
 
+def begun(run: Path) -> int:
+    """How often the steps of the run have begun."""
+    return sum(line["event"] == "begin" for line in read_jsonl(run / "timing.jsonl"))
+
+
 def test_the_time_of_a_killed_and_continued_run(tmp_path: Path) -> None:
     command = ("train", "1d", *TINY, "--train.steps", "1000000", "--train.checkpoint-every", "100", "--name", "a")
     run = tmp_path / "runs" / "1d" / "a"
     redone = 0
-    for killed_at in (120, 320):
+    for life, killed_at in ((1, 120), (2, 320)):
         process = start(*command, cwd=tmp_path, **NO_FIGURES)
+        # Before its steps begin, the lines that it makes again are still there.
+        wait_until(lambda n=life: begun(run) == n)  # type: ignore[misc]
         wait_until(lambda lines=killed_at: steps_logged(run) >= lines)  # type: ignore[misc]
         wait_until(lambda: any((run / "checkpoints").glob("step-*")))  # a slow disk may still be at the first one
         os.kill(process.pid, signal.SIGKILL)
