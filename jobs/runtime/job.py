@@ -71,9 +71,9 @@ class IndependentJob(ABC):
     def __call__(self, requeue: Requeue | None = None) -> int:
         keep_freed_memory()
         with undisturbed(), SignalWatch() as signals:
-            with importing():
-                import torch  # noqa: F401  which all these jobs need
             try:
+                with importing():
+                    import torch  # noqa: F401  which all these jobs need
                 with self.around():
                     try:
                         return self.work(signals)
