@@ -163,11 +163,15 @@ class DevCluster:
         return wait_for(job_in_state, f"job {job_id} {' or '.join(states)}", timeout_s)
 
     def wait_for_node(self, name: str, *states: str, timeout_s: float = 120) -> dict[str, str]:
-        """Waits until the node's state begins with one of the given (IDLE, DOWN, ...) and returns its fields."""
+        """Waits until the node's state begins with one of the given (IDLE, DOWN, ...) and returns its fields.
+
+        A node on which a job is still ending (IDLE+COMPLETING) is not idle yet.
+        """
 
         def node_in_state() -> dict[str, str] | None:
             node = self.node(name)
-            return node if node["State"].startswith(states) else None
+            reached = node["State"].startswith(states) and node["State"] != "IDLE+COMPLETING"
+            return node if reached else None
 
         return wait_for(node_in_state, f"node {name} {' or '.join(states)}", timeout_s)
 

@@ -126,7 +126,13 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     wait_until((run / ".tracking.json").exists)
     node = relatives(process)  # now, as it takes a while to find them: wandb must not write meanwhile what it has
     let_go(tmp_path)
-    wait_until(lambda: json.loads((run / ".tracking.json").read_text())["step"] > 800)
+    certain = 800
+    for _ in range(3):
+        wait_until(lambda least=certain: json.loads((run / ".tracking.json").read_text())["step"] > least)
+        tell(node, signal.SIGSTOP)  # what wandb has in memory stays there
+        certain = json.loads((run / ".tracking.json").read_text())["step"]
+        assert certain <= history(segments(run)[-1], "loss/train")[-1][0]
+        tell(node, signal.SIGCONT)
     tell(node, signal.SIGKILL)  # the node fails: the follower and wandb's own process die as well
     finish(process)
     # Two requeues within wandb's flush interval, with signals that reach all processes of the job, as Slurm's do.

@@ -182,7 +182,8 @@ def test_command_line_up_and_down_beside_another_cluster(cluster: DevCluster, di
     assert_nothing_left(dir)
     assert devcluster("status", "--dir", dir).returncode == 1
     assert cluster.run("scontrol", "ping").strip().endswith("is UP")
-    assert [cluster.node(name)["State"] for name in cluster.nodes] == ["IDLE", "IDLE"]
+    for name in cluster.nodes:
+        cluster.wait_for_node(name, "IDLE")
 
 
 def test_killed_up_cleans_up(dir: Path) -> None:
