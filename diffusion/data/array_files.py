@@ -101,9 +101,11 @@ def read_cifar(folder: Path) -> list[Split]:
                 content = path.read_bytes()
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error.strerror}") from None
+            # Said to be not for security, because a Python in FIPS mode refuses md5 otherwise.
             if (md5 := hashlib.md5(content, usedforsecurity=False).hexdigest()) != CIFAR_MD5[name]:
                 raise UserError(f"{path} is not CIFAR-10's own file: its md5 is {md5} instead of {CIFAR_MD5[name]}")
             parts.append(load_arrays(io.BytesIO(content)))
+        # A row holds its pixels colour by colour: all red ones, then green and blue.
         images = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         return images, np.concatenate([part["labels"] for part in parts])
 
@@ -119,6 +121,7 @@ def _numpy(path: Path) -> Any:
 
     try:
         # Mapped, so that a file which claims to be larger than it is takes no memory.
+        # The size in a file's header may overflow, of which numpy would only warn.
         with np.errstate(over="raise"):
             return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, ArithmeticError, EOFError, zipfile.BadZipFile) as error:

@@ -42,6 +42,7 @@ def from_web(url: str, *, max_bytes: int, patience_s: float) -> bytes:
                         raise DownloadError(f"too slow: {arrived} bytes in {patience_s:g} s")
                     window_end, window_start_bytes = time.monotonic() + patience_s, len(transfer.body)
     finally:
+        # Nobody can kill a thread; this one ends after its next piece.
         transfer.wanted = False
     if transfer.failure is not None:
         raise DownloadError(transfer.failure)
@@ -69,6 +70,7 @@ class _Transfer(threading.Thread):
         try:
             with urlopen(self.url, timeout=self.socket_timeout_s) as response:
                 self.total_bytes = response.length
+                # read1 gives what has arrived; `read` would wait for 64 kB, and a slow server would seem silent.
                 while self.wanted and len(self.body) <= self.max_bytes and (piece := response.read1(1 << 16)):
                     self.body += piece
         except Exception as error:  # reported by the thread that waits

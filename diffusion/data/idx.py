@@ -198,6 +198,7 @@ def _from(source: Source, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
 def _write(path: Path, content: bytes) -> None:
     """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)  # a process that failed may have removed it
+    # Random, not the process id: two machines with one file system may have the same.
     aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with aside.open("xb") as file:

@@ -98,6 +98,7 @@ def load(root: Path, size: tuple[int, ...], channels: int | None) -> Loaded:
     splits = _read(root, size, channels)
     if "test" not in splits:
         images, labels = splits["train"]
+        # Every tenth, not the last tenth: in folders images are sorted by class, and each class must have its share.
         held_out = slice(HELD_OUT_EVERY - 1, HELD_OUT_EVERY * MOST_HELD_OUT, HELD_OUT_EVERY)
         rest = np.delete(images, held_out, axis=0), np.delete(labels, held_out)
         splits = {"train": rest, "test": (images[held_out], labels[held_out])}
@@ -140,6 +141,7 @@ def _read(root: Path, size: tuple[int, ...], channels: int | None) -> dict[Split
     except OSError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from None
     splits: tuple[Split, ...] = ("train", "test")
+    # Not strict, because files may hold images for training alone.
     return {split: _checked(root, *pair, size, channels) for split, pair in zip(splits, found, strict=False)}
 
 

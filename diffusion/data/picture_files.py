@@ -112,6 +112,7 @@ def _read(path: Path, size: tuple[int, ...], channels: int | None) -> NDArray[np
                 size_now = f"{picture.height}x{picture.width}"
                 raise Unfit(f"is {size_now}, larger than {LARGEST}x{LARGEST}: --data.size makes it smaller")
             return fitted(ImageOps.exif_transpose(picture), size, channels)
+    # SyntaxError is what Pillow raises for a broken PNG.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Unfit(f"cannot be read: {error}") from None
 
@@ -119,6 +120,7 @@ def _read(path: Path, size: tuple[int, ...], channels: int | None) -> NDArray[np
 def _bits(path: Path) -> int:
     """Bits a channel of a PNG file, of which Pillow cuts 16 to 8 in silence where it is coloured."""
     with path.open("rb") as file:
+        # A signature of 8 bytes, 8 for the head of the first chunk, 4 each for width and height, and then the bits.
         return file.read(25)[24]
 
 

@@ -190,6 +190,7 @@ class DigitEvaluator(ImageEvaluator):
 
     def _class_metric(self, results: Mapping[str, Result]) -> Metric:
         shares = class_shares(results["classes"]["labels"], self._train.labels)
+        # Ten shares that sum to 1 leave 9 degrees of freedom, and the mean of that distribution is 9.
         chance = stats.chi2.ppf((np.arange(1000) + 0.5) / 1000, 9)  # of samples with the real shares
         return Metric("chi-squared of the class shares", shares.chi_squared, Estimate(9.0, chance))
 

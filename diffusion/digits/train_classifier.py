@@ -34,6 +34,7 @@ def train(
     """
     check_images(images, shape=SHAPE)
     check_labels(labels, len(images))
+    # devices=[], because torch would save and restore the generators of all GPUs, and none is used here.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = DigitNet().to(memory_format=torch.channels_last).train()
@@ -94,6 +95,7 @@ def main() -> None:
     _, probabilities = classify(net, MNIST.read_images(root, "test"))
     right = probabilities.argmax(1) == MNIST.read_labels(root, "test")
     print(f"{right.mean():.2%} of the test digits are right")
+    # safetensors takes contiguous tensors alone, and the convolutions have channels last.
     save_file({name: value.contiguous() for name, value in net.state_dict().items()}, options.out)
 
 

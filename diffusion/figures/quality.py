@@ -28,6 +28,7 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = new_figure()
     handles = []
     for name, color in COLORS.items():
+        # A set that was drawn with an eta has one row of its own, which would bend the line of eta 0.
         line = sorted((row for row in rows if row["sampler"] == name and not row["eta"]), key=lambda row: row["steps"])
         steps = [row["steps"] for row in line]
         axes.plot(steps, [row["total"] for row in line], "o-", color=color, linewidth=2)
@@ -35,6 +36,7 @@ def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             steps, [row["sampler_alone"] for row in line], "o--", color=color, linewidth=1.5, markerfacecolor="white"
         )
         handles.append(Line2D([], [], color=color, linewidth=2, label=name))
+    # Samplers without chance have floor 0, which has no place on a logarithmic axis.
     floor = [(row["steps"], row["floor"]) for row in rows if row["floor"] > 0 and not row["eta"]]
     axes.plot(*zip(*sorted(floor), strict=True), ":", color="grey", linewidth=1.5)
     # The legend explains colours and styles apart: an entry for each pair would be twice as long.
@@ -64,6 +66,7 @@ def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     scales = list(dict.fromkeys(scale for _, scale in lines))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         metrics = [row["metrics"][name] for row in rows]
+        # The floor depends on the number of samples, and sets may differ in it: the band holds the floors of all.
         axes.axhspan(
             min(metric["floor_low"] for metric in metrics),
             max(metric["floor_high"] for metric in metrics),
@@ -120,6 +123,7 @@ def evaluations_axis(axes: Axes, steps: Sequence[int]) -> None:
     """Makes network evaluations the horizontal axis, and labels each number that occurs."""
     axes.set(xlabel="network evaluations for each sample", xscale="log")
     axes.set_xticks(steps)
+    # A logarithmic axis would write powers of ten, and add ticks of its own between these.
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())

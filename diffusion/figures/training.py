@@ -19,6 +19,7 @@ def training(
 
     Dotted lines mark restarts, a dashed one the smallest loss that any network can reach, where that is known.
     """
+    # Before lines are left out below, because few of them have a held-out loss.
     held_out = [line for line in history if line.get("held_out_loss") is not None]
     # More points than the picture has pixels show nothing more, and take longer to draw.
     history = history[:: max(1, len(history) // 2000)]

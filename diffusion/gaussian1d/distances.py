@@ -39,6 +39,7 @@ def wasserstein1(x: Tensor, mixture: Mixture) -> float:
     ordered = x.double().sort().values
     for i in torch.arange(n).split(500_000):  # the quantiles of so many samples take 100 MB
         edges = torch.cat([i, i[-1:] + 1]).double() / n  # all u0, and the last u1
+        # The outermost edges are 0 and 1. Bisection ends there at finite places, where float64 sees no mass beyond.
         quantiles = mixture.quantile(edges)
         partial = mixture.partial_mean(quantiles)  # P at the edges
         crossing = torch.minimum(torch.maximum(mixture.cdf(ordered[i]), edges[:-1]), edges[1:])  # c
@@ -53,6 +54,7 @@ def wasserstein1_floor(mixture: Mixture, n: int) -> float:
     x = mixture.quantile(torch.tensor([1e-12, 1 - 1e-12], dtype=torch.float64))
     grid = torch.linspace(float(x[0]), float(x[1]), 20_001, dtype=torch.float64)
     f = mixture.cdf(grid)
+    # F may be rounded to more than 1, and a negative number has no root.
     return math.sqrt(2 / (math.pi * n)) * float(torch.trapezoid((f * (1 - f)).clamp(min=0).sqrt(), grid))
 
 
@@ -61,6 +63,7 @@ def kolmogorov_smirnov(x: Tensor, mixture: Mixture) -> float:
     n = len(x)
     f = mixture.cdf(x.double().sort().values)
     steps = torch.arange(n + 1, dtype=torch.float64) / n
+    # The empirical function jumps at each sample, so the gap is largest right at one or right before it.
     return float(torch.maximum(steps[1:] - f, f - steps[:-1]).max())
 
 
@@ -72,6 +75,7 @@ def kolmogorov_smirnov_floor(n: int) -> float:
 def histogram_kl(x: Tensor, mixture: Mixture, bins: int) -> float:
     """KL(histogram of x [n] || mixture) in nats, over bins of equal probability; exact samples: ~ (bins - 1) / 2n."""
     edges = mixture.quantile(torch.arange(1, bins, dtype=torch.float64) / bins)
+    # searchsorted warns of values that are not contiguous, as a column of samples is.
     counts = torch.bincount(torch.searchsorted(edges, x.double().contiguous()), minlength=bins)
     return float(kl_from_uniform((counts.double() / len(x)).numpy()))
 

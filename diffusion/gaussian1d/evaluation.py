@@ -81,6 +81,7 @@ class Evaluator1d(Evaluator):
         errors = results[f"sampler-{self._own.label}"]
         excess = results["excess-loss"]["excess"]
         gap = float(np.concatenate([results[f"likelihood-{part}"]["gap"] for part in range(PARTS)]).mean())
+        # E log p_model = E log p_data - KL(data || model), and E log p_data is minus the entropy.
         entropy = self._start.entropy()
         return {
             **found,
@@ -124,6 +125,7 @@ class Evaluator1d(Evaluator):
         quality.sampler_errors(self.tables(results)["samplers"].rows, folder / "samplers.png")
 
     def _of_samples(self) -> Result:
+        # Only classes that occur, as in `mixture_of`, which leaves out components without samples.
         numbers = None if self._classes is None else np.unique(self._classes, return_counts=True)[1].tolist()
         found = sample_metrics(self._samples, self._target, self._seed, numbers)
         for k in self._told():
@@ -157,5 +159,6 @@ class Evaluator1d(Evaluator):
         """
         u = (torch.arange(POINTS, dtype=torch.float64)[part::PARTS] + 0.5) / POINTS
         x = self._start.quantile(u)
+        # A copy, because `double` changes a model itself, and other units go on with it in float32.
         modelled = log_likelihood(copy.deepcopy(model).double().predict, x[:, None], self._abar)
         return {"gap": (self._start.pdf(x).log() - modelled).numpy()}

@@ -144,6 +144,7 @@ class Gaussian1d(Experiment):
         for start in range(0, n, 4096):
             xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, start, min(start + 4096, n), (1,)))
             with torch.inference_mode():
+                # dpm_solver never asks for noise: torch.randn is there because all samplers have one signature.
                 *_, x0 = dpm_solver(Denoiser(predict, self.abar), xt, steps=steps, noise=torch.randn)
             parts.append(x0[:, 0])
         return torch.cat(parts)

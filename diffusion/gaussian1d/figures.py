@@ -49,6 +49,7 @@ def reverse_process(predict: Predict, mixture: Mixture, abar: Tensor, path: Path
     xt = torch.from_numpy(normal(0, Stream.FIGURE, 3, 0, kept, (1,)))
 
     def noise(k: int) -> Tensor:
+        # Seed 1, because with seed 0 the noise of step 3 would be the start once more.
         return torch.from_numpy(normal(1, Stream.FIGURE, k, 0, kept, shape[1:]))
 
     with torch.inference_mode():

@@ -124,6 +124,7 @@ class Mixture:
 
     def _posterior(self, xt: Tensor, abar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Responsibilities r_k, residuals z_k and variances v_k, each [..., K]."""
+        # From logs, because far from all components every density is rounded to 0, and their shares would be 0 / 0.
         return (self._log_joint(xt, abar).softmax(-1), *self._z_v(xt, abar))
 
     def _z_v(self, xt: Tensor, abar: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from diffusion.process.randomness import Stream, generator
 from diffusion.statistics.bootstrap import REPLICATES, Estimate, Resampled, resample
 from diffusion.statistics.evaluator import Better
 
+# A multiple of BINS, so that each bin is made of whole cells.
 CELLS = 4096
 BINS = 64
 """Number of bins of the histogram whose KL divergence is taken; they are equally probable, so that none stays empty."""
@@ -102,6 +103,7 @@ class Grid:
         edges = mixture.quantile(torch.arange(1, CELLS, dtype=torch.float64) / CELLS)
         centres = mixture.quantile((torch.arange(CELLS, dtype=torch.float64) + 0.5) / CELLS)
         self._edges = edges.numpy()
+        # How much of x each edge stands for, half the way to both neighbours: W1 is the integral of |F - F_exact| dx.
         self.widths = np.gradient(self._edges)
         below = torch.special.ndtr((edges[:, None] - mixture.means) / mixture.stds).numpy()  # [CELLS - 1, K]
         self.of_components = np.diff(below, axis=0, prepend=0, append=1).T

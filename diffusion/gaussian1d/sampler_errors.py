@@ -61,6 +61,7 @@ def _draw(denoiser: Denoiser, start: Tensor, settings: SamplerSettings, batch: i
     """Draws samples [SUB_BATCH] from the noise `start`, in float32 as `sample` does."""
 
     def noise(step: int) -> Tensor:
+        # + 1, because the numbers of step 0 are the start.
         return torch.from_numpy(normal(0, Stream.EVALUATION, step + 1, *_rows(batch), (1,)))
 
     draw, xt = FUNCTIONS[settings.sampler], start.float()[:, None]

@@ -109,6 +109,7 @@ class ImageExperiment(Experiment):
         settings = self.model_settings
         channels, height, width = self.sample_shape
         unet = with_fast_layers(library_unet(settings, channels, self.num_classes))
+        # Only its alphas_cumprod are used: losses and samplers are those that all experiments share.
         process = with_classes.GaussianDiffusion if self.num_classes else GaussianDiffusion
         diffusion = process(
             unet,
@@ -127,6 +128,7 @@ class ImageExperiment(Experiment):
 
     def held_out(self) -> tuple[Tensor, ...]:
         images, classes = self.load("test")
+        # The seed and the number with which images/evaluation.py draws test images, so that these are the same.
         chosen = np.resize(permutation(0, Stream.EVALUATION, 1, len(images)), HELD_OUT)
         x0 = scaled(torch.from_numpy(images[chosen]).permute(0, 3, 1, 2).contiguous())
         if not self.num_classes:

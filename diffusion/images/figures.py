@@ -102,6 +102,7 @@ def sketch(model: DiffusionModel, experiment: Experiment, noun: str, n: int, fol
     """n samples by 25 steps of DDIM, always from the same noise: grid.png and denoising.png."""
     steps = min(25, len(model.alphas_cumprod))
     xt = torch.from_numpy(normal(0, Stream.FIGURE, 0, 0, n, experiment.sample_shape))
+    # DDIM with eta 0 asks for no noise: torch.randn is there because all samplers have one signature.
     arrays = _path(ddim, model, experiment, xt, steps, torch.randn)
     grid(arrays[-1], folder / "grid.png", model.num_classes)
     _denoising(arrays, 4, model, f"{noun} (DDIM, {steps} steps)", folder)

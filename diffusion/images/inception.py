@@ -33,6 +33,7 @@ def weights_path() -> Path:
 def inception_features(images: Images) -> NDArray[Any]:
     """The last pooling layer, [n, 2048], for `frechet` of `diffusion/statistics/`; UserError if weights are missing."""
     check_images(images)
+    # Asked for first, because pytorch_fid would download a file that is missing.
     weights_path()
     from pytorch_fid.inception import InceptionV3  # comes with denoising-diffusion-pytorch; imports torchvision
 

@@ -108,6 +108,7 @@ class Doubled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
+        # A mean with divisor 1 is a sum, here over the four copies of a pixel.
         return F.avg_pool2d(grad, 2, divisor_override=1)
 
 

@@ -87,6 +87,7 @@ class ImageProblem(Problem):
         require(height % 2**halvings == width % 2**halvings == 0, rule, model.dim_mults)
 
     def absolute(self) -> Self:
+        # Shells leave the ~ in --data.root=~/d as it is.
         return replace(self, root=str(Path(os.path.expanduser(self.root)).absolute()))
 
     def moved(self, root: str | None) -> Self:

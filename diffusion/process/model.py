@@ -130,4 +130,5 @@ class Experiment(ABC):
 
 def timesteps(uniforms: NDArray[np.float64], num_timesteps: int) -> NDArray[np.int64]:
     """Turns numbers on [0, 1) into timesteps 0..T-1, [n]."""
+    # Even the largest float64 below 1, times T, is rounded to less than T.
     return (uniforms * num_timesteps).astype(np.int64)

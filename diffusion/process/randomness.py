@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+# Examples share a generator: to make one takes longer than to draw the numbers of an image of MNIST.
 BLOCK = 256  # never change it: like the numbers of the streams, every run depends on it
 
 T = TypeVar("T", bound=np.generic)

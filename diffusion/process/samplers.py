@@ -64,6 +64,7 @@ def ddpm(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float
     for k, (t, abar, abar_prev) in enumerate(_strides(denoiser.alphas_cumprod, steps)):
         alpha = abar / abar_prev
         _, eps = denoiser(xt, t, abar)
+        # Equation 11: equation 7's mean, x0 written by eps, which the denoiser has changed where it clipped x0.
         mu = (xt - (1 - alpha) / (1 - abar) ** 0.5 * eps) / alpha**0.5
         sigma = posterior_variance(abar, abar_prev) ** 0.5
         # The last step ends at the data, where sigma is 0: it asks for no noise.
@@ -76,6 +77,7 @@ def ddim(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float
     for k, (t, abar, abar_prev) in enumerate(_strides(denoiser.alphas_cumprod, steps)):
         x0, eps = denoiser(xt, t, abar)
         sigma = eta * posterior_variance(abar, abar_prev) ** 0.5
+        # eps makes room for the noise: together they have 1 - abar_prev, the variance of the marginal after the step.
         xt = abar_prev**0.5 * x0 + (1 - abar_prev - sigma**2) ** 0.5 * eps
         if sigma > 0:
             xt = xt + sigma * noise(k)

@@ -99,6 +99,7 @@ def log_likelihood(x0: Tensor, mean: Tensor, std: float) -> Tensor:
     # log(Phi(near) - Phi(far)) = log Phi(near) + log(1 - Phi(far) / Phi(near)).
     inside = near + torch.log1p(-torch.exp(far - near))
     lowest, highest = torch.special.log_ndtr(centre + half), torch.special.log_ndtr(-centre + half)
+    # As in the paper's code: x0 is exact to rounding alone, and the grey levels beside -1 and 1 are 1 / 127.5 away.
     return torch.where(x0 < -0.999, lowest, torch.where(x0 > 0.999, highest, inside))
 
 
@@ -135,6 +136,7 @@ def _terms(
     sizes = np.diff(edges)
     drawn = edges[:-1] + (uniform(seed, Stream.TIMESTEP, index, 0, len(sizes)) * sizes).astype(np.int64)
     t = torch.from_numpy(np.concatenate([[0], drawn]))
+    # All up to the last t are drawn, then some taken: the noise of an image at t does not depend on the strata.
     noise = torch.from_numpy(normal(seed, Stream.BOUND, index, 0, int(t[-1]) + 1, tuple(x0.shape)))[t].double()
     a, b = (value[t].sqrt().view(-1, 1, 1, 1) for value in (process.abar, 1 - process.abar))
     xt = a * x0 + b * noise
@@ -159,5 +161,6 @@ def _predicted(predict: Predict, xt: Tensor, t: Tensor) -> Tensor:
 
 def _prior(x0: Tensor, abar: Tensor) -> Floats:
     """KL(q(x_T | x0) || N(0, I)), [n]."""
+    # 0.5 (mean^2 + variance - 1 - log variance); variance - 1 is -abar, whose digits 1 - abar would lose.
     kl = 0.5 * (abar * x0.square() - abar - torch.log1p(-abar))
     return (kl.flatten(1).mean(1) / math.log(2)).numpy()

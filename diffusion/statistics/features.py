@@ -36,6 +36,7 @@ def frechet(real: NDArray[Any], fake: NDArray[Any]) -> float:
     # tr (S S')^1/2 is the sum of the singular values of S^1/2 S'^1/2, which loses no digits where S is singular.
     cross = np.linalg.svd(root @ root_fake, compute_uv=False).sum()
     shift = real.mean(0) - fake.mean(0)
+    # tr S is the sum of the squares of all entries of its symmetric root.
     return float(shift @ shift + (root**2).sum() + (root_fake**2).sum() - 2 * cross)
 
 
@@ -103,6 +104,7 @@ def overlap(real: NDArray[Any], fake: NDArray[Any], *, seed: int, k: int = 5) ->
 
 def _kth_neighbour(x: Floats, k: int) -> Floats:
     """Returns the distance of each of x [n, d] to its k-th nearest neighbour among the others, [n]."""
+    # k and not k - 1, because the first place is that of the image itself, at distance 0.
     return np.concatenate([np.partition(distance, k, axis=1)[:, k] for _, distance in _distances(x, x)])
 
 

@@ -42,7 +42,9 @@ def log_likelihood(
 
     def slope(at: float, x: Tensor) -> tuple[Tensor, Tensor]:
         """dx/dlambda, and the divergence [n]."""
+        # alpha^2 + sigma^2 = 1 and lambda = log(alpha / sigma), so sigma^2 = sigmoid(-2 lambda).
         sigma2 = 1 / (1 + math.exp(2 * at))
+        # Reversed, because np.interp takes rising values, and lambda falls with t.
         t = float(np.interp(at, lam.numpy()[::-1], timesteps[::-1]))
         with torch.enable_grad():
             xt = x.clone().requires_grad_()
@@ -79,6 +81,7 @@ def bits(denoiser: Denoiser, images: NDArray[np.uint8], *, first: int, seed: int
     x0 = bits_per_dim.exactly_scaled(images)
     shape, size = tuple(x0.shape[1:]), x0[0].numel()
     sources = [generator(seed, Stream.FLOW, first + i) for i in range(len(x0))]
+    # Signs, because of all probes with independent entries their estimate varies least (Hutchinson 1990).
     u, z, signs = (
         torch.from_numpy(np.stack([draw(source) for source in sources]))
         for draw in (

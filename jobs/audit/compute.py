@@ -57,8 +57,11 @@ class WritingRecorder(AuditRecorder):
 
     def save(self) -> None:
         snapshot = self._training.snapshot()
+        # Lines first, as in a training: what comes before a checkpoint is not computed again.
         self._metrics.sync()
+        # Nobody else takes over an audit's folder, so there is no owner to ask.
         checkpoints.save(self._run.checkpoints, snapshot, lambda: None)
+        # A job that goes on needs the newest alone, and the ledger keeps the hashes of the others.
         checkpoints.prune(self._run.checkpoints, keep=1)
         if self._stretch.different() is not None:
             self.found_other_bytes = True

@@ -63,6 +63,7 @@ class EvaluateJob(Share):
         evaluator = open_evaluator(self.target, self.device)
         if process_rank() == 0:
             units = list(evaluator.units().items())
+            # A job that merges is alone, and its processes have all units; in an array each element has a share.
             mine = units if self.merge else units[first::step]
             self.target.kept.mkdir(exist_ok=True)
             write_json(self._results, [str(self.target.result_path(name, unit.of)) for name, unit in mine])

@@ -108,6 +108,7 @@ class Evaluation:
             version = int(json.loads(before)["protocol"]["version"])
         if version != self.protocol["version"]:
             write_atomically(self.folder / f"metrics-version-{version}.json", before)
+        # metrics.json comes last, so whoever finds this protocol in it finds its replicates, too.
         write_arrays(self.kept / REPLICATES, replicates)
         write_json(path, {"protocol": self.protocol, **results})
 

@@ -25,9 +25,11 @@ def open_evaluator(evaluation: Evaluation, device: Kind) -> Evaluator:
     samples = evaluation.samples
     run = RunFolder(samples.run)
     config, model = evaluation.config(), None
+    # Always, because results of the weights are shared by sets that were drawn in any precision.
     set_numerics("fp32")
     if evaluation.protocol["weights_are_there"]:
         _, model = load_model(run, samples.settings, own_device(device))
+        # The flow takes gradients by x alone; for those of weights, autograd would keep every layer's input.
         model.requires_grad_(False)
     classes = samples.settings.classes_of(0, samples.num_samples) if samples.settings.classes else None
     array, protocol = load_samples(samples, config.data.sample), evaluation.protocol

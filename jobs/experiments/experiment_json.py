@@ -49,6 +49,7 @@ def in_parts(train: TrainSettings, most: int) -> TrainSettings:
     Older versions had a setting for that, and added up parts of a shard one after the other, so bytes differ.
     """
     size, first = train.batch_size, train.grad_shards or 1
+    # Multiples of the old number, so that as many processes as before still have equal shares.
     shards = next(n for n in range(first, size + 1, first) if size % n == 0 and size // n <= most)
     return replace(train, grad_shards=shards)
 

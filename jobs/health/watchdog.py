@@ -34,6 +34,7 @@ the END, processes wait for the one that saves and draws.
 """
 DISK = 15
 """While the run's disk stands still, whatever is done may take so many times `LEAST_S`."""
+# A real-time signal, because USR1 and USR2 ask a job to stop (jobs/runtime/signals.py).
 DUMP = signal.SIGRTMIN + 7
 """This signal makes a process write the stacks of all its threads, even where Python itself does not run any more."""
 SIZE = 4096
@@ -76,6 +77,7 @@ class Watchdog:
             longest_s, terminal = str(DISK * self._least_s), ["at-a-terminal"] if os.isatty(0) else []
             told = [str(shared), str(DUMP), str(self._folder), longest_s, self._advice, *terminal]
             self._watcher = subprocess.Popen(
+                # -S leaves out site-packages, which it does not need: it starts faster, and takes less memory.
                 [sys.executable, "-S", str(watcher), *told],
                 stdin=subprocess.PIPE,
                 pass_fds=[shared],

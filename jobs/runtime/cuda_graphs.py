@@ -25,6 +25,7 @@ class Captured:
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()  # CUDA cannot capture its default stream
+        # The copies above are made by the current stream, and another one would not wait for them.
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):

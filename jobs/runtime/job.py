@@ -72,6 +72,7 @@ class IndependentJob(ABC):
         keep_freed_memory()
         with undisturbed(), SignalWatch() as signals:
             try:
+                # Inside the try, because a torch that cannot be imported is a failure to be recorded like any other.
                 with importing():
                     import torch  # noqa: F401  which all these jobs need
                 with self.around():

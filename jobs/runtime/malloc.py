@@ -18,6 +18,7 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, -1)  # never
+        # Blocks above this are mapped one by one, and go back to the system when freed, whatever the line above says.
         mallopt(M_MMAP_THRESHOLD, 2**30)
 
 

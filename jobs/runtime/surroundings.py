@@ -91,6 +91,7 @@ class _Lenient:
     def _give_up(self) -> None:
         """Sends what is still in the target's buffer, and all that follows, to /dev/null."""
         try:
+            # Under the same number, because the stream keeps what it could not write, and tries again at each flush.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._target.fileno())
             os.close(nowhere)

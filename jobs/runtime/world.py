@@ -144,6 +144,7 @@ def _meet(port_file: Path, backend: str) -> None:
     """
     rank, size, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
     if rank == 0:
+        # It must not wait for the others, who learn its port from the file that is written below.
         store = TCPStore(address, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
         unseen = port_file.with_name(f".{port_file.name}")
         unseen.write_text(str(store.port))

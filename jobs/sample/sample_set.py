@@ -124,6 +124,7 @@ def read(run: RunFolder, name: str) -> "SampleSet":
     try:
         manifest = run.read_samples(name)
         names = [field.name for field in fields(SampleSettings)]
+        # Sets without classes lack the last two; any other that is missing is a KeyError.
         values = {name: manifest[name] for name in names if name in manifest or name not in ("classes", "guidance")}
         if "classes" in values:
             values["classes"] = tuple(values["classes"])
@@ -278,6 +279,7 @@ class SampleSet:
                     np.lib.format.write_array_header_1_0(file, header)
                     for shard in range(self.num_shards):
                         file.write(self.settings.classes_of(*self.shard_range(shard)).astype("<i8").data)
+        # The manifest comes last, because what it calls complete must be there.
         hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
         self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **hashes})
 

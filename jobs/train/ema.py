@@ -10,6 +10,7 @@ from jobs.train.flat_weights import Flat
 
 def decay_at(step: int, decay: float) -> float:
     """Returns the decay of a step (from 1). It is small at first, so that the initial weights are soon forgotten."""
+    # The warm-up of TensorFlow's ExponentialMovingAverage.
     return min(decay, (1 + step) / (10 + step))
 
 

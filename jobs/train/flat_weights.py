@@ -82,6 +82,7 @@ class FlatAdamW:
         # A CUDA graph repeats the numbers that it was captured with, so there the learning rate has to be a tensor.
         self._lr: float | Tensor = torch.tensor(lr, device=weights.device) if weights.is_cuda else lr
         self._state = {
+            # The fused kernel reads it on the device, and does not count a step that it leaves out.
             "step": torch.zeros((), device=weights.device),
             "exp_avg": torch.zeros_like(weights),
             "exp_avg_sq": torch.zeros_like(weights),

@@ -72,6 +72,7 @@ def train(
         recorder.start()
         if training.step < settings.steps:
             watchdog.phase("compiling", COMPILING)
+            # Before the step is captured, because a captured one repeats the kernels that it was captured with.
             compile_s = training.compile() if settings.compile else None
             capture(training, console)
             recorder.begin(compile_s)
@@ -118,6 +119,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watc
     reason = Stop(training.world.reduce_max(signals.requested)())
     while reason is Stop.NO and training.step < last:
         update = training.update()
+        # On every process, though one alone records: the numbers of a line are sums over all processes.
         recorder.after_step(logged(training, update, watchdog))
         watchdog.step(training.step)
         skipped_in_a_row = skipped_in_a_row + 1 if update.skipped else 0

@@ -75,6 +75,7 @@ class ShardSum:
         for node in self._own:
             self._grow(node, add_gradient)
             if len(self._own) > 1:
+                # A copy, because the next subtree is summed up in the same place.
                 sums.append(self._gradient.clone())
                 self._gradient.zero_()
         self._measured(self._exchange, sums or [self._gradient])
@@ -100,6 +101,7 @@ class ShardSum:
         processes, piece, counts = self._processes, self._piece, [len(nodes) for nodes in self._nodes]
         padding = processes * piece - len(self._gradient)
         pieces = [(F.pad(tensor, (0, padding)) if padding else tensor).view(processes, piece) for tensor in sums]
+        # all_to_all_single cuts its input in order of processes, so what one of them gets must lie together.
         sent = pieces[0] if len(pieces) == 1 else torch.stack(pieces, dim=1)  # [processes, own subtrees, piece]
         received = self._gradient.new_empty(sum(counts), piece)  # this process's piece of all subtrees' sums
         sizes = [n * piece for n in counts], [len(sums) * piece] * processes

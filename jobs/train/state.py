@@ -69,6 +69,7 @@ def lr_at(step: int, settings: TrainSettings) -> float:
     """The learning rate of a step (from 1): a linear rise over `warmup_steps`, then a cosine towards 0."""
     if step <= settings.warmup_steps:
         return settings.lr * step / settings.warmup_steps
+    # + 1, because at a learning rate of 0 the last step would change nothing.
     progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps + 1)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
