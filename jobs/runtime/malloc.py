@@ -19,7 +19,10 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, -1)  # never
         # Blocks above this are mapped one by one, and go back to the system when freed, whatever the line above says.
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        # Older glibc refuses more than half a heap of a thread's, 32 MB. Refused altogether, it would be 128 kB from
+        # here on, because the line above ends its growth.
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):
+            mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 @contextmanager
