@@ -100,6 +100,7 @@ def main() -> int:
     words = [_at_home(word) for word in sys.argv[1:]]
     open_standard_streams()
     try:
+        # Before tyro, which would only say that it knows no such flag; it takes _ for - in flags, so this does, too.
         if any(word.replace("_", "-").startswith("--train.micro-batch-size") for word in words):
             raise UserError("--train.micro-batch-size is gone: --train.grad-shards N computes the batch in N parts")
         command: Callable[[], int] = tyro.cli(
@@ -107,6 +108,7 @@ def main() -> int:
             prog="launch.py",
             args=words,
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
+            # So that options of `train` may also follow the name of the experiment.
             config=(CascadeSubcommandArgs,),
         )
         # A closed pipe ends `logs` and `status`, but must not end a job.
@@ -124,6 +126,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still wants to flush
         return 1
     except OSError as error:  # a file that cannot be read or written
+        # os.getcwd in a deleted folder names no file; any other such error is unexpected: its traceback helps.
         if error.filename is None:
             try:
                 os.getcwd()

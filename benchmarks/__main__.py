@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="where to write the numbers")
     options = parser.parse_args()
 
+    # Here, because torch comes with the second, and --help needs none.
     from diffusion.errors import UserError
     from jobs.runtime.numerics import resolve_device
 
@@ -58,6 +59,7 @@ def main() -> None:
     which = options.which or [name for name in benchmarks if name not in left_out]
     if unknown := set(which) - set(benchmarks):
         parser.error(f"benchmarks are {', '.join(benchmarks)}; got {', '.join(unknown)}")
+    # survival makes the folder, and trains a run in it.
     if {"sampling", "digits", "large-sets"} & set(which) and "survival" not in which and not runs.is_dir():
         parser.error(f"sampling, digits and large-sets need the runs of `make demo`; there is no {runs}")
     rows: list[Row] = []

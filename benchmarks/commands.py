@@ -202,6 +202,7 @@ def overhead_of(experiment: str, steps: int) -> Measurements:
         training.optimizer.step = timed(training.optimizer.step, seconds, "compute")  # type: ignore[method-assign]
         training.optimizer.zero_grad = timed(training.optimizer.zero_grad, seconds, "compute")  # type: ignore[method-assign]
 
+    # The optimizer is made in __init__: only after that are there methods to time.
     Training.__init__ = with_clocks  # type: ignore[method-assign, assignment]
     Training._pass = timed(Training._pass, seconds, "compute")  # type: ignore[method-assign]
     Prefetch.begin = lambda prefetch, step: None  # type: ignore[method-assign, assignment]
@@ -242,6 +243,7 @@ def _rates(folder: Path, name: str, processes: int, device: "Kind") -> dict[str,
         command("train", experiment, *settings, "--name", name, *where, cwd=folder, OMP_NUM_THREADS="1")
         timing = (folder / "runs" / experiment / name / "timing.jsonl").read_text().splitlines()
         progress = [line for line in map(json.loads, timing) if line["event"] == "progress"]
+        # Without the first line, whose steps have warmed up.
         rates[f"training `{experiment}`"] = statistics.median(line["images_per_s"] for line in progress[1:])
     drawn = ("--num-samples", 4096, "--sampler", "ddim", "--steps", 5, "--name", "a")
     command("sample", f"mnist-small/{name}", *drawn, *where, cwd=folder, OMP_NUM_THREADS="1")
@@ -249,6 +251,7 @@ def _rates(folder: Path, name: str, processes: int, device: "Kind") -> dict[str,
     times = sorted(path.stat().st_mtime for path in shards)
     # From the end of each process's first shard to that of its last.
     seconds = times[-1] - times[processes - 1]
+    # A shard of this experiment has 256 samples.
     return {**rates, "sampling `mnist-small`": (len(times) - processes) * 256 / seconds}
 
 

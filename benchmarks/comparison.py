@@ -22,10 +22,13 @@ class Alternative:
     """A process that measures itself, one round each time it is asked."""
 
     def __init__(self, function: Callable[..., Measurements], *arguments: Any) -> None:
+        # Not forked: each imports everything anew, and CUDA does not work in the fork of a process that has used it.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
+        # No daemon, because a daemon may have no children, and the library's `Trainer` loads images in some.
         self._process = context.Process(target=_serve, args=(theirs, function, arguments), daemon=False)
         self._process.start()
+        # While this copy is open, `recv` does not notice that the process has died.
         theirs.close()
 
     def measure(self) -> dict[str, float]:
@@ -60,6 +63,7 @@ def in_turn(
     found: dict[str, list[dict[str, float]]] = {name: [] for name in alternatives}
     try:
         for i in range(0 if warm_up else 1, rounds + 1):
+            # What changes steadily, such as the clock of a machine that warms up, then favours none of them.
             for name in list(alternatives)[:: 1 if i % 2 else -1]:
                 measured = alternatives[name].measure()
                 if i > 0:

@@ -79,6 +79,7 @@ def second(run: RunFolder) -> int:
             command, found = (path / "cmdline").read_bytes(), environment_of(int(path.name))
         except OSError:  # another user's, or it has just ended
             continue
+        # srun's own command line names what it starts.
         works = b"slurm.worker" in command or (b"submitit.core._submit" in command and b"srun" not in command)
         if works and found.get(rank) == "1" and found.get(job) == first[job]:
             return int(path.name)

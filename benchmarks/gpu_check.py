@@ -150,6 +150,7 @@ def main() -> int:
     # On a CPU of few cores two are enough, and two may measure at once, because a rehearsal's numbers mean nothing.
     for group, at_once in ((side_by_side, len(side_by_side)), (alone, 1)):
         with ThreadPoolExecutor(at_once if options.device == "cuda" else 2) as pool:
+            # What a part has raised is raised here by the list; the map alone would keep it.
             list(pool.map(check.run, group))
     print((folder / "gpu-check.md").read_text())
     return 0 if all(part["passed"] for part in check.found.values()) else 1

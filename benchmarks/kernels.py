@@ -53,6 +53,7 @@ def recorded(device: "Kind", small: bool) -> Measurements:
     training = Training(experiment(8 if small else 64), settings, world)
     for _ in range(2 if small else 10):
         training.update()
+    # Before the capture: a captured step is a single launch.
     launches = launches_of(training.update)
     if device == "cuda":
         training.capture()

@@ -58,6 +58,7 @@ def timed(case: Case, steps: int, run: "Callable[[int], Sequence[Tensor | float]
         wait(case.device)
         seconds = time.perf_counter() - started
         speed = {"images_per_s": steps * case.batch_size / seconds, "loss": sum(map(float, losses)) / steps}
+        # Ours lie on the device, and what a round leaves there is to be given back.
         del losses
         yield {**speed, **peak_memory_mb(case.device)}
 
@@ -69,6 +70,7 @@ def plain_loop(case: Case, steps: int, precision: "Precision") -> Measurements:
 
     accelerator = _accelerator(case, precision)
     model = library_model(case.dim)
+    # The betas of the library's `Trainer` and of ours, because the losses are shown side by side.
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.99))
     images = experiment(case.dim).images.float() / 255
     loader = DataLoader(TensorDataset(images), batch_size=case.batch_size, shuffle=True, drop_last=True)
@@ -167,9 +169,11 @@ def trainer(case: Case, steps: int, precision: "Precision") -> Measurements:
         mixed_precision_type="bf16",
     )
     losses: list[float] = []
+    # `Trainer` shows its loss only in the progress bar. It calls item() at each step itself, so this costs no waiting.
     peer.model.register_forward_hook(lambda module, inputs, loss: losses.append(loss.item()))
 
     def run(steps: int) -> list[float]:
+        # `train` goes on from its own step, and ends at this one.
         peer.train_num_steps = peer.step + steps
         losses.clear()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):

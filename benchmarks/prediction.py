@@ -137,10 +137,12 @@ def main() -> None:
     preset = EXPERIMENTS["mnist"].preset
     preset.data.prepare(print)
     kind = resolve_device("auto", None)
+    # An assumed device is a GPU, where `mnist` trains in bf16; so its operations are counted as in bf16.
     precision = resolve_precision("bf16" if options.tflops else preset.train.precision, kind)
     training = Training(preset.build(), preset.train, start(1, kind, precision))
     training.update()  # the first one also makes the optimizer's state
     flops, launches = flops_of_an_image(training), launches_of(training.update)
+    # 4 bytes each: gradients are those of fp32 weights, whatever the passes compute in.
     gradients = 4 * sum(weights.numel() for weights in training.raw.network.parameters())
     print(f"F = {flops / 1e9:.3g} GFLOP, G = {gradients / 1e6:.3g} MB, N = {launches:,}")
 

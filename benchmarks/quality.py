@@ -50,6 +50,7 @@ def library(seconds: float, folder: Path) -> Measurements:
         pace = _Trainer(recipe(), digits)
         pace.train(10)
         steps = round(seconds * PACE_STEPS / pace.train(PACE_STEPS))
+        # After the pace has been taken: who follows the recipe has neither this nor our layers.
         keep_freed_memory()
         model = recipe()
         with_fast_layers(model.model).to(memory_format=torch.channels_last)

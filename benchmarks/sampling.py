@@ -55,6 +55,7 @@ def library(run: Path, device: "Kind", steps: int | None) -> Measurements:
     from benchmarks.device import wait
     from diffusion.images.experiment import ImageExperiment, UnetModel, library_unet
 
+    # For the weights and the size of a sub-batch; how it is drawn is the library's.
     samples = planned(run, "ddim", 50)
     experiment, model = _load(samples, device)
     assert isinstance(experiment, ImageExperiment) and isinstance(model, UnetModel)

@@ -41,6 +41,7 @@ def rows(runs: Path, device: "Kind", small: bool) -> Iterator[Row]:
     if small:
         experiment, steps, settings = "mnist-small", 60, TINY
     where = ("--runs-dir", runs.absolute(), "--device", device, "--cluster", "local")
+    # A line every 5 steps, because the interruption waits for one.
     train = ("train", experiment, "--train.steps", steps, *settings, "--train.log-every", 5, "--name", NAME, *where)
     run, at = runs / experiment / NAME, steps // 3
     started = time.perf_counter()

@@ -35,6 +35,7 @@ def timed(call: Callable[..., Any], seconds: dict[str, float], name: str) -> Cal
 def cpu_s(pid: int) -> float:
     """Seconds of the processor that a process has used, and all that it has started."""
     root = psutil.Process(pid)
+    # User and system, of the process and of children that have ended; what follows is waiting for disks.
     return float(sum(sum(process.cpu_times()[:4]) for process in (root, *root.children(recursive=True))))
 
 
@@ -51,6 +52,7 @@ def train(mode: str, steps: int) -> dict[str, float]:
 
     def measured_close(self: FollowerProcess, wait: bool) -> None:
         assert self._process is not None
+        # Before it is told to end, because then there is nothing to look at.
         seconds["follower_cpu"] = cpu_s(self._process.pid)
         close(self, wait)
 
@@ -90,6 +92,7 @@ def main() -> None:
         for mode, results in found.items():
             command = [sys.executable, "-m", "benchmarks.tracking", "--mode", mode, "--steps", str(options.steps)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            # What the training itself prints comes before.
             results.append(json.loads(printed.splitlines()[-1]))
     print(f"mnist-small, {options.steps} steps, a line every 10; medians of {options.rounds} rounds")
     for mode, results in found.items():

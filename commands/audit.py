@@ -76,6 +76,7 @@ class Audit:
             place.wait(audit.job_ids, lambda: None)
         else:
             with ExitStack() as stopped:
+                # Unless `pop_all` is reached: checkpoints of an audit without an end would only fill the disk.
                 stopped.callback(audit.stop)
                 for job in jobs:
                     if (code := place.run(job)) != 0:

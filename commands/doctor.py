@@ -74,6 +74,7 @@ class Doctor:
         job = DoctorJob(run.path, self.where.processes, "cpu" if self.where.device == "cpu" else "cuda")
         yield from machine.examine(self.where.runs_dir, Path(MnistProblem().root), is_shared=on_slurm)
         if not isinstance(place, OnSlurm):
+            # Jobs run here anyway, so a Slurm that does not answer is no finding; but it is not absent, either.
             with contextlib.suppress(SlurmError):
                 if not queue.has_slurm():
                     yield slurm_doctor.absent()
@@ -98,6 +99,7 @@ class Doctor:
 
 def _submit_and_wait(place: OnSlurm, job: "DoctorJob") -> None:
     """Runs a job of a few minutes to its end; Ctrl-C cancels it."""
+    # The profile's delay may be longer than so short a time limit, which a profile refuses.
     profile = replace(place.profile, time_min=min(10, place.profile.time_min), signal_delay_s=30)
     with contextlib.redirect_stdout(sys.stderr):  # what is printed for scripts is JSON alone
         job_id = replace(place, profile=profile).run(job)

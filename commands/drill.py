@@ -64,6 +64,7 @@ class Drill:
         batch_size, every = 64 * place.processes, max(1, self.steps // 8)
         settings = (
             f"--device {device} --train.batch-size {batch_size} --train.steps {self.steps} "
+            # --tracking.notify without a word: nobody is told of these runs, whatever the profile says.
             f"--train.log-every 1 --train.checkpoint-every {every} --tracking.mode disabled --tracking.notify"
         )
         return [*launch, *cluster, *profile, *slurm, *settings.split()]

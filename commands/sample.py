@@ -104,6 +104,7 @@ class Sample:
         if self.export is not None:
             exports.check(self.export, config.data.sample.shape)
         asked.check_disk(more := exports.needed_bytes(asked, self.export, config.data.sample.shape))
+        # The picture is drawn last: where it is missing, the merge did not come to its end and is done again.
         if asked.is_complete() and asked.picture.exists():
             print(f"{asked.num_samples:,} samples are in {where} already.")
             if not self.where.dry_run:
@@ -131,6 +132,7 @@ class Sample:
             place = replace(place, processes=1)  # the elements of an array are one task each
             place.check_array(elements, merge)
         print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
+        # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
         asked.write_manifest()
         faults.forgive_set(asked.folder)
         if isinstance(place, OnSlurm):

@@ -82,6 +82,7 @@ class Sweep:
                 if codes[-1] == 130:  # whoever interrupts one run means the sweep
                     break
             return max(codes)
+        # An array has one script, which starts in one copy of the code: that of its first run.
         place = replace(place, code=provenance.code_folder(jobs[0][0].run))
         self.where.copy_code(place)
         for job, _, _ in jobs:

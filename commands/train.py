@@ -118,6 +118,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
     job = TrainJob(run.path, where.processes, where.resolve_device(place, precision), where.retries_at(place))
     if where.dry_run:
         return show({"experiment": experiment, **asdict(config)}, place.describe(job))
+    # What can be refused or fail comes before the folder is made, so that no run is left behind.
     _check_idle(run)
     place.check(job)
     config.data.prepare(print)
@@ -187,6 +188,7 @@ def as_begun(run: RunFolder, config: ExperimentConfig, where: Where) -> Experime
         experiment, old = run.read_experiment()
         if train.grad_shards is None:
             train = replace(train, grad_shards=old.train.grad_shards)
+        # A command line does not tell whether the preset's value was typed, so it counts as not given.
         if train.held_out_every == EXPERIMENTS[experiment].preset.train.held_out_every:
             train = replace(train, held_out_every=old.train.held_out_every)
     elif train.grad_shards is None:

@@ -71,6 +71,7 @@ def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
         f"{settings.__name__}Changes",
         options,
         bases=(settings,),
+        # Most values are None here, which the checks of `settings` would refuse; they run where these are put into one.
         namespace={"__post_init__": lambda self: None, "__doc__": settings.__doc__},
         frozen=True,
         kw_only=True,
@@ -184,6 +185,7 @@ class Where:
 
     def resolve_device(self, place: Here | OnSlurm, precision: "Asked" = "auto") -> Literal["cuda", "cpu"]:
         """The kind of device; raises UserError where GPUs or a precision are asked for that are not there."""
+        # This machine is not looked at: a login node often has no GPU, and the job runs on another one.
         if isinstance(place, OnSlurm):
             return "cpu" if self.device == "cpu" else "cuda"
         if place.step is not None:
@@ -269,6 +271,7 @@ class LaunchTraining(Launch):
                 said.append(f"{size} {f'at {starts[size]}' if starts[size] else 'unknown'}")
             except SlurmUserError:  # said by Slurm, or that several nodes would not be filled
                 said.append(f"{size} never")
+        # If none can start, the command goes on with the smallest, and Slurm's words for it are the error.
         size = first_to_start(starts) if starts else sizes[-1]
         print(f"--gpus {self.gpus}, when Slurm would start them: {', '.join(said)}. It is asked for {size}.")
         return replace(self, gpus=str(size))

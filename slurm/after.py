@@ -26,11 +26,13 @@ def main() -> int:
     folder, code, log_start = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to us as well
     queue.PATIENCE_S = 3600  # the controller may be away for long, and a job ends only when it is back
+    # submitit sets it in its tasks alone; its paths and ours (`task._folder`) are read from it.
     os.environ["SUBMITIT_FOLDER"] = folder
     if not task.is_current():
         return code
     submitted: Any = DelayedSubmission.load(JobEnvironment().paths.submitted_pickle)
     job, wish = submitted.function.work, task.wish()
+    # The script's stderr is the job's log, so nothing here has to know what the file is called.
     with Path("/proc/self/fd/2").open("rb") as log:
         log.seek(log_start)
         cause, node = first_end(log.read().decode(errors="replace"))
@@ -41,6 +43,7 @@ def main() -> int:
         return None if new is None else queue.on_cluster(cluster, new)
 
     if wish.exists():
+        # Before the job is queued again: Slurm may then end this script, and the next attempt could find the wish.
         wish.unlink()
         new = come_back([])
         if new is None:

@@ -94,6 +94,7 @@ def run(job: Callable[[], int], step: Step, port_file: Path, *, keep_open: Seque
             *("--overlap", "--export=ALL", sys.executable, "-P", "-u", "-m", "slurm.allocation"),
         ],
         env={
+            # Before the user's own variables, so that their number of threads counts.
             "OMP_NUM_THREADS": str(cpus),
             **os.environ,
             "MASTER_PORT_FILE": str(port_file),
@@ -114,6 +115,7 @@ def run(job: Callable[[], int], step: Step, port_file: Path, *, keep_open: Seque
 
     srun.stdin.write(len(content).to_bytes(8, "big") + content)
     srun.stdin.flush()
+    # Not before the job is in the pipe: the number of a signal would be read as a part of the job's size.
     previous = {number: signal.signal(number, forward) for number in signals.SAVE}
     try:
         code = srun.wait()
@@ -122,6 +124,7 @@ def run(job: Callable[[], int], step: Step, port_file: Path, *, keep_open: Seque
             signal.signal(number, handler)
         with suppress(BrokenPipeError):
             srun.stdin.close()
+    # Processes that have saved end with 0 (see `main`), so only this one knows that they were told to stop.
     return 130 if told and code == 0 else code
 
 

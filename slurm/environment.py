@@ -19,6 +19,7 @@ _OF_LAUNCHERS = (
 
 def copies() -> int:
     """Returns how many copies of this command torchrun or mpirun has started."""
+    # WORLD_SIZE alone may be a pod's or a leftover, with this command started once: torchrun also sets its run's id.
     sizes = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", *(["WORLD_SIZE"] if "TORCHELASTIC_RUN_ID" in os.environ else [])]
     return max([1, *(int(size) for name in sizes if (size := os.environ.get(name, "")).isdecimal())])
 
@@ -46,6 +47,7 @@ def outside_any_job() -> Iterator[None]:
         for name, value in os.environ.items()
         if name == "SLURM_CONF" or (name.startswith("SBATCH_") and not name.startswith(_ABOUT_THIS_JOB))
     }
+    # clean_env also hides SLURM_CONF, which says where the cluster is, and what the user has set for sbatch.
     with clean_env():
         os.environ.update(kept)
         yield

@@ -47,6 +47,7 @@ def run(job: Callable[[], int], processes: int, *, keep_open: Sequence[int] = ()
             told.append(number)
             _send(children, number)
 
+        # nohup has it ignored, and then a terminal that closes is no reason to stop.
         nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         previous = {number: signal.signal(number, forward) for number in set(signals.SAVE) - nohup}
         try:
@@ -69,6 +70,7 @@ def environment(rank: int, processes: int, port_file: str) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT_FILE": port_file,
+        # -P keeps the working folder out of sys.path, so what the job imports has to be named.
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
@@ -107,10 +109,12 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> Outcome:
     failure: Outcome | None = None
     killer = threading.Timer(GRACE_S, _send, [children, signal.SIGKILL])
     while ranks:
+        # Not one child after the other: the first may hang for ever because the second has failed.
         pid, status = os.wait()
         if pid not in ranks:  # os.wait tells of any child of this process
             continue
         rank, code = ranks.pop(pid), os.waitstatus_to_exitcode(status)
+        # os.wait has taken the end from Popen: without this, `_send` could signal another process of the same pid.
         codes[rank] = children[rank].returncode = code
         if code not in (0, 130) and failure is None:  # 130 is one that has saved, because it was told to stop
             failure = Outcome(1, rank, signal.Signals(-code).name if code < 0 else None)

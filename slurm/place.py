@@ -142,6 +142,7 @@ class OnSlurm:
 
     def check_array(self, jobs: Sequence[Job], then: Job | None = None) -> None:
         """Raises UserError with Slurm's own words if it would refuse the array, or the job that follows it."""
+        # The other arrays ask for the same, and none of them is longer than the first.
         for chunk in self._chunks(jobs)[:1]:
             self._array(chunk, None).check()
         if then is not None:
@@ -209,6 +210,7 @@ class OnSlurm:
         return [jobs[i : i + limit] for i in range(0, len(jobs), limit)]
 
     def _array(self, jobs: Sequence[Job], at_once: int | None) -> Submission:
+        # submitit writes a limit into every array; one of the array's own length is none.
         return replace(self._submission(*jobs), at_once=at_once or len(jobs))
 
     def _last(self, job: Work, job_ids: Sequence[str]) -> Submission:
@@ -238,6 +240,7 @@ class AfterArray:
             return code
         if self.rounds > 0 and not self._was_cancelled():
             if self._submit(lost):
+                # What was submitted has a merge of its own, which takes over from this one.
                 return 0
             if not self.place.on_gpus:  # this job has none itself
                 for job in lost:
@@ -256,6 +259,7 @@ class AfterArray:
             return False
         if not (now := self.place.elements(len(lost), others=2)):  # this job, and the one that follows the array
             return False
+        # A round counts only if it got nothing done: then as many are lost as there were.
         rounds = self.rounds - (len(lost) == len(self.jobs))
         try:
             self.place.run_array(lost[:now], self.submitted, self.at_once, self.then, rounds, lost[now:])
@@ -269,6 +273,7 @@ class AfterArray:
         try:
             known = queue.look(self.job_ids)
         except SlurmError:
+            # Then only the logs tell which elements have begun.
             known = {}
         # Slurm itself forgets an element at once that is cancelled while it waits; but then it has no log.
         begun = {path.name for path in self.place.folder.glob("*_log.out")}

@@ -117,6 +117,7 @@ class Profile:
         for flag, value in self.sbatch.items():
             self._check_flag(flag, value)
         if self.cpu:
+            # Checked now, and not only when an array is submitted with its merge.
             self.without_gpus()
 
     def _check_flag(self, flag: str, value: str | int | bool) -> None:
@@ -134,6 +135,7 @@ class Profile:
         """Returns what holds for jobs that need no GPU."""
         defaults = Profile()
         changed = {key: getattr(defaults, key) if value is False else value for key, value in self.cpu.items()}
+        # Without the table: __post_init__ checks it by calling this, and would never come to an end.
         return _replaced(replace(self, cpu={}), changed)
 
 

@@ -103,6 +103,7 @@ def insist(*command: str, when: re.Pattern[str] = AWAY) -> "subprocess.Completed
     That is for jobs, whose fate depends on it.
     """
     said, deadline = False, time.monotonic() + PATIENCE_S
+    # Slurm's tools give up by themselves. Cut off by us, one would leave it open whether it has done what it was told.
     while (done := ask(*command, timeout_s=None)).returncode != 0 and when.search(done.stdout + done.stderr):
         if time.monotonic() > deadline:
             break
@@ -177,6 +178,7 @@ def config(cluster: str | None = None, ask: "Callable[..., subprocess.CompletedP
 
 def max_array_size(cluster: str | None = None) -> int:
     """Returns how many elements an array may have (MaxArraySize, usually 1001)."""
+    # It is one more than the largest index, and indices begin at 0.
     size = config(cluster=cluster).get("MaxArraySize", "")
     return int(size) if size.isdecimal() else 1001
 
@@ -190,6 +192,7 @@ def active(job_ids: Iterable[str]) -> dict[str, str]:
     if not wanted or shutil.which("squeue") is None:
         return {}
     # All of the user's jobs: asked for single ones, squeue fails if it has forgotten one of them.
+    # --array: otherwise elements that wait share one line, such as 17_[0-3].
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T"]
     return {
         job_id: state for job_id, state in _rows(command, rf"{_ID}{_STATE}", 30, wanted) if _stands_for(job_id, wanted)
@@ -210,6 +213,7 @@ class JobState(NamedTuple):
 
     @property
     def phase(self) -> Literal["waiting", "running", "ended"]:
+        # Any other state, also of a newer Slurm, counts as running, so that no living job is taken for dead.
         return "waiting" if self.state in _WAITING else "ended" if self.state in _ENDED else "running"
 
 

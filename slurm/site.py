@@ -86,6 +86,7 @@ def text(found: Described, about: str) -> str:
     always = ("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s")
     told = [f.name for f in fields(Profile) if f.name in always or said[f.name] != getattr(defaults, f.name)]
     lines = [f"# {about}", ""]
+    # Python reads TOML and does not write it; JSON's strings, numbers, booleans and lists are TOML's, too.
     lines += [f"{name} = {json.dumps(said[name])}" for name in told if not isinstance(said[name], dict)]
     lines += ["", *(f"# {note}" for note in found.notes)]
     for name in told:
@@ -105,6 +106,7 @@ def partitions(cluster: str | None = None) -> dict[str, dict[str, str]]:
 def nodes(cluster: str | None = None) -> list[Nodes]:
     """Returns the nodes of the partitions that are up: those with most GPUs of one kind first, then the default's."""
     up = {name: about for name, about in partitions(cluster).items() if about.get("State") == "UP"}
+    # --exact: otherwise nodes that differ share a row, with the least of their numbers.
     command = ("sinfo", *queue.of_cluster(cluster), "--noheader", "--exact", "--format=%R|%c|%m|%G|%D")
     rows = re.findall(
         r"^(\S+) *\| *(\d+)\+? *\| *(\d+)\+? *\|(.*)\| *(\d+) *$", queue.ask(*command).stdout, re.MULTILINE
@@ -154,6 +156,7 @@ def rights(cluster: str | None = None) -> Rights:
     accounts, qualities, limits = ([row[i] for row in rows if row[i]] for i in range(3))
     own = dict.fromkeys(name for names in qualities for name in names.split(","))
     limits += [limit for name, limit in _accounting("qos", "format=name,maxsubmitpu") if name in own and limit]
+    # A profile takes no max_jobs below 2, because an array and the job that follows it are two.
     return Rights(list(dict.fromkeys(accounts)), list(own), max(2, min(map(int, limits))) if limits else None)
 
 
@@ -165,6 +168,7 @@ def _accounting(*asked: str) -> Iterator[list[str]]:
     except FileNotFoundError:
         return
     for line in shown.stdout.splitlines() if shown.returncode == 0 else []:
+        # Other lines are a site's notices.
         if len(cells := line.split("|")) == columns:
             yield cells
 
@@ -177,6 +181,7 @@ def _candidates(kinds: list[Nodes], known: Rights, given: dict[str, Any]) -> Ite
         kind for kind in kinds if first[kind.partition] is kind and given.get("partition") in (None, kind.partition)
     ]
     places: list[tuple[Nodes, dict[str, Any]]] = [(kind, {"partition": kind.partition}) for kind in usual[:4]]
+    # Also without a partition: some sites choose it themselves, by constraint or quality of service.
     places += [(kind, {}) for kind in usual[:1]]
     forms = ("gpus-per-node", "gres", "gpus-per-task")
     requests = [*((form, typed) for typed in (False, True) for form in forms), ("none", False)]
@@ -185,6 +190,7 @@ def _candidates(kinds: list[Nodes], known: Rights, given: dict[str, Any]) -> Ite
     sizes = (len(places), len(requests), len(of_accounts), 5, 2, len(of_qualities))
     # First the plainest choice of each kind, then what departs from it in one way, in two ways, and so on.
     ranked = sorted(itertools.product(*map(range, sizes)), key=lambda chosen: (sum(i > 0 for i in chosen), sum(chosen)))
+    # Profiles hold dicts, so they have no hash for a set.
     seen: list[Profile] = []
     for where, how, who, memory, ntasks, quality in ranked:
         (kind, partition), (form, typed) = places[where], requests[how]
@@ -215,6 +221,7 @@ def _candidates(kinds: list[Nodes], known: Rights, given: dict[str, Any]) -> Ite
 
 def _size(kind: Nodes, about: dict[str, str]) -> dict[str, Any]:
     """What the nodes hold, and how long a job may be there."""
+    # A node without GPUs gets a process for every four cores, which is what a profile gives a GPU by default.
     count = kind.gpus or max(1, kind.cpus // 4)
     longest = minutes(about.get("MaxTime", "UNLIMITED"))
     time_min = max(1, min(USUAL_MIN, longest or USUAL_MIN))
@@ -222,6 +229,7 @@ def _size(kind: Nodes, about: dict[str, str]) -> dict[str, Any]:
         "gpus_per_node": count,
         "cpus_per_gpu": max(1, kind.cpus // count),
         "time_min": time_min,
+        # 120 s as by default, but no more than half of the time limit.
         "signal_delay_s": min(120, 30 * time_min),
     }
 
@@ -234,6 +242,7 @@ def _memory(kind: Nodes, cpus: int, config: dict[str, str]) -> list[dict[str, An
     ways += [{"mem_per_cpu_gb": share // cpus}] if share >= cpus else []
     ways += [{"mem_gb": share * max(1, kind.gpus)}] if share else []
     ways += [{"mem_gb": 0}]
+    # Without a default, Slurm gives a job that does not ask for memory all of a node's: no other fits beside it.
     limited = any(
         name.startswith("DefMemPer") and value[:1].isdigit() and value != "0" for name, value in config.items()
     )

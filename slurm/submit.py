@@ -74,9 +74,12 @@ class Submission:
 
     def script(self) -> str:
         """Returns the sbatch script that `submit` submits; writes nothing."""
+        # A private function, because no public one of submitit makes a script without submitting it.
         from submitit.slurm.slurm import _make_sbatch_string
 
+        # A profile's command may have several words, such as a container's, so it is not quoted.
         python = self.asked.python or shlex.quote(sys.executable)
+        # -S leaves site-packages alone, which the shield does not need: until it runs, a signal kills the task.
         command = f"{python} -S -m slurm.shield -u -m submitit.core._submit {shlex.quote(str(self.folder))}"
         elements = len(self.works) if len(self.works) > 1 else None
         script: str = _make_sbatch_string(command, self.folder, map_count=elements, **self._parameters())
@@ -103,6 +106,7 @@ class Submission:
         self.folder.mkdir(parents=True, exist_ok=True)  # before Slurm 23.02 logs are lost if it is not there
         asked, mark = self.asked, uuid.uuid4().hex
         working_s = 60 * asked.time_min - asked.signal_delay_s
+        # All is written before there is a job: a full disk fails in time, and once the job may run, only names change.
         script, pickles = self.folder / f".{mark}.sh", []
         script.write_text(self.script())
         for i, work in enumerate(self.works):
@@ -110,6 +114,7 @@ class Submission:
             pickles.append(self.folder / f".{mark}-{i}.pkl")
             DelayedSubmission(task).dump(pickles[-1])
         with outside_any_job():
+            # Without a time limit: sbatch may have queued the job before it is cut off, and its id would be lost.
             done = queue.ask("sbatch", "--parsable", str(script), timeout_s=None)
         number = queue.submitted_id(done.stdout) if done.returncode == 0 else None
         if number is None:
@@ -148,10 +153,12 @@ class Submission:
         further = {
             flag: value.replace("{gpus}", str(shape.tasks_per_node)) if isinstance(value, str) else value
             for flag, value in asked.sbatch.items()
+            # A flag with {gpus} asks for GPUs, which this job does not need.
             if self.on_gpus or "{gpus}" not in str(value)
         }
         flags |= further
         if self.on_gpus:
+            # Last, because in the form `gres` it holds the table's gres as well, and must replace it.
             flags |= self._gpus()
         # --cpus-per-task: Slurm 22.05 and later do not hand it on to srun. --kill-on-bad-exit: one failed task must
         # end the others. --wait=0: after the first has ended well, the others may take long, whatever the site's
@@ -207,5 +214,6 @@ def _after(folder: Path) -> str:
     """Returns a line of the script: what follows if srun has failed, or a task wishes it. It says how the job ends."""
     own_id = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"  # as in task.own_id
     wish = f"{shlex.quote(str(folder))}/{own_id}_{WISH}"
+    # Not the profile's Python, which may be in a container without Slurm's tools.
     after = f"{shlex.quote(sys.executable)} -m slurm.after {shlex.quote(str(folder))} $code $log_start"
     return f"code=$?; [ $code = 0 ] && [ ! -e {wish} ] || exec {after}"

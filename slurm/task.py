@@ -102,6 +102,7 @@ class SlurmTask:
 
         os.environ["MASTER_PORT_FILE"] = _port_file()
         # All GPUs of the node stay visible to each task, as Slurm gave them: Accelerate picks by LOCAL_RANK.
+        # overwrite: sbatch hands on the user's variables, and submitit would fail over a RANK among them.
         TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         os.environ["MASTER_ADDR"] += self.host_suffix
         if self.interface is not None:
@@ -175,6 +176,7 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
         return job_id
     # `incomplete`, because without it a job that is being cancelled would come back to life.
     _tell("requeue", "incomplete", job_id)
+    # Whatever scontrol said: if its answer was lost, the job may have been queued again all the same.
     after = _fields("job", job_id)
     came_back = after.get("Restarts") != before.get("Restarts") or after.get("JobState") == "PENDING"
     if not came_back:
@@ -225,6 +227,7 @@ def _comes_back_by_itself(job: dict[str, str]) -> bool:
     by_partition = config.get("PreemptType") == "preempt/partition_prio"
     requeues = by_partition and _fields("partition", job.get("Partition", "")).get("PreemptMode") == "REQUEUE"
     # Slurm counts such an end as a failed launch, and holds the job for good after too many of them.
+    # The first launch is no restart, and the next one counts as well.
     launches = int(job.get("Restarts", "0")) + 2
     return version >= [24, 5] and requeues and launches <= int(config.get("MaxBatchRequeue", "5"))
 
@@ -253,9 +256,11 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
     if shutil.which("sbatch") is None or not script.exists():
         print("the job cannot be queued again: there is neither scontrol nor sbatch on this node", flush=True)
         return None
+    # A flag of the command line replaces the script's, so what the profile leaves out is said again.
     asked = re.findall(r"^#SBATCH --exclude=(\S+)$", script.read_text(), re.MULTILINE)
     command = ["sbatch", "--parsable", f"--dependency=afterany:{job_id}", *([f"--array={index}"] if index else [])]
     with outside_any_job():
+        # If Slurm refuses the job without those nodes, it may come back to them.
         for without in ([f"--exclude={','.join([*asked, *left_out])}"], []) if left_out else ([],):
             # Not after a time-out: the job may have been submitted all the same.
             done = queue.insist(*command, *without, str(script), when=queue.UNREACHED)
@@ -266,6 +271,7 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
         print(f"could not submit the job again: {queue.last_words(done.stdout + done.stderr)}", flush=True)
         return None
     new_id = f"{number}_{index}" if index else number
+    # The new job looks for its pickle under its own id, and for the script if it has to come back in this way again.
     shutil.copy2(script, script.with_name(f"{number}_submission.sh"))
     shutil.copy2(pickle, pickle.with_name(f"{new_id}_submitted.pkl"))
     return new_id

@@ -17,6 +17,7 @@ def work() -> int:
     """Receives the job and runs it; returns its exit code."""
     size = int.from_bytes(_read(8), "big")
     job = pickle.loads(_read(size))
+    # Only now: what comes before is the job, and this thread would read parts of it as signals.
     threading.Thread(target=_listen_to_parent, daemon=True).start()
     return int(job())
 
@@ -32,6 +33,7 @@ def leave(code: int) -> NoReturn:
 
 def _read(size: int) -> bytes:
     """Reads so many bytes from stdin, and none of those that follow."""
+    # Not through sys.stdin, whose buffer would swallow the signals that follow.
     content = b""
     while len(content) < size:
         if not (part := os.read(0, size - len(content))):

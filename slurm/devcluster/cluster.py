@@ -36,6 +36,7 @@ class DevCluster:
         self.dir = Path(dir).resolve()
         self.options = options
         self.nodes = options.node_names
+        # lo, because all nodes are this machine, and their names mean 127.0.0.1 (see `add_hosts`).
         self.env = {"SLURM_CONF": f"{self.dir}/slurm.conf", "GLOO_SOCKET_IFNAME": "lo"}
         self._children: list[subprocess.Popen[bytes]] = []
 
@@ -195,6 +196,7 @@ class DevCluster:
         self._start("munged", "munged", "--foreground", "--force", f"--socket={socket}", *files, ready=socket.exists)
 
     def _start_accounting(self) -> None:
+        # --no-defaults has to come first; it keeps out the settings of a MariaDB that this machine may have already.
         data = ["--no-defaults", "--user=root", f"--datadir={self.dir}/mysql", "--innodb-log-file-size=8M"]
         self.run("mariadb-install-db", *data, "--skip-test-db", "--auth-root-authentication-method=normal")
         socket = self.dir / "mysql" / "socket"

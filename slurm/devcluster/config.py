@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-# Jobs draw torch's port from 20000 on (slurm/task.py), the kernel its own from 32768 on: keep out of both.
+# Whoever asks the kernel for any port, as the processes of a job do to meet, gets one from 32768 on; submitit names one
+# from 20000 on. Keep out of both.
 PORT_RANGE = range(10_000, 20_000)
 DATABASE = "slurm_acct_db"
 CPUS_PER_NODE = 4
@@ -86,6 +87,7 @@ def write_config(dir: Path, options: Options) -> None:
 
 
 def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
+    # The mode before the content, so that nobody reads a key in between; touch alone obeys the umask.
     path.touch(mode)
     path.chmod(mode)
     path.write_bytes(content)
@@ -124,8 +126,9 @@ def render_slurm_conf(dir: Path, options: Options, ports: list[int]) -> str:
         f"SlurmdPidFile={dir}/slurmd-%n.pid",
         f"SlurmctldLogFile={dir}/log/slurmctld.log",
         f"SlurmdLogFile={dir}/log/slurmd-%n.log",
-        # submitit derives torch's port from the job id: clusters side by side must not share ids.
+        # submitit makes MASTER_PORT of the job's id: for programs that use it, clusters side by side share no ids.
         f"FirstJobId={(ctld_port - PORT_RANGE.start) * 1000 + 1}",
+        # Both without cgroups, which a container often may not change.
         "ProctrackType=proctrack/linuxproc",
         "TaskPlugin=task/none",
         "MpiDefault=none",

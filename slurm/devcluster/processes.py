@@ -61,6 +61,7 @@ def _all_processes() -> Iterator[Process]:
         try:
             # Zombies and kernel threads have no executable and raise here, like a process that has just ended.
             name = (entry / "exe").readlink().name.removesuffix(" (deleted)").removesuffix("-wlm")
+            # A process's own name stands in parentheses before that, and may hold spaces and parentheses.
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
