@@ -17,6 +17,7 @@ def whole(path: Path) -> Iterator[Path]:
 
     After an exception `path` is what it was before.
     """
+    # In the same folder, because a rename is atomic within one file system only. The dot hides it from readers.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -43,6 +44,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         try:
             made.rename(path)
         except OSError as error:
+            # POSIX allows either word for a folder that has something in it.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     finally:

@@ -62,6 +62,7 @@ def tell(run: RunFolder, event: Event, say: Callable[[str], None], detail: str =
     `say` gets what goes wrong; `detail` is a line for people.
     """
     try:
+        # A process that fails calls this before anybody has decided whether the run is tried again.
         tried_again = event == "failed" and run.state() is not State.FAILED
         if not _channels(run, event) or tried_again:
             return
@@ -115,6 +116,7 @@ def _mail(run: RunFolder, message: Message) -> None:
     if program := shutil.which("mail"):
         command, content = [program, "-s", message.title, to], message.text
     elif program := shutil.which("sendmail", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/lib"):
+        # It is often in folders that are in root's PATH alone. With -t it takes the address from the text.
         command, content = [program, "-t"], f"To: {to}\nSubject: {message.title}\n\n{message.text}"
     else:
         raise UserError("there is neither mail nor sendmail on this machine")
@@ -131,6 +133,7 @@ def _webhook(run: RunFolder, message: Message) -> None:
     check(["webhook"])
     said = f"{message.title}\n{message.text}"
     body = json.dumps({"text": said, "content": said, **message.facts}).encode()
+    # Discord refuses urllib's own User-Agent with error 403.
     headers = {"Content-Type": "application/json", "User-Agent": "diffusion-launcher"}
     try:
         with urlopen(Request(os.environ[URL], body, headers), timeout=ANSWER_S):

@@ -73,7 +73,7 @@ def _gpus() -> Iterator[Finding]:
 def _mnist(root: Path) -> Finding:
     try:
         MNIST.require(root)
-    except WrongData as error:
+    except WrongData as error:  # a UserError as well, so it must come first
         return Finding("problem", str(error), "no run of mnist starts with other data", "delete it")
     except UserError:
         why = "compute nodes often have no network to fetch it"

@@ -44,6 +44,7 @@ class DoctorJob:
         return 1 if self._lacks_gpus(result) else 0
 
     def _try(self, rank: int) -> dict[str, Any]:
+        # Here, so that a torch that cannot be imported on the node is a result like any other failure.
         import torch
 
         result = {
@@ -124,6 +125,7 @@ class DoctorJob:
             yield Finding("ok", "what a task writes into the folder of runs, all others see")
 
     def _network(self, results: dict[int, dict[str, Any]]) -> Iterator[Finding]:
+        # The mean of 0, 1, ..., n - 1. It is exact: sums of small whole numbers are not rounded.
         expected = (self.processes - 1) / 2
         wrong = [rank for rank, result in results.items() if result["mean"] != expected]
         slowest_ms = 1000 * max(result["reduce_s"] for result in results.values())

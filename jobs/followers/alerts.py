@@ -30,6 +30,7 @@ class Alerts:
         if time.monotonic() - since < STUCK_S:
             return
         newest = self._run.read_status().get("step", 0)
+        # At the last step figures are drawn, which may take long.
         if step == newest < self._config.train.steps:
             self._warn("makes no progress", f"It has been at step {step:,} for {STUCK_S / 60:.0f} minutes or more.")
         self._moved = (newest, time.monotonic())

@@ -47,6 +47,7 @@ def open_part(run: RunFolder, part: str, job_type: str, config: Mapping[str, Any
 def follow(start: Callable[[int], Followed]) -> None:
     """Looks every second until the job has ended, then ends within `END_S`; `start` gets the number of the attempt."""
     attempt = int(os.environ.pop("FOLLOWER_ATTEMPT", "1"))
+    # Niceness is added up, and a new attempt keeps it.
     if attempt == 1:
         os.nice(10)
     ended = threading.Event()
@@ -61,6 +62,7 @@ def follow(start: Callable[[int], Followed]) -> None:
         os.environ.pop("WANDB_SERVICE", None)  # the address of what has just been killed
         if attempt < ATTEMPTS:
             os.environ["FOLLOWER_ATTEMPT"] = str(attempt + 1)
+            # Not in this interpreter, where wandb's module still holds the broken connection. An exec keeps the pipes.
             os.execv(sys.executable, sys.orig_argv)
         say(f"Tracking has stopped, the next start sends the rest ({first_line(error)})")
         ended.wait()
@@ -84,6 +86,7 @@ def leave() -> None:
 
 
 def _kill_children() -> None:
+    # Each thread has children of its own, and wandb may start its process from any of them.
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             for pid in (task / "children").read_text().split():

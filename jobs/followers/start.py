@@ -51,6 +51,7 @@ class FollowerProcess:
                 text=True,
                 errors="replace",
             )
+            # A daemon: a job that does not wait for its follower must be able to end while that one still prints.
             threading.Thread(target=_relay, args=(self._process, say), daemon=True).start()
         except (OSError, RuntimeError) as error:  # RuntimeError: there can be no more threads
             say(f"No process could be started beside the job, {module} does nothing: {error}")

@@ -78,6 +78,7 @@ class TrainingFollower:
         self._booked = time.monotonic()
         self._kept = start["step"]
         self.stop_button = StopButton(run, say)
+        # It may be of an earlier start; this one may turn out to be offline.
         online_mark(run).unlink(missing_ok=True)
         identity, mode = of_training(run, start, machine), self._config.tracking.mode
         self._dashboard = open_dashboard(identity, mode, say, self.stop_button.press)
@@ -129,6 +130,7 @@ class TrainingFollower:
             self._owner.check()
             path = self._run.figures / ".training.png"
             training.training(self._history, self._timing, path, self._quality)
+            # Again, because drawing takes a while in which another job may have taken the run over.
             self._owner.check()
             path.replace(self._run.figures / "training.png")
         self._drawn = time.monotonic()
@@ -151,6 +153,7 @@ class TrainingFollower:
             files = [final, self._run.path / "experiment.json", *pictures, *sorted(samples)]
             self._keep("model", files, in_place=True)
         elif state in (State.REQUEUED, State.INTERRUPTED, State.CANCELLED):
+            # A finished training has drawn this picture itself.
             self.draw(0)
         ended_well = state in (State.FINISHED, State.INTERRUPTED, State.CANCELLED)
         self._dashboard.finish(0 if ended_well else 1, preempted=state == State.REQUEUED)
@@ -165,6 +168,7 @@ class TrainingFollower:
         if self._config.tracking.checkpoints and newest > self._kept:
             self._kept = newest
             folder = self._run.checkpoints / checkpoints.folder_name(newest)
+            # Not in place: the training may delete this checkpoint before wandb has sent it.
             self._keep("checkpoint", sorted(folder.iterdir()), in_place=False)
 
     def _pass_log(self) -> None:

@@ -69,6 +69,7 @@ def _header(
         license=license_id,
         library_name="pytorch",
         tags=["diffusion", "ddpm", "safetensors", *(["classifier-free-guidance"] if is_told else [])],
+        # The Hub has no task for images of a given class, nor for plain numbers.
         pipeline_tag=TASK if is_image and not is_told else None,
         model_name=run.label,
         eval_results=found if is_image and found else None,
@@ -187,4 +188,5 @@ The floor is the value of a perfect model with as many samples. Measured on {jud
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [headers, ["---"] * len(headers), *rows]
+    # chr(92) is a backslash, which Python 3.11 does not take inside the braces of an f-string.
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -93,6 +93,7 @@ def draw(
                 classes = torch.from_numpy(classes_of(asked, first, first + size)).to(device)
                 eps = guided(predict, classes, n, asked.guidance)
             *_, x0 = FUNCTIONS[sampler["sampler"]](
+                # On the host, because samplers read single numbers of it, and would wait for the GPU at each.
                 Denoiser(eps, alphas_cumprod.double().cpu(), clip),
                 noise(first, Stream.SAMPLE_START, 0),
                 steps=sampler["steps"],

@@ -49,6 +49,7 @@ def code(config: ExperimentConfig) -> dict[str, str]:
         text = path.read_text()
         found[name] = _OWN.sub(r"from sampling.\2 import", text)
         for package, module in _OWN.findall(text):
+            # Rooms are flattened there, so no two of these files may have the same name.
             if (needed := f"sampling/{module}.py") not in found:
                 todo[needed] = ROOT / package.replace(".", "/") / f"{module}.py"
     return found
@@ -76,6 +77,7 @@ def publish(
     with whole_folder(target) as folder:
         weights = run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
         shutil.copyfile(weights, folder / weights.name)
+        # The copy is hashed, so that what is published is what was verified, whatever happens to the run's own file.
         if sha256(folder / weights.name) != settings.weights_sha256:
             raise UserError(f"{weights} has changed meanwhile; run the command again")
         for name, text in programs.items():

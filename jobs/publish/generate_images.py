@@ -35,9 +35,11 @@ def main() -> None:
     if num_classes:
         unet = with_classes.Unet(settings["dim"], num_classes, dim_mults=mults, channels=channels * patch**2)
     else:
+        # 4 is the library's default, with which runs without this setting were trained.
         heads = tuple(settings["attn_heads"] or [4] * len(mults))
         unet = Unet(settings["dim"], dim_mults=mults, channels=channels * patch**2, attn_heads=heads)
     process = with_classes.GaussianDiffusion if num_classes else GaussianDiffusion
+    # Made for its noise levels alone, which must be those of the training to the last bit; `draw` does the rest.
     abar = process(
         unet,
         image_size=(height // patch, width // patch),

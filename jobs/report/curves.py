@@ -236,12 +236,14 @@ def _side_by_side(curves: Mapping[str, Sequence[Point]], most: int) -> dict[str,
     columns: dict[str, list[float]] = {"step": list(steps)}
     for i, curve in enumerate(curves.values()):
         known = [point.step for point in curve]
+        # Curves have points at different steps, so each gives its newest value up to this one.
         places = [bisect_right(known, step) - 1 for step in steps]
         columns[f"c{i}"] = [
             curve[at].mean if at >= 0 and step <= known[-1] else math.nan
             for at, step in zip(places, steps, strict=True)
         ]
     means = zip(*(columns[f"c{i}"] for i in range(len(curves))), strict=True)
+    # Above 0, because a logarithmic axis has no place for others.
     columns["place"] = [next((mean for mean in row if mean > 0), math.nan) for row in means]
     return columns
 

@@ -56,6 +56,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        # Not isinstance: Markup is a str, too, and in Bokeh's code nothing may be replaced.
         finalize=lambda value: public(value) if type(value) is str else value,  # whatever it is that the page says
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -32,9 +32,11 @@ def picture(folder: Path, name: str, text: str, width: int) -> Picture | None:
         return None
     try:
         with Image.open(path) as opened:
+            # `open` reads the header only. This reads all, so a file that is half written fails here.
             image = opened.convert("RGB")
     except OSError:  # there is none, or it is being drawn
         return None
+    # Pillow wants a height, too: this is more than any of our pictures has.
     image.thumbnail((width, 4 * width))
     content = BytesIO()
     image.save(content, "WEBP", quality=85, method=4)

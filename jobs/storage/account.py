@@ -66,6 +66,7 @@ def account(
         with suppress(LookupError, TypeError, ValueError):  # somebody has edited it
             books.read(line)
     if now is None or waits:
+        # A dead run has nothing booked after this, so `then` is that of a run that waits for its next job.
         books.end_of_job(heard, reached, then="queued")
     if now is not None:
         books.until(_seconds(now), reached)
@@ -78,6 +79,7 @@ def of_run(run: RunFolder, launch: Mapping[str, Any], status: Mapping[str, Any],
         read_jsonl(run.timing),
         created=launch.get("created"),
         heard=status.get("updated"),
+        # After a kill, either file may be ahead: the heartbeat comes every few seconds, and not every step has a line.
         reached=max(status.get("step", 0), last_step(run.metrics)),
         now=now,
         waits=status["state"] in (State.QUEUED, State.REQUEUED),
@@ -97,25 +99,31 @@ class _Books:
     def read(self, line: Mapping[str, Any]) -> None:
         event, time = line["event"], _seconds(line["time"])
         if event == "queued":
+            # A first submission has no `heard`. If there is one, nobody had continued the run since then.
             self.end_of_job(line.get("heard"), None, then="stopped" if "heard" in line else "starting")
             self._begin("queued", time)
         elif event == "start":
+            # After a kill, the run has waited for this start: on Slurm in the queue, here until somebody continued it.
             again = "stopped" if line["restarts"] else "starting"
             self.end_of_job(line.get("heard"), line.get("reached"), then="queued" if line.get("on_slurm") else again)
+            # The process is older than its line: it had to import torch first. Older versions do not say by how much.
             self._begin("starting", _seconds(line.get("began", line["time"])))
             self._step, self._saved_s = line["step"], 0.0
             self._highest = max(self._highest, self._step)
             self.until(time)
         elif event == "begin":
+            # The line is written when compiling has ended.
             self._begin("compiling", time - line["compile_s"])
             self._begin("steps", time)
         elif event == "progress":
+            # `checkpoint_s` is the mean over the steps since the line before.
             self.until(time, line["step"], line["checkpoint_s"] * (line["step"] - self._step))
         elif event == "hung":
             part = self._part
             self._begin("hung", time - line["seconds"])
             self._begin(part, time)
         elif event == "figures" or event in list(State):
+            # Here it is the sum over the whole job, most of which its lines of progress have booked already.
             self.until(time, line["step"], line["checkpoint_wait_s"] - self._saved_s)
             self._part = {"figures": "figures", State.REQUEUED: "queued"}.get(event, "stopped")
 
@@ -133,6 +141,7 @@ class _Books:
         if self._part == "steps":
             saving_s = max(0.0, min(saving_s, spent))
             # Of these steps, those below the highest one so far are done again: the time is shared in proportion.
+            # Without a new step, the time goes to the step that is at work: done again if the run had been further.
             share = useful / done if done else float(step >= self._highest)
             self._book("saving", saving_s)
             self._book("useful", share * (spent - saving_s))

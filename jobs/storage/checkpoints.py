@@ -56,6 +56,7 @@ def folder_name(step: int) -> str:
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in the folder, newest first."""
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    # A copy that a person has put there, such as step-00000100-good, is none of ours.
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
@@ -71,6 +72,7 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
         if manifest["step"] != step or set(files) != set(FILES):
             raise CorruptCheckpoint(f"checkpoint {path} has a manifest of something else")
         for name, recorded in files.items():
+            # The size first: it finds a file that was cut without reading gigabytes.
             if (path / name).stat().st_size != recorded["size"]:
                 raise CorruptCheckpoint(f"checkpoint {path}: {name} has not the size that was written")
             if sha256(path / name) != recorded["sha256"]:
@@ -138,6 +140,7 @@ def choose(folder: Path, named: Named | None, say: Callable[[str], None]) -> tup
 
 def load(folder: Path, step: int) -> Snapshot:
     """Reads a checkpoint that its caller has verified; no code in it can run."""
+    # Here, because commands that only list checkpoints must not wait seconds for torch.
     import torch
     from safetensors.torch import load_file
 
@@ -270,6 +273,7 @@ def set_aside(folder: Path, newer_than: int) -> None:
     for step in steps(folder):
         if step > newer_than:
             corrupt = folder / f"corrupt-{folder_name(step)}"
+            # One that was set aside earlier: a folder cannot be renamed over one that is not empty.
             shutil.rmtree(corrupt, ignore_errors=True)
             (folder / folder_name(step)).rename(corrupt)
 
@@ -349,6 +353,7 @@ class Writer:
         try:
             if save(self._folder, snapshot, self._may_write):
                 self._other = snapshot.step
+            # Before older ones are deleted: if that fails, this one is safe all the same.
             self.newest = snapshot.step
             prune(self._folder, self._keep, self._needed())
         except BaseException as error:  # raised in the training thread by wait()

@@ -87,6 +87,7 @@ def _fault(line: dict[str, Any]) -> Fault:
 
 def bad_nodes(folder: Path) -> dict[str, Fault]:
     """Returns the nodes that the run or the set in this folder has left out lately, with the newest fault on each."""
+    # All lines, also those before a person has continued the run: that gives a new budget and repairs no node.
     found = [_fault(line) for line in read_jsonl(folder / FILE) if line.get("time", "") >= now(REPAIRED_S)]
     left_out = {node for fault in found for node in fault.left_out}
     return {fault.node: fault for fault in found if fault.node in left_out}
@@ -101,6 +102,7 @@ def forgive_set(folder: Path) -> None:
     """Gives a set of samples a new budget, because a person starts to work on it again."""
     for failure in folder.glob(".failure-*.json"):
         failure.unlink(missing_ok=True)
+    # The stacks stay for people to read. Without their names here, the next fault would be taken for an old hang.
     seen = [hang.name for hang in _hangs(folder)]
     if (folder / FILE).exists() or seen:
         append(folder / FILE, {"continued": now(), "hangs": seen})
@@ -151,6 +153,7 @@ def judge_share(
         failure = json.loads(failure_file.read_text())
     except (OSError, ValueError):
         failure = {}
+    # Other shares of the set may hang, too. The name of the folder of stacks ends in that of the job's port file.
     hang = new_hang(folder, "" if own is None else f"-{number(own)}_port_")
     fault, _, _ = _weigh(folder, budget, cause, node, failure, hang, own is None, left=left)
     if failure.get("for_good"):
@@ -200,11 +203,14 @@ def _weigh(
     first = next((fault for fault in among if _same(fault.traceback, own)), None)
     if hang is not None:
         cause, node = describe_hang(hang)
+    # An exception of our own says more than the signal that followed it. One of the network may only be the echo of a
+    # process that was killed elsewhere: then what is seen from outside comes first.
     elif own is not None or cause is None:
         cause = trace.strip().splitlines()[-1] if trace is not None else WITHOUT_A_WORD
         node = failure.get("node", node)
     nodes = [fault.node for fault in tries] + [node]
     dead = {node for node in nodes if node is not None and nodes.count(node) >= TWICE}
+    # Also those of earlier faults: progress on another node says nothing of these.
     left_out = [] if stays else sorted(dead.union(*(fault.left_out for fault in past)))
     again = first is None and len(tries) < budget
     fault = Fault(

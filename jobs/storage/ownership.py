@@ -36,6 +36,7 @@ def locked(run: Path) -> Iterator[int | None]:
     Yields a file descriptor; child processes that inherit it keep the lock. The kernel drops the lock when the last
     process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
     """
+    # Writable, because NFS makes a byte-range lock of flock, and an exclusive one needs a descriptor that may write.
     descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well. The
     # file is never deleted: one process could lock the deleted file while another locks a new one of the same name.
@@ -109,6 +110,7 @@ def is_locked(run: Path) -> bool | None:
 
 def holders(run: Path) -> list[int]:
     """The processes of this machine that train the run or draw its samples, without those that one of them started."""
+    # Resolved, as paths are that /proc shows.
     files = {str(run.resolve() / name) for name in (LOCK, SAMPLING)}
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):

@@ -27,6 +27,7 @@ SHAPES: dict[str, tuple[dict[str, Any], ...]] = {
 
 def now(ago_s: float = 0.0) -> str:
     """Returns the time in UTC, or that of so many seconds ago, as ISO 8601 writes it."""
+    # Always with milliseconds, also if they are 0: times are compared as text.
     return (datetime.now(UTC) - timedelta(seconds=ago_s)).isoformat(timespec="milliseconds")
 
 
@@ -117,6 +118,7 @@ class Tail:
         try:
             with self._path.open("rb") as file:
                 facts = os.fstat(file.fileno())
+                # `cut_after` renames a new file over the old one, so the inode tells.
                 self.is_new = facts.st_ino != self._file_id or facts.st_size < self._position
                 self._file_id, self._position = facts.st_ino, 0 if self.is_new else self._position
                 file.seek(self._position)
@@ -149,6 +151,8 @@ def cut_after(path: Path, step: int) -> None:
     """Removes the lines of metrics.jsonl that belong to later steps."""
     if path.exists():
         kept = [line for line in read_jsonl(path) if line["step"] <= step]
+        # The lines keep their bytes, as the promise of equal runs needs: Python keeps the order of names, and writes a
+        # float as the shortest text that reads back as this very float.
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -174,6 +178,7 @@ class Status:
             "rate_images_per_s": None,
             "eta_s": None,
             "updated": None,
+            # The first start is no restart.
             "restarts": previous.get("restarts", -1) + 1,
             "out_of_time_at": previous.get("out_of_time_at"),
             "host": platform.node(),

@@ -19,6 +19,7 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.files import write_atomically, write_json
 from jobs.storage import ownership
 
+# A leading dot marks what is still being made, and a leading dash would be read as a flag.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 SAMPLES_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")  # `+` for dpm++
 
@@ -75,6 +76,7 @@ class RunFolder:
     ) -> None:
         """Makes the folder with everything that the job needs, whole or not at all; FileExistsError if it is there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Not the process's id: commands on two machines may have the same one.
         made = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.tmp")
         try:
             made.mkdir()

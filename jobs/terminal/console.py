@@ -14,6 +14,7 @@ class Console:
         self._log = log
 
     def say(self, text: str) -> None:
+        # `print` would write into the progress bar; this clears it, and draws it again below the text.
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
         self.log(text)

@@ -24,6 +24,7 @@ class Progress:
             desc=label,
             disable=not sys.stderr.isatty() or os.environ.get("TERM") == "dumb",  # as screen readers have it
             dynamic_ncols=True,
+            # Without tqdm's own rate: it counts steps, and from before the network was compiled.
             bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix} {elapsed}<{remaining}",
         )
         self._said = time.monotonic()
@@ -38,6 +39,7 @@ class Progress:
         self._window = [*self._window[-30:], (time.monotonic(), step)]
         rate = f"{self.rate:,.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
         shown = f"{detail} {rate} {self._unit}/s".strip()
+        # No refresh: the next call draws, if it is time; there may be hundreds of steps a second.
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update(step - self._bar.n)
         if time.monotonic() - self._said >= LOG_LINE_S:

@@ -90,6 +90,7 @@ class Wandb(Dashboard):
         try:
             self._run = self._start(identity, mode)
         except Exception as error:
+            # A further node can only add to a run that is online.
             if mode == "offline" or not _is_first(identity):
                 raise
             say(f"wandb does not start online ({first_line(error)}). {_offline(identity.folder)}")
@@ -97,6 +98,7 @@ class Wandb(Dashboard):
             mode = "offline"
             self._run = self._start(identity, mode)
         self.is_online = mode != "offline"
+        # wandb's own step can only grow, but a start goes back to its checkpoint, and pictures come later than numbers.
         self._run.define_metric("*", step_metric="step")
         self._run.define_metric("loss/train", step_metric="step", summary="min,last")
         self._run.define_metric("speed/images_per_s", step_metric="step", summary="max,last")
@@ -115,10 +117,12 @@ class Wandb(Dashboard):
         artifact = self._wandb.Artifact(short(name), kind)
         for path in files:
             policy: Literal["immutable", "mutable"] = "immutable" if in_place else "mutable"
+            # The cache is for artifacts that are read again; here it would hold a second copy of each checkpoint.
             artifact.add_file(str(path), name=str(path.relative_to(root)), skip_cache=True, policy=policy)
         self._run.log_artifact(artifact)
 
     def alert(self, title: str, text: str, level: Level) -> None:
+        # The end stays, because it says what has happened.
         cut = title if len(title) <= MAX_TITLE else f"...{title[3 - MAX_TITLE :]}"
         self._run.alert(title=cut, text=public(text), level=level, wait_duration=ALERT_S)
 
@@ -156,10 +160,12 @@ def settings_of(identity: Identity, stop: Callable[[], None]) -> dict[str, Any]:
     return {
         "silent": True,
         "console": "off",
+        # Code and diffs stay in the run's folder: not everybody who sees the dashboard may see them.
         "disable_code": True,
         "disable_git": True,
         "disable_job_creation": True,
         "x_save_requirements": False,
+        # Otherwise each node would write the run's files on the server, and the first to end would end the run.
         "x_primary": _is_first(identity),
         "x_update_finish_state": _is_first(identity),
         # wandb copies its settings deeply: a function stays what it is, a method would have its whole object copied.
@@ -237,6 +243,7 @@ def open_dashboard(identity: Identity, asked: str, say: Say, stop: Callable[[], 
 
 def _take_out_wrong_variables() -> list[str]:
     """Takes variables out of the environment with whose values wandb does not start at all; returns their names."""
+    # Here, because the import takes most of a second, and a run without tracking does not need it.
     import wandb
 
     wrong = []

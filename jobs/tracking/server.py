@@ -32,6 +32,7 @@ def why_not_online(base_url: str) -> str | None:
     if not answers:
         return f"{server} does not answer within {ANSWER_S:.0f} s"
     answer = answers[0]
+    # GraphQL may answer 200 to a key that it does not know: then nobody is the viewer.
     if answer.status_code in (401, 403) or (answer.ok and '"viewer":null' in answer.text.replace(" ", "")):
         return f"{server} does not accept the key"
     return None if answer.ok else f"{server} answers with error {answer.status_code}"

@@ -34,6 +34,7 @@ class StopButton:
             return
         mark.touch()
         self._say("Stop was pressed on wandb's page: the run is cancelled.")
+        # As a command: nothing in jobs/ knows how a job on Slurm is ended.
         command = [sys.executable, str(ROOT / "launch.py"), "cancel", str(self._run.path)]
         nothing = subprocess.DEVNULL
         subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)

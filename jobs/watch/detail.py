@@ -77,6 +77,7 @@ def render(detail: dict[str, Any], width: int) -> str:
         lines += _line("left out", *left_out)
     if failed:
         lines += _line("failure", f"process {detail['failed_rank']} failed first:")
+    # Further lines begin where `_line` ends its labels. Flags stay whole, so that they can be copied.
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 15, break_on_hyphens=False) for line in lines]
     return "\n".join([*lines, *(detail["traceback"].rstrip().splitlines() if failed else [])])
 

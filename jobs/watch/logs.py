@@ -18,6 +18,7 @@ def locate(run: RunFolder) -> Path:
     """Returns the file that the run's last job prints into; it may not exist yet."""
     launch = states.read_launch(run)
     job_ids = launch.get("job_ids", [])
+    # The lock is held by a training that was started on this machine, never by a job that was submitted.
     if not job_ids or ownership.is_locked(run.path):
         return run.log
     # The elements of a sweep's array print into the sweep's folder.

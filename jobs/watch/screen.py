@@ -64,6 +64,7 @@ def watch(find: Callable[[], list[RunFolder]], ask: Ask, is_due: Callable[[bool 
             runs = find()
             if job_ids := states.newest_jobs(runs):
                 living = [run for run in runs if states.read_status(run).get("state") in states.UNSETTLED]
+                # None and not False: that would mean that a run has ended, and Slurm would be asked at once.
                 if is_due(all(states.lives(run) for run in living) or None, tuple(job_ids)):
                     jobs = ask(job_ids)
             else:
@@ -71,6 +72,7 @@ def watch(find: Callable[[], list[RunFolder]], ask: Ask, is_due: Callable[[bool 
             found = in_order([states.summarize(run, jobs) for run in runs])
             size = shutil.get_terminal_size()
             height = size.lines if on_terminal else None
+            # Files are read of runs that fit on the screen, and of all that run, whose GPUs are counted above them.
             shown = (
                 found if height is None else [o for i, o in enumerate(found) if i < height or o.state == State.RUNNING]
             )
@@ -108,6 +110,7 @@ def render(
                 cut = reason if len(reason) <= width - 2 else f"{reason[: width - 5]} .."
                 block.append(_colored(f"  {cut}", overview.state))
             left = len(overviews) - i
+            # If others follow, a line must stay free for the sentence that counts them.
             if height is not None and len(lines) + len(block) + (left > 1) > height:
                 hidden = [o.state for o in overviews[i:]]
                 counts = ", ".join(f"{hidden.count(state)} {state}" for state in dict.fromkeys(hidden))
@@ -207,6 +210,7 @@ def _whole_screen() -> Iterator[Show]:
     def end(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
+    # SIGTERM would end Python without `finally`, and leave the terminal on its second screen without a cursor.
     before = signal.signal(signal.SIGTERM, end)
     sys.stdout.write("\033[?1049h\033[?25l\033[?7l")  # the second screen, no cursor, no line goes on in the next one
     try:

@@ -84,6 +84,7 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
     if status.get("on_slurm") is False and status.get("state") != State.QUEUED:  # whatever jobs it had before
         host, job = status.get("host"), job if job is not None and job.phase != "ended" else None
     is_held = ownership.is_locked(run.path)
+    # The kernel knows who lives: that counts more than what files or Slurm say.
     if is_held:
         state, reason = _judge_held(status)
     else:
@@ -185,6 +186,7 @@ def _age_s(status: dict[str, Any]) -> float | None:
     updated = status.get("updated")
     if updated is None:
         return None
+    # Another machine wrote it, whose clock may be ahead of this one.
     return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(updated)).total_seconds())
 
 

@@ -20,9 +20,11 @@ def named(name: str, runs_dir: Path) -> list[RunFolder]:
 def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
     """Returns the runs of the sweep S or EXPERIMENT/S, in order; [] if there is no such sweep, or a folder is meant."""
     folder, _, name = sweep.rpartition("/")
+    # `Path.glob` takes no absolute pattern.
     if Path(sweep).is_dir() or not NAME.fullmatch(name) or folder.startswith("/"):
         return []
     found = [RunFolder(path.parent) for path in runs_dir.glob(f"{folder or '*'}/{name}-[0-9]*/launch.json")]
+    # The name alone does not tell: a user may have called any run so.
     mine = (run for run in found if states.read_launch(run).get("sweep") == name)
     return sorted(mine, key=lambda run: run.path.name)
 

@@ -37,6 +37,7 @@ def check_server() -> None:
 
 def segments(run: RunFolder) -> list[Path]:
     """Returns wandb's files of what was tracked offline, oldest first: training, samples and evaluations."""
+    # The folders' names begin with the time of their start.
     return sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
 
 
@@ -102,6 +103,7 @@ def _send(segment: Path) -> None:
         code = process.wait()
     finally:
         _stop(process)
+    # The exit code may be 0 after an error that wandb has only printed.
     if code != 0 or not is_sent(segment):
         raise OutsideError(f"wandb could not send {segment.parent}; its own words: wandb sync {segment.parent}")
 
@@ -114,6 +116,7 @@ def _start(segment: Path, *arguments: str) -> "subprocess.Popen[bytes]":
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # A process group of its own, so that `_stop` reaches wandb's children and not us.
         start_new_session=True,
     )
 
