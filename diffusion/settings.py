@@ -65,6 +65,7 @@ class MixtureSettings:
         require(all(map(math.isfinite, self.means)), "data.means must be finite", self.means)
         require(all(math.isfinite(s) and s > 0 for s in self.stds), "data.stds must be positive", self.stds)
         require(all(w > 0 for w in self.weights), "data.weights must be positive", self.weights)
+        # 1e-6, because thirds are typed with as many digits as somebody likes.
         require(math.isclose(sum(self.weights), 1, abs_tol=1e-6), "data.weights must sum to 1", self.weights)
 
 

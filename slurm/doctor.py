@@ -213,7 +213,7 @@ def _limits(place: OnSlurm, profile: Profile, partition: dict[str, str]) -> Iter
     asked_cpus = shape.tasks_per_node * profile.cpus_per_gpu
     yield _fits(f"CPUs of a node in {name}", cpus, asked_cpus, "cpus-per-gpu")
     if profile.mem_gb is not None:
-        yield _fits(f"GB of memory of a node in {name}", mem_mb // 1000, profile.mem_gb, "mem-gb")
+        yield _fits(f"GB of memory of a node in {name}", mem_mb // 1024, profile.mem_gb, "mem-gb")
     yield _fits(f"nodes of {name} that are up", len(alive), shape.nodes, None)
 
 

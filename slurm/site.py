@@ -104,7 +104,10 @@ def partitions(cluster: str | None = None) -> dict[str, dict[str, str]]:
 
 
 def nodes(cluster: str | None = None) -> list[Nodes]:
-    """Returns the nodes of the partitions that are up: those with most GPUs of one kind first, then the default's."""
+    """Returns the nodes of the partitions that are up.
+
+    Those with GPUs come first, of them those of the default partition, of these the kind that has most GPUs in all.
+    """
     up = {name: about for name, about in partitions(cluster).items() if about.get("State") == "UP"}
     # --exact: otherwise nodes that differ share a row, with the least of their numbers.
     command = ("sinfo", *queue.of_cluster(cluster), "--noheader", "--exact", "--format=%R|%c|%m|%G|%D")

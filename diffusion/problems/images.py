@@ -103,6 +103,7 @@ class ImageProblem(Problem):
     def digest(self, *, inception: bool) -> Mapping[str, str]:
         found = {"data": self.data_set.digest()}
         if self.classifier is not None:
+            # Distances in the features of another classifier are other numbers.
             found["features"] = hashlib.sha256(self.classifier.read_bytes()).hexdigest()
         if inception:
             from diffusion.images.inception import weights_path

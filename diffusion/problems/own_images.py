@@ -49,6 +49,7 @@ class OwnImagesProblem(ImageProblem):
         return f"The author's own images, {height}x{width} and {'grey' if channels == 1 else 'coloured'}."
 
     def check(self, model: ModelSettings) -> None:
+        # Images that nobody has read yet may fit; `absolute` reads them, and what it returns is checked again.
         if self.is_known:
             super().check(model)
 
@@ -97,6 +98,7 @@ class OwnClassesProblem(OwnImagesProblem):
         if self.is_known and self.classes:
             return found
         labels = load(Path(found.root), found.size or (), found.channels).labels
+        # Over both splits, because a class may have images in one alone.
         classes = 1 + max(int(of_split.max()) for of_split in labels.values())
         rule = f"images-classes needs at least two classes, such as a folder for each, in {found.root}"
         require(classes >= 2, rule, classes)

@@ -103,6 +103,7 @@ def _from_dict(cls: type[C], values: Any, prefix: str, narrower: Mapping[str, ty
     hints = {f.name: types[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not isinstance(values, dict):
         raise UserError(f"experiment.json must hold an object for {cls.__name__}; got {type(values).__name__}")
+    # Not passed over: the run was begun with it, and without it would go on as another one.
     for name in sorted(values.keys() - hints.keys()):
         raise UserError(f"experiment.json holds a setting that this version no longer has: {prefix}{_hyphens(name)}")
     # A setting that is newer than the run has its default.

@@ -30,4 +30,5 @@ def arguments(point: dict[str, str]) -> list[str]:
 
 
 def run_name(sweep: str, index: int) -> str:
+    # Zeros in front, so that runs sorted by name are sorted by number.
     return f"{sweep}-{index:03d}"

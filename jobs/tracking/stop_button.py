@@ -35,6 +35,8 @@ class StopButton:
         mark.touch()
         self._say("Stop was pressed on wandb's page: the run is cancelled.")
         # As a command: nothing in jobs/ knows how a job on Slurm is ended.
-        command = [sys.executable, str(ROOT / "launch.py"), "cancel", str(self._run.path)]
+        # By a shell that leaves at once, because the follower kills its own children when it ends, and this command
+        # waits until the run has ended.
+        command = ["sh", "-c", '"$@" &', "sh", sys.executable, f"{ROOT}/launch.py", "cancel", str(self._run.path)]
         nothing = subprocess.DEVNULL
-        subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+        subprocess.run(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True, check=False)

@@ -199,6 +199,11 @@ def test_a_failure_is_told_and_shown_and_so_are_skipped_steps(tmp_path: Path) ->
     assert [alerts(training), alerts(told)] == [["1d/a skips steps"], ["1d/a has failed"]]
 
 
+def children() -> list[str]:
+    """The processes that this one has started."""
+    return [pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+
+
 class Shown(NoDashboard):
     """Keeps the alerts."""
 
@@ -211,7 +216,6 @@ class Shown(NoDashboard):
         self.alerts.append(f"{title}: {text.splitlines()[0]}")
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # Stop starts a process, and waits for nothing
 def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,6 +234,8 @@ def test_no_progress_and_the_end_are_told_once_and_nothing_without_alerts(
         for look in (follower.look, follower.look, follower.look, follower.end):
             look()
         follower.stop_button.press()
+        # A follower that ends kills its children, but not what cancels the run.
+        assert all(b"cancel" not in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children())
         return shown.alerts
 
     assert follow(asked=False, steps=100) == []

@@ -280,6 +280,7 @@ def test_the_doctor_on_a_cluster_with_faults(poor_site: Site) -> None:
         (("--slurm.partition", "nonsense"), "partition nonsense does not exist"),
         (("--gpus", "4", "--slurm.gpus-per-node", "2", "--slurm.cpus-per-gpu", "8"), "CPUs of a node in low: 4"),
         (("--gpus", "12", "--slurm.gpus-per-node", "4", "--slurm.cpus-per-gpu", "1"), "nodes of low that are up: 2"),
+        (("--slurm.mem-gb", "980"), "GB of memory of a node in low: 976, asked for 980"),  # 1 GB is 1,024 MB
         (("--slurm.account", "a", "--slurm.constraint", "a100"), "Slurm refuses the job"),
     ],
 )
