@@ -358,6 +358,20 @@ FAULTS = [
         "tests/jobs/test_numerics.py::test_a_process_may_go_on_with_another_precision",
     ),
     Fault(
+        "timesteps that are drawn more often count more",
+        "jobs/train/state.py",
+        "self.model(*examples) * self._loss_weights[examples[1]]",
+        "self.model(*examples)",
+        "tests/jobs/test_training.py::test_importance_leaves_the_mean_of_the_loss_and_of_its_bands_what_it_is",
+    ),
+    Fault(
+        "the loss of a band is divided by its examples instead of their weights",
+        "jobs/train/state.py",
+        "            bands = band_sums(losses, self._loss_weights[t], t,",
+        "            bands = band_sums(losses, torch.ones_like(losses), t,",
+        "tests/jobs/test_training.py::test_importance_leaves_the_mean_of_the_loss_and_of_its_bands_what_it_is",
+    ),
+    Fault(
         "losses are added up by process instead of by shard",
         "jobs/train/state.py",
         "for shard, (losses, t) in enumerate(self._by_shard(update.losses, update.t), self._own_shards[0]):",

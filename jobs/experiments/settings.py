@@ -47,6 +47,9 @@ class TrainSettings:
     """AdamW's decoupled weight decay."""
     beta2: float = 0.99
     """AdamW's decay of the squared gradient."""
+    importance: float = 0.0
+    """Draw timesteps in proportion to alpha_bar^importance, with weights that leave the mean of the loss what it is:
+    fewer of those where next to nothing of an image is left. 0 draws all alike."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     ema_decay: float = 0.999
@@ -97,6 +100,8 @@ class TrainSettings:
             require(getattr(self, name) >= 0, f"{_flag(name)} must be at least 0", getattr(self, name))
         needs = "train.keep-best needs train.held-out-every to be at least 1"
         require(self.held_out_every >= 1 or not self.keep_best, needs, self.held_out_every)
+        # Beyond 1, an example of the noisiest timesteps would come rarely and outweigh thousands of others.
+        require(0 <= self.importance <= 1, "train.importance must lie between 0 and 1", self.importance)
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)
         # If the newest one turns out to be damaged, the one before it is the last resort.
