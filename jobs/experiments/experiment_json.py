@@ -121,4 +121,5 @@ def _from_dict(cls: type[C], values: Any, prefix: str, narrower: Mapping[str, ty
     try:
         return cls(**built)
     except TypeError as error:
+        # Types are not looked at above: a wrong one shows where a setting's check compares it with a number.
         raise UserError(f"experiment.json holds a value of the wrong type: {error}") from error

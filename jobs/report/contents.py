@@ -99,6 +99,7 @@ class Content:
         """(part, what people read, percent, duration) of the time that the run has taken."""
         time = self.detail["time"]
         spent = [(part, name, time["seconds"][part]) for part, name in account.PARTS.items()]
+        # A shorter part would be read as 0 s.
         return [(part, name, 100 * s / time["whole_s"], duration(s)) for part, name, s in spent if s >= 0.5]
 
 
@@ -175,6 +176,7 @@ def _checkpoints(folder: Path) -> list[Json]:
         _read_object(folder / checkpoints.folder_name(step) / checkpoints.MANIFEST)
         for step in checkpoints.steps(folder)
     ]
+    # The run may be running: of a checkpoint that it deletes meanwhile there is only {}.
     return [manifest for manifest in found if "files" in manifest]
 
 
