@@ -61,6 +61,7 @@ class Drill:
         profile = ["--profile", self.where.profile] if self.where.profile is not None else []
         slurm = [f"--slurm.{name.replace('_', '-')}={value}" for name, value in given(self.where.slurm).items()]
         launch = [sys.executable, provenance.ROOT / "launch.py", "train", "1d", "--runs-dir", folder]
+        # A multiple of the processes, so the gradient gets a shard for each, and half of them compute the same bytes.
         batch_size, every = 64 * place.processes, max(1, self.steps // 8)
         settings = (
             f"--device {device} --train.batch-size {batch_size} --train.steps {self.steps} "

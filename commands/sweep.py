@@ -39,6 +39,7 @@ class Sweep:
         device, retries = self.where.resolve_device(place), self.where.retries_at(place)
         jobs, busy = [], 0
         for i, point in enumerate(grid.points(self.grid)):
+            # By tyro and not by hand: so a point takes, and refuses, what the flags do.
             config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
