@@ -46,12 +46,12 @@ class Drill:
         print(f"Drill with {place.processes} process(es) on {device}; everything is kept in {folder}", flush=True)
         by_slurm = {"USR2": drill.on_its_job(queue.warn), "scontrol requeue": drill.on_its_job(queue.requeue)}
         disturbances = by_slurm if isinstance(place, OnSlurm) else drill.SIGNALS
-        start = drill.starter(list(map(str, command)), folder / "log.txt")
         # On Slurm the same job comes back.
         fewer = () if isinstance(place, OnSlurm) else (max(1, place.processes // 2),)
         processes = (place.processes, *fewer)
-        found = drill.Drill(folder / "1d", start, disturbances, self.steps, self.kills, self.seed, processes)
-        equal = found.run(print)
+        with drill.trainings(list(map(str, command)), folder / "log.txt") as start:
+            found = drill.Drill(folder / "1d", start, disturbances, self.steps, self.kills, self.seed, processes)
+            equal = found.run(print)
         print("Equal byte for byte: checkpoints and metrics." if equal else "NOT EQUAL: please report this.")
         return 0 if equal else 1
 

@@ -57,7 +57,7 @@ def in_parts(train: TrainSettings, most: int) -> TrainSettings:
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:
     """(flag, old value, new value) of every setting that differs, named as on the command line."""
     a, b = flags(old), flags(new)
-    return [(flag, a.get(flag), b.get(flag)) for flag in a.keys() | b.keys() if a.get(flag) != b.get(flag)]
+    return [(flag, a.get(flag), b.get(flag)) for flag in {**a, **b} if a.get(flag) != b.get(flag)]
 
 
 def flags(config: ExperimentConfig) -> dict[str, Any]:

@@ -123,8 +123,8 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
         command=shlex.join(["python", Path(argv[0]).name, *argv[1:]]) if (argv := launch.get("argv")) else "",
         # The diff itself stays in launch.json: it may hold what is not to be passed on.
         changed_files=re.findall(r"^diff --git .* b/(.*)$", launch.get("git_diff") or "", re.MULTILINE),
-        history=[line for line in read_jsonl(run.metrics) if "step" in line],
-        timing=[line for line in read_jsonl(run.timing) if "event" in line],
+        history=read_jsonl(run.metrics),
+        timing=read_jsonl(run.timing),
         quality=read_jsonl(run.quality),
         pictures=_pictures(run, {**drawn, **STRIPS}, width),
         samples=shown,
