@@ -90,6 +90,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {"disabled": [], "offline": []}
     for _ in range(options.rounds):
         for mode, results in found.items():
+            # Each in a process of its own, because `train` wraps functions of the program, and would wrap them again.
             command = [sys.executable, "-m", "benchmarks.tracking", "--mode", mode, "--steps", str(options.steps)]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             # What the training itself prints comes before.

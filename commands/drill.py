@@ -46,12 +46,12 @@ class Drill:
         print(f"Drill with {place.processes} process(es) on {device}; everything is kept in {folder}", flush=True)
         by_slurm = {"USR2": drill.on_its_job(queue.warn), "scontrol requeue": drill.on_its_job(queue.requeue)}
         disturbances = by_slurm if isinstance(place, OnSlurm) else drill.SIGNALS
-        start = drill.starter(list(map(str, command)), folder / "log.txt")
         # On Slurm the same job comes back.
         fewer = () if isinstance(place, OnSlurm) else (max(1, place.processes // 2),)
         processes = (place.processes, *fewer)
-        found = drill.Drill(folder / "1d", start, disturbances, self.steps, self.kills, self.seed, processes)
-        equal = found.run(print)
+        with drill.trainings(list(map(str, command)), folder / "log.txt") as start:
+            found = drill.Drill(folder / "1d", start, disturbances, self.steps, self.kills, self.seed, processes)
+            equal = found.run(print)
         print("Equal byte for byte: checkpoints and metrics." if equal else "NOT EQUAL: please report this.")
         return 0 if equal else 1
 
@@ -61,6 +61,7 @@ class Drill:
         profile = ["--profile", self.where.profile] if self.where.profile is not None else []
         slurm = [f"--slurm.{name.replace('_', '-')}={value}" for name, value in given(self.where.slurm).items()]
         launch = [sys.executable, provenance.ROOT / "launch.py", "train", "1d", "--runs-dir", folder]
+        # A multiple of the processes, so the gradient gets a shard for each, and half of them compute the same bytes.
         batch_size, every = 64 * place.processes, max(1, self.steps // 8)
         settings = (
             f"--device {device} --train.batch-size {batch_size} --train.steps {self.steps} "

@@ -82,6 +82,7 @@ class Evaluate:
         if all(found.is_complete() for found in asked):
             self._show(asked)
             return 0
+        # Without --wait the results come later, so that they are missing now is no failure.
         return 1 if self.where.wait else 0
 
     def _asked(self) -> list[Evaluation]:

@@ -144,6 +144,7 @@ class Sample:
             place.wait(asked.job_ids, lambda: False if asked.is_complete() else None)
             code = 0 if asked.is_complete() else 1
         else:
+            # Not a lock, because others may draw meanwhile: by this open file `cancel` finds the processes.
             with ownership.sampling(run.path) as descriptor:
                 code = place.run(job, keep_open=descriptor)
         if code == 0:

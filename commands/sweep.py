@@ -39,7 +39,10 @@ class Sweep:
         device, retries = self.where.resolve_device(place), self.where.retries_at(place)
         jobs, busy = [], 0
         for i, point in enumerate(grid.points(self.grid)):
-            config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid")
+            # Other data are still to be read, and what `absolute` has found out of the shared ones is not theirs.
+            shared = self.chosen.config if any(name.startswith("data.") for name in point) else base
+            # By tyro and not by hand: so a point takes, and refuses, what the flags do.
+            config = tyro.cli(type(base), default=shared, args=grid.arguments(point), prog="--grid").absolute()
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
             config = as_begun(run, config, self.where)
@@ -69,7 +72,8 @@ class Sweep:
             return show({"experiment": experiment, **asdict(base)}, what)
         if isinstance(place, OnSlurm):
             place.check_array([job for job, _, _ in jobs])
-        base.data.prepare(print)
+        for data in dict.fromkeys(config.data for _, config, _ in jobs):
+            data.prepare(print)
         for job, config, point in jobs:
             resources = {"processes": job.processes, "device": device}
             facts = {"resources": resources, "sweep": self.name, "point": point}

@@ -31,6 +31,7 @@ def choice(name: str) -> Any:
     """An experiment of the table as a subcommand: its settings, and its name in `experiment`."""
     entry = EXPERIMENTS[name]
     settings = [("config", Annotated[type(entry.preset), AMONG_OPTIONS])]
+    # The name is no field, because tyro would make a flag of it.
     chosen = make_dataclass("Chosen", settings, frozen=True, namespace={"experiment": name})
     return Annotated[chosen, subcommand(name, default=chosen(entry.preset), description=entry.help)]
 

@@ -280,7 +280,7 @@ class LaunchTraining(Launch):
         """Whether this machine, or the allocation that it is in, has so many GPUs."""
         try:
             self.resolve_device(self.place(run))
-        except (UserError, SlurmUserError):
+        except (UserError, SlurmUserError):  # of two classes, because slurm/ may import nothing of diffusion/
             return False
         return True
 

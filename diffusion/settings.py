@@ -86,6 +86,7 @@ class ClassSettings(ModelSettings):
     needs it."""
 
     def __post_init__(self) -> None:
+        # Not for ModelSettings, which checks nothing: if a class has a second base, this runs the checks of that one.
         super().__post_init__()
         require(0 < self.class_dropout < 1, "model.class-dropout must lie between 0 and 1", self.class_dropout)
 

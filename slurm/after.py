@@ -28,6 +28,7 @@ def main() -> int:
     queue.PATIENCE_S = 3600  # the controller may be away for long, and a job ends only when it is back
     # submitit sets it in its tasks alone; its paths and ours (`task._folder`) are read from it.
     os.environ["SUBMITIT_FOLDER"] = folder
+    # Cancelled, or queued again already: then what follows is decided.
     if not task.is_current():
         return code
     submitted: Any = DelayedSubmission.load(JobEnvironment().paths.submitted_pickle)

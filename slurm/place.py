@@ -73,6 +73,7 @@ class Here:
         retried = job if isinstance(job, Retried) else None
         descriptors = [] if keep_open is None else [keep_open]
         if self.step is not None:
+            # A name that no other start has: one that was killed while its processes met has left its file behind.
             code = allocation.run(job, self.step, self.folder / f".port-{uuid.uuid4().hex}", keep_open=descriptors)
             if code in (0, 130):
                 return code

@@ -190,6 +190,7 @@ def _candidates(kinds: list[Nodes], known: Rights, given: dict[str, Any]) -> Ite
     requests = [*((form, typed) for typed in (False, True) for form in forms), ("none", False)]
     of_accounts: list[dict[str, Any]] = [{}, *({"account": account} for account in known.accounts[:5])]
     of_qualities: list[dict[str, Any]] = [{}, *({"qos": quality} for quality in known.qualities[:4])]
+    # 5 is the most ways to ask for memory that `_memory` knows, and 2 is without --ntasks and with it.
     sizes = (len(places), len(requests), len(of_accounts), 5, 2, len(of_qualities))
     # First the plainest choice of each kind, then what departs from it in one way, in two ways, and so on.
     ranked = sorted(itertools.product(*map(range, sizes)), key=lambda chosen: (sum(i > 0 for i in chosen), sum(chosen)))
@@ -260,6 +261,7 @@ def _with_cpu(
     names = list(dict.fromkeys(kind.partition for kind in sorted(kinds, key=lambda kind: kind.gpus)))
     tables: list[dict[str, Any]] = [{}, *({"partition": name} for name in names if name != profile.partition)]
     tables += [table | {"account": account} for table in tables for account in accounts if account != profile.account]
+    # Not all of many: Slurm is asked about each, which takes a while.
     for table in tables[:30]:
         candidate = replace(profile, cpu=table)
         try:

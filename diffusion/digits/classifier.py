@@ -63,6 +63,7 @@ def classify(net: DigitNet, images: Images) -> tuple[NDArray[np.float32], NDArra
     features, probabilities = [], []
     for start in range(0, len(images), _BATCH_SIZE):
         batch = images[start : start + _BATCH_SIZE]
+        # F.pad counts dimensions from the last one: the eighth number is how many empty images follow.
         x = F.pad(to_pixels(batch), (0, 0, 0, 0, 0, 0, 0, _BATCH_SIZE - len(batch)))
         h = net.features(x)[: len(batch)]
         features.append(h.numpy())
@@ -78,5 +79,6 @@ def check_labels(labels: NDArray[Any], n: int, name: str = "labels") -> None:
 
 
 def _convolution(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    # Without a bias: the norm that follows takes each mean away, and has a shift of its own.
     convolution = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
     return convolution, nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)

@@ -75,6 +75,7 @@ class DigitEvaluator(ImageEvaluator):
             general = {"by-class": Unit("samples", partial(self._by_class, self._asked)), **general}
         if not self._of_all_digits:
             return general
+        # Results about real digits rest on no samples: kept with the weights, they serve all sets of this size.
         return {
             "usefulness": Unit("samples", self._usefulness),
             f"usefulness-real-{size}": Unit("weights", lambda: self._usefulness_of(self._real)),

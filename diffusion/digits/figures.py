@@ -18,6 +18,7 @@ def classes(shares: NDArray[Any], real_shares: NDArray[Any], n: int, path: Path)
     axes.bar(digit, shares, color=MODEL, alpha=0.6, label=f"{n:,} samples, by the classifier")
     chance = 1.96 * np.sqrt(real_shares * (1 - real_shares) / n)
     axes.errorbar(digit, real_shares, chance, fmt="_", color=EXACT, markersize=18, capsize=6, linewidth=2)
+    # For the legend alone, in which marks as wide as those above would not fit.
     axes.errorbar([], [], [], fmt="_", color=EXACT, capsize=6, label="real share, and 95% of chance")
     axes.set(title="Classes of the samples", xlabel="digit", ylabel="share", xticks=digit)
     axes.set_ylim(0, max(shares.max(), (real_shares + chance).max()) * 1.2)

@@ -121,11 +121,13 @@ class ImageProblem(Problem):
 
         samples = drawn.samples[: self.data_set.num_test(Path(self.root))]  # as many real ones stand beside them
         judged = drawn._replace(samples=samples)
+        # A function and not the images: a process reads a split only when one of its units needs it.
         return self.evaluator_class()(lambda split: RealImages(*self._load(split)), judged, self.noun)
 
     def _load(self, split: Split) -> "tuple[Images, NDArray[np.uint8]]":
         """Returns images [n, height, width, channels] and their classes [n]; raises UserError if files are wrong."""
         root = Path(self.root)
+        # Again, although the launcher has looked: a job may run much later, and on a machine with other disks.
         self.data_set.require(root)
         return self.data_set.read_images(root, split), self.data_set.read_labels(root, split)
 

@@ -69,8 +69,9 @@ class OwnImagesProblem(ImageProblem):
             self.sha256,
         )
         height, width, channels = loaded.shape
-        fits = min(height, width) >= 8
+        fits = min(height, width) >= 8  # `load` has refused larger ones than 64
         require(fits, "images must have 8 to 64 pixels on a side", f"{height}x{width} in {found.root}")
+        # The number of channels is spelled out, because type checkers take no int for one of two literals.
         return replace(found, size=(height, width), channels=1 if channels == 1 else 3, sha256=loaded.sha256)
 
     def moved(self, root: str | None) -> Self:
@@ -95,6 +96,7 @@ class OwnClassesProblem(OwnImagesProblem):
         from diffusion.data.own_images import load
 
         found = super().absolute()
+        # Not `found`, which is known by now: a number that was typed beside unread images is still to be compared.
         if self.is_known and self.classes:
             return found
         labels = load(Path(found.root), found.size or (), found.channels).labels

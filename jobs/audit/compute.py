@@ -29,6 +29,7 @@ class AuditRecorder(NoRecorder):
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         step = self._training.step
+        # Also where a part ends: the next one restores the state from there, with the settings of its own start.
         if step in self._stretch.hashes or step == self._part.stop:
             self._watchdog.phase("saving", SAVING)
             self.save()
@@ -79,6 +80,7 @@ def compute(stretch: Stretch, processes: int, device: Kind, signals: SignalWatch
         precision = resolve_precision(part.config.train.precision, device)
         if unfit := lacking(precision, device):
             raise JobError(unfit)
+        # For each part, because another start of the run may have computed in another precision.
         world = start(processes, device, precision)
         gpu_test.check(world.device)
         if _compute(stretch, part, world, signals, watchdog):

@@ -77,6 +77,7 @@ class Audit:
         FileExistsError if another audit has the folder.
         """
         self._check_disk(at_once)
+        # Before the `try`: a folder that is there already is another audit's, and must not be removed.
         self.folder.mkdir(parents=True)
         ledger = checkpoints.ledger(RunFolder(self.run).checkpoints)
         try:
@@ -159,6 +160,7 @@ def plan(
     cuts = [*(step for step in kept if start <= step < stop and _is_good(run, step, say)), stop]
     if cuts[0] != start:
         raise UserError(f"the checkpoint of --from {start} is damaged")
+    # A run without a record of its starts counts as one start, with today's settings.
     starts = _starts(run) or [{}]
 
     def stretch(first: int, last: int) -> Stretch:

@@ -35,6 +35,7 @@ def conclude(audit: Audit) -> tuple[bool, str]:
 def _compare(stretch: Stretch, recorded: dict[int, dict[str, Any]]) -> tuple[bool, list[str]]:
     """Returns whether a stretch is computed and equal, and a sentence that says so."""
     computed, other = stretch.computed(), stretch.different()
+    # The run may have logged other steps: --train.log-every may change whenever it goes on.
     metrics = [line for line in read_jsonl(RunFolder(stretch.again).metrics) if line["step"] in recorded]
     # A version may record what another does not.
     parting = [

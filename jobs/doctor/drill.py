@@ -6,7 +6,8 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,14 +128,28 @@ def _expect_success(process: Process, what: str) -> None:
         raise OutsideError(f"{what} ended with exit code {process.returncode}")
 
 
-def starter(command: Sequence[str], log: Path) -> Start:
-    """Returns a function that starts `command --name NAME --gpus N`; what it prints goes to a file."""
+@contextmanager
+def trainings(command: Sequence[str], log: Path) -> Iterator[Start]:
+    """Yields a function that starts `command --name NAME --gpus N`; what it prints goes to a file.
+
+    Whatever ends the drill, what was started is told to end as well.
+    """
+    started: list[Process] = []
 
     def start(name: str, processes: int) -> Process:
         with log.open("ab") as file:
             # One thread, unless somebody wants more: the model is small, and the machine may have other work.
             env = {"OMP_NUM_THREADS": "1", **os.environ}
             command_of_run = [*command, "--name", name, "--gpus", str(processes)]
-            return subprocess.Popen(command_of_run, env=env, stdout=file, stderr=file, start_new_session=True)
+            # A session of its own: Ctrl-C in the drill's terminal is not one of the disturbances.
+            training = subprocess.Popen(command_of_run, env=env, stdout=file, stderr=file, start_new_session=True)
+        started.append(training)
+        return training
 
-    return start
+    try:
+        yield start
+    finally:
+        for training in started:
+            if training.poll() is None:
+                training.terminate()
+                training.wait()

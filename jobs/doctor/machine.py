@@ -122,6 +122,7 @@ def _locks(folder: Path) -> Finding:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as first, open(first.name) as second:
         try:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Shared, because this descriptor only reads: NFS would refuse it an exclusive lock, whoever holds another.
             fcntl.flock(second, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return Finding("ok", f"{folder} can be written and locked")

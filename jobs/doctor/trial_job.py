@@ -85,6 +85,7 @@ class DoctorJob:
         write_json(self.folder / f"failed-{rank}.json", {"traceback": trace})
 
     def submitted(self, submit: Callable[[], str]) -> str:
+        # Nothing keeps the id: the command that submits this job waits for its end.
         return submit()
 
     def is_over(self) -> bool:

@@ -43,7 +43,7 @@ class EvaluateJob(Share):
     def left(self) -> str:
         try:
             results = json.loads(self._results.read_text())
-        except FileNotFoundError:
+        except FileNotFoundError:  # the share has ended before it had listed its units
             results = []
         done = sum(Path(result).exists() for result in results)
         return f"share {self.share[0]} of {self.share[1]} with {done} units done"

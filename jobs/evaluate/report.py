@@ -92,6 +92,7 @@ def differences(a: Evaluation, b: Evaluation) -> dict[str, dict[str, Any]]:
             low, high = (of_b - Estimate(metrics_a[name]["value"], replicates_a[name])).interval()
         verdict = _verdict(low, high, metrics_a[name]["better"])
         found[name] = {"value": value, "low": low, "high": high, "verdict": verdict}
+    # In the order of A: the set of common names has none.
     return {name: found[name] for name in metrics_a if name in found}
 
 
@@ -193,6 +194,7 @@ def _reference(rows: Sequence[Json]) -> Json:
     def key(row: Json) -> tuple[float, int]:
         return -abs(row["guidance"] - 1) if row["guidance"] is not None else 0.0, row["evaluations"]
 
+    # `max` returns the first of several that are equal.
     return max(reversed(rows), key=key)
 
 

@@ -57,7 +57,7 @@ def in_parts(train: TrainSettings, most: int) -> TrainSettings:
 def differences(old: ExperimentConfig, new: ExperimentConfig) -> list[tuple[str, Any, Any]]:
     """(flag, old value, new value) of every setting that differs, named as on the command line."""
     a, b = flags(old), flags(new)
-    return [(flag, a.get(flag), b.get(flag)) for flag in a.keys() | b.keys() if a.get(flag) != b.get(flag)]
+    return [(flag, a.get(flag), b.get(flag)) for flag in {**a, **b} if a.get(flag) != b.get(flag)]
 
 
 def flags(config: ExperimentConfig) -> dict[str, Any]:
@@ -121,4 +121,5 @@ def _from_dict(cls: type[C], values: Any, prefix: str, narrower: Mapping[str, ty
     try:
         return cls(**built)
     except TypeError as error:
+        # Types are not looked at above: a wrong one shows where a setting's check compares it with a number.
         raise UserError(f"experiment.json holds a value of the wrong type: {error}") from error

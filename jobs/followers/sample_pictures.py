@@ -44,6 +44,7 @@ class Sketches:
         self._started = time.monotonic()
         program = [sys.executable, "-m", "jobs.followers.sample_pictures"]
         command = [*program, str(self._run.path), str(newest), str(self._folder)]
+        # What this process prints, the job relays to its log: drawing must not print there, too.
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
 
     def close(self) -> None:

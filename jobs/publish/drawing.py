@@ -60,6 +60,7 @@ def npz_file(text: str) -> Path:
 def exact_numerics(precision: str) -> None:
     """Sets what equal bytes depend on: fp32 is IEEE fp32, and kernels add in a fixed order."""
     # The same as jobs/runtime/numerics.py, which would take half of the project along.
+    # It is read once, when cuBLAS is first used: call this before anything is on a GPU.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

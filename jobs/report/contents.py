@@ -99,6 +99,7 @@ class Content:
         """(part, what people read, percent, duration) of the time that the run has taken."""
         time = self.detail["time"]
         spent = [(part, name, time["seconds"][part]) for part, name in account.PARTS.items()]
+        # A shorter part would be read as 0 s.
         return [(part, name, 100 * s / time["whole_s"], duration(s)) for part, name, s in spent if s >= 0.5]
 
 
@@ -122,8 +123,8 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
         command=shlex.join(["python", Path(argv[0]).name, *argv[1:]]) if (argv := launch.get("argv")) else "",
         # The diff itself stays in launch.json: it may hold what is not to be passed on.
         changed_files=re.findall(r"^diff --git .* b/(.*)$", launch.get("git_diff") or "", re.MULTILINE),
-        history=[line for line in read_jsonl(run.metrics) if "step" in line],
-        timing=[line for line in read_jsonl(run.timing) if "event" in line],
+        history=read_jsonl(run.metrics),
+        timing=read_jsonl(run.timing),
         quality=read_jsonl(run.quality),
         pictures=_pictures(run, {**drawn, **STRIPS}, width),
         samples=shown,
@@ -175,6 +176,7 @@ def _checkpoints(folder: Path) -> list[Json]:
         _read_object(folder / checkpoints.folder_name(step) / checkpoints.MANIFEST)
         for step in checkpoints.steps(folder)
     ]
+    # The run may be running: of a checkpoint that it deletes meanwhile there is only {}.
     return [manifest for manifest in found if "files" in manifest]
 
 

@@ -58,6 +58,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
         autoescape=True,
         # Not isinstance: Markup is a str, too, and in Bokeh's code nothing may be replaced.
         finalize=lambda value: public(value) if type(value) is str else value,  # whatever it is that the page says
+        # A misspelt name must fail: by default Jinja writes nothing in its place.
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -81,7 +82,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
         events=events,
         machine=machine,
         hashes=hashes,
-        zip=zip,
+        zip=zip,  # Jinja has none
     )
 
 

@@ -45,6 +45,7 @@ class SignalWatch:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "SignalWatch":
+        # nohup has it ignored, and then a terminal that closes is no reason to stop.
         nohup = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS.keys() - nohup}
         # On Slurm they are held back until now (slurm/shield.py).

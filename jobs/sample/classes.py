@@ -36,5 +36,6 @@ def predictions(scale: float | None) -> int:
 
 def label(classes: tuple[int, ...]) -> str:
     """Names classes in file names, as in `0-9` and `3+5`."""
+    # Among neighbours, the class less its place is the same number.
     runs = [[k for _, k in run] for _, run in groupby(enumerate(classes), lambda pair: pair[1] - pair[0])]
     return "+".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)

@@ -24,6 +24,7 @@ Node = tuple[int, int]
 def halves(node: Node) -> tuple[Node, Node]:
     """Returns the two subtrees below a node; the first one is the largest full tree that leaves something over."""
     start, stop = node
+    # `-` binds before `<<`: to the start comes the largest power of two below the number of shards.
     middle = start + (1 << (stop - start - 1).bit_length() - 1)
     return (start, middle), (middle, stop)
 

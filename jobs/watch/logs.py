@@ -1,5 +1,6 @@
 """Reads and follows what a run prints, wherever it runs."""
 
+import codecs
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,4 +87,6 @@ def _read_from(path: Path, position: int) -> tuple[str, int]:
             content = file.read()
     except FileNotFoundError:
         return "", position
-    return content.decode(errors="replace"), position + len(content)
+    # Of a character that is written only in part, the next read gets all.
+    text, used = codecs.utf_8_decode(content, "replace", False)
+    return text, position + used

@@ -428,3 +428,15 @@ def test_a_run_takes_no_other_images(colours: NDArray[np.uint8], tmp_path: Path)
     assert refused.code == 2 and "exists with other settings: data.sha256 is " in refused.err
     refused = launch("resume", "images/a", "--train.steps", 3, cwd=tmp_path)
     assert refused.code == 2 and "are not those that the run began with" in refused.err
+
+
+def test_a_sweep_over_folders_trains_on_the_images_of_each(colours: NDArray[np.uint8], tmp_path: Path) -> None:
+    for name, images in (("one", colours), ("two", 255 - colours)):
+        write_folder(tmp_path / name, images)
+    small = ("--model.dim", 8, "--train.batch-size", 4, "--train.steps", 2)
+    swept = ("--name", "s", "--grid", "data.root=one,two")
+    done("sweep", "images", "--data.root", "one", *small, *swept, cwd=tmp_path, **NO_FIGURES)
+    kept = [tmp_path / "runs" / "images" / f"s-{i:03d}" / "experiment.json" for i in range(2)]
+    one, two = (json.loads(path.read_text())["data"] for path in kept)
+    assert [one["root"], two["root"]] == [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert one["sha256"] != two["sha256"]

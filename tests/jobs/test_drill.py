@@ -1,10 +1,12 @@
 """The drill tells the truth: equal where it is equal, different where a byte differs."""
 
+import signal
 from pathlib import Path
 
 from jobs.doctor.drill import differences
+from jobs.storage import ownership
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, done
+from tests.launching import NO_FIGURES, done, interrupt, start, wait_until
 
 
 def test_a_drill_finds_equal_results_and_would_see_a_changed_byte(tmp_path: Path) -> None:
@@ -23,3 +25,12 @@ def test_a_drill_finds_equal_results_and_would_see_a_changed_byte(tmp_path: Path
     content[-1] ^= 1
     path.write_bytes(content)
     assert differences(whole, killed) == ["checkpoints/step-00000240/ema.safetensors"]
+
+
+def test_ctrl_c_ends_the_trainings_of_the_drill_as_well(tmp_path: Path) -> None:
+    drill = start("drill", "--steps", "1000000", "--cluster", "local", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
+    wait_until(lambda: list(tmp_path.glob("runs/drill/*/1d/whole/metrics.jsonl")))
+    assert interrupt(drill, signal.SIGINT).code == 130
+    (path,) = tmp_path.glob("runs/drill/*/1d/whole")
+    assert not ownership.is_locked(path)
+    assert RunFolder(path).state() == "cancelled"

@@ -5,6 +5,8 @@ import signal
 import threading
 from pathlib import Path
 
+import pytest
+
 from jobs.storage.run_folder import RunFolder
 from jobs.watch import logs
 from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
@@ -90,3 +92,17 @@ def test_a_file_that_comes_late_grows_and_is_cut(tmp_path: Path) -> None:
     reader.join(timeout=120)
     assert not reader.is_alive()
     assert len(titles) == 1
+
+
+def test_a_letter_that_is_written_in_two_pieces_stays_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LOOK_S", 0.0)
+    run, pieces = RunFolder(tmp_path), [b"L\xc3", b"\xa4ufe\n"]
+
+    def is_alive() -> bool:
+        if pieces:
+            with run.log.open("ab") as file:
+                file.write(pieces.pop(0))
+            return True
+        return False
+
+    assert "".join(logs.follow(run, is_alive, lambda _: None)) == "Läufe\n"
