@@ -26,6 +26,9 @@ from slurm import queue
 from slurm.place import Here
 from slurm.profile import load as load_profile
 
+NEWER = ("held_out_every", "noise_levels")
+"""Settings of a training that presets have got since the first version."""
+
 
 def choice(name: str) -> Any:
     """An experiment of the table as a subcommand: its settings, and its name in `experiment`."""
@@ -182,16 +185,18 @@ def as_begun(run: RunFolder, config: ExperimentConfig, where: Where) -> Experime
     """Returns the settings with those decided that a run keeps from its first start on, unless another one is given.
 
     These are the shards of the gradient, for a new run one for each process (of a range as many as divide the batch),
-    and held-out losses, which runs of earlier versions have begun without.
+    and what runs of earlier versions have begun without.
     """
     train = config.train
     if run.exists():
         experiment, old = run.read_experiment()
         if train.grad_shards is None:
             train = replace(train, grad_shards=old.train.grad_shards)
-        # A command line does not tell whether the preset's value was typed, so it counts as not given.
-        if train.held_out_every == EXPERIMENTS[experiment].preset.train.held_out_every:
-            train = replace(train, held_out_every=old.train.held_out_every)
+        preset = EXPERIMENTS[experiment].preset.train
+        for name in NEWER:
+            # A command line does not tell whether the preset's value was typed, so it counts as not given.
+            if getattr(train, name) == getattr(preset, name):
+                train = replace(train, **{name: getattr(old.train, name)})
     elif train.grad_shards is None:
         sizes = (size for size in range(where.processes, where.least - 1, -1) if train.batch_size % size == 0)
         train = replace(train, grad_shards=next(sizes, None))

@@ -12,8 +12,8 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 
-FORMAT = 3
-"""Raise it when a setting comes, goes or changes its meaning. 1 had no number, 1 and 2 no alerts."""
+FORMAT = 4
+"""Raise it when a setting comes, goes or changes its meaning. 1 had no number, 1 and 2 no alerts, 3 no noise levels."""
 
 
 def write(experiment: str, config: ExperimentConfig) -> str:

@@ -47,9 +47,9 @@ class TrainSettings:
     """AdamW's decoupled weight decay."""
     beta2: float = 0.99
     """AdamW's decay of the squared gradient."""
-    importance: float = 0.0
-    """Draw timesteps in proportion to alpha_bar^importance, with weights that leave the mean of the loss what it is:
-    fewer of those where next to nothing of an image is left. 0 draws all alike."""
+    noise_levels: tuple[float, float] | None = None
+    """Mean and standard deviation of ln(sigma / alpha), the noise of training examples: with -0.2 0.9 most images are
+    half hidden. The loss is that of v, as in EDM. None is as in DDPM: all timesteps alike, and the loss of eps."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     ema_decay: float = 0.999
@@ -100,8 +100,10 @@ class TrainSettings:
             require(getattr(self, name) >= 0, f"{_flag(name)} must be at least 0", getattr(self, name))
         needs = "train.keep-best needs train.held-out-every to be at least 1"
         require(self.held_out_every >= 1 or not self.keep_best, needs, self.held_out_every)
-        # Beyond 1, an example of the noisiest timesteps would come rarely and outweigh thousands of others.
-        require(0 <= self.importance <= 1, "train.importance must lie between 0 and 1", self.importance)
+        mean, std = self.noise_levels or (0.0, 1.0)
+        rule = "train.noise-levels must be a mean from -5 to 5 and a standard deviation from 0.1 to 5"
+        # Beyond them a schedule has no timesteps, or all that it has would be alike.
+        require(-5 <= mean <= 5 and 0.1 <= std <= 5, rule, self.noise_levels)
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)
         # If the newest one turns out to be damaged, the one before it is the last resort.

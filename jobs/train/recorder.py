@@ -144,7 +144,7 @@ class RunRecorder(Recorder):
         self._ended = False
 
     def start(self) -> None:
-        step, floor = self._training.step, self._training.experiment.loss_floor()
+        step, floor = self._training.step, self._training.loss_floor()
         marks = {"event": "start", "step": step, "restarts": self._status.values["restarts"], "loss_floor": floor}
         account = {"began": _began(), "on_slurm": self._status.values["on_slurm"], "reached": self._reached}
         heard = {"heard": self._status.previous["updated"]} if "updated" in self._status.previous else {}

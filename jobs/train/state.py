@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from diffusion.process.importance import Importance
 from diffusion.process.model import DiffusionModel, Experiment
+from diffusion.process.noise_levels import NoiseLevels
 from diffusion.process.randomness import Stream, generator, normal, stratified
 from diffusion.process.transfer import sent
 from jobs.experiments.settings import TrainSettings
@@ -58,13 +58,12 @@ class Update:
         return not math.isfinite(self.grad_norm)
 
 
-def band_sums(losses: Tensor, weights: Tensor, t: Tensor, num_timesteps: int) -> tuple[Tensor, Tensor]:
-    """The sums of weighted losses [n] and of their weights [n] in each band of timesteps, [LOSS_BANDS] in float64."""
+def band_sums(losses: Tensor, t: Tensor, num_timesteps: int) -> tuple[Tensor, Tensor]:
+    """The sum of losses [n] and the number of examples in each band of timesteps, both [LOSS_BANDS] in float64."""
     bands = torch.arange(LOSS_BANDS, device=t.device)
     inside = (t * LOSS_BANDS // num_timesteps)[:, None] == bands  # [n, LOSS_BANDS]
     # Not index_add: on a GPU its order of summation, hence the last bits, would depend on chance.
-    losses, weights = (torch.where(inside, values[:, None].double(), 0.0).sum(0) for values in (losses, weights))
-    return losses, weights
+    return torch.where(inside, losses[:, None].double(), 0.0).sum(0), inside.double().sum(0)
 
 
 def lr_at(step: int, settings: TrainSettings) -> float:
@@ -89,8 +88,8 @@ class Training:
         flat = Flat(self.raw.network)
         self._gradient = flat.place_gradients()
         self.ema = Ema(self.raw.network, flat.weights)
-        self._importance = Importance(self.raw.alphas_cumprod, settings.importance)
-        self._loss_weights = self._importance.weights.to(world.device)
+        self._levels = NoiseLevels(self.raw.alphas_cumprod, settings.noise_levels)
+        self._weights = self._levels.weights.to(world.device)
         self.held_out = HeldOut(experiment, self.ema_model, world)
         # The model is on its device already. Placement by Accelerate would copy the parameters out of the flat tensor.
         # In evaluation mode it adds autocast alone: gradients are summed in an order of our own (jobs/train/shards.py).
@@ -147,8 +146,8 @@ class Training:
         return torch.cat(losses), norm
 
     def _pass(self, *examples: Tensor) -> Tensor:
-        """Returns the weighted losses of a shard's examples, and adds their part of the batch's gradient."""
-        losses: Tensor = self.model(*examples) * self._loss_weights[examples[1]]
+        """Returns the losses of a shard's examples, and adds their part of the batch's gradient."""
+        losses: Tensor = self.model(*examples) * self._weights[examples[1]]
         self.world.accelerator.backward(losses.sum() / self.settings.batch_size)
         return losses.detach()
 
@@ -236,7 +235,7 @@ class Training:
         start, stop = self._share()
         u = stratified(seed, Stream.TIMESTEP, step, start, stop, batch_size)
         eps = normal(seed, Stream.NOISE, step, start, stop, self.experiment.sample_shape)
-        return self._importance.timesteps(u), eps
+        return self._levels.timesteps(u), eps
 
     def sums(self, update: Update) -> tuple[float, Tensor, Tensor]:
         """Returns the step's mean loss, and `band_sums`, over the whole batch; every process must call it.
@@ -245,11 +244,15 @@ class Training:
         """
         rows = torch.zeros(self.shards, 1 + 2 * LOSS_BANDS, dtype=torch.float64, device=self.world.device)
         for shard, (losses, t) in enumerate(self._by_shard(update.losses, update.t), self._own_shards[0]):
-            bands = band_sums(losses, self._loss_weights[t], t, len(self.raw.alphas_cumprod))
+            bands = band_sums(losses, t, len(self.raw.alphas_cumprod))
             rows[shard] = torch.cat([losses.double().sum()[None], *bands])
         # Of each row one process has the numbers and the others zeros, which can be added in any order.
-        loss, sums, weights = self.world.sum(rows).sum(0).cpu().split([1, LOSS_BANDS, LOSS_BANDS])
-        return float(loss) / self.settings.batch_size, sums, weights
+        loss, sums, counts = self.world.sum(rows).sum(0).cpu().split([1, LOSS_BANDS, LOSS_BANDS])
+        return float(loss) / self.settings.batch_size, sums, counts
+
+    def loss_floor(self) -> float | None:
+        """The smallest loss that any network can reach, where it is known: for timesteps that count alike."""
+        return self.experiment.loss_floor() if self.settings.noise_levels is None else None
 
     def ema_model(self) -> DiffusionModel:
         """Builds a model whose network has the averaged weights."""
