@@ -33,7 +33,7 @@ def training(
     if held_out:
         steps, values = [line["step"] for line in held_out], [line["held_out_loss"] for line in held_out]
         loss.plot(steps, values, color=PALETTE[1], linewidth=1.5, marker=".", label="held out, averaged weights")
-    loss.set(title="Loss", ylabel="mean squared error of the noise", yscale="log")
+    loss.set(title="Loss", ylabel="mean squared error", yscale="log")
     loss.yaxis.set_major_formatter(ScalarFormatter())
     loss.yaxis.set_minor_formatter(ScalarFormatter())
     loss.tick_params(axis="y", which="minor", labelsize="small")

@@ -6,7 +6,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffusion.process.model import DiffusionModel, Experiment, timesteps
+from diffusion.process.model import DiffusionModel, Experiment
+from diffusion.process.noise_levels import NoiseLevels
 from diffusion.process.randomness import Stream, normal, stratified
 from jobs.runtime.world import World
 
@@ -15,14 +16,16 @@ CHUNK = 128
 
 
 class HeldOut:
-    """Measures the same examples at the same timesteps, with the same noise, in every run of the data.
+    """Measures the same examples at the same timesteps, with the same noise, in every run with these noise levels.
 
     They are drawn as step 0 of seed 0, and a training draws steps from 1 on.
     """
 
-    def __init__(self, experiment: Experiment, build: Callable[[], DiffusionModel], world: World) -> None:
+    def __init__(
+        self, experiment: Experiment, levels: NoiseLevels, build: Callable[[], DiffusionModel], world: World
+    ) -> None:
         """`build` returns a model whose network has the averaged weights, now and when they have changed."""
-        self._experiment, self._build, self._world = experiment, build, world
+        self._experiment, self._levels, self._build, self._world = experiment, levels, build, world
 
     @cached_property
     def _model(self) -> DiffusionModel:
@@ -33,7 +36,7 @@ class HeldOut:
         """x0 [n, *sample_shape], t [n], eps like x0 and what the network is told, in chunks."""
         x0, *told = self._experiment.held_out()
         u = stratified(0, Stream.TIMESTEP, 0, 0, len(x0), len(x0))
-        t = torch.from_numpy(timesteps(u, len(self._model.alphas_cumprod)))
+        t = torch.from_numpy(self._levels.timesteps(u))
         eps = torch.from_numpy(normal(0, Stream.NOISE, 0, 0, len(x0), tuple(x0.shape[1:])))
         return list(zip(*(part.split(CHUNK) for part in (x0, t, eps, *told)), strict=True))
 
@@ -48,6 +51,7 @@ class HeldOut:
         for i in range(world.rank, len(self._chunks), world.size):
             with world.accelerator.autocast():
                 losses = self._model(*(part.to(device) for part in self._chunks[i]))
-            sums[i] = losses.double().sum()
+            _, t, *_ = self._chunks[i]
+            sums[i] = (losses * self._levels.weights[t].to(device)).double().sum()
         # The other processes have zeros there, so to add them up changes no bits.
         return float(world.sum(sums).sum()) / sum(len(x0) for x0, *_ in self._chunks)

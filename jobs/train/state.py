@@ -90,7 +90,7 @@ class Training:
         self.ema = Ema(self.raw.network, flat.weights)
         self._levels = NoiseLevels(self.raw.alphas_cumprod, settings.noise_levels)
         self._weights = self._levels.weights.to(world.device)
-        self.held_out = HeldOut(experiment, self.ema_model, world)
+        self.held_out = HeldOut(experiment, self._levels, self.ema_model, world)
         # The model is on its device already. Placement by Accelerate would copy the parameters out of the flat tensor.
         # In evaluation mode it adds autocast alone: gradients are summed in an order of our own (jobs/train/shards.py).
         self.model: nn.Module = world.accelerator.prepare_model(self.raw, device_placement=False, evaluation_mode=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.process.model import DiffusionModel
+from diffusion.process.schedules import log_snr
 from diffusion.settings import MlpSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start
@@ -92,6 +93,20 @@ def test_the_held_out_loss_of_the_exact_network_is_the_smallest_that_any_can_hav
     other = Training(experiment, replace(preset.train, seed=8), training.world)
     other.held_out._build = training.held_out._build
     assert other.held_out.loss() == found
+
+
+def test_the_held_out_loss_is_of_the_noise_levels_that_the_training_draws() -> None:
+    preset, mean, std = EXPERIMENTS["1d"].preset, -0.2, 0.9
+    experiment = preset.build()
+    assert isinstance(experiment, Gaussian1d)
+    training = Training(experiment, replace(preset.train, noise_levels=(mean, std)), start(1, "cpu", "fp32"))
+    training.held_out._build = lambda: Exact(experiment)
+    level = -log_snr(experiment.abar).double()  # ln(sigma / alpha) of each timestep
+    share = torch.exp(-0.5 * ((level - mean) / std) ** 2) * torch.gradient(level)[0]
+    floors = experiment.mixture.loss_floor(experiment.abar) / experiment.abar  # of v
+    exact = float((share / share.sum() * floors).sum())
+    assert training.held_out.loss() == pytest.approx(exact, rel=0.06)  # 8,192 draws, which vary by 2%
+    assert training.loss_floor() is None  # it is that of eps with all timesteps alike
 
 
 class Exact(DiffusionModel):
