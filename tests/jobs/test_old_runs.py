@@ -11,6 +11,7 @@ import pytest
 from commands.train import as_begun
 from commands.where import LaunchTraining
 from jobs.experiments.table import EXPERIMENTS as TABLE
+from jobs.experiments.table import HALF_HIDDEN
 from jobs.storage.run_folder import RunFolder
 from tests.launching import NO_FIGURES, done, status
 from tests.old_runs import ARCHIVES, EXPERIMENTS, unpack
@@ -26,7 +27,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Callabl
 
     @cache
     def today(*arguments: str) -> Path:
-        done(*arguments, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
+        # The preset of digits has got these since.
+        done(*arguments, "--train.noise-levels", "None", cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
         return root / "runs" / arguments[1] / arguments[arguments.index("--name") + 1]
 
     return today
@@ -85,8 +87,10 @@ def test_an_old_run_has_no_room_of_todays(tmp_path: Path) -> None:
     assert not (run / "code" / "jobs" / "train").exists()
 
 
-def test_an_old_run_gets_no_held_out_losses_by_the_command_that_began_it(tmp_path: Path) -> None:
-    preset, where = TABLE["1d"].preset, LaunchTraining(cluster="local", device="cpu")
-    old = unpack(ARCHIVES[-1], "1d", tmp_path, tmp_path)
-    assert as_begun(RunFolder(old), preset, where).train.held_out_every == 0
-    assert as_begun(RunFolder(tmp_path / "new"), preset, where).train.held_out_every > 0
+def test_an_old_run_keeps_what_presets_have_changed_by_the_command_that_began_it(tmp_path: Path) -> None:
+    preset, where = TABLE["mnist-small"].preset, LaunchTraining(cluster="local", device="cpu")
+    old = unpack(ARCHIVES[-1], "mnist-small", tmp_path, tmp_path)
+    old_train, new_train = (as_begun(RunFolder(run), preset, where).train for run in (old, tmp_path / "new"))
+    assert (old_train.held_out_every, old_train.noise_levels) == (0, None)
+    assert (new_train.held_out_every, new_train.noise_levels) == (preset.train.held_out_every, HALF_HIDDEN)
+    assert preset.train.held_out_every > 0
