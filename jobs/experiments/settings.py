@@ -48,7 +48,7 @@ class TrainSettings:
     beta2: float = 0.99
     """AdamW's decay of the squared gradient."""
     noise_levels: tuple[float, float] | None = None
-    """Mean and standard deviation of ln(sigma / alpha), the noise of training examples: with -0.2 0.9 most images are
+    """Mean and standard deviation of ln(sigma / alpha), the noise of training examples: with 0.1 0.9 most images are
     half hidden. The loss is that of v, as in EDM. None is as in DDPM: all timesteps alike, and the loss of eps."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""

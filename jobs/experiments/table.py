@@ -37,7 +37,7 @@ SMALL_UNET = UnetSettings(dim=32, dim_mults=(1, 2), attn_heads=(1, 2), noise_ski
 SMALL_CLASS_UNET = ClassUnetSettings(dim=32, dim_mults=(1, 2), noise_skip=True, patch_size=2)
 
 
-HALF_HIDDEN = (-0.2, 0.9)
+HALF_HIDDEN = (0.1, 0.9)
 """Noise levels at which most images are half hidden, where a network learns the shape of digits."""
 
 
