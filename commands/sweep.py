@@ -33,16 +33,16 @@ class Sweep:
     where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
-        experiment, base = self.chosen.experiment, self.chosen.config.absolute()
+        experiment, base, points = self.chosen.experiment, self.chosen.config, grid.points(self.grid)
+        if not any(name.startswith("data.") for name in points[0]):
+            base = base.absolute()  # once for all points: own images are read for it
         folder = self.where.runs_dir / experiment
         place = self.where.place(RunFolder(folder / run_folder.check_name(self.name)))
         device, retries = self.where.resolve_device(place), self.where.retries_at(place)
         jobs, busy = [], 0
-        for i, point in enumerate(grid.points(self.grid)):
-            # Other data are still to be read, and what `absolute` has found out of the shared ones is not theirs.
-            shared = self.chosen.config if any(name.startswith("data.") for name in point) else base
+        for i, point in enumerate(points):
             # By tyro and not by hand: so a point takes, and refuses, what the flags do.
-            config = tyro.cli(type(base), default=shared, args=grid.arguments(point), prog="--grid").absolute()
+            config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid").absolute()
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
             config = as_begun(run, config, self.where)

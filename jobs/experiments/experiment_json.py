@@ -43,6 +43,11 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
     return experiment, config if most is None else replace(config, train=in_parts(config.train, most))
 
 
+def missing(text: str) -> set[str]:
+    """The settings of training that did not exist yet when this experiment.json was written."""
+    return {setting.name for setting in dataclasses.fields(TrainSettings)} - json.loads(text).get("train", {}).keys()
+
+
 def in_parts(train: TrainSettings, most: int) -> TrainSettings:
     """Cuts shards so small that none has more than `most` examples: a GPU takes as many at a time, and as much memory.
 

@@ -48,8 +48,9 @@ class TrainSettings:
     beta2: float = 0.99
     """AdamW's decay of the squared gradient."""
     noise_levels: tuple[float, float] | None = None
-    """Mean and standard deviation of ln(sigma / alpha), the noise of training examples: with 0.1 0.9 most images are
-    half hidden. The loss is that of v, as in EDM. None is as in DDPM: all timesteps alike, and the loss of eps."""
+    """Mean and standard deviation of ln(sigma / alpha), the noise of nine in ten training examples: with 0.1 0.9 most
+    are half hidden. The loss is that of v, as in EDM, for which a network needs --model.noise-skip. None is as in DDPM:
+    all timesteps alike, and the loss of eps."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
     ema_decay: float = 0.999
@@ -100,10 +101,10 @@ class TrainSettings:
             require(getattr(self, name) >= 0, f"{_flag(name)} must be at least 0", getattr(self, name))
         needs = "train.keep-best needs train.held-out-every to be at least 1"
         require(self.held_out_every >= 1 or not self.keep_best, needs, self.held_out_every)
-        mean, std = self.noise_levels or (0.0, 1.0)
+        levels = self.noise_levels
         rule = "train.noise-levels must be a mean from -5 to 5 and a standard deviation from 0.1 to 5"
-        # Beyond them a schedule has no timesteps, or all that it has would be alike.
-        require(-5 <= mean <= 5 and 0.1 <= std <= 5, rule, self.noise_levels)
+        fits = levels is None or (len(levels) == 2 and -5 <= levels[0] <= 5 and 0.1 <= levels[1] <= 5)
+        require(fits, rule, levels)
         decay = self.weight_decay
         require(math.isfinite(decay) and decay >= 0, "train.weight-decay must be at least 0 and finite", decay)
         # If the newest one turns out to be damaged, the one before it is the last resort.

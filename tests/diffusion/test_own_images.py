@@ -28,7 +28,7 @@ from diffusion.images.pixels import unscaled
 from diffusion.problems.own_images import OwnClassesProblem, OwnImagesProblem
 from diffusion.settings import DiffusionSettings, SamplerSettings, SettingsError, UnetSettings
 from diffusion.statistics.evaluator import Drawn
-from tests.launching import NO_FIGURES, done, launch
+from tests.launching import NO_FIGURES, done, launch, status
 from tests.made_images import idx
 
 N = 60
@@ -435,8 +435,9 @@ def test_a_sweep_over_folders_trains_on_the_images_of_each(colours: NDArray[np.u
         write_folder(tmp_path / name, images)
     small = ("--model.dim", 8, "--train.batch-size", 4, "--train.steps", 2)
     swept = ("--name", "s", "--grid", "data.root=one,two")
-    done("sweep", "images", "--data.root", "one", *small, *swept, cwd=tmp_path, **NO_FIGURES)
+    done("sweep", "images", *small, *swept, cwd=tmp_path, **NO_FIGURES)
     kept = [tmp_path / "runs" / "images" / f"s-{i:03d}" / "experiment.json" for i in range(2)]
     one, two = (json.loads(path.read_text())["data"] for path in kept)
     assert [one["root"], two["root"]] == [str(tmp_path / "one"), str(tmp_path / "two")]
     assert one["sha256"] != two["sha256"]
+    assert [status(path.parent)["state"] for path in kept] == ["finished", "finished"]

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from commands.train import as_begun
+from commands.train import as_begun, check_same_settings
 from commands.where import LaunchTraining
+from diffusion.errors import UserError
 from jobs.experiments.table import EXPERIMENTS as TABLE
 from jobs.experiments.table import HALF_HIDDEN
 from jobs.storage.run_folder import RunFolder
@@ -94,3 +96,10 @@ def test_an_old_run_keeps_what_presets_have_changed_by_the_command_that_began_it
     assert (old_train.held_out_every, old_train.noise_levels) == (0, None)
     assert (new_train.held_out_every, new_train.noise_levels) == (preset.train.held_out_every, HALF_HIDDEN)
     assert preset.train.held_out_every > 0
+    # A run of today that was begun with other levels is another run.
+    run = RunFolder(tmp_path / "mnist-small" / "b")
+    run.create(
+        "mnist-small", replace(preset, train=replace(new_train, noise_levels=None)), {}, lambda code: code.mkdir()
+    )
+    with pytest.raises(UserError, match=r"train\.noise-levels is None, not \(0\.1, 0\.9\)"):
+        check_same_settings(run, "mnist-small", as_begun(run, preset, where))
