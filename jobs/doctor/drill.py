@@ -132,7 +132,7 @@ def _expect_success(process: Process, what: str) -> None:
 def trainings(command: Sequence[str], log: Path) -> Iterator[Start]:
     """Yields a function that starts `command --name NAME --gpus N`; what it prints goes to a file.
 
-    Whatever ends the drill, what was started is told to end as well.
+    If the drill ends early, what it has started is told to end. A job on Slurm goes on: there, that ends the waiting.
     """
     started: list[Process] = []
 

@@ -30,8 +30,13 @@ def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
 
 
 def by_loss(runs: Sequence[RunFolder], jobs: states.Jobs | None) -> list[dict[str, Any]]:
-    """Returns what `status` shows of a sweep's runs, smallest loss first; `point` holds the settings that differ."""
+    """Returns what `status` shows of a sweep's runs, smallest loss first; `point` holds the settings that differ.
+
+    Runs with different noise levels stay in the order of the grid, because their losses are those of other things.
+    """
     entries = [asdict(states.summarize(run, jobs)) | {"point": run.read_launch()["point"]} for run in runs]
+    if len({run.read_experiment()[1].train.noise_levels for run in runs}) > 1:
+        return entries
     return sorted(entries, key=lambda entry: math.inf if entry["loss"] is None else entry["loss"])
 
 

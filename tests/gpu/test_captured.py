@@ -24,7 +24,10 @@ def training(experiment: str, device: Kind, mnist_root: Path, world: World) -> T
         found = jobs.training(device, mnist_root, world)
     else:
         preset = EXPERIMENTS[experiment].preset
-        found = Training(preset.build(), replace(preset.train, warmup_steps=2, grad_shards=4), world)
+        levels = (0.1, 0.9)  # so that the weights of timesteps differ
+        found = Training(
+            preset.build(), replace(preset.train, warmup_steps=2, grad_shards=4, noise_levels=levels), world
+        )
     right = found.experiment.batch
 
     def batch(seed: int, step: int, *rest: object) -> torch.Tensor:

@@ -66,6 +66,14 @@ def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) ->
     assert "finished or on their way" in done(*COMMAND, cwd=tmp_path).out
 
 
+def test_losses_of_different_noise_levels_are_not_compared(tmp_path: Path) -> None:
+    command = ("sweep", "1d", *TINY, "--diffusion.timesteps", "21", "--train.steps", "2", "--name", "S")
+    done(*command, "--cluster", "local", "--grid", "train.noise-levels=0 1,None", cwd=tmp_path, **NO_FIGURES)
+    shown = json.loads(done("status", "S", "--json", cwd=tmp_path).out)
+    assert [entry["point"] for entry in shown] == [{"train.noise-levels": "0 1"}, {"train.noise-levels": "None"}]
+    assert shown[0]["loss"] > shown[1]["loss"]  # an error of v is one of eps, over alpha
+
+
 def test_ctrl_c_ends_the_whole_sweep(tmp_path: Path) -> None:
     endless = ("--train.steps", "1000000", "--name", "S", "--cluster", "local", "--grid", "train.seed=0,1")
     process = start("sweep", "1d", *TINY, *endless, cwd=tmp_path, **NO_FIGURES)
