@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from jobs import notify
@@ -34,7 +33,6 @@ from jobs.tracking import dashboard
 from jobs.tracking.dashboard import Level, NoDashboard
 from jobs.tracking.identity import Identity, Machine
 from jobs.tracking.server import why_not_online
-from jobs.train.state import LOSS_BANDS, band_sums
 from tests.held import AFTER_STEP, held, let_go, start_held
 from tests.launching import (
     NO_FIGURES,
@@ -513,16 +511,3 @@ def test_a_line_that_is_read_while_it_is_written_comes_once_and_whole(tmp_path: 
     path.with_name("new").replace(path)  # as a new start does, which makes the lines after its checkpoint again
     assert [line["step"] for line in tail.read()] == [1, 3]
     assert tail.is_new
-
-
-def test_loss_by_timestep_is_the_mean_over_the_examples_of_each_band() -> None:
-    losses, t = torch.rand(100), torch.randint(0, 750, (100,))  # none in the last band
-    losses[0], t[0] = torch.nan, 10
-    sums, counts = band_sums(losses, t, 1000)
-    assert counts.sum() == 100
-    assert counts[-1] == 0
-    assert torch.isnan(sums[0])  # and in no other band
-    for band in range(1, LOSS_BANDS - 1):
-        inside = losses[(t >= 250 * band) & (t < 250 * (band + 1))]
-        assert float(sums[band]) == pytest.approx(float(inside.double().sum()), rel=1e-12)
-        assert counts[band] == len(inside)

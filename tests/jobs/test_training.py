@@ -16,7 +16,7 @@ from diffusion.settings import MlpSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.world import start
 from jobs.train.ema import decay_at
-from jobs.train.state import Training, lr_at
+from jobs.train.state import LOSS_BANDS, Training, band_sums, lr_at
 
 STEPS = 4
 
@@ -186,3 +186,16 @@ def test_a_try_of_a_step_moves_nothing() -> None:
     for kept, found in ((before.model, after.model), (before.ema, after.ema)):
         torch.testing.assert_close(found, kept, rtol=0, atol=0)
     torch.testing.assert_close(after.optimizer["state"], before.optimizer["state"], rtol=0, atol=0)
+
+
+def test_loss_by_timestep_is_the_mean_over_the_examples_of_each_band() -> None:
+    losses, t = torch.rand(100), torch.randint(0, 750, (100,))  # none in the last band
+    losses[0], t[0] = torch.nan, 10
+    sums, counts = band_sums(losses, t, 1000)
+    assert counts.sum() == 100
+    assert counts[-1] == 0
+    assert torch.isnan(sums[0])  # and in no other band
+    for band in range(1, LOSS_BANDS - 1):
+        inside = losses[(t >= 250 * band) & (t < 250 * (band + 1))]
+        assert float(sums[band]) == pytest.approx(float(inside.double().sum()), rel=1e-12)
+        assert counts[band] == len(inside)
