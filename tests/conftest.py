@@ -12,6 +12,7 @@ import pytest
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from tests import launching, processes
+from tests.warm import NO_FIGURES
 
 # A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,8 +73,6 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def no_plots(tmp_path: Path) -> dict[str, str]:
+def no_plots() -> dict[str, str]:
     """An environment in which the plotting library cannot be imported."""
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "matplotlib.py").write_text("raise ImportError('fonts are gone')")
-    return {"PYTHONPATH": str(tmp_path / "broken")}
+    return {"PYTHONPATH": str(NO_FIGURES)}

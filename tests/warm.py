@@ -2,10 +2,10 @@
 
 Importing torch and what comes with it takes seconds, and hundreds of tests start a command that is about something
 else. A command that is forked is a process of its own like any other: session, signals, folder, environment, streams.
-Only the libraries have been loaded before it began; the project's own modules it imports itself, after its environment
-is set. The processes that it shares its work with (`slurm.local`), and the commands that a drill starts, are forked in
-the same way. What a test wants to see of starting, or of variables that libraries read when they are loaded, needs a
-plain start (`tests.launching.start(..., plain=True)`).
+Loaded before it began are the libraries, and those modules of the project that draw nothing: none of them looks at its
+environment when it is imported. The processes that it shares its work with (`slurm.local`), and the commands that a
+drill starts, are forked in the same way, and import the project's modules anew. What a test wants to see of starting,
+or of variables that libraries read when they are loaded, needs a plain start (`tests.launching.start(plain=True)`).
 """
 
 import atexit
@@ -37,6 +37,13 @@ LIBRARIES = (
     *("PIL.Image", "tqdm", "tyro", "typeguard"),
 )
 OURS = ("commands", "diffusion", "jobs", "slurm")
+COMMANDS = (
+    *("commands.train", "commands.sample", "commands.evaluate", "commands.watch"),
+    *("jobs.train.job", "jobs.train.loop", "jobs.sample.job", "jobs.evaluate.job", "slurm.local"),
+)
+"""What commands import; figures are not among it, because a test may leave out the plotting library."""
+NO_FIGURES = ROOT / "tests" / "no_figures"
+"""Where Python finds no plotting library."""
 EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "CUDA")
 """Variables that begin so are read when a process or a library begins: too early for one that is forked."""
 
@@ -153,7 +160,7 @@ def main() -> int:
     """Forks until the tests are gone; in a process that has been forked, runs launch.py."""
     tests = socket.socket(fileno=int(sys.argv[1]))
     gc.disable()
-    for library in LIBRARIES:
+    for library in (*LIBRARIES, *COMMANDS):
         __import__(library)
     gc.freeze()  # else the first collection in each child would copy all of it
     gc.enable()
@@ -269,7 +276,10 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8")
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w", closefd=False)), "utf-8")
     sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w", closefd=False)), "utf-8", line_buffering=True)
-    sys.modules.update(dict.fromkeys(env.get("LAUNCHED_WITHOUT", "").split()))  # type: ignore[arg-type]
+    if "LAUNCHED_WITHOUT" in env:
+        sys.modules[env["LAUNCHED_WITHOUT"]] = None  # type: ignore[assignment]
+        # The processes beside it, which follow a run, find none either.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_FIGURES), *filter(None, [os.environ.get("PYTHONPATH")])])
     if "LAUNCHED_SLOWED" in env:
         _slow(*env["LAUNCHED_SLOWED"].split(":"))
     sys.argv = command if command[0] != "-m" else command[1:]
