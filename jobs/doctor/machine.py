@@ -1,7 +1,6 @@
 """Examines this machine for faults that would cost a run later."""
 
 import fcntl
-import os
 import platform
 import shutil
 import sys
@@ -13,10 +12,10 @@ from typing import Literal, NamedTuple
 
 from diffusion.data.idx import WrongData
 from diffusion.data.mnist import MNIST
-from diffusion.errors import UserError
+from diffusion.errors import OutsideError, UserError
 from jobs.storage import faults, provenance
 from jobs.storage.ownership import LOCKS
-from jobs.tracking.server import public, why_not_online
+from jobs.tracking.server import address, public, why_not_online
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
 """Below the first, disk space is a problem, below the second a warning: a run of mnist takes about 0.5 GB."""
@@ -161,7 +160,10 @@ def _left_out(runs_dir: Path) -> Iterator[Finding]:
 
 
 def _wandb() -> Finding:
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        server = address()
+    except (OutsideError, ImportError) as error:
+        return Finding("warning", f"wandb does not start: {error}", "curves are kept in the run's folder alone")
     if (problem := why_not_online(server)) is None:
         return Finding("ok", f"{public(server)} answers and accepts the key")
     return Finding(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jobs.tracking.identity import Identity, Machine, short
-from jobs.tracking.server import public, why_not_online
+from jobs.tracking.server import address, public, why_not_online, wrong_variables
 
 Say = Callable[[str], None]
 Mode = Literal["online", "offline", "disabled", "shared"]
@@ -224,14 +224,14 @@ def open_dashboard(identity: Identity, asked: str, say: Say, stop: Callable[[], 
         asked = MODES.get(habit, asked)
     if asked == "disabled":
         return NoDashboard()
-    if wrong := _take_out_wrong_variables():
+    if wrong := wrong_variables():
+        for name in wrong:
+            del os.environ[name]
         # Not online: one of them may have named the server.
         say(f"wandb is offline: it does not take the value of {', '.join(wrong)}. {_offline(identity.folder)}")
         asked = "offline"
     if asked == "auto":
-        import wandb
-
-        problem = why_not_online(wandb.setup().settings.base_url)
+        problem = why_not_online(address())
         if problem is not None:
             say(f"wandb is offline: {problem}. {_offline(identity.folder)}")
         asked = "online" if problem is None else "offline"
@@ -239,21 +239,6 @@ def open_dashboard(identity: Identity, asked: str, say: Say, stop: Callable[[], 
     mode = MODES[asked]
     shares = mode == "online" and identity.machine is not None and identity.machine.nodes > 1
     return Wandb(identity, "shared" if shares else mode, say, stop)
-
-
-def _take_out_wrong_variables() -> list[str]:
-    """Takes variables out of the environment with whose values wandb does not start at all; returns their names."""
-    # Here, because the import takes most of a second, and a run without tracking does not need it.
-    import wandb
-
-    wrong = []
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        try:
-            wandb.Settings().update_from_env_vars({name: os.environ[name]})
-        except Exception:
-            wrong.append(name)
-            del os.environ[name]
-    return wrong
 
 
 def _offline(folder: Path) -> str:

@@ -5,8 +5,36 @@ import os
 import re
 import threading
 
+from diffusion.errors import OutsideError
+
 ANSWER_S = 3.0
 """How long a server may take to answer before a run is tracked offline."""
+
+
+def wrong_variables() -> list[str]:
+    """Returns the names of the environment's variables with whose values wandb does not start at all."""
+    # Here, because the import takes most of a second, and a run without tracking does not need it.
+    import wandb
+
+    wrong = []
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        try:
+            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+        except Exception:
+            wrong.append(name)
+    return wrong
+
+
+def address() -> str:
+    """Returns where the server is: as WANDB_BASE_URL says, or as `wandb login --host` has stored it.
+
+    Raises OutsideError if wandb does not start with the environment as it is.
+    """
+    import wandb
+
+    if wrong := wrong_variables():
+        raise OutsideError(f"wandb does not take the value of {', '.join(wrong)}")
+    return str(wandb.setup().settings.base_url)
 
 
 def why_not_online(base_url: str) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffusion.errors import OutsideError
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.server import why_not_online
+from jobs.tracking.server import address, why_not_online
 
 Say = Callable[[str], None]
 
@@ -27,11 +27,9 @@ FRESH_S = 60.0
 
 
 def check_server() -> None:
-    """Raises OutsideError if wandb's server does not answer from here, or does not know us."""
-    import wandb
-
+    """Raises OutsideError if wandb's server does not answer from here, or does not know us; or wandb does not start."""
     os.environ.pop("WANDB_MODE", None)  # what is meant for jobs would keep wandb from sending
-    if (problem := why_not_online(wandb.setup().settings.base_url)) is not None:
+    if (problem := why_not_online(address())) is not None:
         raise OutsideError(f"nothing can be sent: {problem}")
 
 

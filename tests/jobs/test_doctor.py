@@ -92,7 +92,9 @@ def test_wandb_without_key_and_as_the_tracking_finds_it(tmp_path: Path, monkeypa
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert find(examine(tmp_path, tmp_path), "there is no key").level == "warning"
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "soon")
+    assert find(examine(tmp_path, tmp_path), "does not take the value of WANDB_HTTP_TIMEOUT").level == "warning"
+    monkeypatch.setattr(machine, "address", lambda: "https://wandb.example")
     monkeypatch.setattr(machine, "why_not_online", lambda server: f"{server} is asked")
     assert find(examine(tmp_path, tmp_path), "https://wandb.example is asked").level == "warning"
     monkeypatch.setattr(machine, "why_not_online", lambda server: None)
@@ -102,11 +104,15 @@ def test_wandb_without_key_and_as_the_tracking_finds_it(tmp_path: Path, monkeypa
 def test_the_command_for_people_and_for_scripts(tmp_path: Path, mnist_root: Path) -> None:
     where = ("--cluster", "local", "--device", "cpu")
     env = {"MNIST_ROOT": str(mnist_root), "SLURM_CONF": "/nowhere/slurm.conf", "COLUMNS": "80"}
+    # What `wandb login --host` leaves behind.
+    (tmp_path / "settings").write_text("[default]\nbase_url = http://127.0.0.1:1\n")
+    env |= {"WANDB_CONFIG_DIR": str(tmp_path), "WANDB_API_KEY": "0123456789" * 4}
     shown = launch("doctor", *where, cwd=tmp_path, **env)
     assert max(map(len, shown.out.splitlines())) <= 80
     listed = json.loads(launch("doctor", "--json", *where, cwd=tmp_path, **env).out)
     assert all(set(finding) == {"level", "what", "why", "cure"} for finding in listed)
     assert shown.code == int(any(finding["level"] == "problem" for finding in listed))
+    assert any("wandb is offline: http://127.0.0.1:1 does not answer" in finding["what"] for finding in listed)
     refused = launch("doctor", "--submit", *where, cwd=tmp_path, **env)
     assert refused.code == 2
     assert "--submit needs a Slurm" in refused.err
