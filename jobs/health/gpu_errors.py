@@ -1,4 +1,4 @@
-"""What a GPU's driver knows of errors in its memory, asked of nvidia-smi where there is one.
+"""What a GPU's driver knows of its errors, asked of nvidia-smi where there is one.
 
 Nothing that is odd about nvidia-smi itself is a fault: it may be missing, old, slow, or hang.
 """
@@ -16,11 +16,17 @@ ERRORS = {
     "retired_pages.pending": "goes on using a bad page of its memory until its driver is loaded anew",
     "remapped_rows.failure": "could not replace a bad row of its memory",
 }
-"""What is asked, and what an answer other than none means. Rows that wait to be replaced do no harm until then."""
+"""What is asked of its memory, and what an answer other than none means. Rows that wait to be replaced do no harm until
+then."""
+RECOVERY = {"gpu_recovery_action": "has a fault that lasts until it gets a {}"}
+"""What the driver advises after the errors that it reports as Xid events: those themselves nvidia-smi does not tell.
+
+A question of its own, because drivers before 2024 do not know it and would refuse the others with it. A GPU that is to
+be drained still computes (https://docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt, "Recovery action flag")."""
 IGNORE = "IGNORE_GPU_ERRORS"
 """If this environment variable is set, nobody asks: for a machine with no other GPU."""
-BAD = re.compile(r"0*[1-9]\d*|yes", re.IGNORECASE)
-"""Others are 0, No, [N/A], [Not Supported], ..."""
+BAD = re.compile(r"0*[1-9]\d*|yes|(\w+ )?(reset|reboot)", re.IGNORECASE)
+"""Others are 0, No, None, [N/A], [Not Supported], Drain and Reset, ..."""
 
 
 class Question:
@@ -28,7 +34,7 @@ class Question:
 
     def __init__(self, uuid: str) -> None:
         self._uuid = uuid
-        self._asked = [] if os.environ.get(IGNORE) else self._ask([list(ERRORS)])
+        self._asked = [] if os.environ.get(IGNORE) else self._ask([[*ERRORS], [*RECOVERY]])
 
     def _ask(self, questions: list[list[str]]) -> "list[tuple[list[str], subprocess.Popen[str]]]":
         asked = []
@@ -51,12 +57,13 @@ class Question:
         deadline = time.monotonic() + PATIENCE_S
         answers = _read(self._asked, deadline)
         # One name that it does not know is enough. One that hangs does so again.
-        if not answers and self._asked and time.monotonic() < deadline:
-            answers = _read(self._ask([[field] for field in ERRORS]), deadline)
+        answered = [fields for fields, _ in answers]
+        if [*ERRORS] not in answered and self._asked and time.monotonic() < deadline:
+            answers += _read(self._ask([[field] for field in ERRORS]), deadline)
         for fields, (index, *values) in answers:
             for field, value in zip(fields, values, strict=True):
                 if BAD.fullmatch(value):
-                    what = f"{ERRORS[field].format(value)} ({field} is {value})"
+                    what = f"{(ERRORS | RECOVERY)[field].format(value.lower())} ({field} is {value})"
                     return f"GPU {index} ({self._uuid}) {what}; {IGNORE}=1 uses it all the same"
         return None
 

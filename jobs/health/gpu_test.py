@@ -1,6 +1,6 @@
 """Whether a device computes what it should: a product whose every number is known, again and again for a second.
 
-Meanwhile the driver of a GPU is asked for errors in its memory (jobs/health/gpu_errors.py).
+Meanwhile the driver of a GPU is asked for its errors (jobs/health/gpu_errors.py).
 """
 
 import time
