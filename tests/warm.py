@@ -2,10 +2,10 @@
 
 Importing torch and what comes with it takes seconds, and hundreds of tests start a command that is about something
 else. A command that is forked is a process of its own like any other: session, signals, folder, environment, streams.
-Loaded before it began are the libraries, and those modules of the project that draw nothing: none of them looks at its
-environment when it is imported. The processes that it shares its work with (`slurm.local`), and the commands that a
-drill starts, are forked in the same way, and import the project's modules anew. What a test wants to see of starting,
-or of variables that libraries read when they are loaded, needs a plain start (`tests.launching.start(plain=True)`).
+Loaded before it began are the libraries, and those modules of the project that draw nothing, which were imported with
+the same `OURS_READ`. The processes that it shares its work with (`slurm.local`), and the commands that a drill starts,
+are forked in the same way, and import the project's modules anew. What a test wants to see of starting, or of variables
+that libraries read when they are loaded, needs a plain start (`tests.launching.start(plain=True)`).
 """
 
 import atexit
@@ -46,6 +46,10 @@ NO_FIGURES = ROOT / "tests" / "no_figures"
 """Where Python finds no plotting library."""
 EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "CUDA")
 """Variables that begin so are read when a process or a library begins: too early for one that is forked."""
+THREADS = "OMP_NUM_THREADS"
+"""The one of them that a forked process can make up for."""
+OURS_READ = ("MNIST_ROOT", "FASHION_MNIST_ROOT")
+"""Variables that the project reads when it is imported: a command with others imports it anew."""
 
 
 class Forked:
@@ -247,10 +251,15 @@ def _fork_of(command: list[str], env: dict[str, str], keep: Collection[int]) -> 
         if fd > 2 and fd not in keep:
             with contextlib.suppress(OSError):  # the one that has listed them
                 os.close(fd)
+    _forget_ours()
+    _become(command, env)
+
+
+def _forget_ours() -> None:
+    """The project's modules are imported anew."""
     for name in [*sys.modules]:
         if name.partition(".")[0] in OURS:
             del sys.modules[name]
-    _become(command, env)
 
 
 def _slow(module: str, name: str, seconds: str) -> None:
@@ -271,6 +280,8 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if any(env.get(variable) != os.environ.get(variable) for variable in OURS_READ):
+        _forget_ours()
     os.environ.clear()
     os.environ.update(env)
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, "r", closefd=False)), "utf-8")
@@ -282,6 +293,8 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
         os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_FIGURES), *filter(None, [os.environ.get("PYTHONPATH")])])
     if "LAUNCHED_SLOWED" in env:
         _slow(*env["LAUNCHED_SLOWED"].split(":"))
+    if env.get(THREADS, "1") != "1":
+        importlib.import_module("torch").set_num_threads(int(env[THREADS]))
     sys.argv = command if command[0] != "-m" else command[1:]
     code = 0
     try:

@@ -24,7 +24,7 @@ from jobs.train import recorder as recording
 from jobs.train.recorder import RunRecorder
 from jobs.watch import detail
 from tests.jobs.test_slow_disk import recorded
-from tests.launching import ROOT, done
+from tests.launching import NO_FIGURES, ROOT, done
 
 JUDGE = "tests.jobs.prompt_judge"
 pytestmark = pytest.mark.processes
@@ -51,7 +51,7 @@ def test_checkpoints_are_judged_beside_the_training_and_not_again(
     manifest = checkpoints.verify(run.checkpoints, 11)
     assert lines[-1]["weights_sha256"] == manifest["files"][checkpoints.EMA]["sha256"]
     # The same samples, drawn by the command.
-    done("sample", run.path, "--num-samples", 1000, "--steps", 20, "--name", "same", cwd=tmp_path)
+    done("sample", run.path, "--num-samples", 1000, "--steps", 20, "--name", "same", cwd=tmp_path, **NO_FIGURES)
     samples = torch.from_numpy(np.load(run.samples / "same" / "samples.npz")["arr_0"])
     found = lines[-1]["metrics"]["w1"]
     assert found["value"] == pytest.approx(distances.wasserstein1(samples, training.experiment.mixture), rel=1e-4)

@@ -15,7 +15,19 @@ from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import last_start, read_jsonl
 from jobs.storage.run_folder import RunFolder
-from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
+from tests.launching import (
+    NO_FIGURES,
+    TINY,
+    done,
+    finish,
+    interrupt,
+    launch,
+    slowed,
+    start,
+    status,
+    steps_logged,
+    wait_until,
+)
 
 COMMAND = ("train", "1d", *TINY, "--name", "a")
 
@@ -128,7 +140,7 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
         assert kept
         filler.unlink()
         lines = steps_logged(run)
-        process = start("resume", run, cwd=tmp_path)
+        process = start("resume", run, cwd=tmp_path, **NO_FIGURES)
         wait_until(lambda: steps_logged(run) > lines)
         assert interrupt(process, signal.SIGINT).code == 130
         assert checkpoints.newest(run / "checkpoints", pytest.fail) == status(run)["step"] == steps_logged(run) > kept
@@ -193,6 +205,8 @@ def test_time_alone_makes_checkpoints_too(tmp_path: Path) -> None:
         "--train.checkpoint-minutes",
         "0.01",
         cwd=tmp_path,
+        **NO_FIGURES,
+        **slowed("jobs.train.loop", "logged", 0.01),
     )
     wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
     process.send_signal(signal.SIGTERM)

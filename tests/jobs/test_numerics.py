@@ -142,7 +142,7 @@ def test_auto_is_resolved_once_with_the_run_and_with_the_set(tmp_path: Path) -> 
     assert "already" in done("sample", "1d/a", "--num-samples", "10", "--device", "cpu", cwd=tmp_path).out
 
 
-def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path, no_plots: dict[str, str]) -> None:
+def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     done(*A_RUN, "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     [start] = [line for line in lines(run / "timing.jsonl") if line["event"] == "start"]
@@ -150,7 +150,7 @@ def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path, n
     same = done("resume", "1d/a", "--train.steps", "30", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     assert "bytes" not in same.out
     more = ("--train.steps", "40", "--train.precision", "bf16", "--device", "cpu")
-    other = done("resume", "1d/a", *more, cwd=tmp_path, OMP_NUM_THREADS="2", **no_plots)
+    other = done("resume", "1d/a", *more, cwd=tmp_path, OMP_NUM_THREADS="2", **NO_FIGURES)
     [sentence] = [line for line in other.out.splitlines() if "bytes" in line]
     assert "precision fp32 before, bf16 now" in sentence
     assert "threads 1 before, 2 now" in sentence

@@ -20,6 +20,7 @@ from tests.launching import (
     finish,
     launch,
     relatives,
+    slowed,
     start,
     status,
     steps_logged,
@@ -27,15 +28,17 @@ from tests.launching import (
     workers,
 )
 
-STEPS = {1: 400, 2: 160, 4: 60}
-"""Of a 1D run, by its number of processes: enough for a signal to come between; with more, each takes longer."""
-CHECKPOINT_EVERY = {1: 40, 2: 20, 4: 10}
+STEPS = {1: 160, 2: 80, 4: 32}
+"""Of a 1D run, by its number of processes; with more, each takes longer."""
+CHECKPOINT_EVERY = {1: 16, 2: 10, 4: 5}
+SLOWED = {1: 0.005, 2: 0.01, 4: 0.02}
+"""Seconds that a disturbed run waits in each of these steps: the signal comes between, though there are few."""
 SETTINGS: dict[str, tuple[str, ...]] = {
     "fp32": ("1d", *TINY, "--train.held-out-every", "25"),
     "bf16": (
         *("mnist-small", "--model.dim", "8", "--model.dim-mults", "1", "--model.attn-heads", "1"),
-        *("--train.batch-size", "4", "--train.steps", "24", "--train.checkpoint-every", "6"),
-        *("--train.log-every", "1", "--train.precision", "bf16", "--train.held-out-every", "9"),
+        *("--train.batch-size", "4", "--train.steps", "12", "--train.checkpoint-every", "3"),
+        *("--train.log-every", "1", "--train.precision", "bf16", "--train.held-out-every", "7"),
     ),
 }
 
@@ -76,10 +79,11 @@ def disturb(kind: str, root: Path, precision: str, processes: int, at_line: int,
 
     Does it again if this process was held up until the run had made all its steps.
     """
-    run, whole = run_folder(root, precision, "disturbed"), STEPS[processes] if precision == "fp32" else 24
+    run, whole = run_folder(root, precision, "disturbed"), STEPS[processes] if precision == "fp32" else 12
+    slowly = slowed("jobs.train.loop", "logged", SLOWED[processes] if precision == "fp32" else 0.05)
     for _ in range(3):
         shutil.rmtree(run, ignore_errors=True)
-        process = start(*arguments(precision, processes, "disturbed"), cwd=root, **env)
+        process = start(*arguments(precision, processes, "disturbed"), cwd=root, **env, **slowly)
         wait_until(lambda p=process: steps_logged(run) >= at_line or p.poll() is not None, timeout_s=120)
         if kind != "crash":
             process.send_signal(signal.SIGKILL if kind == "kill -9" else signal.Signals[kind])

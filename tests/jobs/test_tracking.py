@@ -9,12 +9,12 @@ import signal
 import socket
 import string
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,9 @@ from tests.launching import (
     wait_until,
 )
 
-WANDB = Path(sys.executable).with_name("wandb")
+WANDB = Path(str(find_spec("wandb").origin)).parent  # type: ignore[union-attr]
+READER = (WANDB / "bin" / "wandb-core", "leet", "inspect", "--no-observability", "--json", "--run-file")
+"""What `wandb leet inspect --json` runs, once it has imported wandb."""
 KEY = "0123456789" * 4
 OFFLINE = {"WANDB_MODE": "offline"}
 
@@ -59,7 +61,8 @@ def segments(run: Path) -> list[list[dict[str, Any]]]:
     """The records of each of the run's wandb files, oldest first, as wandb's own reader prints them."""
     found = []
     for folder in sorted(path for path in run.glob("wandb/*run-*") if not path.is_symlink()):
-        command = [WANDB, "leet", "inspect", "--json", folder]
+        (written,) = folder.glob("*.wandb")
+        command = [*READER, written, folder.parent]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found.append([json.loads(line) for line in printed.splitlines()])
     return found
@@ -119,12 +122,13 @@ def tell(processes: list[int], number: signal.Signals) -> None:
 def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
     command = ("train", "1d", *TINY, "--name", "a", "--train.steps", "1000000", "--train.checkpoint-every", "100")
-    process = start_held(AFTER_STEP, 600, *command, cwd=tmp_path, **OFFLINE)
+    slowly = slowed("jobs.train.loop", "logged", 0.01)  # it need not make a thousand steps while wandb writes one file
+    process = start_held(AFTER_STEP, 60, *command, cwd=tmp_path, **OFFLINE, **slowly)
     held(tmp_path)
     wait_until((run / ".tracking.json").exists)
     node = relatives(process)  # now, as it takes a while to find them: wandb must not write meanwhile what it has
     let_go(tmp_path)
-    certain = 800
+    certain = 100
     for _ in range(3):
         wait_until(lambda least=certain: json.loads((run / ".tracking.json").read_text())["step"] > least)
         tell(node, signal.SIGSTOP)  # what wandb has in memory stays there
@@ -135,7 +139,7 @@ def test_a_kill_two_requeues_and_a_move_leave_one_curve(tmp_path: Path) -> None:
     finish(process)
     # Two requeues within wandb's flush interval, with signals that reach all processes of the job, as Slurm's do.
     for restarts, kind in ((1, signal.SIGUSR2), (2, signal.SIGTERM)):
-        process = start(*command, cwd=tmp_path, **OFFLINE)
+        process = start(*command, cwd=tmp_path, **OFFLINE, **NO_FIGURES)
         wait_until(lambda n=restarts: status(run)["restarts"] == n)
         before = steps_logged(run)
         wait_until(lambda n=before: steps_logged(run) >= n + 20)
@@ -422,7 +426,7 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_full_disk_stops_tracking_and_not_the_training(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "1d" / "a"
-    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a")
+    command = ("train", "1d", *TINY, "--train.steps", "1000000", "--name", "a", "--tracking.samples-every", "0")
 
     def train_on(steps: int, mode: str) -> Process:
         """Starts or continues the run, which stands still after so many steps."""
@@ -435,7 +439,7 @@ def test_a_full_disk_stops_tracking_and_not_the_training(tmp_path: Path) -> None
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=True)
     try:
-        process = train_on(1000, "offline")
+        process = train_on(400, "offline")
         wait_until(lambda: shutil.disk_usage(disk).free == 0)
         lines = steps_logged(run)
         let_go(tmp_path)
