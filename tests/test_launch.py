@@ -278,13 +278,13 @@ def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
 def test_commands_on_a_run_as_a_user_starts_them(tmp_path: Path, no_plots: dict[str, str]) -> None:
     """Other tests may fork theirs from a process that has loaded torch (tests/warm.py).
 
-    One training draws its figures, which would take most of the time of the others.
+    Figures would take most of the time; trainings of tests/jobs/test_surroundings.py start as plainly, and draw them.
     """
 
     def command(*arguments: object, **env: str) -> str:
         return plainly(*arguments, cwd=tmp_path, **env)
 
-    assert "Finished" in command("train", "1d", *TWENTY, "--name", "a")
+    assert "Finished" in command("train", "1d", *TWENTY, "--name", "a", **no_plots)
     assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu", "--gpus", 2, **no_plots)
     assert "50 samples are in" in command("sample", "1d/a", "--num-samples", 50, "--device", "cpu", **no_plots)
     assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--device", "cpu", **no_plots)

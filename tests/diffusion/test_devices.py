@@ -94,6 +94,7 @@ def test_the_device_of_these_tests_is_as_strict_as_a_gpu() -> None:
 
 @pytest.mark.parametrize("config", OF_EACH_NETWORK, indirect=True)
 @pytest.mark.parametrize("name", ["report", "sketch"])
+@pytest.mark.usefixtures("coarse_figures")
 def test_figures_and_final_numbers(
     name: str, config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def judged(problem: ImageProblem, samples: Any, model: Any) -> tuple[dict[str, M
     return evaluator.metrics(results), {**evaluator.tables(results), **evaluator.curves(results)}
 
 
+@pytest.mark.usefixtures("coarse_figures")
 def test_images_of_any_size_are_trained_drawn_and_judged(
     problem: ImageProblem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

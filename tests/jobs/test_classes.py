@@ -68,13 +68,13 @@ def test_sets_are_the_same_however_they_are_drawn(root: Path) -> None:
     done(*SAMPLE, *asked, "--name", "by-1", cwd=root)
     assert contents(folder / "by-1") == whole
 
-    done(*SAMPLE, "--num-samples", "10", "--guidance", "2", "--name", "few", cwd=root)
+    done(*SAMPLE, "--num-samples", "10", "--guidance", "2", "--name", "few", cwd=root, **NO_FIGURES)
     assert np.array_equal(arrays(root, "few")[0], x[:10])
 
 
 def test_classes_and_guidance_decide_over_the_samples(root: Path) -> None:
     for classes, guidance in (("0", "0"), ("1", "0"), ("0", "1.5"), ("1", "1.5"), ("1,0", "1.5")):
-        done(*SAMPLE, "--num-samples", "50", "--classes", classes, "--guidance", guidance, cwd=root)
+        done(*SAMPLE, "--num-samples", "50", "--classes", classes, "--guidance", guidance, cwd=root, **NO_FIGURES)
 
     def drawn(classes: str, guidance: str) -> np.ndarray:
         return arrays(root, f"step-00000040-dpm++-4-classes{classes}-guidance{guidance}-seed0")[0]
@@ -90,14 +90,14 @@ def test_classes_and_guidance_decide_over_the_samples(root: Path) -> None:
 def test_sets_of_other_classes_are_left_out_of_a_comparison(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another distribution is their measure, and of some metrics there are none."""
     for name, classes in (("one", "1"), ("back", "2,1,0"), ("all", "0-2")):
-        done(*SAMPLE, "--num-samples", "50", "--classes", classes, "--name", name, cwd=root)
+        done(*SAMPLE, "--num-samples", "50", "--classes", classes, "--name", name, cwd=root, **NO_FIGURES)
     command = Evaluate(run=str(root / RUN), all=True)
     assert {evaluation.folder.name for evaluation in command._asked()} == {"all", "back"}
     assert capsys.readouterr().err == "Left out: one, which is of other classes\n"
 
 
 def test_other_classes_are_another_set_and_models_without_classes_have_none(root: Path) -> None:
-    done(*SAMPLE, "--num-samples", "50", "--name", "kept", cwd=root)
+    done(*SAMPLE, "--num-samples", "50", "--name", "kept", cwd=root, **NO_FIGURES)
     before = contents(root / RUN / "samples" / "kept")
     manifest = json.loads(before["manifest.json"])
     assert (manifest["classes"], manifest["guidance"]) == ([0, 1, 2], 1.0)
@@ -107,7 +107,7 @@ def test_other_classes_are_another_set_and_models_without_classes_have_none(root
         assert "choose another --name" in sentence(refused.err)
     assert contents(root / RUN / "samples" / "kept") == before
 
-    done("sample", "1d/a", "--num-samples", "50", "--steps", "4", "--name", "s", cwd=root)
+    done("sample", "1d/a", "--num-samples", "50", "--steps", "4", "--name", "s", cwd=root, **NO_FIGURES)
     folder = root / "runs" / "1d" / "a" / "samples" / "s"
     assert not {"classes", "guidance"} & json.loads((folder / "manifest.json").read_text()).keys()
     with np.load(folder / "samples.npz") as found:

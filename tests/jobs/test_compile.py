@@ -17,7 +17,8 @@ from tests.held import AFTER_STEP, held, start_held
 from tests.launching import NO_FIGURES, TINY, done, interrupt, launch, steps_logged
 
 STEPS = 30
-COMMAND = ("train", "1d", *TINY, "--train.steps", STEPS, "--train.grad-shards", 2, "--device", "cpu")
+SMALL = (*TINY, "--model.layers", 1)  # each layer takes a second to compile, in each of five processes
+COMMAND = ("train", "1d", *SMALL, "--train.steps", STEPS, "--train.grad-shards", 2, "--device", "cpu")
 
 
 def losses(run: Path) -> list[float]:
@@ -74,7 +75,7 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
 def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
     """A folder of its own for what is compiled, else it finds what another test has compiled."""
     nothing = {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    ended = launch("train", "1d", *TINY, "--train.compile", "--device", "cpu", "--name", "a", cwd=tmp_path, **nothing)
+    ended = launch("train", "1d", *SMALL, "--train.compile", "--device", "cpu", "--name", "a", cwd=tmp_path, **nothing)
     assert ended.code == 1
     assert "--train.compile failed on this machine:" in ended.err
     assert "Traceback" not in ended.err

@@ -52,7 +52,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done("train", "1d", *TINY, *small, cwd=root, **NO_FIGURES)
     for name, (sampler, n, step) in SETS.items():
         drawn = ("--num-samples", n, "--sampler", sampler, "--steps", 10, "--checkpoint", step, "--name", name)
-        done("sample", "1d/a", *drawn, cwd=root)
+        done("sample", "1d/a", *drawn, cwd=root, **NO_FIGURES)
     return root
 
 

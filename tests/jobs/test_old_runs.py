@@ -73,7 +73,7 @@ def test_digits_of_an_earlier_version_are_evaluated(archive: Path, tmp_path: Pat
 
 
 def evaluated(run: Path, cwd: Path) -> None:
-    shown = json.loads(done("evaluate", run, "--samples", "before", "--json", *HERE, cwd=cwd).out)
+    shown = json.loads(done("evaluate", run, "--samples", "before", "--json", *HERE, cwd=cwd, **NO_FIGURES).out)
     assert shown["protocol"]["samples"]["step"] == status(run)["step"]
     assert shown["metrics"]
 
