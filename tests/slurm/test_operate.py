@@ -19,7 +19,7 @@ from jobs.experiments.table import EXPERIMENTS
 from slurm import queue
 from slurm.devcluster import DevCluster
 from tests.jobs.test_notify import Server, shows_the_secret
-from tests.launching import Finished, finish, start, status, wait_until
+from tests.launching import NO_FIGURES, Finished, finish, start, status, wait_until
 from tests.slurm.site import TRAINING, Site, restarted, state, task_pids, tidied
 
 pytestmark = pytest.mark.slurm
@@ -72,9 +72,9 @@ def level(found: list[dict[str, Any]], words: str) -> str:
 
 
 def test_a_running_job_is_shown_and_cancelled_with_a_last_checkpoint(site: Site) -> None:
-    run = site.train("a", 2, steps=ENDLESS)
+    run = site.train("a", 2, steps=ENDLESS, slow=True)
     assert shown(site, run)[0] in ("queued", "running")
-    site.wait_for_step(run, 200)
+    site.wait_for_step(run, 20)
     assert shown(site, run) == ("running", "")
     assert site.cluster.job(site.job_id(run))["NodeList"] in site.launch("status").out
     site.cluster.restart_controller()
@@ -103,8 +103,8 @@ def test_a_waiting_job_is_shown_and_cancelled(site: Site) -> None:
 
 
 def test_a_job_that_is_queued_again_is_shown_and_cancelled(site: Site) -> None:
-    run = site.train("a", 2, steps=ENDLESS)
-    site.wait_for_step(run, 100)
+    run = site.train("a", 2, steps=ENDLESS, slow=True)
+    site.wait_for_step(run, 20)
     site.cluster.submit("sleep 100", "--nodes=2", "--exclusive", "--partition=high")  # keeps it waiting
     wait_until(lambda: shown(site, run)[0] == "requeued")
     assert site.launch("cancel", run).code == 0
@@ -158,7 +158,7 @@ def test_waiting_for_a_run_asks_slurm_seldom_and_sees_its_end(site: Site, tmp_pa
     folder.mkdir()
     (folder / "squeue").write_text(f'#!/bin/sh\necho x >> {asked}\nexec {squeue} "$@"\n')
     (folder / "squeue").chmod(0o755)
-    environment = {**site.cluster.env, "PATH": f"{folder}:{os.environ['PATH']}"}
+    environment = {**site.cluster.env, **NO_FIGURES, "PATH": f"{folder}:{os.environ['PATH']}"}
 
     def questions() -> int:
         return asked.read_text().count("x") if asked.exists() else 0
@@ -233,7 +233,7 @@ def test_the_accounting_remembers_what_the_controller_has_forgotten(
 
 def test_a_node_that_is_gone(site: Site) -> None:
     run = site.train("a", 1, steps=ENDLESS, slow=True)
-    site.wait_for_step(run, 50)
+    site.wait_for_step(run, 20)
     node = site.cluster.job(site.job_id(run))["NodeList"]
     site.cluster.kill_node(node)
     try:
