@@ -57,7 +57,7 @@ test: $(VENV)/ready
 	$(PYTEST) $(SIDE_BY_SIDE)
 
 slurm-test: $(VENV)/ready
-	$(PYTEST) --numprocesses 5 --dist load --maxschedchunk 1 --timeout 900 -m "slurm and not soak"
+	$(PYTEST) --numprocesses 5 --dist load --maxschedchunk 1 --timeout 900 -m "slurm and not soak" tests/slurm
 
 slurm-test-newer: $(VENV)/ready
 	tests/slurm/newer.sh $(RUN)

@@ -30,7 +30,7 @@ def pytest_collection_finish() -> None:
 
 LONG = (
     *("test_survival.py", "test_arrays.py", "slurm/test_evaluate.py", "slurm/test_old_runs.py", "test_operate.py"),
-    *("test_submission.py", "test_task.py", "test_sites.py"),
+    *("test_submission.py", "test_task.py", "slurm/test_devcluster.py", "slurm/test_ranges.py", "test_sites.py"),
     *("test_launch.py", "test_hangs.py", "test_tracking.py", "test_tracking_online.py", "test_secrets.py"),
 )
 """Files of long tests; they come first, because at the end the other processes would wait for them."""
@@ -39,6 +39,8 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, file in enumerate(LONG) if item.path.match(file)), len(LONG)))
     for item in items:
+        if item.get_closest_marker("slurm") and item.path.parent.name != "slurm":
+            raise pytest.UsageError(f"`make slurm-test` looks in tests/slurm alone, and would miss {item.nodeid}")
         if isinstance(item, pytest.Function) and processes.starts_some(item.function):
             item.add_marker("processes")
 

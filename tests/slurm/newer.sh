@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 checkout=$PWD
 python=$1
 shift
-[ $# -gt 0 ] || set -- "$python" -m pytest --numprocesses 5 --dist load --maxschedchunk 1 --timeout 900 -m "slurm and not soak"
+[ $# -gt 0 ] || set -- "$python" -m pytest --numprocesses 5 --dist load --maxschedchunk 1 --timeout 900 -m "slurm and not soak" tests/slurm
 
 # The environment that the packages are in, and the Python that it was made with.
 lent=$("$python" -c 'import sys; print(sys.prefix, sys.base_prefix, sep="\n")')

@@ -1,10 +1,15 @@
 """A folder and a real Slurm to submit trainings from, and what the tests ask of them."""
 
+import fcntl
 import json
+import os
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from slurm.devcluster import DevCluster
 from tests.launching import NO_FIGURES, Finished, done, finish, launch, start, status, steps_logged, wait_until
@@ -43,8 +48,8 @@ class Site:
     def __init__(self, root: Path, cluster: DevCluster) -> None:
         self.root, self.cluster = root, cluster
 
-    def launch(self, *arguments: object) -> Finished:
-        return launch(*arguments, cwd=self.root, **self.cluster.env)
+    def launch(self, *arguments: object, **env: str) -> Finished:
+        return launch(*arguments, cwd=self.root, **self.cluster.env, **env)
 
     def train(self, name: str, gpus: int, *more: object, steps: int = STEPS, slow: bool = False) -> Path:
         """Submits a training and returns its run folder.
@@ -81,6 +86,22 @@ class Site:
         wait_until(lambda: state(run) in ("finished", "failed", "cancelled"), timeout_s=300)
         assert state(run) == "finished", self.log(run)
         self.cluster.wait_for_job(self.job_id(run), "COMPLETED", timeout_s=240)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` has filled; with several processes of pytest, the first that needs it does it for all."""
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # that of the whole session
+    folder, whole = root / name, root / f"{name}-whole"
+    with (root / f"{name}-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not whole.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # what one that has failed has left
+            folder.mkdir()
+            make(folder)
+            whole.touch()
+    return folder
 
 
 def trained_here(root: Path, gpus: int) -> Path:
@@ -133,10 +154,11 @@ def hurry(run: Path) -> Path:
 def slow_down(run: Path, code: Path, endless: bool = False) -> None:
     """Lets each step pause, in a copy of the code that is about to start.
 
-    A fiftieth of a second is enough for steps that come in any case. A run that could end before a test has disturbed
-    it pauses for half a second from HELD_STEP on: that is over a minute, which ends with the disturbance.
+    A run that could end before a test has disturbed it pauses for half a second from HELD_STEP on: that is over a
+    minute, which ends with the disturbance. Before that, a fiftieth of a second is enough. An endless run pauses for
+    longer, since it goes on for as long as the test waits for Slurm, and another run repeats its steps.
     """
-    seconds = "0.02" if endless else f"0.02 if self.step < {HELD_STEP} else 0.5"
+    seconds = "0.1" if endless else f"0.02 if self.step < {HELD_STEP} else 0.5"
     change(code / "jobs" / "train" / "state.py", UPDATE, SLOW.format(hurry=str(hurry(run)), seconds=seconds))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slurm.devcluster import DevCluster
-from tests.launching import TINY, Finished, done, launch, wait_until
+from tests.launching import NO_FIGURES, TINY, Finished, done, launch, wait_until
 from tests.slurm.test_arrays import elements
 
 pytestmark = pytest.mark.slurm
@@ -22,8 +22,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run a, and its copy b that one process here has evaluated."""
     root = tmp_path_factory.mktemp("evaluated")
     local = ("--cluster", "local")
-    done("train", "1d", *TINY, "--train.steps", "50", "--diffusion.timesteps", "30", "--name", "a", *local, cwd=root)
-    done("sample", "1d/a", "--num-samples", "2000", "--sampler", "dpm++", "--steps", "10", *local, cwd=root)
+    tiny = (*TINY, "--train.steps", "50", "--diffusion.timesteps", "30")
+    done("train", "1d", *tiny, "--name", "a", *local, cwd=root, **NO_FIGURES)
+    drawing = ("--num-samples", "2000", "--sampler", "dpm++", "--steps", "10")
+    done("sample", "1d/a", *drawing, *local, cwd=root, **NO_FIGURES)
     shutil.copytree(root / "runs/1d/a", root / "runs/1d/b")
     done("evaluate", "1d/b", *local, cwd=root)
     return root

@@ -19,7 +19,7 @@ from jobs.experiments.table import EXPERIMENTS
 from slurm import queue
 from slurm.devcluster import DevCluster
 from tests.jobs.test_notify import Server, shows_the_secret
-from tests.launching import Finished, finish, start, status, wait_until
+from tests.launching import NO_FIGURES, Finished, finish, start, status, wait_until
 from tests.slurm.site import TRAINING, Site, restarted, state, task_pids, tidied
 
 pytestmark = pytest.mark.slurm
@@ -72,9 +72,9 @@ def level(found: list[dict[str, Any]], words: str) -> str:
 
 
 def test_a_running_job_is_shown_and_cancelled_with_a_last_checkpoint(site: Site) -> None:
-    run = site.train("a", 2, steps=ENDLESS)
+    run = site.train("a", 2, steps=ENDLESS, slow=True)
     assert shown(site, run)[0] in ("queued", "running")
-    site.wait_for_step(run, 200)
+    site.wait_for_step(run, 20)
     assert shown(site, run) == ("running", "")
     assert site.cluster.job(site.job_id(run))["NodeList"] in site.launch("status").out
     site.cluster.restart_controller()
@@ -103,8 +103,8 @@ def test_a_waiting_job_is_shown_and_cancelled(site: Site) -> None:
 
 
 def test_a_job_that_is_queued_again_is_shown_and_cancelled(site: Site) -> None:
-    run = site.train("a", 2, steps=ENDLESS)
-    site.wait_for_step(run, 100)
+    run = site.train("a", 2, steps=ENDLESS, slow=True)
+    site.wait_for_step(run, 20)
     site.cluster.submit("sleep 100", "--nodes=2", "--exclusive", "--partition=high")  # keeps it waiting
     wait_until(lambda: shown(site, run)[0] == "requeued")
     assert site.launch("cancel", run).code == 0
@@ -125,18 +125,28 @@ def test_an_array_and_the_job_that_merges_are_cancelled_together(site: Site) -> 
     assert "CANCELLED" in site.launch("status", run).out
 
 
-def test_logs_follow_a_run_over_its_requeues(site: Site) -> None:
-    run = site.train("a", 2, slow=True)
-    following = start("logs", run, "--follow", cwd=site.root, **site.cluster.env)
-    site.wait_for_step(run, 120)
-    site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
-    wait_until(lambda: restarted(run), timeout_s=240)
-    site.finish(run)
-    ended = finish(following)
-    assert ended.code == 0
-    assert f"It is queued again as job {site.job_id(run)}" in ended.out
-    assert "Finished " in ended.out
-    assert ended.out == (run / "slurm" / f"{site.job_id(run)}_0_log.out").read_text()
+def test_logs_follow_a_run_over_its_requeues_and_people_are_told_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server()
+    try:
+        monkeypatch.setenv("DIFFUSION_WEBHOOK", server.url)
+        run = site.train("a", 2, "--tracking.notify", "webhook", slow=True)
+        following = start("logs", run, "--follow", cwd=site.root, **site.cluster.env)
+        site.wait_for_step(run, 120)
+        site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
+        wait_until(lambda: restarted(run), timeout_s=240)
+        site.finish(run)
+        ended = finish(following)
+        assert ended.code == 0
+        assert f"It is queued again as job {site.job_id(run)}" in ended.out
+        assert "Finished " in ended.out
+        assert ended.out == (run / "slurm" / f"{site.job_id(run)}_0_log.out").read_text()
+        wait_until(lambda: bool(server.received))
+        assert [(posted["event"], posted["restarts"]) for posted in server.received] == [("finished", 1)]
+        assert shows_the_secret(run, Finished(0, "", "")) == []
+    finally:
+        server.close()
 
 
 def answered(site: Site) -> int:
@@ -158,7 +168,7 @@ def test_waiting_for_a_run_asks_slurm_seldom_and_sees_its_end(site: Site, tmp_pa
     folder.mkdir()
     (folder / "squeue").write_text(f'#!/bin/sh\necho x >> {asked}\nexec {squeue} "$@"\n')
     (folder / "squeue").chmod(0o755)
-    environment = {**site.cluster.env, "PATH": f"{folder}:{os.environ['PATH']}"}
+    environment = {**site.cluster.env, **NO_FIGURES, "PATH": f"{folder}:{os.environ['PATH']}"}
 
     def questions() -> int:
         return asked.read_text().count("x") if asked.exists() else 0
@@ -176,22 +186,6 @@ def test_waiting_for_a_run_asks_slurm_seldom_and_sees_its_end(site: Site, tmp_pa
     assert ended.code == 0, ended
     assert state(run) == "finished"
     assert questions() <= due(began) + due(freed)  # none while it runs, and at the end the pauses are short again
-
-
-def test_people_are_told_once_over_requeues(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server()
-    try:
-        monkeypatch.setenv("DIFFUSION_WEBHOOK", server.url)
-        run = site.train("a", 2, "--tracking.notify", "webhook", slow=True)
-        site.wait_for_step(run, 120)
-        site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
-        wait_until(lambda: restarted(run), timeout_s=240)
-        site.finish(run)
-        wait_until(lambda: bool(server.received))
-        assert [(posted["event"], posted["restarts"]) for posted in server.received] == [("finished", 1)]
-        assert shows_the_secret(run, Finished(0, "", "")) == []
-    finally:
-        server.close()
 
 
 @pytest.mark.parametrize("accounting", [True, False])
@@ -233,7 +227,7 @@ def test_the_accounting_remembers_what_the_controller_has_forgotten(
 
 def test_a_node_that_is_gone(site: Site) -> None:
     run = site.train("a", 1, steps=ENDLESS, slow=True)
-    site.wait_for_step(run, 50)
+    site.wait_for_step(run, 20)
     node = site.cluster.job(site.job_id(run))["NodeList"]
     site.cluster.kill_node(node)
     try:
@@ -289,9 +283,9 @@ def test_the_doctor_on_a_profile_with_faults(flags: tuple[str, ...], words: str,
 
 
 def test_the_doctor_submits_a_job_to_both_nodes(site: Site) -> None:
-    flags = (*CPU, "--submit", "--gpus", 4, "--slurm.gpus-per-node", 2)
+    flags = (*CPU, "--submit", "--gpus", 2, "--slurm.gpus-per-node", 1)
     found = findings(site, *flags)
-    assert level(found, "a job of 4 tasks ran on n1, n2") == "ok"
+    assert level(found, "a job of 2 tasks ran on n1, n2") == "ok"
     assert level(found, "the tasks reach each other") == "ok"
     assert level(found, "all others see") == "ok"
     assert list((site.root / "runs").iterdir()) == []

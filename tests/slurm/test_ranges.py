@@ -12,7 +12,7 @@ from diffusion.errors import UserError
 from jobs.storage.run_folder import RunFolder
 from slurm.devcluster import DevCluster
 from tests.jobs.parallel import config
-from tests.launching import launch, status
+from tests.launching import NO_FIGURES, launch, status
 from tests.slurm.site import TRAINING
 
 
@@ -93,7 +93,7 @@ def test_a_job_takes_two_tasks_now_instead_of_four_later(tidy: DevCluster, tmp_p
     try:
         tidy.wait_for_job(busy, "RUNNING")
         command = (*TRAINING, "--train.steps", 20, "--gpus", "1-8", "--name", "a", "--wait")
-        ended = launch(*command, cwd=tmp_path, **tidy.env)
+        ended = launch(*command, cwd=tmp_path, **tidy.env, **NO_FIGURES)
         assert ended.code == 0, ended
         said = r"--gpus 1-8, when Slurm would start them: 8 never, 4 at \S+, 2 at \S+, 1 at \S+\. It is asked for 2\."
         assert re.search(said, ended.out), ended.out

@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 
 from jobs.storage import checkpoints, ownership
-from tests.launching import ROOT, TINY, done, launch, sentence, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, ROOT, TINY, done, launch, sentence, status, steps_logged, wait_until
 from tests.slurm.site import TRAINING, Site, state
+from tests.warm import NO_FIGURES as WITHOUT_FIGURES
 
 pytestmark = pytest.mark.slurm
 
 
 def test_a_dry_run_shows_the_script_that_would_be_submitted_and_writes_nothing(site: Site) -> None:
-    arguments = (*TRAINING, "--train.steps", 50, "--gpus", 4, "--name", "a", "--slurm.partition", "low")
+    where = ("--slurm.gpus-per-node", 1, "--slurm.partition", "low")
+    arguments = (*TRAINING, "--train.steps", 50, "--gpus", 2, "--name", "a", *where)
     shown = site.launch(*arguments, "--dry-run")
     assert shown.code == 0
     assert list(site.root.iterdir()) == []
     script = shown.out[shown.out.index("#!/bin/bash") :].strip()
-    run = site.train("a", 4, "--slurm.partition", "low", steps=50)
+    run = site.train("a", 2, *where, steps=50)
     (submitted,) = (run / "slurm").glob("*_submission.sh")
     assert submitted.read_text().strip() == script
     site.finish(run)
@@ -57,7 +59,8 @@ def test_an_salloc_runs_here_and_a_missing_controller_is_said(site: Site, tmp_pa
 def test_a_job_submitted_from_within_an_salloc_gets_what_it_asks_for(site: Site) -> None:
     """The salloc's memory for each CPU and the job's memory for each node would contradict each other."""
     arguments = (*TRAINING, "--train.steps", 50, "--gpus", 2, "--name", "a", "--slurm.mem-gb", 1)
-    command = ["env", "WANDB_MODE=disabled", "OMP_NUM_THREADS=1", sys.executable, ROOT / "launch.py", *arguments]
+    env = ("WANDB_MODE=disabled", "OMP_NUM_THREADS=1", f"PYTHONPATH={WITHOUT_FIGURES}")
+    command = ["env", *env, sys.executable, ROOT / "launch.py", *arguments]
     site.cluster.run("salloc", f"--chdir={site.root}", "--mem-per-cpu=100", *map(str, command))
     site.finish(site.root / "runs" / "1d" / "a")
 
@@ -68,7 +71,7 @@ def test_a_cluster_that_is_named_is_asked_for_its_jobs(site: Site) -> None:
     assert site.job_id(run).startswith("devcluster:")
     wait_until(lambda: state(run) == "finished", timeout_s=120)
     sampling = ("sample", run, "--num-samples", 20_000, "--gpus", 2, "--device", "cpu", "--slurm.cpus-per-gpu", 1)
-    drawn = site.launch(*sampling, "--cluster", "slurm", "--wait", *named)
+    drawn = site.launch(*sampling, "--cluster", "slurm", "--wait", *named, **NO_FIGURES)
     assert drawn.code == 0, drawn
     assert "20,000 samples are in" in drawn.out
     endless = site.train("b", 1, *named, steps=10**6)
@@ -85,11 +88,14 @@ PLAIN = (
 
 
 def in_an_salloc(site: Site, *arguments: object) -> "subprocess.Popen[str]":
-    """Starts launch.py in an allocation of two nodes with two tasks on each; its shell is on neither."""
+    """Starts launch.py in an allocation of two nodes with two tasks on each; its shell is on neither.
+
+    It finds no plotting library.
+    """
     command = ["salloc", "--nodes=2", "--ntasks-per-node=2", f"--chdir={site.root}", sys.executable, ROOT / "launch.py"]
     return subprocess.Popen(
         [*map(str, command), *map(str, arguments)],
-        env={**os.environ, **site.cluster.env, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **site.cluster.env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WITHOUT_FIGURES)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -110,7 +116,7 @@ def test_a_plain_run_in_an_salloc_takes_all_its_nodes(site: Site) -> None:
     job_id = said.partition("Granted job allocation ")[2].split()[0]
     question = ("sacct", "--noheader", "--parsable2", "--format=NNodes,NTasks,State", f"--jobs={job_id}.0")
     wait_until(lambda: site.cluster.run(*question).strip() == "2|4|COMPLETED")
-    done(*arguments, "--name", "here", "--cluster", "local", cwd=site.root)
+    done(*arguments, "--name", "here", "--cluster", "local", cwd=site.root, **NO_FIGURES)
     saved = [runs / name / "checkpoints" / "step-00000050" / "ema.safetensors" for name in ("spread", "here")]
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
