@@ -65,7 +65,7 @@ class Drill:
         batch_size, every = 64 * place.processes, max(1, self.steps // 8)
         settings = (
             f"--device {device} --train.batch-size {batch_size} --train.steps {self.steps} "
-            # For figures, at which nobody looks, that take less time; a step takes as long with any number of them.
+            # For figures that take less time, because nobody looks at them; steps take as long as with 1,000 timesteps.
             "--diffusion.timesteps 50 "
             # --tracking.notify without a word: nobody is told of these runs, whatever the profile says.
             f"--train.log-every 1 --train.checkpoint-every {every} --tracking.mode disabled --tracking.notify"

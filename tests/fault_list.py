@@ -1043,6 +1043,20 @@ FAULTS = [
         "tests/slurm/test_words.py::test_ten_minutes_of_waiting_are_few_questions",
     ),
     Fault(
+        "the doctor asks wandb's own server where `wandb login --host` has named another",
+        "jobs/tracking/server.py",
+        "    settings.update_from_system_settings()\n",
+        "",
+        "tests/jobs/test_doctor.py::test_the_command_for_people_and_for_scripts",
+    ),
+    Fault(
+        "a GPU that its driver wants reset is used",
+        "jobs/health/gpu_errors.py",
+        "|(\\w+ )?(reset|reboot)",
+        "",
+        "tests/jobs/test_hangs.py::test_a_gpu_whose_driver_knows_of_errors_is_named",
+    ),
+    Fault(
         "in an allocation, the first process that has stopped ends those that are still saving",
         "slurm/allocation.py",
         "worker.leave(0 if code == 130 else code)",

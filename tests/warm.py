@@ -42,7 +42,7 @@ COMMANDS = (
     *("jobs.train.job", "jobs.train.loop", "jobs.sample.job", "jobs.evaluate.job", "slurm.local"),
 )
 """What commands import; figures are not among it, because a test may leave out the plotting library."""
-NO_FIGURES = ROOT / "tests" / "no_figures"
+NO_MATPLOTLIB = ROOT / "tests" / "no_figures"
 """Where Python finds no plotting library."""
 EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "CUDA")
 """Variables that begin so are read when a process or a library begins: too early for one that is forked."""
@@ -290,7 +290,7 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
     if "LAUNCHED_WITHOUT" in env:
         sys.modules[env["LAUNCHED_WITHOUT"]] = None  # type: ignore[assignment]
         # The processes beside it, which follow a run, find none either.
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_FIGURES), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_MATPLOTLIB), *filter(None, [os.environ.get("PYTHONPATH")])])
     if "LAUNCHED_SLOWED" in env:
         _slow(*env["LAUNCHED_SLOWED"].split(":"))
     if env.get(THREADS, "1") != "1":

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 from diffusion.data.idx import WrongData
 from diffusion.data.mnist import MNIST
-from diffusion.errors import OutsideError, UserError
+from diffusion.errors import UserError
 from jobs.storage import faults, provenance
 from jobs.storage.ownership import LOCKS
-from jobs.tracking.server import address, public, why_not_online
+from jobs.tracking.server import address, public, why_not_online, wrong_variables
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
 """Below the first, disk space is a problem, below the second a warning: a run of mnist takes about 0.5 GB."""
@@ -161,14 +161,14 @@ def _left_out(runs_dir: Path) -> Iterator[Finding]:
 
 def _wandb() -> Finding:
     try:
-        server = address()
-    except (OutsideError, ImportError) as error:
-        return Finding("warning", f"wandb does not start: {error}", "curves are kept in the run's folder alone")
-    if (problem := why_not_online(server)) is None:
-        return Finding("ok", f"{public(server)} answers and accepts the key")
-    return Finding(
-        "warning",
-        f"wandb is offline: {problem}",
-        "curves are kept in the run's folder alone",
-        "`wandb login` if there is no key; `python launch.py sync RUN` sends the files later",
-    )
+        if wrong := wrong_variables():
+            problem, cure = f"it does not take the value of {', '.join(wrong)}", "correct or unset it"
+        else:
+            server = address()
+            if (asked := why_not_online(server)) is None:
+                return Finding("ok", f"{public(server)} answers and accepts the key")
+            problem, cure = asked, "`wandb login` if there is no key"
+    except ImportError as error:
+        return Finding("warning", f"wandb is not there: {error}", "nothing is tracked", "pip install --editable .")
+    cure += "; `python launch.py sync RUN` sends the files later"
+    return Finding("warning", f"wandb is offline: {problem}", "curves are kept in the run's folder alone", cure)

@@ -55,11 +55,12 @@ class Question:
     def answer(self) -> str | None:
         """Says what is wrong with the GPU, None if nothing is known of that; takes at most `PATIENCE_S`."""
         deadline = time.monotonic() + PATIENCE_S
-        answers = _read(self._asked, deadline)
+        memory, recovery = self._asked[:1], self._asked[1:]
+        answers = _read(memory, deadline)
         # One name that it does not know is enough. One that hangs does so again.
-        answered = [fields for fields, _ in answers]
-        if [*ERRORS] not in answered and self._asked and time.monotonic() < deadline:
-            answers += _read(self._ask([[field] for field in ERRORS]), deadline)
+        if not answers and memory and time.monotonic() < deadline:
+            answers = _read(self._ask([[field] for field in ERRORS]), deadline)
+        answers += _read(recovery, deadline)
         for fields, (index, *values) in answers:
             for field, value in zip(fields, values, strict=True):
                 if BAD.fullmatch(value):

@@ -4,37 +4,45 @@ import contextlib
 import os
 import re
 import threading
-
-from diffusion.errors import OutsideError
+from pathlib import Path
 
 ANSWER_S = 3.0
 """How long a server may take to answer before a run is tracked offline."""
 
 
 def wrong_variables() -> list[str]:
-    """Returns the names of the environment's variables with whose values wandb does not start at all."""
-    # Here, because the import takes most of a second, and a run without tracking does not need it.
-    import wandb
+    """Returns the names of the environment's variables with whose values wandb does not start at all.
+
+    Without WANDB_MODE, which is read by us (`jobs.tracking.dashboard.MODES`).
+    """
+    import wandb  # here and below, because it takes most of a second, and a run without tracking does not need it
 
     wrong = []
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+    for name, value in _variables().items():
         try:
-            wandb.Settings().update_from_env_vars({name: os.environ[name]})
+            wandb.Settings().update_from_env_vars({name: value})
         except Exception:
             wrong.append(name)
     return wrong
 
 
 def address() -> str:
-    """Returns where the server is: as WANDB_BASE_URL says, or as `wandb login --host` has stored it.
+    """Returns where the server is: as WANDB_BASE_URL says, or else as `wandb login --host` has stored it.
 
-    Raises OutsideError if wandb does not start with the environment as it is.
+    wandb itself must be able to read the environment (`wrong_variables`). This does what wandb.setup() does, but that
+    also starts a process, and waits for ever where it cannot.
     """
     import wandb
 
-    if wrong := wrong_variables():
-        raise OutsideError(f"wandb does not take the value of {', '.join(wrong)}")
-    return str(wandb.setup().settings.base_url)
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb")
+    settings = wandb.Settings(silent=True, settings_system=str(folder.expanduser() / "settings"))
+    settings.update_from_system_settings()
+    settings.update_from_env_vars(_variables())
+    return str(settings.base_url)
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("WANDB_") and name != "WANDB_MODE"}
 
 
 def why_not_online(base_url: str) -> str | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from diffusion.errors import OutsideError
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking.server import address, why_not_online
+from jobs.tracking.server import address, why_not_online, wrong_variables
 
 Say = Callable[[str], None]
 
@@ -27,8 +27,10 @@ FRESH_S = 60.0
 
 
 def check_server() -> None:
-    """Raises OutsideError if wandb's server does not answer from here, or does not know us; or wandb does not start."""
+    """Raises OutsideError if wandb's server does not answer from here or does not know us, or wandb would not start."""
     os.environ.pop("WANDB_MODE", None)  # what is meant for jobs would keep wandb from sending
+    if wrong := wrong_variables():
+        raise OutsideError(f"nothing can be sent: wandb does not take the value of {', '.join(wrong)}")
     if (problem := why_not_online(address())) is not None:
         raise OutsideError(f"nothing can be sent: {problem}")
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 @pytest.fixture
 def coarse_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """To lay out a figure takes three times as long as to draw it, and only a reader wants it."""
+    """Figures are coarse and without a layout, which takes three times as long as drawing, and helps readers alone."""
     saved = Figure.savefig
 
     def coarsely(figure: Figure, path: Path, **options: Any) -> None:

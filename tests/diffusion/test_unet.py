@@ -126,7 +126,7 @@ def test_a_compiled_network_is_the_same_function_and_its_gradients_are_sums_in_a
         operations.update(str(node.target) for node in graph.graph.nodes)
         return make_boxed_func(graph.forward)
 
-    # To trace a layer takes long. What has no classes shows those between two resolutions, which are the same layers.
+    # To trace a layer takes long: those between two resolutions, to which classes are not told, are in the plain case.
     plain, fast = pair(dim=16, dim_mults=(1,) if classes else (1, 2), channels=1, **classes)
     x = torch.randn(len(T), 1, 28, 28)
     # What Inductor gets to compile; it would take a minute more.

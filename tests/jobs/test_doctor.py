@@ -94,7 +94,8 @@ def test_wandb_without_key_and_as_the_tracking_finds_it(tmp_path: Path, monkeypa
     assert find(examine(tmp_path, tmp_path), "there is no key").level == "warning"
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "soon")
     assert find(examine(tmp_path, tmp_path), "does not take the value of WANDB_HTTP_TIMEOUT").level == "warning"
-    monkeypatch.setattr(machine, "address", lambda: "https://wandb.example")
+    monkeypatch.delenv("WANDB_HTTP_TIMEOUT")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
     monkeypatch.setattr(machine, "why_not_online", lambda server: f"{server} is asked")
     assert find(examine(tmp_path, tmp_path), "https://wandb.example is asked").level == "warning"
     monkeypatch.setattr(machine, "why_not_online", lambda server: None)
@@ -106,8 +107,9 @@ def test_the_command_for_people_and_for_scripts(tmp_path: Path, mnist_root: Path
     env = {"MNIST_ROOT": str(mnist_root), "SLURM_CONF": "/nowhere/slurm.conf", "COLUMNS": "80"}
     # What `wandb login --host` leaves behind.
     (tmp_path / "settings").write_text("[default]\nbase_url = http://127.0.0.1:1\n")
-    env |= {"WANDB_CONFIG_DIR": str(tmp_path), "WANDB_API_KEY": "0123456789" * 4}
+    env |= {"WANDB_CONFIG_DIR": str(tmp_path), "WANDB_API_KEY": "0123456789" * 4, "WANDB_MODE": ""}
     shown = launch("doctor", *where, cwd=tmp_path, **env)
+    assert shown.err == ""
     assert max(map(len, shown.out.splitlines())) <= 80
     listed = json.loads(launch("doctor", "--json", *where, cwd=tmp_path, **env).out)
     assert all(set(finding) == {"level", "what", "why", "cure"} for finding in listed)

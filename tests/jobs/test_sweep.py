@@ -8,7 +8,7 @@ import pytest
 
 from diffusion.errors import UserError
 from jobs.experiments import grid
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, as_if_drawn, done, finish, launch, start, status, steps_logged, wait_until
 
 GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=1")
 COMMAND = (
@@ -49,7 +49,7 @@ def test_an_axis_that_is_none_is_refused(axis: str) -> None:
 def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) -> None:
     done(*COMMAND, cwd=tmp_path, **NO_FIGURES)
     runs = [tmp_path / "runs" / "1d" / f"S-00{i}" for i in range(2)]
-    change_status(runs[0], missing=None)  # figures, which the same command would draw
+    as_if_drawn(runs[0])
     settings = [json.loads((run / "experiment.json").read_text())["train"] for run in runs]
     assert [(s["lr"], s["seed"]) for s in settings] == [(1e-3, 1), (4e-3, 1)]
     assert [status(run)["state"] for run in runs] == ["finished"] * 2
@@ -59,17 +59,13 @@ def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) ->
     table = done("status", "S", cwd=tmp_path, COLUMNS="80").out
     assert "train.lr" in table.splitlines()[0]
     assert max(map(len, table.splitlines())) <= 80
-    change_status(runs[1], state="interrupted")
+    (runs[1] / "status.json").write_text(json.dumps({**status(runs[1]), "state": "interrupted"}))
     untouched = [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[1]]
     done(*COMMAND, cwd=tmp_path, **NO_FIGURES)
     assert status(runs[1])["state"] == "finished"
     assert [(run / "status.json").stat().st_mtime_ns for run in runs if run != runs[1]] == untouched
-    change_status(runs[1], missing=None)
+    as_if_drawn(runs[1])
     assert "finished or on their way" in done(*COMMAND, cwd=tmp_path).out
-
-
-def change_status(run: Path, **facts: str | None) -> None:
-    (run / "status.json").write_text(json.dumps(status(run) | facts))
 
 
 def test_losses_of_different_noise_levels_are_not_compared(tmp_path: Path) -> None:

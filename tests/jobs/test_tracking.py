@@ -9,6 +9,7 @@ import signal
 import socket
 import string
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +42,6 @@ from tests.launching import (
     done,
     finish,
     interrupt,
-    launch,
     relatives,
     slowed,
     start,
@@ -66,6 +66,15 @@ def segments(run: Path) -> list[list[dict[str, Any]]]:
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found.append([json.loads(line) for line in printed.splitlines()])
     return found
+
+
+def test_files_are_read_as_wandb_reads_them(tmp_path: Path) -> None:
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **OFFLINE, **NO_FIGURES)
+    run = tmp_path / "runs" / "1d" / "a"
+    (folder,) = run.glob("wandb/offline-run-*")
+    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert segments(run) == [[json.loads(line) for line in printed.splitlines()]]
 
 
 def history(segment: list[dict[str, Any]], name: str) -> list[tuple[int, Any]]:
@@ -194,9 +203,12 @@ def test_what_the_training_processes_use_is_shown_and_what_they_print(tmp_path: 
 
 def test_a_failure_is_told_and_shown_and_so_are_skipped_steps(tmp_path: Path) -> None:
     explode = ("--train.lr", "1e30", "--train.warmup-steps", "0", "--train.steps", "200", "--name", "a")
-    ended = launch("train", "1d", *TINY, *explode, "--tracking.notify", "wandb", cwd=tmp_path, **OFFLINE, **NO_FIGURES)
-    assert ended.code == 1
-    training, told = segments(tmp_path / "runs" / "1d" / "a")
+    process = start("train", "1d", *TINY, *explode, "--tracking.notify", "wandb", cwd=tmp_path, **OFFLINE, **NO_FIGURES)
+    assert finish(process).code == 1
+    wait_until(lambda: relatives(process) == [])  # a job that fails does not wait for what follows it
+    # Both may begin within a second, which their names tell.
+    found = segments(tmp_path / "runs" / "1d" / "a")
+    told, training = sorted(found, key=lambda segment: len(history(segment, "loss/train")))
     assert "was not finite in the 5 steps" in printed(training)
     assert [alerts(training), alerts(told)] == [["1d/a skips steps"], ["1d/a has failed"]]
 

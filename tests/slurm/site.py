@@ -13,6 +13,7 @@ import pytest
 
 from slurm.devcluster import DevCluster
 from tests.launching import NO_FIGURES, Finished, done, finish, launch, start, status, steps_logged, wait_until
+from tests.warm import NO_MATPLOTLIB
 
 STEPS = 400
 HERE = (
@@ -62,7 +63,7 @@ class Site:
         assert submitted.code == 0, submitted
         assert "Submitted" in submitted.out, submitted
         run = self.root / "runs" / "1d" / name
-        (run / "code" / "matplotlib.py").write_text("raise ImportError('left out by a test')\n")
+        shutil.copy(NO_MATPLOTLIB / "matplotlib.py", run / "code")
         if slow:
             slow_down(run, run / "code", endless=steps != STEPS)
         return run
@@ -89,7 +90,10 @@ class Site:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` has filled; with several processes of pytest, the first that needs it does it for all."""
+    """A folder to read that `make` has filled; of several processes of pytest, the first that needs it does it for all.
+
+    Another `name` for each `make`.
+    """
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent  # that of the whole session
@@ -156,7 +160,7 @@ def slow_down(run: Path, code: Path, endless: bool = False) -> None:
 
     A run that could end before a test has disturbed it pauses for half a second from HELD_STEP on: that is over a
     minute, which ends with the disturbance. Before that, a fiftieth of a second is enough. An endless run pauses for
-    longer, since it goes on for as long as the test waits for Slurm, and another run repeats its steps.
+    longer: it goes on for as long as the test waits for Slurm, and `checkpoint_made_here` makes as many steps again.
     """
     seconds = "0.1" if endless else f"0.02 if self.step < {HELD_STEP} else 0.5"
     change(code / "jobs" / "train" / "state.py", UPDATE, SLOW.format(hurry=str(hurry(run)), seconds=seconds))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from slurm.devcluster import DevCluster, wait_for
-from tests.launching import NO_FIGURES, TINY, Finished, done, launch, status, wait_until
+from tests.launching import NO_FIGURES, TINY, Finished, as_if_drawn, done, launch, status, wait_until
 from tests.slurm.site import made_once
 
 pytestmark = pytest.mark.slurm
@@ -266,6 +266,9 @@ def test_a_sweep_is_an_array_of_runs(tidy: DevCluster, tmp_path: Path) -> None:
     assert ids == [[f"{array}_{i}"] for i in range(2)]
     log = launch("logs", "1d/S-001", cwd=tmp_path, **tidy.env)
     assert "Finished" in log.out
+    wait_until(lambda: tidy.run("squeue", "--noheader") == "")
+    for run in runs:
+        as_if_drawn(run)
     again = launch(*command, *where, cwd=tmp_path, **tidy.env)
     assert "finished or on their way" in again.out
     shown = launch("status", "S", "--json", cwd=tmp_path, **tidy.env)
