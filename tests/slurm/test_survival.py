@@ -80,8 +80,8 @@ def test_a_run_longer_than_the_time_limit_goes_on_over_requeues(site: Site) -> N
     for life in (1, 2):
         site.wait_for_step(run, steps_logged(run) + 20)
         # Slurm's shortest limit is a minute, in which a busy machine may come to no step. So the limit comes when some
-        # are done. Slurm looks every half minute, and sends the signal (--slurm.signal-delay-s) up to a minute before the
-        # end: at one of its next two looks, half a minute before the end at the latest.
+        # are done. Slurm looks every half minute, and sends the signal (--slurm.signal-delay-s) up to a minute before
+        # the end: at one of its next two looks, half a minute before the end at the latest.
         site.cluster.run("scontrol", "update", f"JobId={job_id}", "EndTime=now+62")
         wait_for(lambda n=life: int(site.cluster.job(job_id)["Restarts"]) >= n, f"restart {life}", timeout_s=150)
         site.cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=10")
