@@ -77,10 +77,10 @@ gpu-wheels:
 	  --dest gpu-wheels $(GPU_WHEELS)
 
 data-test: $(VENV)/ready
-	$(PYTEST) -m data
+	$(PYTEST) -m data tests/diffusion
 
 browser-test: $(VENV)/ready
-	$(PYTEST) -m browser
+	$(PYTEST) -m browser tests/jobs
 
 # With a Slurm of its own where there is one: root, and its packages.
 SOAK := $(if $(shell command -v slurmctld),soak,soak and not slurm)

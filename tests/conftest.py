@@ -35,12 +35,16 @@ LONG = (
 )
 """Files of long tests; they come first, because at the end the other processes would wait for them."""
 
+COLLECTED = {"slurm": "slurm", "data": "diffusion", "browser": "jobs"}
+"""Where the tests with a marker are: to collect all others takes their `make` target seconds in each process."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, file in enumerate(LONG) if item.path.match(file)), len(LONG)))
     for item in items:
-        if item.get_closest_marker("slurm") and item.path.parent.name != "slurm":
-            raise pytest.UsageError(f"`make slurm-test` looks in tests/slurm alone, and would miss {item.nodeid}")
+        for marker, folder in COLLECTED.items():
+            if item.get_closest_marker(marker) and item.path.parent.name != folder:
+                raise pytest.UsageError(f"`make {marker}-test` looks in tests/{folder} alone, not at {item.nodeid}")
         if isinstance(item, pytest.Function) and processes.starts_some(item.function):
             item.add_marker("processes")
 

@@ -12,7 +12,7 @@ from jobs.storage.run_folder import RunFolder
 from slurm import local
 from tests.gpu.conftest import VARIABLE
 from tests.gpu.jobs import DeterministicJob
-from tests.launching import TINY, done, finish, interrupt, start, steps_logged, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, start, steps_logged, wait_until
 
 FEW_TIMESTEPS = ("--diffusion.timesteps", 21)
 """For a run whose figures take no time."""
@@ -21,12 +21,17 @@ SETTINGS: dict[tuple[Kind, bool], tuple[object, ...]] = {
     ("cuda", False): ("mnist", "--train.steps", 200, *FEW_TIMESTEPS),
     ("cuda", True): ("mnist-small", "--train.steps", 400, *FEW_TIMESTEPS),
     ("cpu", False): ("mnist-small", "--train.steps", 60, *SMALLEST),
-    ("cpu", True): ("1d", "--train.steps", 500, *TINY),
+    ("cpu", True): ("1d", "--train.steps", 500, *TINY, "--model.layers", 1),
 }
 """By device and whether it is compiled; compiling the network of `mnist` takes minutes."""
 CASES = [("bf16", False), ("fp32", False), ("bf16", True)]
 if os.environ.get(VARIABLE) != "cpu":
     CASES.append(("fp32", True))  # a rehearsal need not compile twice: tests/jobs/test_compile.py does it in fp32
+
+
+def figures(device: Kind) -> dict[str, str]:
+    """A rehearsal draws them once (`test_right.py`): on a CPU they take longer than all else here."""
+    return NO_FIGURES if device == "cpu" else {}
 
 
 @pytest.mark.timeout(600)
@@ -48,7 +53,7 @@ def test_three_trainings_are_equal_though_one_was_interrupted(
         """
         own = start_of if device == "cuda" else start_of in ("first", "second")
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{own}")} if compiled else {}
-        return {"MNIST_ROOT": str(mnist_root), **cache}
+        return {"MNIST_ROOT": str(mnist_root), **cache, **figures(device)}
 
     # Side by side, so that they disturb each other.
     see_gpus = device == "cuda"
@@ -76,4 +81,5 @@ def test_no_operation_is_known_to_give_other_bytes_each_time(
 
 def test_the_drill_finds_equal_results(device: Kind, tmp_path: Path) -> None:
     where = ("--kills", 2 if device == "cuda" else 1, "--cluster", "local", "--device", device)
-    assert "Equal byte for byte" in done("drill", *where, cwd=tmp_path, see_gpus=True).out
+    drilled = done("drill", *where, cwd=tmp_path, see_gpus=device == "cuda", **figures(device))
+    assert "Equal byte for byte" in drilled.out
