@@ -4,11 +4,13 @@ It outlives the tasks, so it decides for them whether the job is tried again, ho
 job again for tasks that cannot, because they are in a container. LOG_START is the size that the log had before srun.
 """
 
+import io
 import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,24 @@ END = re.compile(r"^srun: error: (\S+): tasks? ([\d,\- ]+): (.+)$", re.MULTILINE
 """How srun says that tasks have ended: `srun: error: n1: task 2: Killed`."""
 
 
+class _Log(io.TextIOBase):
+    """One of the script's streams, which are the job's log. What a full disk has no room for decides over no job."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            os.write(self._number, text.encode(errors="replace"))
+        return len(text)
+
+
 def main() -> int:
+    with redirect_stdout(_Log(1)), redirect_stderr(_Log(2)):
+        return _decide()
+
+
+def _decide() -> int:
     from submitit.core.job_environment import JobEnvironment
     from submitit.core.utils import DelayedSubmission
 

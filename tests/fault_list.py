@@ -1113,6 +1113,13 @@ FAULTS = [
         "        if False:\n",
         "tests/slurm/test_words.py::test_the_script_of_a_job_that_is_done_ends_well_however_its_tasks_have_ended[True-0]",
     ),
+    Fault(
+        "a job whose log is on a full disk does not come back",
+        "slurm/after.py",
+        "        with suppress(OSError):\n            os.write(",
+        "        if True:\n            os.write(",
+        "tests/slurm/test_words.py::test_the_script_decides_though_its_log_is_on_a_full_disk",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

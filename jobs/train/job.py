@@ -4,6 +4,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,8 @@ class TrainJob:
         then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"
         print(f"{fault.cause}. {then}", file=sys.stderr, flush=True)
         if fault.hang is not None:
-            append_timing(run, {"event": "hung", "seconds": fault.silent_s})
+            with suppress(OSError):  # the disk may be full again
+                append_timing(run, {"event": "hung", "seconds": fault.silent_s})
             notify.tell(run, "hung", _say_aside, fault.cause)
         if not fault.again or come_back is None:
             if not fault.again:

@@ -6,7 +6,9 @@ The answers were recorded by record.py; the job ids are in its order.
 import json
 import shlex
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +23,10 @@ from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Shape, Submission
 from slurm.task import SlurmTask
-from tests.launching import done, launch, sentence
+from tests.disturbances import small_disk
+from tests.launching import ROOT, done, launch, sentence
 from tests.slurm.record import RECORDED
+from tests.slurm.works import Talkative
 
 DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING = map(str, range(1, 9))
 ALL = [DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING]
@@ -503,3 +507,18 @@ def test_the_script_of_a_job_that_is_done_ends_well_however_its_tasks_have_ended
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(sys, "argv", ["after", str(tmp_path), "137", "0"])
     assert after.main() == code
+
+
+@pytest.mark.processes
+def test_the_script_decides_though_its_log_is_on_a_full_disk(tools: Tools, tmp_path: Path) -> None:
+    tools.write("scontrol", "echo JobId=7 JobState=RUNNING Restarts=0")
+    decided = tmp_path / "decided"
+    DelayedSubmission(SlurmTask(Talkative(decided), 60.0)).dump(tmp_path / "7_submitted.pkl")  # type: ignore[arg-type]
+    env = {"PATH": tools.path, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}
+    with small_disk(tmp_path / "disk", megabytes=1) as disk, (disk / "log").open("wb", buffering=0) as log:
+        with suppress(OSError):
+            while True:
+                log.write(b"x" * 4096)
+        command = [sys.executable, "-m", "slurm.after", tmp_path, "137", "0"]
+        ended = subprocess.run(command, env=env, stdout=log, stderr=log, check=False)
+    assert (ended.returncode, decided.exists()) == (137, True)

@@ -1,8 +1,10 @@
-"""What the tasks of the jobs in test_task.py do."""
+"""What the tasks of the jobs in test_task.py do, and one that comes back."""
 
 import json
 import os
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from slurm.task import Requeue
@@ -28,3 +30,23 @@ def fail_alone(requeue: Requeue) -> int:
     if os.environ["RANK"] == "0":
         time.sleep(250)
     return int(os.environ["RANK"])
+
+
+@dataclass(frozen=True)
+class Talkative:
+    """A job whose tasks have died; it says so before it decides, and leaves a file."""
+
+    decided: Path
+    retries: int = 3
+
+    def comes_back_as(self, job_id: str) -> None:
+        raise AssertionError(job_id)
+
+    def is_done(self, cause: str | None) -> bool:
+        return False
+
+    def try_again_after(self, *arguments: object) -> bool:
+        print("It is tried again.", file=sys.stderr, flush=True)
+        print("It is tried again.", flush=True)
+        self.decided.touch()
+        return True
