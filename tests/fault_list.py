@@ -1120,6 +1120,13 @@ FAULTS = [
         "        if True:\n            os.write(",
         "tests/slurm/test_words.py::test_the_script_decides_though_its_log_is_on_a_full_disk",
     ),
+    Fault(
+        "a share of samples is given up because its disk is full for a moment",
+        "jobs/storage/faults.py",
+        "    for pause_s in FULL_S:\n",
+        "    for pause_s in ():\n",
+        "tests/jobs/test_faults.py::test_what_follows_a_fault_is_decided_again_when_the_disk_has_room",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

@@ -9,11 +9,13 @@ A set of samples has such a file, too: there a shard is what a step is, and a ne
 
 import json
 import re
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusion.errors import UserError
 from jobs.files import write_json
@@ -35,6 +37,9 @@ HUNG = re.compile(
     r"process \d+ on (?P<node>\S+): no progress for (?P<silent_s>\d+) s in (?:step (?P<step>\d+)|[^,]+)(?P<state>, .+)?"
 )
 """The first line of each of these files (jobs/health/watcher.py)."""
+FULL_S = (10, 60, 300)
+"""If the disk is full: the pauses before what follows a fault is decided and written again."""
+T = TypeVar("T")
 WITHOUT_A_WORD = "died without a word"
 """The cause where nobody knows one."""
 
@@ -106,6 +111,17 @@ def forgive_set(folder: Path) -> None:
     seen = [hang.name for hang in _hangs(folder)]
     if (folder / FILE).exists() or seen:
         append(folder / FILE, {"continued": now(), "hangs": seen})
+
+
+def patiently(decide: Callable[[], T]) -> T:
+    """Returns what `decide` does. If it cannot write that down, it is called again later: the disk may be full."""
+    for pause_s in FULL_S:
+        try:
+            return decide()
+        except OSError as error:
+            print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
+            time.sleep(pause_s)
+    return decide()
 
 
 def judge(

@@ -2,7 +2,6 @@
 
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 
 ComeBack = Callable[[Sequence[str]], str | None]
 """Queues a job again, without the nodes that are named; returns its id, None if that fails."""
-FULL_S = (10, 60, 300)
-"""If the disk is full: the pauses before what follows a fault is decided and written again."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,8 @@ class TrainJob:
             return False  # another job goes on with the run
         if _has_been_taken_over(run, on_slurm=come_back is not None):
             return False
-        fault = self._judged(run, cause, node, stays=come_back is None)
+        stays = come_back is None
+        fault = faults.patiently(lambda: faults.judge(run, self.retries, cause, node, self.begun, stays=stays))
         if fault is None:
             return False
         then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"
@@ -122,15 +120,6 @@ class TrainJob:
         run = RunFolder(self.run)
         if job_id not in run.read_launch().get("job_ids", []):
             run.add_job("job_ids", job_id)
-
-    def _judged(self, run: RunFolder, cause: str | None, node: str | None, *, stays: bool) -> faults.Fault | None:
-        for pause_s in FULL_S:
-            try:
-                return faults.judge(run, self.retries, cause, node, self.begun, stays=stays)
-            except OSError as error:
-                print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
-                time.sleep(pause_s)
-        return faults.judge(run, self.retries, cause, node, self.begun, stays=stays)
 
     def _record(self, rank: int, trace: str, **facts: Any) -> None:
         try:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from jobs.storage import checkpoints
+from jobs.storage import checkpoints, faults
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import last_start, read_jsonl
 from jobs.storage.run_folder import RunFolder
+from tests.disturbances import small_disk
 from tests.launching import (
     NO_FIGURES,
     TINY,
@@ -146,6 +147,21 @@ def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> Non
         assert checkpoints.newest(run / "checkpoints", pytest.fail) == status(run)["step"] == steps_logged(run) > kept
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_what_follows_a_fault_is_decided_again_when_the_disk_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        filler = disk / "filler"
+        subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], stderr=subprocess.DEVNULL, check=False)
+        monkeypatch.setattr("time.sleep", lambda seconds: filler.unlink())
+        decided = faults.patiently(
+            lambda: faults.judge_share(disk / ".failure-0.json", "3 shards", 2, "was killed", "n1", None)
+        )
+        assert decided.again
+        assert [line["cause"] for line in read_jsonl(disk / faults.FILE)] == ["was killed"]
+        assert not filler.exists()
 
 
 def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
