@@ -81,6 +81,13 @@ def _named(name: str, *, import_it: bool) -> Any:
     return Annotated[getattr(import_module(f"commands.{module}"), kind), subcommand(name)]
 
 
+def _switches(words: list[str]) -> Any:
+    """How tyro reads settings of three positions; --help has none, and imports no command."""
+    if not words or words[0] in ("-h", "--help"):
+        return None
+    return import_module("commands.arguments").SWITCHES
+
+
 def _starts_a_job(command: object) -> bool:
     if not hasattr(command, "where"):
         return False
@@ -110,6 +117,7 @@ def main() -> int:
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
             # So that options of `train` may also follow the name of the experiment.
             config=(CascadeSubcommandArgs,),
+            registry=_switches(words),
         )
         # A closed pipe ends `logs` and `status`, but must not end a job.
         with undisturbed() if _starts_a_job(command) else nullcontext():

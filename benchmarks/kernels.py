@@ -9,30 +9,38 @@ from benchmarks.comparison import Alternative, Measurements, Row, limit
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
 
-STEPS, SHOWN = 5, 20
+STEPS, SHOWN = 10, 20
 
 
 def rows(device: "Kind", small: bool) -> Iterator[Row]:
     """What a step asks the device to do, counted and recorded, and what takes most of its time."""
-    alternative = Alternative(recorded, device, small)
+    yield from _step(device, small, compiled=False)
+    if device == "cuda":
+        yield from _step(device, small, compiled=True)
+
+
+def _step(device: "Kind", small: bool, *, compiled: bool) -> Iterator[Row]:
+    alternative = Alternative(recorded, device, small, compiled)
     try:
         found = alternative.measure()
     finally:
         alternative.close()
+    suffix = ", compiled" if compiled else ""
     for what, unit in (
         ("operations of a step, which the host would have to launch one by one, counted", ""),
         ("kernels of a step, recorded", ""),
         ("a step, being recorded", "ms"),
         ("the kernels of a step", "ms"),
         ("share of a step in which the GPU is busy", ""),
+        ("a step, not recorded", "ms"),
     ):
         if what in found:
-            yield limit(what, unit, [found.pop(what)], None)
+            yield limit(what + suffix, unit, [found.pop(what)], None)
     for what, milliseconds in found.items():
-        yield limit(what, "ms a step", [milliseconds], None)
+        yield limit(what + suffix, "ms a step", [milliseconds], None)
 
 
-def recorded(device: "Kind", small: bool) -> Measurements:
+def recorded(device: "Kind", small: bool, compiled: bool) -> Measurements:
     """The quantities of `rows`, and milliseconds by the name of a kernel, of an operator where there is no GPU."""
     import time
 
@@ -55,9 +63,17 @@ def recorded(device: "Kind", small: bool) -> Measurements:
         training.update()
     # Before the capture: a captured step is a single launch.
     launches = launches_of(training.update)
+    if compiled:
+        training.compile()
     if device == "cuda":
         training.capture()
         training.update()
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        training.update()
+    wait(device)
+    unrecorded = time.perf_counter() - started
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     wait(device)
     with profile(activities=activities) as recording:
@@ -68,6 +84,7 @@ def recorded(device: "Kind", small: bool) -> Measurements:
         seconds = time.perf_counter() - started
     found = {"operations of a step, which the host would have to launch one by one, counted": float(launches)}
     found["a step, being recorded"] = 1e3 * seconds / STEPS
+    found["a step, not recorded"] = 1e3 * unrecorded / STEPS
     times: Counter[str] = Counter()
     if device == "cuda":
         events = [e for e in recording.events() or [] if e.device_type.name == "CUDA"]

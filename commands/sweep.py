@@ -6,7 +6,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import arg
 
-from commands.arguments import AMONG_OPTIONS
+from commands.arguments import AMONG_OPTIONS, SWITCHES
 from commands.train import as_begun, check_same_settings, choice, create, is_finished, run_training, with_notify
 from commands.where import Launch, show
 from jobs import notify
@@ -42,7 +42,8 @@ class Sweep:
         jobs, busy = [], 0
         for i, point in enumerate(points):
             # By tyro and not by hand: so a point takes, and refuses, what the flags do.
-            config = tyro.cli(type(base), default=base, args=grid.arguments(point), prog="--grid").absolute()
+            words = grid.arguments(point)
+            config = tyro.cli(type(base), default=base, args=words, prog="--grid", registry=SWITCHES).absolute()
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
             config = as_begun(run, config, self.where)

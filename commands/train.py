@@ -182,7 +182,7 @@ def as_begun(run: RunFolder, config: ExperimentConfig, where: Where) -> Experime
     """Returns the settings with those decided that a run keeps from its first start on, unless another one is given.
 
     These are the shards of the gradient, for a new run one for each process (of a range as many as divide the batch),
-    held-out losses, and settings of today that a run of an earlier version has begun without.
+    held-out losses, whether it is compiled, and settings of today that a run of an earlier version has begun without.
     """
     train = config.train
     if run.exists():
@@ -190,7 +190,7 @@ def as_begun(run: RunFolder, config: ExperimentConfig, where: Where) -> Experime
         if train.grad_shards is None:
             train = replace(train, grad_shards=old.train.grad_shards)
         preset = EXPERIMENTS[experiment].preset.train
-        for name in experiment_json.missing((run.path / "experiment.json").read_text()) | {"held_out_every"}:
+        for name in experiment_json.missing((run.path / "experiment.json").read_text()) | {"held_out_every", "compile"}:
             # A command line does not tell whether the preset's value was typed, so it counts as not given.
             if getattr(train, name) == getattr(preset, name):
                 train = replace(train, **{name: getattr(old.train, name)})

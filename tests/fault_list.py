@@ -303,8 +303,8 @@ FAULTS = [
     Fault(
         "what a start has set is audited as it is set today",
         "jobs/audit/plan.py",
-        '("steps", "grad_shards", "precision")',
-        '("steps", "precision")',
+        '("steps", "grad_shards", "precision", "compile")',
+        '("steps", "precision", "compile")',
         "tests/jobs/test_audit.py::test_what_a_start_has_set_is_not_taken_from_today",
     ),
     Fault(

@@ -14,7 +14,7 @@ from diffusion.images.pixels import Images, scaled, unscaled
 from diffusion.process.guidance import guided
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import Denoiser, Noise, Predict, Sampler, ddim, ddpm
+from diffusion.process.samplers import Denoiser, Noise, Sampler, ddim, ddpm
 
 
 def tile(images: Images, columns: int) -> NDArray[np.uint8]:
@@ -112,9 +112,9 @@ def _path(
     sampler: Sampler, model: DiffusionModel, experiment: Experiment, xt: Tensor, steps: int, noise: Noise
 ) -> list[Images]:
     """The images that a sampler passes through from noise xt; where the model knows classes, they come in turn."""
-    predict: Predict = model.predict_for
+    predict = model.predict_often()
     if n := model.num_classes:
-        predict = guided(model.predict_for, torch.arange(len(xt)) % n, n, 1.0)
+        predict = guided(predict, torch.arange(len(xt)) % n, n, 1.0)
     denoiser = Denoiser(predict, model.alphas_cumprod.double().cpu(), (-1, 1))
     with torch.inference_mode():
         return [experiment.to_array(x) for x in (xt, *sampler(denoiser, xt, steps=steps, noise=noise))]

@@ -1,6 +1,8 @@
 """What training and sampling need of any model and its data."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffusion.process.cuda_graphs import in_one_launch
 from diffusion.process.randomness import Stream, uniform
 from diffusion.process.samplers import Clip, Denoiser
 
@@ -35,9 +38,20 @@ class DiffusionModel(nn.Module, ABC):
 
     def predict_for(self, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         """Calls `predict` for tensors that may be on another device than the model; the answer is where xt is."""
+        return self._moved(self.predict, xt, t, classes)
+
+    def predict_often(self) -> Callable[..., Tensor]:
+        """Returns a `predict_for` for many calls with one shape, each of which a GPU gets in one launch."""
+        on_gpu = self.alphas_cumprod.device.type == "cuda"
+        # What the figures look like does not depend on how their numbers were launched, so nothing needs to be said.
+        evaluate = in_one_launch(self.predict, say=lambda text: None) if on_gpu else self.predict
+        return partial(self._moved, evaluate)
+
+    def _moved(self, evaluate: Callable[..., Tensor], xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Calls it with tensors on the model's device; the answer is where xt is."""
         device = self.alphas_cumprod.device
-        told = None if classes is None else classes.to(device)
-        return self.predict(xt.to(device), t.to(device), told).to(xt.device)
+        told = () if classes is None else (classes.to(device),)
+        return evaluate(xt.to(device), t.to(device), *told).to(xt.device)
 
     def denoiser(self, clip: Clip | None) -> Denoiser:
         """What samplers take; the schedule is on the host, whose single numbers they read."""

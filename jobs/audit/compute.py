@@ -106,8 +106,8 @@ def _compute(stretch: Stretch, part: Part, world: World, signals: SignalWatch, w
         append_timing(run, {"event": "start", "step": step, "differing": differing(part.facts, now), **now})
         recorder = WritingRecorder(stretch, part, training, watchdog, signals, console)
     try:
-        if settings.compile:
-            watchdog.phase("compiling", COMPILING)
+        watchdog.phase("compiling", COMPILING)
+        if settings.compile:  # as the start did that trained this part
             training.compile()
         capture(training, console)
         watchdog.phase("the first step", START)

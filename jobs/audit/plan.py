@@ -13,10 +13,10 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import in_parts
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, folder_name
-from jobs.storage.records import append, read_jsonl
+from jobs.storage.records import append, read_jsonl, starts
 from jobs.storage.run_folder import RunFolder
 
-AS_STARTED = ("steps", "grad_shards", "precision")
+AS_STARTED = ("steps", "grad_shards", "precision", "compile")
 """Settings that bytes depend on and that each start records, because the next one may have others."""
 
 
@@ -161,11 +161,11 @@ def plan(
     if cuts[0] != start:
         raise UserError(f"the checkpoint of --from {start} is damaged")
     # A run without a record of its starts counts as one start, with today's settings.
-    starts = _starts(run) or [{}]
+    trained = _lasting_starts(run) or [{}]
 
     def stretch(first: int, last: int) -> Stretch:
         hashes = {step: files for step, files in ledger.items() if first < step <= last}
-        return Stretch(first, last, hashes, _parts(starts, config, first, last), folder / f"from-{first:08d}")
+        return Stretch(first, last, hashes, _parts(trained, config, first, last), folder / f"from-{first:08d}")
 
     return Audit(run.path, folder, tuple(stretch(first, last) for first, last in pairwise(cuts)))
 
@@ -180,25 +180,24 @@ def _is_good(run: RunFolder, step: int, say: Callable[[str], None]) -> bool:
     return True
 
 
-def _starts(run: RunFolder) -> list[dict[str, Any]]:
+def _lasting_starts(run: RunFolder) -> list[dict[str, Any]]:
     """Returns those starts of the run, in order, whose steps have not been done again by a later one."""
     found: list[dict[str, Any]] = []
-    for line in read_jsonl(run.timing):
-        if line.get("event") == "start":
-            found = [before for before in found if before["step"] < line["step"]]
-            older = {"grad_shards": line["processes"]} if "processes" in line else {}  # as these cut the batch
-            found.append({**older, **line})
+    for start in starts(run):
+        found = [before for before in found if before["step"] < start["step"]]
+        older = {"grad_shards": start["processes"]} if "processes" in start else {}  # as these cut the batch
+        found.append({**older, **start})
     return found
 
 
-def _parts(starts: list[dict[str, Any]], config: ExperimentConfig, first: int, last: int) -> tuple[Part, ...]:
+def _parts(trained: list[dict[str, Any]], config: ExperimentConfig, first: int, last: int) -> tuple[Part, ...]:
     """Returns the parts of the steps from `first` to `last`, each with the settings that it was trained with."""
-    ends = [start["step"] for start in starts[1:]] + [last]
+    ends = [start["step"] for start in trained[1:]] + [last]
     parts = []
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in zip(trained, ends, strict=True):
         if end > first and start.get("step", 0) < last:
             settings = {name: start[name] for name in AS_STARTED if name in start}
-            is_known = "steps" in start or start is starts[-1]  # experiment.json has the settings of the last one
+            is_known = "steps" in start or start is trained[-1]  # experiment.json has the settings of the last one
             train = replace(config.train, **settings)
             if (most := start.get("micro_batch_size")) is not None:  # of an older version
                 train = in_parts(train, most)

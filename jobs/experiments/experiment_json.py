@@ -12,8 +12,11 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 
-FORMAT = 4
-"""Raise it when a setting comes, goes or changes its meaning. 1 had no number, 1 and 2 no alerts, 3 no noise levels."""
+FORMAT = 5
+"""Raise it when a setting comes, goes or changes its meaning.
+
+1 had no number, 1 and 2 no alerts, 3 no noise levels, 4 compiled nothing unless it was told to.
+"""
 
 
 def write(experiment: str, config: ExperimentConfig) -> str:

@@ -16,7 +16,7 @@ Asked = Literal["auto", "bf16", "tf32", "fp32"]
 
 DEV = Path("/dev")
 """Where a Linux machine shows its NVIDIA GPUs, as nvidia0, nvidia1, ..."""
-SAME_BYTES = ("device", "gpu", "precision", "grad_shards", "torch", "cuda", "cudnn", "nccl")
+SAME_BYTES = ("device", "gpu", "precision", "grad_shards", "compile", "torch", "cuda", "cudnn", "nccl")
 """Two starts of a run compute the same bytes if these facts agree; on a CPU, `SAME_BYTES_OF_CPUS` must agree too."""
 SAME_BYTES_OF_CPUS = ("cpu", "threads")
 

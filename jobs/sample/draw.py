@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load
 from torch import Tensor
 
+from diffusion.process.cuda_graphs import in_one_launch
 from diffusion.process.guidance import guided
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
@@ -20,7 +21,6 @@ from diffusion.process.transfer import sent
 from jobs.files import write_atomically
 from jobs.health import gpu_test
 from jobs.health.watchdog import DRAWING, Watchdog
-from jobs.runtime.cuda_graphs import in_one_launch
 from jobs.runtime.job import JobError, process_rank
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.runtime.prefetch import Prefetch

@@ -93,9 +93,20 @@ def held_out_losses(metrics: Path) -> dict[int, float]:
     return {line["step"]: line["held_out_loss"] for line in lines if isinstance(line.get("held_out_loss"), float | int)}
 
 
+def starts(run: RunFolder) -> list[dict[str, Any]]:
+    """Returns the starts in timing.jsonl, in order, each with its step and the facts of its machine."""
+    found: list[dict[str, Any]] = []
+    for line in read_jsonl(run.timing):
+        if line.get("event") == "start":
+            found.append(line)
+        elif line.get("event") == "begin" and found and "compile" in line:
+            found[-1] = {**found[-1], "compile": line["compile"]}  # what has become of it
+    return found
+
+
 def last_start(run: RunFolder) -> dict[str, Any]:
-    """Returns the last start in timing.jsonl, with its step and the facts of its machine; {} before the first."""
-    return next((line for line in reversed(read_jsonl(run.timing)) if line.get("event") == "start"), {})
+    """Returns the last start; {} before the first."""
+    return (starts(run) or [{}])[-1]
 
 
 def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from diffusion.process.cuda_graphs import not_captured
+from jobs.experiments.settings import TrainSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.followers.start import machine_of
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, HELD_OUT, SAVING, START, Watchdog
-from jobs.runtime.cuda_graphs import not_captured
 from jobs.runtime.job import JobError, Requeue, process_node
 from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision, uuid_of, whereabouts
 from jobs.runtime.signals import SignalWatch, Stop, StopVote
@@ -26,6 +27,8 @@ from jobs.train.recorder import NodeRecorder, NoRecorder, Recorder, RunRecorder
 from jobs.train.state import NotFinite, Training, Update
 
 MAX_SKIPPED_IN_A_ROW = 5
+COMPILING_PAYS = 10_000
+"""Steps of a run that a GPU compiles by itself: for `mnist` a minute is won back after half as many."""
 
 
 def train(
@@ -45,6 +48,7 @@ def train(
         raise JobError(
             f"{whereabouts()} computes in {precision}, the first process in {first}: name a --train.precision"
         )
+    compiled = world.of_first(compiles(settings, device, before))
     console = Console(run.log)
     training = Training(config.build(), settings, world)
     step, owner = take_over(training, run, console)
@@ -60,20 +64,23 @@ def train(
             "nodes": here.nodes,
             "grad_shards": training.shards,
             "precision": precision,
+            "compile": compiled,
             "steps": settings.steps,
             "parameters": sum(p.numel() for p in training.raw.network.parameters()),
             **facts(world.device),
         }
         before = {"grad_shards": before.get("processes"), **before}  # as older versions cut the batch
-        if step and (changed := differing(before, machine)):
-            console.say(f"From here on bytes may differ from those of an uninterrupted run: {'; '.join(changed)}.")
+        if step:
+            say_of_bytes(console, differing(before, machine))
         recorder = RunRecorder(run, training, owner, console, requeue is not None, machine, here)
     try:
         recorder.start()
         if training.step < settings.steps:
             watchdog.phase("compiling", COMPILING)
             # Before the step is captured, because a captured one repeats the kernels that it was captured with.
-            compile_s = training.compile() if settings.compile else None
+            compile_s = compile_network(training, console) if compiled else None
+            if world.rank == 0 and step and compiled and compile_s is None:
+                say_of_bytes(console, differing(before, {"compile": False}))
             capture(training, console)
             recorder.begin(compile_s)
         watchdog.phase("the first step", START)
@@ -98,6 +105,42 @@ def train(
         raise
     finally:
         recorder.close()
+
+
+def compiles(settings: TrainSettings, device: Kind, before: dict[str, Any]) -> bool:
+    """Whether a start compiles the network: as it was told to, as the run's first start did, or where that pays."""
+    if settings.compile is not None:
+        return settings.compile
+    return bool(before.get("compile", device == "cuda" and settings.steps >= COMPILING_PAYS))
+
+
+def compile_network(training: Training, console: Console) -> float | None:
+    """Compiles the network on all processes; returns the seconds that it took.
+
+    If one of them cannot, that is a JobError where the settings ask for it; else all go on without, and None says so.
+    """
+    seconds, failure = None, ""
+    try:
+        seconds = training.compile()
+    except JobError as error:
+        failure = str(error)
+    failures = [reason for reason in training.world.of_all(failure) if reason]
+    if not failures:
+        return seconds
+    if training.settings.compile:
+        raise JobError(failures[0])
+    training.launch_uncompiled()
+    if training.world.rank == 0:
+        console.say(
+            f"{failures[0][0].upper()}{failures[0][1:]}. The run goes on uncompiled, so its steps take longer; "
+            "with `--train.compile never` it does not try."
+        )
+    return None
+
+
+def say_of_bytes(console: Console, changed: list[str]) -> None:
+    if changed:
+        console.say(f"From here on bytes may differ from those of an uninterrupted run: {'; '.join(changed)}.")
 
 
 def capture(training: Training, console: Console) -> None:

@@ -155,7 +155,8 @@ class RunRecorder(Recorder):
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
             self._console.say(f"Compiled the network in {duration(compile_s)} (--train.compile).")
-        append_timing(self._run, {"event": "begin", "step": self._training.step, "compile_s": round(compile_s or 0, 3)})
+        compiled = {"compile": compile_s is not None, "compile_s": round(compile_s or 0, 3)}
+        append_timing(self._run, {"event": "begin", "step": self._training.step, **compiled})
         # Rates count steps alone, so the clock starts after compiling.
         self._clock = self._read_clock()
         self._progress.restart_clock(self._training.step)

@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from diffusion.process.cuda_graphs import Captured
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.noise_levels import NoiseLevels
 from diffusion.process.randomness import Stream, generator, normal, stratified
 from diffusion.process.transfer import sent
 from jobs.experiments.settings import TrainSettings
-from jobs.runtime.cuda_graphs import Captured
 from jobs.runtime.job import JobError
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.world import World
@@ -168,10 +168,12 @@ class Training:
             self._norm_below.fill_(math.inf)
 
     def compile(self) -> float:
-        """Compiles the network by running a step that changes nothing; returns the seconds that it took.
+        """Compiles the network for this process's shards, by computing one in vain; returns the seconds that it took.
 
         Raises JobError if that fails; usually there is no C++ compiler.
         """
+        from subprocess import SubprocessError
+
         from torch._dynamo.exc import TorchDynamoException  # here, because they take seconds to import
         from torch._inductor import config as inductor
 
@@ -181,11 +183,17 @@ class Training:
         self.raw.network.compile(options={"deterministic": True} if hasattr(inductor, "deterministic") else None)
         try:
             with self._without_moving() as examples:
-                self._advance(*examples)
-        except TorchDynamoException as error:
+                # A shard and no step: processes of which one fails here could not exchange anything.
+                self._pass(*self._by_shard(*examples)[0])
+        # Triton calls compilers, too: some with the first launch, of whose failure torch says nothing of its own.
+        except (TorchDynamoException, RuntimeError, OSError, SubprocessError) as error:
             reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
-            raise JobError(f"--train.compile failed on this machine: {' '.join(reason.split())}") from error
+            raise JobError(f"the network cannot be compiled on this machine: {' '.join(reason.split())}") from error
         return time.perf_counter() - started
+
+    def launch_uncompiled(self) -> None:
+        """Computes without what `compile` may have made, for all of this process."""
+        torch.compiler.set_stance("force_eager")
 
     def capture(self) -> None:
         """Captures the step as a CUDA graph, so that the host launches it at once; for a process that trains alone.

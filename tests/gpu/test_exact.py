@@ -14,12 +14,10 @@ from tests.gpu.conftest import VARIABLE
 from tests.gpu.jobs import DeterministicJob
 from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, start, steps_logged, wait_until
 
-FEW_TIMESTEPS = ("--diffusion.timesteps", 21)
-"""For a run whose figures take no time."""
-SMALLEST = ("--model.dim", 8, "--model.dim-mults", 1, "--model.attn-heads", 1, "--train.batch-size", 4, *FEW_TIMESTEPS)
+SMALLEST = ("--model.dim", 8, "--model.dim-mults", 1, "--model.attn-heads", 1, "--train.batch-size", 4)
 SETTINGS: dict[tuple[Kind, bool], tuple[object, ...]] = {
-    ("cuda", False): ("mnist", "--train.steps", 200, *FEW_TIMESTEPS),
-    ("cuda", True): ("mnist-small", "--train.steps", 400, *FEW_TIMESTEPS),
+    ("cuda", False): ("mnist", "--train.steps", 100),
+    ("cuda", True): ("mnist-small", "--train.steps", 400),
     ("cpu", False): ("mnist-small", "--train.steps", 60, *SMALLEST),
     ("cpu", True): ("1d", "--train.steps", 500, *TINY, "--model.layers", 1),
 }
@@ -27,11 +25,6 @@ SETTINGS: dict[tuple[Kind, bool], tuple[object, ...]] = {
 CASES = [("bf16", False), ("fp32", False), ("bf16", True)]
 if os.environ.get(VARIABLE) != "cpu":
     CASES.append(("fp32", True))  # a rehearsal need not compile twice: tests/jobs/test_compile.py does it in fp32
-
-
-def figures(device: Kind) -> dict[str, str]:
-    """A rehearsal draws them once (`test_right.py`): on a CPU they take longer than all else here."""
-    return NO_FIGURES if device == "cpu" else {}
 
 
 @pytest.mark.timeout(600)
@@ -53,7 +46,7 @@ def test_three_trainings_are_equal_though_one_was_interrupted(
         """
         own = start_of if device == "cuda" else start_of in ("first", "second")
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{own}")} if compiled else {}
-        return {"MNIST_ROOT": str(mnist_root), **cache, **figures(device)}
+        return {"MNIST_ROOT": str(mnist_root), **cache, **NO_FIGURES}  # they have a test of their own
 
     # Side by side, so that they disturb each other.
     see_gpus = device == "cuda"
@@ -81,5 +74,5 @@ def test_no_operation_is_known_to_give_other_bytes_each_time(
 
 def test_the_drill_finds_equal_results(device: Kind, tmp_path: Path) -> None:
     where = ("--kills", 2 if device == "cuda" else 1, "--cluster", "local", "--device", device)
-    drilled = done("drill", *where, cwd=tmp_path, see_gpus=device == "cuda", **figures(device))
+    drilled = done("drill", *where, cwd=tmp_path, see_gpus=device == "cuda", **NO_FIGURES)
     assert "Equal byte for byte" in drilled.out

@@ -1,9 +1,10 @@
-"""--train.compile on a CPU: the same training, what it costs is said, and one sentence where there is no compiler."""
+"""--train.compile: the same training, what it costs is said, and one sentence where there is no compiler."""
 
 import json
+import os
 import re
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import pytest
 
 from diffusion.settings import MlpSettings
 from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.job import process_rank
 from jobs.runtime.world import start as start_world
+from jobs.terminal.console import Console
+from jobs.train.loop import COMPILING_PAYS, compile_network, compiles
 from jobs.train.state import Training
+from slurm import local
 from tests.held import AFTER_STEP, held, start_held
 from tests.launching import NO_FIGURES, TINY, done, interrupt, launch, steps_logged
 
@@ -77,5 +82,51 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
     nothing = {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     ended = launch("train", "1d", *SMALL, "--train.compile", "--device", "cpu", "--name", "a", cwd=tmp_path, **nothing)
     assert ended.code == 1
-    assert "--train.compile failed on this machine:" in ended.err
+    assert "the network cannot be compiled on this machine:" in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_a_gpu_compiles_long_runs_by_itself_and_each_start_as_the_first() -> None:
+    preset = EXPERIMENTS["mnist"].preset.train
+    long, short = replace(preset, steps=COMPILING_PAYS), replace(preset, steps=COMPILING_PAYS - 1)
+    assert compiles(long, "cuda", {}) and compiles(preset, "cuda", {})
+    assert not compiles(short, "cuda", {}) and not compiles(long, "cpu", {})
+    # With more steps, on another device, or where the first start could not.
+    assert not compiles(long, "cuda", {"compile": False}) and compiles(short, "cpu", {"compile": True})
+    assert compiles(replace(short, compile=True), "cpu", {"compile": False})
+    assert not compiles(replace(long, compile=False), "cuda", {"compile": True})
+
+
+@dataclass(frozen=True)
+class AutoJob:
+    """A few steps of a training that nobody has asked to compile, in processes of which some can."""
+
+    folder: Path
+    tries: bool
+
+    def __call__(self) -> int:
+        rank = process_rank()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / f"cache-{rank}")
+        if rank == 1:
+            os.environ["PATH"] = "/nowhere"
+        world, preset = start_world(2, "cpu", "fp32"), EXPERIMENTS["1d"].preset
+        settings = replace(preset.train, batch_size=8, grad_shards=2)
+        small = replace(preset, model=MlpSettings(dim=8, layers=1), train=settings)
+        training = Training(small.build(), small.train, world)
+        compiled = compile_network(training, Console(self.folder / "log.txt")) if self.tries else None
+        losses = [training.sums(training.update())[0] for _ in range(3)]
+        (self.folder / f"{rank}.json").write_text(json.dumps([compiled, losses]))
+        world.close()
+        return 0
+
+
+def test_processes_of_which_one_cannot_compile_all_go_on_without(tmp_path: Path) -> None:
+    found = {}
+    for tries in (False, True):
+        folder = tmp_path / str(tries)
+        folder.mkdir()
+        assert local.run(AutoJob(folder, tries), 2).exit_code == 0
+        found[tries] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    assert found[True] == found[False] and found[True][0][0] is None
+    said = (tmp_path / "True" / "log.txt").read_text()
+    assert said.count("The network cannot be compiled on this machine") == said.count("\n") == 1

@@ -53,7 +53,10 @@ class Captured:
 
 
 def in_one_launch(function: Callable[..., Tensor], say: Callable[[str], None]) -> Callable[..., Tensor]:
-    """Returns the same function, captured at its first call; if that fails, it says so and calls the function."""
+    """Returns the same function of tensors on a GPU, captured at its first call.
+
+    If that fails, it says so and calls the function.
+    """
     captured: list[Callable[..., tuple[Tensor, ...]]] = []
 
     def whole(*inputs: Tensor) -> tuple[Tensor, ...]:
