@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind, Precision
 
 LR = 1e-4
+WORKERS = 4
+"""Processes in which `Trainer` loads images."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def diffusers_example(case: Case, steps: int, precision: "Precision") -> Measure
     accelerator = _accelerator(case, precision)
     model = library_model(case.dim).model
     average = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    average.to(accelerator.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=1_000_000)
     loader: Any = DataLoader(
@@ -152,10 +155,13 @@ def diffusers_example(case: Case, steps: int, precision: "Precision") -> Measure
 def trainer(case: Case, steps: int, precision: "Precision") -> Measurements:
     """denoising-diffusion-pytorch's own `Trainer` on a folder of PNG files, as its README has it."""
     from denoising_diffusion_pytorch import Trainer
+    from denoising_diffusion_pytorch import denoising_diffusion_pytorch as library
 
     from benchmarks.device import hide_gpus
 
     hide_gpus(case.device)
+    # One for each core is its way, but to fork a process that uses a GPU may take seconds, and these few keep up.
+    library.cpu_count = lambda: min(WORKERS, os.cpu_count() or 1)
     peer: Any = Trainer(
         library_model(case.dim),
         str(case.pngs),

@@ -142,7 +142,9 @@ def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -
     for name in ONLY_IN_FILES:
         del slurm[f"slurm.{name.replace('_', '-')}"]
     offered = set(re.findall(r"(?<= --)(?:train|tracking|data|slurm)\.[a-z-]+", shown))
-    assert offered == MAY_CHANGE | {"train.steps", "train.precision", "train.grad-shards"} | slurm.keys()
+    assert (
+        offered == MAY_CHANGE | {"train.steps", "train.precision", "train.grad-shards", "train.compile"} | slurm.keys()
+    )
     defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or ([\w-]+))?\)", shown)
     assert dict(defaults) == {flag: "" if default is None else str(default) for flag, default in slurm.items()}
     assert "Memory of a job on each of its nodes, in GB; 0 is" in shown

@@ -108,10 +108,10 @@ def train(
 
 
 def compiles(settings: TrainSettings, device: Kind, before: dict[str, Any]) -> bool:
-    """Whether a start compiles the network: as it was told to, as the run's first start did, or where that pays."""
+    """Whether a start compiles the network: as told; else on GPUs alone, as the first start did, or if it pays."""
     if settings.compile is not None:
         return settings.compile
-    return bool(before.get("compile", device == "cuda" and settings.steps >= COMPILING_PAYS))
+    return device == "cuda" and bool(before.get("compile", settings.steps >= COMPILING_PAYS))
 
 
 def compile_network(training: Training, console: Console) -> float | None:

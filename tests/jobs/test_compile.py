@@ -91,8 +91,9 @@ def test_a_gpu_compiles_long_runs_by_itself_and_each_start_as_the_first() -> Non
     long, short = replace(preset, steps=COMPILING_PAYS), replace(preset, steps=COMPILING_PAYS - 1)
     assert compiles(long, "cuda", {}) and compiles(preset, "cuda", {})
     assert not compiles(short, "cuda", {}) and not compiles(long, "cpu", {})
-    # With more steps, on another device, or where the first start could not.
-    assert not compiles(long, "cuda", {"compile": False}) and compiles(short, "cpu", {"compile": True})
+    # With more steps than at first, or where the first start could not; a CPU has other bytes in any case.
+    assert compiles(short, "cuda", {"compile": True}) and not compiles(long, "cuda", {"compile": False})
+    assert not compiles(long, "cpu", {"compile": True})
     assert compiles(replace(short, compile=True), "cpu", {"compile": False})
     assert not compiles(replace(long, compile=False), "cuda", {"compile": True})
 
