@@ -81,11 +81,11 @@ def _named(name: str, *, import_it: bool) -> Any:
     return Annotated[getattr(import_module(f"commands.{module}"), kind), subcommand(name)]
 
 
-def _switches(words: list[str]) -> Any:
-    """How tyro reads settings of three positions; --help has none, and imports no command."""
+def _registry(words: list[str]) -> Any:
+    """How tyro reads what it would read otherwise; --help needs nothing of it, and imports no command."""
     if not words or words[0] in ("-h", "--help"):
         return None
-    return import_module("commands.arguments").SWITCHES
+    return import_module("commands.arguments").COMPILE
 
 
 def _starts_a_job(command: object) -> bool:
@@ -117,7 +117,7 @@ def main() -> int:
             description="Trains and samples diffusion models, here or on a Slurm cluster, and never loses a run.",
             # So that options of `train` may also follow the name of the experiment.
             config=(CascadeSubcommandArgs,),
-            registry=_switches(words),
+            registry=_registry(words),
         )
         # A closed pipe ends `logs` and `status`, but must not end a job.
         with undisturbed() if _starts_a_job(command) else nullcontext():

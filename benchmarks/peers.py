@@ -153,7 +153,7 @@ def diffusers_example(case: Case, steps: int, precision: "Precision") -> Measure
 
 
 def trainer(case: Case, steps: int, precision: "Precision") -> Measurements:
-    """denoising-diffusion-pytorch's own `Trainer` on a folder of PNG files, as its README has it."""
+    """denoising-diffusion-pytorch's own `Trainer` on a folder of PNG files, as its README has it, with few loaders."""
     from denoising_diffusion_pytorch import Trainer
     from denoising_diffusion_pytorch import denoising_diffusion_pytorch as library
 

@@ -43,9 +43,7 @@ def ours(case: Case, steps: int, precision: "Precision", compile: bool = False) 
     hide_gpus(case.device)
     keep_freed_memory()  # as each of our jobs does
     # No warm-up and, over so many steps, next to no decay, because `Trainer` and the Accelerate loop have none.
-    settings = TrainSettings(
-        steps=1_000_000, batch_size=case.batch_size, lr=LR, warmup_steps=1, beta2=0.99, compile=compile
-    )
+    settings = TrainSettings(steps=1_000_000, batch_size=case.batch_size, lr=LR, warmup_steps=1, beta2=0.99)
     training = Training(experiment(case.dim), settings, start(1, case.device, precision))
     training.raw.network.load_state_dict(library_model(case.dim).model.state_dict())
     compile_s = training.compile() if compile else 0.0

@@ -1,10 +1,12 @@
 """Arguments that commands have in common, also those that start no job."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from jobs.experiments.settings import Compile
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -22,26 +24,26 @@ Run = Annotated[
     arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),
 ]
 
-SWITCHES = ConstructorRegistry()
-"""How tyro reads settings that are on, off, or left to the program."""
-SWITCH_POSITIONS = "{auto,always,never}"
-_POSITIONS = {"auto": None, "always": True, "never": False, "True": True, "False": False}
+COMPILE = ConstructorRegistry()
+"""How tyro reads --train.compile: it was a flag, so it may stand alone."""
 
 
-@SWITCHES.primitive_rule
-def _switch(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[bool | None] | None:
-    if info.type != bool | None:
+@COMPILE.primitive_rule
+def _compile(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    kind: Any = Compile
+    if info.type != kind:
         return None
+    words = get_args(kind)
 
-    def read(words: list[str]) -> bool | None:
-        if words and words[0] not in _POSITIONS:
+    def read(given: list[str]) -> str:
+        if given and given[0] not in words:
             raise ValueError("it must be auto, always or never")
-        return _POSITIONS[words[0]] if words else True  # the flag alone
+        return given[0] if given else "always"
 
     return PrimitiveConstructorSpec(
         nargs=(0, 1),
-        metavar=f"[{SWITCH_POSITIONS}]",
+        metavar=f"[{{{','.join(words)}}}]",
         instance_from_str=read,
-        is_instance=lambda value: value is None or isinstance(value, bool),
-        str_from_instance=lambda value: [next(word for word, position in _POSITIONS.items() if position is value)],
+        is_instance=lambda value: value in words,
+        str_from_instance=lambda value: [value],
     )

@@ -93,6 +93,8 @@ class Resume:
             raise UserError(f"--train.steps may only be raised from {config.train.steps}; got {changed['steps']}")
         if changed.get("precision") == "auto":
             raise UserError("--train.precision of a run that goes on must be bf16, tf32 or fp32; got auto")
+        if changed.get("compile") == "auto":
+            raise UserError("--train.compile of a run that goes on must be always or never; got auto")
         train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
         config = replace(config.moved(self.data.root), train=train, tracking=tracking)
         return run_training(run, experiment, config, self.where, is_new=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, g
 
 from tyro.conf import arg
 
-from commands.arguments import SWITCH_POSITIONS, RunsDir, optional
+from commands.arguments import RunsDir, optional
 from diffusion.errors import UserError
 from jobs.experiments.configs import ExperimentConfig
 from jobs.storage.checkpoints import Named
@@ -81,8 +81,6 @@ def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
 def _metavar(kind: Any) -> str:
     """How the help shows a value of this type."""
     names = {int: "INT", float: "FLOAT", str: "NAME", bool: "{True,False}"}
-    if kind == bool | None:
-        return SWITCH_POSITIONS
     if get_origin(kind) is Literal:
         return f"{{{','.join(get_args(kind))}}}"
     if get_origin(kind) is tuple:

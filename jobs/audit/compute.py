@@ -107,7 +107,7 @@ def _compute(stretch: Stretch, part: Part, world: World, signals: SignalWatch, w
         recorder = WritingRecorder(stretch, part, training, watchdog, signals, console)
     try:
         watchdog.phase("compiling", COMPILING)
-        if settings.compile:  # as the start did that trained this part
+        if settings.compile == "always":  # as the start did that trained this part
             training.compile()
         capture(training, console)
         watchdog.phase("the first step", START)

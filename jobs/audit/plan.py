@@ -183,7 +183,7 @@ def _is_good(run: RunFolder, step: int, say: Callable[[str], None]) -> bool:
 def _lasting_starts(run: RunFolder) -> list[dict[str, Any]]:
     """Returns those starts of the run, in order, whose steps have not been done again by a later one."""
     found: list[dict[str, Any]] = []
-    for start in starts(run):
+    for start in starts(read_jsonl(run.timing)):
         found = [before for before in found if before["step"] < start["step"]]
         older = {"grad_shards": start["processes"]} if "processes" in start else {}  # as these cut the batch
         found.append({**older, **start})

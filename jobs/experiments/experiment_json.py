@@ -15,7 +15,7 @@ from jobs.experiments.table import EXPERIMENTS
 FORMAT = 5
 """Raise it when a setting comes, goes or changes its meaning.
 
-1 had no number, 1 and 2 no alerts, 3 no noise levels, 4 compiled nothing unless it was told to.
+1 had no number, 1 and 2 no alerts, 3 no noise levels; up to 4, what is compiled was true or false.
 """
 
 
@@ -36,7 +36,11 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
         )
     if number < 3 and isinstance(values.get("tracking"), dict):
         values["tracking"].setdefault("alerts", False)  # whoever began such a run has not asked for any
-    most = train.pop("micro_batch_size", None) if isinstance(train := values.get("train"), dict) else None
+    most = None
+    if isinstance(train := values.get("train"), dict):
+        most = train.pop("micro_batch_size", None)
+        if isinstance(train.get("compile"), bool):
+            train["compile"] = "always" if train["compile"] else "never"
     experiment = values.pop("experiment", None)
     if experiment not in EXPERIMENTS:
         raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")

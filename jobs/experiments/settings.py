@@ -9,6 +9,7 @@ from diffusion.settings import require
 MAX_SEED = 2**63 - 1
 Channel = Literal["mail", "webhook", "wandb"]
 """How people are told of a run's end."""
+Compile = Literal["auto", "always", "never"]
 
 FREE = {"may_change": "free"}
 """Marks a setting that a continued run may change at any time, because it does not touch the result."""
@@ -60,10 +61,10 @@ class TrainSettings:
     precision: Literal["auto", "bf16", "tf32", "fp32"] = field(default="auto", metadata=ON_PURPOSE)
     """auto is bf16 where the hardware computes in it, else fp32, and stays what it was at the first start. tf32 is fp32
     that multiplies with fewer digits, on GPUs alone. If `resume` changes it, later bytes differ."""
-    compile: bool | None = field(default=None, metadata=ON_PURPOSE)
-    """Compile the network with torch.compile: a minute at each start, for a GPU's steps that take half as long. With
-    no value it is always, which needs a C++ compiler. auto is for runs of 10,000 steps or more on GPUs, where it can be
-    done, and stays what it was at the first start. If `resume` changes it, later bytes differ."""
+    compile: Compile = field(default="auto", metadata=ON_PURPOSE)
+    """Compile the network with torch.compile: a minute at each start, for a GPU's steps that take half as long. always,
+    also the flag alone, needs a C++ compiler. auto is for runs of 10,000 steps or more on GPUs, if it can be done, and
+    stays what it was at the first start. If `resume` changes it, later bytes differ."""
     cuda_graph: bool = field(default=True, metadata=FREE)
     """On one GPU, capture a step once (CUDA graph) and launch it as a whole: small batches are several times faster."""
     log_every: int = field(default=10, metadata=FREE)

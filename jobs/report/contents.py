@@ -14,7 +14,7 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.report.pictures import Picture, leads_out, picture
 from jobs.sample import sample_set
 from jobs.storage import account, checkpoints
-from jobs.storage.records import read_jsonl
+from jobs.storage.records import read_jsonl, starts
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.tables import duration
 from jobs.watch import detail, states
@@ -71,7 +71,7 @@ class Content:
     @property
     def starts(self) -> list[Json]:
         """What timing.jsonl says of starts: machine, processes, precision."""
-        return [line for line in self.timing if line["event"] == "start"]
+        return starts(self.timing)
 
     @property
     def machine(self) -> Json:

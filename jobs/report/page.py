@@ -25,7 +25,20 @@ from jobs.watch.states import SlurmJob
 
 BOKEH = Resources(mode="inline", components=["bokeh"], log_level="error")
 """Its code without widgets, tables, 3D and mathematics, which would be twice as much."""
-FACTS = ("gpu", "device", "processes", "grad_shards", "precision", "threads", "cpu", "driver", "cuda", "cudnn", "nccl")
+FACTS = (
+    "gpu",
+    "device",
+    "processes",
+    "grad_shards",
+    "precision",
+    "compile",
+    "threads",
+    "cpu",
+    "driver",
+    "cuda",
+    "cudnn",
+    "nccl",
+)
 """What is said of a machine, in this order."""
 NARROW, WIDE = 700, 1200
 """Pixels of a picture: where several runs share the page, and where one has it."""

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -93,20 +94,28 @@ def held_out_losses(metrics: Path) -> dict[int, float]:
     return {line["step"]: line["held_out_loss"] for line in lines if isinstance(line.get("held_out_loss"), float | int)}
 
 
-def starts(run: RunFolder) -> list[dict[str, Any]]:
-    """Returns the starts in timing.jsonl, in order, each with its step and the facts of its machine."""
+def starts(timing: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the starts among the lines of timing.jsonl, in order, each with its step and the facts of its machine.
+
+    `came_to` is how far one came in the end: steps, the end of its job, or {} for neither.
+    """
     found: list[dict[str, Any]] = []
-    for line in read_jsonl(run.timing):
-        if line.get("event") == "start":
+    for line in timing:
+        event = line.get("event")
+        if event == "start":
             found.append(line)
-        elif line.get("event") == "begin" and found and "compile" in line:
-            found[-1] = {**found[-1], "compile": line["compile"]}  # what has become of it
+        elif event == "begin" and found:
+            # Whether it was compiled in the end; older versions wrote how long that took, and never went on without.
+            compiled = line.get("compile", "always" if line.get("compile_s") else "never")
+            found[-1] = {**found[-1], "compile": compiled, "came_to": "steps"}
+        elif event in list(State) and found:
+            found[-1] = {"came_to": "the end", **found[-1]}
     return found
 
 
 def last_start(run: RunFolder) -> dict[str, Any]:
     """Returns the last start; {} before the first."""
-    return (starts(run) or [{}])[-1]
+    return (starts(read_jsonl(run.timing)) or [{}])[-1]
 
 
 def precision_of(run: RunFolder, asked: str, otherwise: str) -> Any:

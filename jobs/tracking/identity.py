@@ -45,7 +45,7 @@ class Identity:
     """What is shown under System; None is nothing."""
 
 
-FACTS = ("device", "gpu", "nodes", "precision", "processes", "threads", "parameters", "torch")
+FACTS = ("device", "gpu", "nodes", "precision", "compile", "processes", "threads", "parameters", "torch")
 """Facts of a training's last start by which people filter runs."""
 POSITION = ".tracking.json"
 """The file below a run's folder that says how far its follower has got."""

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from jobs.runtime.signals import SignalWatch, Stop, StopVote
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
-from jobs.storage.records import last_start, precision_of
+from jobs.storage.records import last_start, precision_of, read_jsonl, starts
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.tables import duration
@@ -28,7 +29,7 @@ from jobs.train.state import NotFinite, Training, Update
 
 MAX_SKIPPED_IN_A_ROW = 5
 COMPILING_PAYS = 10_000
-"""Steps of a run that a GPU compiles by itself: for `mnist` a minute is won back after half as many."""
+"""Steps of a run that a GPU compiles by itself: with `mnist` a minute is won back after some 6,000."""
 
 
 def train(
@@ -48,7 +49,7 @@ def train(
         raise JobError(
             f"{whereabouts()} computes in {precision}, the first process in {first}: name a --train.precision"
         )
-    compiled = world.of_first(compiles(settings, device, before))
+    compiled = world.of_first(compiles(settings, device, starts(read_jsonl(run.timing))))
     console = Console(run.log)
     training = Training(config.build(), settings, world)
     step, owner = take_over(training, run, console)
@@ -64,7 +65,7 @@ def train(
             "nodes": here.nodes,
             "grad_shards": training.shards,
             "precision": precision,
-            "compile": compiled,
+            "compile": "always" if compiled else "never",
             "steps": settings.steps,
             "parameters": sum(p.numel() for p in training.raw.network.parameters()),
             **facts(world.device),
@@ -78,11 +79,12 @@ def train(
         if training.step < settings.steps:
             watchdog.phase("compiling", COMPILING)
             # Before the step is captured, because a captured one repeats the kernels that it was captured with.
-            compile_s = compile_network(training, console) if compiled else None
-            if world.rank == 0 and step and compiled and compile_s is None:
-                say_of_bytes(console, differing(before, {"compile": False}))
-            capture(training, console)
-            recorder.begin(compile_s)
+            compile_s, was_stopped = compile_network(training, signals, console) if compiled else (None, False)
+            if not was_stopped:
+                if world.rank == 0 and step and compiled and compile_s is None:
+                    say_of_bytes(console, differing(before, {"compile": "never"}))
+                capture(training, console)
+                recorder.begin(compile_s)
         watchdog.phase("the first step", START)
         reason = run_steps(training, recorder, signals, watchdog, settings.steps)
         if world.rank == 0:
@@ -107,35 +109,44 @@ def train(
         recorder.close()
 
 
-def compiles(settings: TrainSettings, device: Kind, before: dict[str, Any]) -> bool:
-    """Whether a start compiles the network: as told; else on GPUs alone, as the first start did, or if it pays."""
-    if settings.compile is not None:
-        return settings.compile
-    return device == "cuda" and bool(before.get("compile", settings.steps >= COMPILING_PAYS))
+def compiles(settings: TrainSettings, device: Kind, starts: Sequence[dict[str, Any]]) -> bool:
+    """Whether a start compiles the network: as it was told to; else on GPUs alone, as the first there, if it pays."""
+    if settings.compile != "auto":
+        return settings.compile == "always"
+    there = [start for start in starts if "compile" in start and str(start.get("device")).startswith("cuda")]
+    if device != "cuda" or not there:
+        return device == "cuda" and settings.steps >= COMPILING_PAYS
+    # Who compiled twice and never came to a step nor to an orderly end may have died of it; nobody has asked for it.
+    died = [start["step"] for start in there[-2:] if start["compile"] == "always" and "came_to" not in start]
+    return there[-1]["compile"] == "always" and not (len(died) == 2 and died[0] == died[1])
 
 
-def compile_network(training: Training, console: Console) -> float | None:
-    """Compiles the network on all processes; returns the seconds that it took.
+def compile_network(training: Training, signals: SignalWatch, console: Console) -> tuple[float | None, bool]:
+    """Compiles the network on all processes; returns the seconds that it took, and whether they were told to stop.
 
     If one of them cannot, that is a JobError where the settings ask for it; else all go on without, and None says so.
+    It says nothing of the machine if one was told to stop: the signal may have killed the compilers.
     """
-    seconds, failure = None, ""
+    seconds, failure = None, None
     try:
         seconds = training.compile()
     except JobError as error:
-        failure = str(error)
-    failures = [reason for reason in training.world.of_all(failure) if reason]
-    if not failures:
-        return seconds
-    if training.settings.compile:
-        raise JobError(failures[0])
+        failure = error
+    reasons, stops = zip(*training.world.of_all((failure and str(failure), signals.requested)), strict=True)
+    reason = next(filter(None, reasons), None)
+    if reason is None:
+        return seconds, False
     training.launch_uncompiled()
+    if any(stops):
+        return None, True
+    if training.settings.compile == "always":
+        raise failure or JobError(reason)
     if training.world.rank == 0:
         console.say(
-            f"{failures[0][0].upper()}{failures[0][1:]}. The run goes on uncompiled, so its steps take longer; "
-            "with `--train.compile never` it does not try."
+            f"{reason[0].upper()}{reason[1:]}. The run goes on uncompiled, so its steps take longer; "
+            "`resume` with --train.compile always tries it again."
         )
-    return None
+    return None, False
 
 
 def say_of_bytes(console: Console, changed: list[str]) -> None:

@@ -155,7 +155,7 @@ class RunRecorder(Recorder):
     def begin(self, compile_s: float | None) -> None:
         if compile_s is not None:
             self._console.say(f"Compiled the network in {duration(compile_s)} (--train.compile).")
-        compiled = {"compile": compile_s is not None, "compile_s": round(compile_s or 0, 3)}
+        compiled = {"compile": "never" if compile_s is None else "always", "compile_s": round(compile_s or 0, 3)}
         append_timing(self._run, {"event": "begin", "step": self._training.step, **compiled})
         # Rates count steps alone, so the clock starts after compiling.
         self._clock = self._read_clock()

@@ -172,11 +172,12 @@ class Training:
 
         Raises JobError if that fails; usually there is no C++ compiler.
         """
-        from subprocess import SubprocessError
-
         from torch._dynamo.exc import TorchDynamoException  # here, because they take seconds to import
         from torch._inductor import config as inductor
 
+        # What the process has compiled for another training would decide over what is compiled now.
+        torch.compiler.reset()
+        torch.compiler.set_stance("default")
         started = time.perf_counter()
         # Inductor would time kernels at each start and take the fastest; older versions have no such switch. It is an
         # option because that holds for backward passes, too: torch resets the module's variable after each graph.
@@ -185,14 +186,13 @@ class Training:
             with self._without_moving() as examples:
                 # A shard and no step: processes of which one fails here could not exchange anything.
                 self._pass(*self._by_shard(*examples)[0])
-        # Triton calls compilers, too: some with the first launch, of whose failure torch says nothing of its own.
-        except (TorchDynamoException, RuntimeError, OSError, SubprocessError) as error:
+        except TorchDynamoException as error:
             reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
             raise JobError(f"the network cannot be compiled on this machine: {' '.join(reason.split())}") from error
         return time.perf_counter() - started
 
     def launch_uncompiled(self) -> None:
-        """Computes without what `compile` may have made, for all of this process."""
+        """Computes without what `compile` may have made, until something is compiled again."""
         torch.compiler.set_stance("force_eager")
 
     def capture(self) -> None:

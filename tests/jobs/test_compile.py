@@ -11,9 +11,15 @@ from typing import Any
 import pytest
 
 from diffusion.settings import MlpSettings
+from jobs.audit import plan
+from jobs.experiments.settings import Compile, TrainSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.job import process_rank
+from jobs.runtime.signals import SignalWatch, Stop
+from jobs.runtime.world import World
 from jobs.runtime.world import start as start_world
+from jobs.storage.records import starts
+from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
 from jobs.train.loop import COMPILING_PAYS, compile_network, compiles
 from jobs.train.state import Training
@@ -70,10 +76,7 @@ def test_nothing_is_timed_to_choose_kernels_neither_forward_nor_backward(monkeyp
     monkeypatch.setattr(config, "fx_graph_cache", False)
     monkeypatch.setattr(autograd_config, "enable_autograd_cache", False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    preset = EXPERIMENTS["1d"].preset
-    settings = replace(preset.train, batch_size=8, grad_shards=2)
-    small = replace(preset, model=MlpSettings(dim=8, layers=1), train=settings)
-    Training(small.build(), small.train, start_world(1, "cpu", "fp32")).compile()
+    small_training(start_world(1, "cpu", "fp32")).compile()
     assert len(chosen) >= 2 and all(chosen)
 
 
@@ -86,48 +89,127 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in ended.err
 
 
+def asked(experiment: str, steps: int, compile: Compile | None = None) -> TrainSettings:
+    preset = EXPERIMENTS[experiment].preset.train
+    return replace(preset, steps=steps, compile=compile or preset.compile)
+
+
+def start_line(compile: str, device: str = "cuda:0", step: int = 0) -> dict[str, Any]:
+    return {"event": "start", "time": TIME, "step": step, "device": device, "compile": compile}
+
+
+TIME = "2026-11-27T12:00:00.000+00:00"
+BEGIN = {"event": "begin", "time": TIME, "step": 0}
+
+
 def test_a_gpu_compiles_long_runs_by_itself_and_each_start_as_the_first() -> None:
-    preset = EXPERIMENTS["mnist"].preset.train
-    long, short = replace(preset, steps=COMPILING_PAYS), replace(preset, steps=COMPILING_PAYS - 1)
-    assert compiles(long, "cuda", {}) and compiles(preset, "cuda", {})
-    assert not compiles(short, "cuda", {}) and not compiles(long, "cpu", {})
-    # With more steps than at first, or where the first start could not; a CPU has other bytes in any case.
-    assert compiles(short, "cuda", {"compile": True}) and not compiles(long, "cuda", {"compile": False})
-    assert not compiles(long, "cpu", {"compile": True})
-    assert compiles(replace(short, compile=True), "cpu", {"compile": False})
-    assert not compiles(replace(long, compile=False), "cuda", {"compile": True})
+    long, short = asked("mnist", COMPILING_PAYS), asked("mnist", COMPILING_PAYS - 1)
+    assert compiles(long, "cuda", []) and compiles(EXPERIMENTS["mnist"].preset.train, "cuda", [])
+    assert not compiles(short, "cuda", []) and not compiles(long, "cpu", [])
+    assert not compiles(asked("1d", COMPILING_PAYS), "cuda", [])  # nothing is won there
+    # With more steps than at first, or where the first start could not.
+    assert compiles(short, "cuda", [start_line("always")])
+    assert not compiles(long, "cuda", [start_line("never")])
+    # A CPU has other bytes in any case, and decides nothing for the GPU after it.
+    between = start_line("never", "cpu", 50)
+    assert not compiles(long, "cpu", [start_line("always")])
+    assert compiles(long, "cuda", [start_line("always"), between]) and compiles(long, "cuda", [between])
+    # As it was told to.
+    assert compiles(asked("1d", 5, "always"), "cpu", [start_line("never")])
+    assert not compiles(asked("mnist", COMPILING_PAYS, "never"), "cuda", [start_line("always")])
+
+
+def test_what_has_become_of_a_start_decides_over_the_next() -> None:
+    def next_one(*lines: dict[str, Any]) -> bool:
+        return compiles(asked("mnist", COMPILING_PAYS), "cuda", starts(lines))
+
+    fell_back = [start_line("always"), {**BEGIN, "compile": "never", "compile_s": 0}]
+    assert not next_one(*fell_back)
+    assert next_one(start_line("always"), {**BEGIN, "compile": "always", "compile_s": 60})
+    # Before versions that recorded it: they were compiled as the settings said.
+    old = {name: value for name, value in start_line("").items() if name != "compile"}
+    assert starts([old, {**BEGIN, "compile_s": 60.0}])[0]["compile"] == "always"
+    assert starts([old, {**BEGIN, "compile_s": 0}])[0]["compile"] == "never"
+    # Twice killed while it compiled: perhaps by that. But not if it was told to stop, or had come further meanwhile.
+    killed, stopped = start_line("always"), {"event": "requeued", "step": 0}
+    assert next_one(killed) and not next_one(killed, killed)
+    assert next_one(killed, stopped, killed, stopped) and next_one(killed, stopped, killed)
+    assert next_one(killed, start_line("always", step=100))
+
+
+def test_an_audit_computes_each_part_as_it_was_compiled(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    lines = [
+        *(start_line("always"), {**BEGIN, "compile": "always", "compile_s": 60}),
+        *(start_line("always", step=10), {**BEGIN, "step": 10, "compile": "never", "compile_s": 0}),
+    ]
+    run.timing.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    parts = plan._parts(plan._lasting_starts(run), EXPERIMENTS["mnist"].preset, 0, 20)
+    assert [(part.stop, part.config.train.compile) for part in parts] == [(10, "always"), (20, "never")]
 
 
 @dataclass(frozen=True)
 class AutoJob:
-    """A few steps of a training that nobody has asked to compile, in processes of which some can."""
+    """A few steps of a training that nobody has asked to compile, in two processes of which one cannot."""
 
     folder: Path
     tries: bool
+    told_to_stop: bool = False
 
     def __call__(self) -> int:
         rank = process_rank()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / f"cache-{rank}")
         if rank == 1:
             os.environ["PATH"] = "/nowhere"
-        world, preset = start_world(2, "cpu", "fp32"), EXPERIMENTS["1d"].preset
-        settings = replace(preset.train, batch_size=8, grad_shards=2)
-        small = replace(preset, model=MlpSettings(dim=8, layers=1), train=settings)
-        training = Training(small.build(), small.train, world)
-        compiled = compile_network(training, Console(self.folder / "log.txt")) if self.tries else None
+        world, signals = start_world(2, "cpu", "fp32"), SignalWatch()
+        if self.told_to_stop and rank == 1:
+            signals.requested = Stop.REQUEUE
+        training = small_training(world)
+        outcome = compile_network(training, signals, Console(self.folder / "log.txt")) if self.tries else None
         losses = [training.sums(training.update())[0] for _ in range(3)]
-        (self.folder / f"{rank}.json").write_text(json.dumps([compiled, losses]))
+        # The next training of a process that went on uncompiled, as in a sweep.
+        seconds = small_training(world).compile() if self.tries and rank == 0 else 0
+        (self.folder / f"{rank}.json").write_text(json.dumps([outcome, losses, seconds > 0.1]))
         world.close()
         return 0
 
 
+def small_training(world: World) -> Training:
+    preset = EXPERIMENTS["1d"].preset
+    settings = replace(preset.train, batch_size=8, grad_shards=2)
+    small = replace(preset, model=MlpSettings(dim=8, layers=1), train=settings)
+    return Training(small.build(), small.train, world)
+
+
 def test_processes_of_which_one_cannot_compile_all_go_on_without(tmp_path: Path) -> None:
     found = {}
-    for tries in (False, True):
-        folder = tmp_path / str(tries)
-        folder.mkdir()
-        assert local.run(AutoJob(folder, tries), 2).exit_code == 0
-        found[tries] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-    assert found[True] == found[False] and found[True][0][0] is None
-    said = (tmp_path / "True" / "log.txt").read_text()
+    for name, job in {
+        "plain": AutoJob(tmp_path / "plain", tries=False),
+        "auto": AutoJob(tmp_path / "auto", tries=True),
+        "stopped": AutoJob(tmp_path / "stopped", tries=True, told_to_stop=True),
+    }.items():
+        job.folder.mkdir()
+        assert local.run(job, 2).exit_code == 0
+        found[name] = [json.loads((job.folder / f"{rank}.json").read_text()) for rank in range(2)]
+    plain, auto, stopped = found.values()
+    assert [losses for _, losses, _ in auto] == [losses for _, losses, _ in plain]
+    assert [(outcome, again) for outcome, _, again in auto] == [([None, False], True), ([None, False], False)]
+    said = (tmp_path / "auto" / "log.txt").read_text()
     assert said.count("The network cannot be compiled on this machine") == said.count("\n") == 1
+    # A signal may have killed the compilers.
+    assert [outcome for outcome, _, _ in stopped] == [[None, True]] * 2
+    assert not (tmp_path / "stopped" / "log.txt").exists()
+
+
+def test_the_words_of_the_command_line(tmp_path: Path) -> None:
+    def read(*words: object) -> Any:
+        ended = launch("train", "mnist-small", "--name", "a", "--dry-run", *words, cwd=tmp_path)
+        return re.search(r'"compile": "(\w+)"', ended.out)[1] if ended.code == 0 else ended.err  # type: ignore[index]
+
+    assert [read(), read("--train.compile"), read("--train.compile", "--train.steps", 9)] == [
+        "auto",
+        "always",
+        "always",
+    ]
+    assert [read("--train.compile", word) for word in ("auto", "always", "never")] == ["auto", "always", "never"]
+    assert "must be auto, always or never" in " ".join(read("--train.compile", "perhaps").split())
