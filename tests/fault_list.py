@@ -308,6 +308,27 @@ FAULTS = [
         "tests/jobs/test_audit.py::test_what_a_start_has_set_is_not_taken_from_today",
     ),
     Fault(
+        "what was compiled by one start is audited as if it were by all",
+        "jobs/audit/plan.py",
+        '("steps", "grad_shards", "precision", "compile")',
+        '("steps", "grad_shards", "precision")',
+        "tests/jobs/test_compile.py::test_an_audit_computes_each_part_as_it_was_compiled",
+    ),
+    Fault(
+        "a start that could not compile counts as compiled",
+        "jobs/storage/records.py",
+        'found[-1] = {**found[-1], "compile": compiled, "came_to": "steps"}',
+        'found[-1] = {**found[-1], "came_to": "steps"}',
+        "tests/jobs/test_compile.py::test_what_has_become_of_a_start_decides_over_the_next",
+    ),
+    Fault(
+        "a signal that kills the compilers counts as a machine that cannot compile",
+        "jobs/train/loop.py",
+        "    if any(stops):\n",
+        "    if not stops:\n",
+        "tests/jobs/test_compile.py::test_processes_of_which_one_cannot_compile_all_go_on_without",
+    ),
+    Fault(
         "processes of an audit do not wait for the one that saves",
         "jobs/audit/compute.py",
         "            self._training.world.of_first(None)\n",

@@ -71,3 +71,17 @@ def test_a_captured_step_is_the_step(experiment: str, precision: Precision, devi
     assert str(whole) == str(reported) and str(rest) == str(reported[SAVED:])  # NaN is not equal to itself
     for one, other, third in zip(tensors(expected), tensors(found), tensors(continued), strict=True):
         assert torch.equal(one, other) and torch.equal(one, third)
+
+
+@pytest.mark.parametrize("experiment", ["mnist", "mnist-classes"])
+def test_captured_predictions_are_the_predictions(experiment: str, device: Kind) -> None:
+    """Those of figures, which ask for many of one shape, from tensors of the host."""
+    preset = EXPERIMENTS[experiment].preset
+    small = replace(preset, model=replace(preset.model, dim=jobs.dim(device)))  # type: ignore[call-arg]
+    model = small.build().build_model().to(device).eval()
+    xt, told = torch.randn(8, 1, 28, 28), [torch.arange(8) % 10] if model.num_classes else []
+    with torch.inference_mode():
+        often = model.predict_often()
+        for t in (torch.full((8,), 900), torch.arange(8)):
+            found = often(xt, t, *told)
+            assert found.device == xt.device and torch.equal(found, model.predict_for(xt, t, *told))
