@@ -1148,6 +1148,13 @@ FAULTS = [
         "    for pause_s in ():\n",
         "tests/jobs/test_faults.py::test_what_follows_a_fault_is_decided_again_when_the_disk_has_room",
     ),
+    Fault(
+        "the last step is given up because the disk cannot be written for a moment",
+        "jobs/train/recorder.py",
+        "                faults.patiently(self._save_this_step, self._console.say)\n",
+        "                self._save_this_step()\n",
+        "tests/jobs/test_retries.py::test_the_last_step_is_saved_again_and_again_and_not_made_again",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

@@ -38,7 +38,7 @@ HUNG = re.compile(
 )
 """The first line of each of these files (jobs/health/watcher.py)."""
 FULL_S = (10, 60, 300)
-"""If the disk is full: the pauses before what follows a fault is decided and written again."""
+"""If the disk is full: the pauses before what must not be lost is written again."""
 T = TypeVar("T")
 WITHOUT_A_WORD = "died without a word"
 """The cause where nobody knows one."""
@@ -113,13 +113,17 @@ def forgive_set(folder: Path) -> None:
         append(folder / FILE, {"continued": now(), "hangs": seen})
 
 
-def patiently(decide: Callable[[], T]) -> T:
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def patiently(decide: Callable[[], T], say: Callable[[str], None] = _to_stderr) -> T:
     """Returns what `decide` does. If it cannot write that down, it is called again later: the disk may be full."""
     for pause_s in FULL_S:
         try:
             return decide()
         except OSError as error:
-            print(f"{error}; trying again in {pause_s} s", file=sys.stderr, flush=True)
+            say(f"{error}; trying again in {pause_s} s")
             time.sleep(pause_s)
     return decide()
 

@@ -14,7 +14,7 @@ from jobs import notify
 from jobs.followers.start import FollowerProcess, follow_training
 from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
-from jobs.storage import checkpoints
+from jobs.storage import checkpoints, faults
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import Metrics, Status, append_timing, cut_after, last_step, now, read_jsonl, skipped
 from jobs.storage.run_folder import RunFolder, State
@@ -183,12 +183,14 @@ class RunRecorder(Recorder):
     def save(self) -> None:
         if self._writer.newest != self._training.step:
             self._writer.wait()  # it may be on its way
-        if self._writer.newest != self._training.step:
-            self._save()
-            self._writer.wait()
-        if self._writer.newest != self._training.step:
-            step, good = self._training.step, self._writer.newest
-            raise MachineError(f"step {step} could not be saved; the last good checkpoint is of step {good}")
+        try:
+            if self._training.step == self._training.settings.steps:
+                # To be tried again from an earlier step would take the run to the same disk, and soon use up its tries.
+                faults.patiently(self._save_this_step, self._console.say)
+            else:
+                self._save_this_step()
+        except OSError as error:
+            raise MachineError(f"{error}; the last good checkpoint is of step {self._writer.newest}") from None
 
     def queue_again(self, requeue: Requeue, saved: str) -> bool:
         step = self._training.step
@@ -319,6 +321,14 @@ class RunRecorder(Recorder):
     def _checkpoint_wait_s(self) -> float:
         """How long this job's steps have waited for checkpoints so far."""
         return round(self._writer.waited_s + self._snapshot_s, 6)
+
+    def _save_this_step(self) -> None:
+        """Raises OSError if that fails; the reason has been said."""
+        if self._writer.newest != self._training.step:
+            self._save()
+            self._writer.wait()
+        if self._writer.newest != self._training.step:
+            raise OSError(f"step {self._training.step} could not be saved")
 
     def _save(self) -> None:
         started = time.perf_counter()

@@ -16,7 +16,7 @@ from jobs.runtime.job import JobError, MachineError, is_outside
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
-from tests.held import AFTER_STEP, held, start_held
+from tests.held import AFTER_STEP, held, let_go, start_held
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until, workers
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
@@ -124,6 +124,22 @@ def test_a_save_that_fails_after_ctrl_c_is_a_failure_for_good(tmp_path: Path) ->
     assert status(run)["state"] == "failed"
     assert "could not be saved" in status(run)["traceback"]
     assert lines(run)[-1]["again"] is False
+
+
+def test_the_last_step_is_saved_again_and_again_and_not_made_again(tmp_path: Path) -> None:
+    """New starts would come to the same disk within seconds, and use up all tries (`--retries`, here none)."""
+    process = start_held(AFTER_STEP, 60, *COMMAND, "--train.steps", 80, cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    log, said = run / "log.txt", "step 80 could not be saved; trying again in 10 s"
+    held(tmp_path)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", run / "checkpoints"], check=True)
+    try:
+        let_go(tmp_path)
+        wait_until(lambda: log.exists() and said in log.read_text())
+    finally:
+        subprocess.run(["umount", run / "checkpoints"], check=True)
+    assert finish(process, timeout_s=60).code == 0
+    assert (status(run)["state"], status(run)["restarts"]) == ("finished", 0)
 
 
 def test_a_resume_that_dies_before_it_has_said_anything_is_tried_again(tmp_path: Path) -> None:
