@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.launching import wait_until
+
 
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
@@ -35,7 +37,8 @@ def block(folder: Path, seconds: float) -> None:
     """Lets nobody write into the folder, which can still be read, and then everybody again."""
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     try:
-        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        # It is busy while somebody writes a file in it.
+        wait_until(lambda: subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=False).returncode == 0)
         time.sleep(seconds)
     finally:
         subprocess.run(["umount", "--lazy", folder], check=True)
