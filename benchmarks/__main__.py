@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("which", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each alternative")
-    parser.add_argument("--steps", type=int, help="training steps in a round (default: 3; on a GPU by the batch)")
+    parser.add_argument("--steps", type=int, help="training steps in a round (default: 3; on a GPU 32)")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with the runs of `make demo`")
     parser.add_argument("--sampled", default="mnist-small/demo", help="run of digits that is sampled")
     parser.add_argument("--small", action="store_true", help="tiny networks: a rehearsal whose numbers mean nothing")
