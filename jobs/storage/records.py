@@ -97,7 +97,7 @@ def held_out_losses(metrics: Path) -> dict[int, float]:
 def starts(timing: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Returns the starts among the lines of timing.jsonl, in order, each with its step and the facts of its machine.
 
-    `came_to` is how far one came in the end: steps, the end of its job, or {} for neither.
+    `came_to` is how far one came: to steps, or to the end of its job without any. Who came to neither has none.
     """
     found: list[dict[str, Any]] = []
     for line in timing:
