@@ -16,16 +16,18 @@ from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import Denoiser, Noise, Sampler, ddim, ddpm
 
+GAP = 2
+"""Pixels between images side by side."""
+
 
 def tile(images: Images, columns: int) -> NDArray[np.uint8]:
     """Images side by side in rows, with grey gaps: [height, width], with colours [height, width, channels]."""
-    gap = 2
     n, height, width, channels = images.shape
-    rows, cell_height, cell_width = -(-n // columns), height + gap, width + gap
-    sheet = np.full((rows * cell_height + gap, columns * cell_width + gap, channels), 64, dtype=np.uint8)
+    rows, cell_height, cell_width = -(-n // columns), height + GAP, width + GAP
+    sheet = np.full((rows * cell_height + GAP, columns * cell_width + GAP, channels), 64, dtype=np.uint8)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
-        top, left = row * cell_height + gap, column * cell_width + gap
+        top, left = row * cell_height + GAP, column * cell_width + GAP
         sheet[top : top + height, left : left + width] = image
     return without_single_channel(sheet)
 
@@ -81,9 +83,13 @@ def classes(model: DiffusionModel, experiment: Experiment, noun: str, folder: Pa
     Image.fromarray(_enlarged(tile(rows, columns))).save(folder / "classes.png")
     first = noise[:1].expand(number, -1, -1, -1)
     by_scale = [_of_classes(model, experiment, first, np.arange(number), scale) for scale in scales]
-    downwards = ", ".join(f"{scale:g}" for scale in scales)
-    title = f"{noun.capitalize()} of each class, from the same noise; downwards with guidance {downwards}"
-    _labelled(list(np.stack(by_scale, 1)), [f"{k}" for k in range(number)], title, folder / "guidance.png")
+    _labelled(
+        list(np.stack(by_scale, axis=1)),
+        [f"{k}" for k in range(number)],
+        f"{noun.capitalize()} of each class, from the same noise",
+        folder / "guidance.png",
+        ("guidance", [f"{scale:g}" for scale in scales]),
+    )
 
 
 def _of_classes(
@@ -140,19 +146,32 @@ def real_beside_generated(real: Images, generated: Images, path: Path) -> None:
     save(figure, path)
 
 
-def _labelled(columns: list[Images], labels: list[str], title: str, path: Path) -> None:
-    """Columns of images, each with a label above."""
-    rows = len(columns[0])
-    figure = Figure(figsize=(1.1 * len(columns), 1.1 * rows + 0.8), layout="constrained")
-    all_axes = figure.subplots(rows, len(columns), squeeze=False)
-    for column, (images, label) in enumerate(zip(columns, labels, strict=True)):
-        all_axes[0, column].set_title(label, fontsize="medium")
-        for row, image in enumerate(images):
-            axes = all_axes[row, column]
-            axes.imshow(without_single_channel(image), cmap="gray", vmin=0, vmax=255)
-            axes.set_axis_off()
+def _labelled(
+    columns: list[Images], labels: list[str], title: str, path: Path, row_labels: tuple[str, list[str]] | None = None
+) -> None:
+    """Columns of images, each with a label above; `row_labels` are what they are called, and one for each row."""
+    n, (rows, height, width, _) = len(columns), columns[0].shape
+    figure = Figure(figsize=(1.1 * n, 1.1 * rows + 0.8), layout="constrained")
+    # All in one picture: to lay out axes for each image takes five times as long.
+    axes = figure.subplots()
+    axes.imshow(tile(np.concatenate(list(np.stack(columns, axis=1))), n), cmap="gray", vmin=0, vmax=255)
+    axes.xaxis.tick_top()
+    axes.set_xticks(_centres(n, width), labels)
+    axes.set_yticks([])
+    if row_labels is not None:
+        what, each = row_labels
+        axes.set_yticks(_centres(rows, height), each)
+        axes.set_ylabel(what)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(visible=False)
     figure.suptitle(title)
     save(figure, path)
+
+
+def _centres(n: int, size: int) -> list[float]:
+    """Where `tile` puts the middles of n images in a row or column; a pixel's own middle is a whole number."""
+    return [GAP + (size - 1) / 2 + i * (size + GAP) for i in range(n)]
 
 
 def _enlarged(sheet: NDArray[np.uint8]) -> NDArray[np.uint8]:
