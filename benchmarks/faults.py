@@ -1,7 +1,7 @@
 """How long a fault costs: `python -m benchmarks.faults [--cluster slurm]` prints the table of docs/faults.md.
 
 With `--cluster slurm` it needs the cluster on this machine that `python -m slurm.devcluster up` starts, because the
-processes that it harms must be here.
+processes and nodes that it harms must be here.
 """
 
 import argparse
@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from jobs.storage import faults
 from jobs.storage.provenance import ROOT
 from jobs.storage.records import last_step, read_jsonl
 from jobs.storage.run_folder import RunFolder
+from slurm.devcluster import DevCluster
+from slurm.devcluster.processes import kill_all
 
 EVERY = 500
 """Steps between checkpoints."""
@@ -30,21 +34,34 @@ TRAINING = (
 SLURM = ("--slurm.cpus-per-gpu", 1, "--slurm.gpus-per-node", 2)
 PATIENCE_S = 600
 
+Misfortune = Callable[[RunFolder], AbstractContextManager[None]]
+"""Strikes a run when it is entered, and repairs what it has broken when it is left."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cluster", choices=("local", "slurm"), default="local")
     cluster = parser.parse_args().cluster
+    misfortunes: dict[str, Misfortune] = {
+        f"{number.name} to one of two processes": partial(hit, number)
+        for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP)
+    }
+    if cluster == "slurm":
+        misfortunes |= {"the job is preempted": preempt, "its node is lost": lose_node}
     print("| fault | noticed after | at work again after | steps lost |\n|---|---|---|---|")
-    for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSTOP):
+    for what, strike in misfortunes.items():
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            noticed_s, working_s, lost = measured(number, Path(folder), cluster)
+            noticed_s, working_s, lost = measured(strike, Path(folder), cluster)
         where = "here" if cluster == "local" else "on Slurm"
-        print(f"| {number.name} to one of two processes, {where} | {noticed_s:.0f} s | {working_s:.0f} s | {lost} |")
+        noticed = "" if noticed_s is None else f"{noticed_s:.0f} s"
+        print(f"| {what}, {where} | {noticed} | {working_s:.0f} s | {lost} |")
 
 
-def measured(number: signal.Signals, folder: Path, cluster: str) -> tuple[float, float, int]:
-    """Sends a signal to the second process; returns seconds until noticed, until at work again, and steps lost."""
+def measured(strike: Misfortune, folder: Path, cluster: str) -> tuple[float | None, float, int]:
+    """Strikes a training; returns seconds until faults.jsonl has a line and until at work again, and steps lost.
+
+    What the run takes for no fault has no line.
+    """
     command = [sys.executable, ROOT / "launch.py", *TRAINING, "--cluster", cluster, "--name", "a"]
     command += SLURM if cluster == "slurm" else ()
     run = RunFolder(folder / "runs" / "1d" / "a")
@@ -53,17 +70,55 @@ def measured(number: signal.Signals, folder: Path, cluster: str) -> tuple[float,
         process = subprocess.Popen([*map(str, command)], cwd=folder, env=environment, stdout=log, stderr=log)
     try:
         wait_until(lambda: last_step(run.metrics) >= 2 * EVERY + EVERY // 2)  # the mean of what may be lost
-        os.kill(second(run), number)
         at, before = time.time(), last_step(run.metrics)
-        wait_until(lambda: len(starts(run)) == 2 and bool(faults.read(run)))
-        again = starts(run)[1]["step"]
-        wait_until(lambda: last_step(run.metrics) > again)
-        working_s = time.time() - at
-        (fault,) = faults.read(run)
-        return datetime.fromisoformat(fault.time).timestamp() - at, working_s, before - again
+
+        def is_back() -> bool:
+            nonlocal before
+            step, back = last_step(run.metrics), len(starts(run)) == 2
+            before = before if back else max(before, step)
+            return back
+
+        with strike(run):
+            wait_until(is_back)
+            again = starts(run)[1]["step"]
+            wait_until(lambda: last_step(run.metrics) > again)
+            working_s = time.time() - at
+        noticed_s = [datetime.fromisoformat(fault.time).timestamp() - at for fault in faults.read(run)]
+        return next(iter(noticed_s), None), working_s, before - again
     finally:
         subprocess.run([sys.executable, ROOT / "launch.py", "cancel", run.path], stdout=subprocess.DEVNULL, check=False)
         process.wait()
+
+
+@contextmanager
+def hit(number: signal.Signals, run: RunFolder) -> Iterator[None]:
+    os.kill(second(run), number)
+    yield
+
+
+@contextmanager
+def preempt(run: RunFolder) -> Iterator[None]:
+    """Submits a job that takes all nodes away from it for a moment."""
+    cluster = dev_cluster()
+    cluster.submit("sleep 2", "--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive")
+    yield
+
+
+@contextmanager
+def lose_node(run: RunFolder) -> Iterator[None]:
+    """Ends all processes of its node at once, as a power failure does, and starts the node again afterwards."""
+    cluster, node = dev_cluster(), environment_of(run.read_status()["pid"])["SLURMD_NODENAME"]
+    kill_all(cluster.dir, node)
+    try:
+        yield
+    finally:
+        cluster.start_node(node)
+
+
+def dev_cluster() -> DevCluster:
+    cluster = DevCluster.find(Path(os.environ["SLURM_CONF"]).parent)
+    assert cluster is not None
+    return cluster
 
 
 def starts(run: RunFolder) -> list[dict[str, Any]]:
