@@ -150,6 +150,13 @@ FAULTS = [
         "tests/diffusion/test_samplers.py::test_the_error_to_the_exact_ode_has_the_samplers_order",
     ),
     Fault(
+        "sde-dpm++ is of first order",
+        "diffusion/process/samplers.py",
+        "d = x0 + h / (2 * (lam - before[0])) * (x0 - before[1])",
+        "d = x0",
+        "tests/diffusion/test_samplers.py::test_the_error_of_the_variance_has_the_samplers_order",
+    ),
+    Fault(
         "guidance is w of the paper, which is one less",
         "diffusion/process/guidance.py",
         "return of_none + guidance *",

@@ -108,6 +108,30 @@ def dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta:
         yield xt
 
 
+def sde_dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022) between the timesteps of `ddpm`; eta is not used.
+
+    Its first order, with x0 in place of the line through the last two predictions of it, is `ddpm`.
+    """
+    before: tuple[float, Tensor] | None = None
+    for k, (t, abar, abar_prev) in enumerate(_strides(denoiser.alphas_cumprod, steps)):
+        x0, _ = denoiser(xt, t, abar)
+        if abar_prev == 1:  # the last step ends at the data, where lambda is infinity: only the first order is stable
+            yield x0
+            return
+        lam, d = math.log(abar / (1 - abar)) / 2, x0
+        if before is not None:
+            # Half of the coming step ahead, as in `dpm_solver`.
+            h = math.log(abar_prev / (1 - abar_prev)) / 2 - lam
+            d = x0 + h / (2 * (lam - before[0])) * (x0 - before[1])
+        # DDPM's equation 7, which is what this solver makes of x0 and the noise between two timesteps.
+        alpha = abar / abar_prev
+        mu = (alpha**0.5 * (1 - abar_prev) * xt + abar_prev**0.5 * (1 - alpha) * d) / (1 - abar)
+        xt = mu + posterior_variance(abar, abar_prev) ** 0.5 * noise(k)
+        before = lam, x0
+        yield xt
+
+
 def heun(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """Heun's method for the probability-flow ODE (Karras et al. 2022, algorithm 1); eta and noise are unused.
 
@@ -133,7 +157,13 @@ def heun(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float
         yield xt
 
 
-FUNCTIONS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver, "heun": heun}
+FUNCTIONS: dict[str, Sampler] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm++": dpm_solver,
+    "heun": heun,
+    "sde-dpm++": sde_dpm_solver,
+}
 """The function of each row of diffusion.settings.SAMPLERS."""
 
 

@@ -156,13 +156,13 @@ def test_an_evaluation_finds_a_known_mistake_and_survives_without_the_model() ->
     assert found["log_likelihood"].value == pytest.approx(-START.entropy() - found["likelihood_gap"].value)
     alone = Evaluator1d(EXPERIMENT, Drawn(x, None, sampler))
     assert list(alone.units()) == ["samples"]
-    known = {3: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
+    known = {4: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
     assert list(alone.metrics(results)) == known[Gaussian1dProblem.metrics_version]
 
 
 def test_another_sampler_to_compare_comes_with_a_new_version() -> None:
     """Without one, what an older version has evaluated would count as complete, and never get the new rows."""
-    known = {3: ["ddpm", "ddim", "dpm++", "heun"]}
+    known = {4: ["ddpm", "ddim", "dpm++", "heun", "sde-dpm++"]}
     assert list(SAMPLERS) == known[Gaussian1dProblem.metrics_version]
 
 

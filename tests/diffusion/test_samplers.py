@@ -21,6 +21,7 @@ from diffusion.process.samplers import (
     dpm_solver,
     heun,
     posterior_variance,
+    sde_dpm_solver,
     strided_timesteps,
 )
 from diffusion.process.schedules import alphas_cumprod
@@ -67,7 +68,9 @@ def test_ddim_is_as_close_to_the_mixture_as_it_is_known_to_be(steps: int, larges
     assert largest / 4 < ode_error(ddim, steps) < largest
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50), ("heun", 100)])
+@pytest.mark.parametrize(
+    ("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50), ("heun", 100), ("sde-dpm++", 500)]
+)
 def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int) -> None:
     exact, n = experiment(), 10_000
     x_t = torch.from_numpy(normal(0, Stream.SAMPLE_START, 0, 0, n, (1,)))
@@ -77,6 +80,43 @@ def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int
 
     *_, x0 = FUNCTIONS[name](perfect(exact), x_t, steps=steps, noise=noise)
     assert wasserstein1(x0[:, 0], exact.mixture) < 2.5 * wasserstein1_floor(exact.mixture, n)
+
+
+def variance_error(sampler: Sampler, steps: int, schedule: str) -> float:
+    """How far the variance of what it draws is from that of a standard normal, whose denoiser is linear.
+
+    So a sample is a sum of independent noises. Its coefficients are what comes of the unit vectors.
+    """
+    gaussian = Gaussian1d(
+        MixtureSettings(means=(0.0,), stds=(1.0,), weights=(1.0,)),
+        MlpSettings(),
+        DiffusionSettings(beta_schedule=schedule),  # type: ignore[arg-type]
+    )
+    start, *of_steps = torch.eye(steps + 1, dtype=torch.float64)[:, :, None]
+    *_, coefficients = sampler(perfect(gaussian), start, steps=steps, noise=lambda k: of_steps[k])
+    return abs(float(coefficients.square().sum()) - 1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize(("sampler", "order"), [(ddpm, 1), (sde_dpm_solver, 2)])
+def test_the_error_of_the_variance_has_the_samplers_order(sampler: Sampler, order: int, schedule: str) -> None:
+    coarse, fine = variance_error(sampler, 250, schedule), variance_error(sampler, 500, schedule)
+    assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
+
+
+def test_where_each_prediction_is_the_same_the_second_order_is_ddpm() -> None:
+    exact, known, n = experiment(), 1.5, 20
+    x_t, *noises = torch.from_numpy(normal(0, Stream.SAMPLE_STEP, 0, 0, 11, (n, 1))).double()
+
+    def predict(xt: Tensor, t: Tensor) -> Tensor:
+        abar = exact.abar[t.long()][:, None]
+        return (xt - abar**0.5 * known) / (1 - abar) ** 0.5
+
+    drawn = [
+        list(sampler(Denoiser(predict, exact.abar), x_t, steps=10, noise=lambda k: noises[k]))
+        for sampler in (ddpm, sde_dpm_solver)
+    ]
+    torch.testing.assert_close(*map(torch.stack, drawn), rtol=1e-9, atol=1e-9)
 
 
 def test_the_table_and_the_functions_have_the_same_names() -> None:
