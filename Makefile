@@ -44,14 +44,14 @@ demo: $(VENV)/ready
 	@ls -d runs/1d/demo/figures/* runs/1d/demo/samples/*/grid.png \
 	  runs/mnist-small/demo/figures/* runs/mnist-small/demo/samples/*/grid.png
 
-# One thread in each process: threads that wait for a core that others use make steps crawl. A process more than there
-# are cores, because a fifth of the time a test waits for something.
+# One thread in each process: threads that wait for a core that others use make steps crawl.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(8, (os.cpu_count() or 1) + 1))' 2>/dev/null)
-SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist load
+CORES := $(shell $(PYTHON) -c 'import os; print(min(7, os.cpu_count() or 1))' 2>/dev/null)
+# A process more than there are cores, because tests that start processes wait for something a fifth of the time.
+SIDE_BY_SIDE := --numprocesses $$(($(CORES) + 1)) --dist load
 
 check: lint
-	$(PYTEST) $(SIDE_BY_SIDE) -m "not processes and not slurm and not soak and not gpu and not data and not browser"
+	$(PYTEST) --numprocesses $(CORES) --dist load -m "not processes and not slurm and not soak and not gpu and not data and not browser"
 
 test: $(VENV)/ready
 	$(PYTEST) $(SIDE_BY_SIDE)

@@ -152,9 +152,16 @@ FAULTS = [
     Fault(
         "sde-dpm++ is of first order",
         "diffusion/process/samplers.py",
-        "d = x0 + h / (2 * (lam - before[0])) * (x0 - before[1])",
+        "d = x0 + h / (2 * before[0]) * (x0 - before[1])",
         "d = x0",
         "tests/diffusion/test_samplers.py::test_the_error_of_the_variance_has_the_samplers_order",
+    ),
+    Fault(
+        "sde-dpm++ draws more noise than it makes room for",
+        "diffusion/process/samplers.py",
+        "shrinks**NOISE",
+        "shrinks",
+        "tests/diffusion/test_samplers.py::test_with_the_exact_denoiser_samplers_draw_the_mixture",
     ),
     Fault(
         "guidance is w of the paper, which is one less",

@@ -21,6 +21,11 @@ Clip = tuple[float, float]
 
 RHO = 7.0
 """Spaces the steps of `heun`, as Karras et al. 2022 found best."""
+NOISE = 2.0
+"""The noise of `sde-dpm++`, tau^2 of SA-Solver (Xue et al. 2023): 0 is the probability-flow ODE, 1 as random as `ddpm`.
+
+All have the same distributions if the network is perfect; more noise corrects more of what it gets wrong.
+"""
 
 
 @dataclass(frozen=True)
@@ -109,26 +114,25 @@ def dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta:
 
 
 def sde_dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
-    """SDE-DPM-Solver++(2M) (Lu et al. 2022) between the timesteps of `ddpm`; eta is not used.
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022) with NOISE, between the timesteps of `ddpm`; eta is not used.
 
-    Its first order, with x0 in place of the line through the last two predictions of it, is `ddpm`.
+    With NOISE 1, and x0 in place of the line through its last two predictions, it is `ddpm`.
     """
     before: tuple[float, Tensor] | None = None
     for k, (t, abar, abar_prev) in enumerate(_strides(denoiser.alphas_cumprod, steps)):
         x0, _ = denoiser(xt, t, abar)
-        if abar_prev == 1:  # the last step ends at the data, where lambda is infinity: only the first order is stable
+        if abar_prev == 1:  # the last step goes to lambda = infinity, where only the first order is stable: x = x0
             yield x0
             return
-        lam, d = math.log(abar / (1 - abar)) / 2, x0
+        # exp(-h), where h is how far the step goes in lambda = log(alpha / sigma).
+        shrinks = (abar / abar_prev * (1 - abar_prev) / (1 - abar)) ** 0.5
+        h, d = -math.log(shrinks), x0
         if before is not None:
-            # Half of the coming step ahead, as in `dpm_solver`.
-            h = math.log(abar_prev / (1 - abar_prev)) / 2 - lam
-            d = x0 + h / (2 * (lam - before[0])) * (x0 - before[1])
-        # DDPM's equation 7, which is what this solver makes of x0 and the noise between two timesteps.
-        alpha = abar / abar_prev
-        mu = (alpha**0.5 * (1 - abar_prev) * xt + abar_prev**0.5 * (1 - alpha) * d) / (1 - abar)
-        xt = mu + posterior_variance(abar, abar_prev) ** 0.5 * noise(k)
-        before = lam, x0
+            d = x0 + h / (2 * before[0]) * (x0 - before[1])  # half a step ahead, as in `dpm_solver`
+        kept = ((1 - abar_prev) / (1 - abar)) ** 0.5 * shrinks**NOISE
+        fresh = ((1 - abar_prev) * (1 - shrinks ** (2 * NOISE))) ** 0.5
+        xt = kept * xt + abar_prev**0.5 * (1 - shrinks ** (1 + NOISE)) * d + fresh * noise(k)
+        before = h, x0
         yield xt
 
 
