@@ -53,7 +53,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             noticed_s, working_s, lost = measured(strike, Path(folder), cluster)
         where = "here" if cluster == "local" else "on Slurm"
-        noticed = "" if noticed_s is None else f"{noticed_s:.0f} s"
+        noticed = "-" if noticed_s is None else f"{noticed_s:.0f} s"
         print(f"| {what}, {where} | {noticed} | {working_s:.0f} s | {lost} |")
 
 
@@ -84,7 +84,7 @@ def measured(strike: Misfortune, folder: Path, cluster: str) -> tuple[float | No
             wait_until(lambda: last_step(run.metrics) > again)
             working_s = time.time() - at
         noticed_s = [datetime.fromisoformat(fault.time).timestamp() - at for fault in faults.read(run)]
-        return next(iter(noticed_s), None), working_s, before - again
+        return next(iter(noticed_s), None), working_s, max(0, before - again)
     finally:
         subprocess.run([sys.executable, ROOT / "launch.py", "cancel", run.path], stdout=subprocess.DEVNULL, check=False)
         process.wait()
