@@ -44,7 +44,8 @@ demo: $(VENV)/ready
 	@ls -d runs/1d/demo/figures/* runs/1d/demo/samples/*/grid.png \
 	  runs/mnist-small/demo/figures/* runs/mnist-small/demo/samples/*/grid.png
 
-# One thread in each process: threads that wait for a core that others use make steps crawl.
+# One thread in each process, and in `check`, whose tests never wait, a process for each core: threads that wait for a
+# core that others use make steps crawl.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 CORES := $(shell $(PYTHON) -c 'import os; print(min(7, os.cpu_count() or 1))' 2>/dev/null)
 # A process more than there are cores, because tests that start processes wait for something a fifth of the time.

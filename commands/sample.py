@@ -85,6 +85,9 @@ class Sample:
         run = run_folder.find(self.run, self.where.runs_dir)
         experiment, config = run.read_experiment()
         default, timesteps = EXPERIMENTS[experiment].sampler, config.diffusion.timesteps
+        if self.name is not None and self.sampler is None and self.steps is None:
+            # A set that is there goes on as it was begun, whatever the default has become since.
+            default = sample_set.sampler_of(run.read_samples(self.name)) or default
         name = self.sampler if self.sampler is not None else default.sampler
         usual = default.steps if name == default.sampler else SAMPLERS[name].default_steps or timesteps
         # A process with fewer timesteps than that has no more of them to visit.
@@ -92,7 +95,7 @@ class Sample:
         settings = sample_set.choose(
             run,
             seed=self.seed,
-            sampler=SamplerSettings(sampler=name, steps=steps, eta=self.eta),
+            sampler=SamplerSettings(sampler=name, steps=steps, eta=self.eta or default.eta),
             weights=self.weights,
             checkpoint=self.checkpoint,
             classes=self.classes,

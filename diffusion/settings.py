@@ -27,7 +27,9 @@ SAMPLERS = {
     "ddim": SamplerKind(help="", default_steps=50, is_deterministic=True, takes_eta=True),
     "dpm++": SamplerKind(help="DPM-Solver++ 2M", default_steps=30, is_deterministic=True),
     "heun": SamplerKind(help="second order, of Karras et al. 2022", default_steps=50, is_deterministic=True),
-    "sde-dpm++": SamplerKind(help="SDE-DPM-Solver++ 2M", default_steps=50, is_deterministic=False),
+    "sde-dpm++": SamplerKind(
+        help="SDE-DPM-Solver++ 2M, twice as random as ddpm", default_steps=50, is_deterministic=False
+    ),
 }
 """Each has its function in the table FUNCTIONS of diffusion/process/samplers.py. Figures take colours in this order."""
 

@@ -149,10 +149,10 @@ def real_beside_generated(real: Images, generated: Images, path: Path) -> None:
 def _labelled(
     columns: list[Images], labels: list[str], title: str, path: Path, row_labels: tuple[str, list[str]] | None = None
 ) -> None:
-    """Columns of images, each with a label above; `row_labels` are what they are called, and one for each row."""
+    """Columns of images, each with a label above; `row_labels` are a title for all rows and a label for each."""
     n, (rows, height, width, _) = len(columns), columns[0].shape
     figure = Figure(figsize=(1.1 * n, 1.1 * rows + 0.8), layout="constrained")
-    # All in one picture: to lay out axes for each image takes five times as long.
+    # All in one picture: axes for each image take four times as long.
     axes = figure.subplots()
     axes.imshow(tile(np.concatenate(list(np.stack(columns, axis=1))), n), cmap="gray", vmin=0, vmax=255)
     axes.xaxis.tick_top()

@@ -24,7 +24,8 @@ RHO = 7.0
 NOISE = 2.0
 """The noise of `sde-dpm++`, tau^2 of SA-Solver (Xue et al. 2023): 0 is the probability-flow ODE, 1 as random as `ddpm`.
 
-All have the same distributions if the network is perfect; more noise corrects more of what it gets wrong.
+With a perfect network and many steps all draw the same distribution. For one that has been trained for minutes, 2 was
+the best (benchmarks/README.md).
 """
 
 
@@ -116,7 +117,8 @@ def dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta:
 def sde_dpm_solver(denoiser: Denoiser, xt: Tensor, *, steps: int, noise: Noise, eta: float = 0.0) -> Iterator[Tensor]:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022) with NOISE, between the timesteps of `ddpm`; eta is not used.
 
-    With NOISE 1, and x0 in place of the line through its last two predictions, it is `ddpm`.
+    k-diffusion calls NOISE the eta of its `sample_dpmpp_2m_sde`. With NOISE 1, and x0 in place of the line through its
+    last two predictions, it is `ddpm`.
     """
     before: tuple[float, Tensor] | None = None
     for k, (t, abar, abar_prev) in enumerate(_strides(denoiser.alphas_cumprod, steps)):

@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership, Superseded
-from jobs.storage.records import append
+from jobs.storage.records import append, read_jsonl
 from jobs.storage.run_folder import RunFolder
 
 NUM_SAMPLES = 1000
@@ -38,6 +38,8 @@ def judge(run: RunFolder, step: int) -> dict[str, Any]:
     name, config = run.read_experiment()
     sampler = EXPERIMENTS[name].sampler
     sampler = replace(sampler, steps=min(sampler.steps, MOST_EVALUATIONS, config.diffusion.timesteps))
+    first = next(iter(read_jsonl(run.quality)), {})
+    sampler = sample_set.sampler_of(first) or sampler  # the experiment may have had another when the run began
     settings = sample_set.choose(run, seed=SEED, sampler=sampler, weights="ema", checkpoint=step, say=say)
     bf16 = settings.precision == "bf16" and computes_bf16()  # a CPU that only imitates it would take hours
     settings = replace(settings, precision="bf16" if bf16 else "fp32")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from jobs.evaluate.plan import Evaluation
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.classes import label, predictions
+from jobs.sample.sample_set import SampleSettings
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
 
@@ -46,9 +47,13 @@ def title(evaluation: Evaluation) -> str:
     """Which samples these are, in a line."""
     samples = evaluation.samples
     where, results = f"{RunFolder(samples.run)}/samples/{samples.name}", evaluation.read()
-    number, settings = judged(results) if results else f"{samples.num_samples:,} samples", samples.settings
+    number = judged(results) if results else f"{samples.num_samples:,} samples"
+    return f"{where}: {number}, {_drawn_by(samples.settings)}"
+
+
+def _drawn_by(settings: SampleSettings) -> str:
     told = f", classes {label(settings.classes)}, guidance {settings.guidance:g}" if settings.classes else ""
-    return f"{where}: {number}, {settings.sampler.label}{told}"
+    return f"{settings.sampler.label}{told}"
 
 
 def num_judged(results: Json) -> int:
@@ -114,6 +119,10 @@ def two(a: Evaluation, b: Evaluation, width: int) -> str:
             f"A and B hold {sizes[0]:,} and {sizes[1]:,} samples, and chance makes distances larger where they are few."
         )
         notes.append(textwrap.fill(f"{note} Compare sets of equal size.", width))
+    ways = [_drawn_by(evaluation.samples.settings) for evaluation in (a, b)]
+    if ways[0] != ways[1]:
+        note = f"A and B were not drawn in the same way: {ways[0]}; {ways[1]}."
+        notes.append(textwrap.fill(note, width, break_on_hyphens=False))
     legend = "BETTER: the better one, if the interval of the difference excludes 0."
     return "\n\n".join(
         ["\n".join(notes), tables.render(headers, rows, width=width, names=(), texts=("METRIC", "BETTER")), legend]

@@ -2,7 +2,7 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -132,6 +132,11 @@ def read(run: RunFolder, name: str) -> "SampleSet":
         return SampleSet(run.path, name, settings, manifest["num_samples"], config.data.sample.num_bytes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
+
+
+def sampler_of(written: Mapping[str, Any]) -> SamplerSettings | None:
+    """The sampler that a manifest or a line of quality.jsonl names; None if it is empty."""
+    return SamplerSettings(**written["sampler"]) if written else None
 
 
 def complete(run: RunFolder) -> dict[str, dict[str, Any]]:

@@ -123,6 +123,30 @@ def test_where_each_prediction_is_the_same_and_noise_is_one_the_second_order_is_
     torch.testing.assert_close(*map(torch.stack, drawn), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_second_order_is_that_of_k_diffusions_formula(schedule: str) -> None:
+    """As `sample_dpmpp_2m_sde` writes it with the midpoint rule: for x / alpha, whose noise is sigma = exp(-lambda)."""
+    exact, n, steps, eta = experiment(schedule), 40, 20, samplers.NOISE
+    x_t, *noises = torch.from_numpy(normal(0, Stream.SAMPLE_STEP, 0, 0, steps + 1, (n, 1))).double()
+    denoiser = Denoiser(exact.exact_predict, exact.abar, clip=(-1, 1))
+    *_, found = sde_dpm_solver(denoiser, x_t, steps=steps, noise=lambda k: noises[k])
+
+    times = strided_timesteps(1000, steps)
+    abars = [float(exact.abar[t]) for t in times]
+    sigmas = [math.sqrt((1 - abar) / abar) for abar in abars]
+    x, before, h_before = x_t / abars[0] ** 0.5, None, math.nan
+    for k in range(steps - 1):
+        denoised, _ = denoiser(x * abars[k] ** 0.5, times[k], abars[k])
+        h = math.log(sigmas[k] / sigmas[k + 1])
+        x = sigmas[k + 1] / sigmas[k] * math.exp(-h * eta) * x - math.expm1(-h - eta * h) * denoised
+        if before is not None:
+            x = x - 0.5 * math.expm1(-h - eta * h) * h / h_before * (denoised - before)
+        x = x + noises[k] * sigmas[k + 1] * math.sqrt(-math.expm1(-2 * eta * h))
+        before, h_before = denoised, h
+    known, _ = denoiser(x * abars[-1] ** 0.5, times[-1], abars[-1])
+    torch.testing.assert_close(found, known, rtol=1e-6, atol=1e-6)
+
+
 def test_the_table_and_the_functions_have_the_same_names() -> None:
     assert list(FUNCTIONS) == list(SAMPLERS)
 

@@ -12,6 +12,7 @@ import torch
 
 from diffusion.gaussian1d import distances
 from diffusion.settings import SettingsError
+from jobs.evaluate import beside
 from jobs.experiments.table import EXPERIMENTS
 from jobs.followers.start import FollowerProcess, machine_of
 from jobs.report import curves
@@ -69,6 +70,10 @@ def test_checkpoints_are_judged_beside_the_training_and_not_again(
     again._wait_for_judge(lambda: False)
     again.close()
     assert read_jsonl(run.quality) == lines
+    # A run that was begun when the experiment had another sampler keeps it, or its curve would have a step.
+    older = {"sampler": "ddim", "steps": 5, "eta": 0.5}
+    run.quality.write_text(json.dumps({**lines[0], "sampler": older}) + "\n")
+    assert beside.judge(run, 11)["sampler"] == older
 
 
 def test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge(tmp_path: Path) -> None:

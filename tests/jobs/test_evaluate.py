@@ -200,6 +200,8 @@ def test_numbers_name_the_samples_that_they_rest_on(evaluated: Path, tmp_path: P
     path.write_text(path.read_text().replace('"num_judged": 300', '"num_judged": 6'))
     assert "samples/few: the first 6 of 300 samples, dpm++-10" in report.one(few, 80)
     assert "A and B hold 6 and 5,000 samples" in report.two(few, more, 200)
+    assert "were not drawn in the same way: dpm++-10; ddim-10." in report.two(few, more, 200)
+    assert "the same way" not in report.two(few, few, 200)
     assert report.quality([few], 80).splitlines()[1].split()[:3] == ["dpm++", "10", "6"]
 
 

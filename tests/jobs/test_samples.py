@@ -204,22 +204,26 @@ def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
     (folder / "shard-00001.npy").unlink()
     content = (folder / "shard-00002.npy").read_bytes()
     (folder / "shard-00002.npy").write_bytes(content[:1000])
-    done(*command, cwd=root)
+    # Its sampler, which is not the default, need not be named again.
+    done("sample", "1d", "--num-samples", "200000", "--name", "kept", cwd=root)
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "sampler", "steps"),
     [
-        ([], "dpm++", 30),
-        (["--sampler", "dpm++"], "dpm++", 30),
-        (["--sampler", "ddpm"], "ddpm", 50),
-        (["--sampler", "ddim"], "ddim", 50),
-        (["--sampler", "ddim", "--steps", "7"], "ddim", 7),
+        (["1d/a"], "dpm++", 30),
+        (["1d/a", "--sampler", "dpm++"], "dpm++", 30),
+        (["1d/a", "--sampler", "ddpm"], "ddpm", 50),  # all timesteps
+        (["1d/a", "--sampler", "ddim"], "ddim", 50),
+        (["1d/a", "--sampler", "ddim", "--steps", "7"], "ddim", 7),
+        (["mnist-small/a"], "sde-dpm++", 20),
+        (["mnist-small/a", "--steps", "30"], "sde-dpm++", 30),
+        (["mnist-small/a", "--sampler", "ddpm"], "ddpm", 1000),
     ],
 )
 def test_a_sampler_takes_its_own_number_of_steps(arguments: list[str], sampler: str, steps: int, root: Path) -> None:
-    shown = done("sample", "1d/a", *arguments, "--dry-run", cwd=root).out
+    shown = done("sample", *arguments, "--dry-run", cwd=root).out
     assert json.loads(shown[: shown.index("\n}") + 2])["sampler"] == {"sampler": sampler, "steps": steps, "eta": 0.0}
 
 
