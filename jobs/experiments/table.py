@@ -23,7 +23,7 @@ class Entry:
     shard_size: int
     """Samples in one file, a multiple of sub_batch_size."""
     sampler: SamplerSettings
-    """How to sample by default: the fewest evaluations as good as 1,000 ancestral steps (docs/evaluation.md)."""
+    """How to sample by default; docs/evaluation.md says why."""
     guidance: float = 1.0
     """How far a network that is told classes exaggerates them by default."""
     cpu_advice: str | None = None
