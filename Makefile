@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
 	@echo "make check       style, types and the tests that start no process of their own: 90 seconds on two CPU cores"
-	@echo "make test        set up and run the tests: 5 minutes on two CPU cores"
+	@echo "make test        set up and run the tests: 6 minutes on two CPU cores"
 	@echo "make lint        style and types"
 	@echo "make format      put the code into shape"
 	@echo "make slurm-test  the tests that start a Slurm of their own: 8 minutes (root, Debian or Ubuntu packages)"
@@ -52,7 +52,7 @@ CORES := $(shell $(PYTHON) -c 'import os; print(min(7, os.cpu_count() or 1))' 2>
 SIDE_BY_SIDE := --numprocesses $$(($(CORES) + 1)) --dist load
 
 check: lint
-	$(PYTEST) --numprocesses $(CORES) --dist load -m "not processes and not slurm and not soak and not gpu and not data and not browser"
+	$(PYTEST) --numprocesses $(CORES) --dist load --maxschedchunk 8 -m "not processes and not slurm and not soak and not gpu and not data and not browser"
 
 test: $(VENV)/ready
 	$(PYTEST) $(SIDE_BY_SIDE)

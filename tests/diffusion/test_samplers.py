@@ -70,7 +70,7 @@ def test_ddim_is_as_close_to_the_mixture_as_it_is_known_to_be(steps: int, larges
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50), ("heun", 100), ("sde-dpm++", 500)]
+    ("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50), ("heun", 100), ("sde-dpm++", 200)]
 )
 def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int) -> None:
     exact, n = experiment(), 10_000
