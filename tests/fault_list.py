@@ -178,6 +178,27 @@ FAULTS = [
         "tests/diffusion/test_guidance.py::test_classes_are_left_out_by_counter_and_as_often_as_asked",
     ),
     Fault(
+        "a run's curve of quality changes its sampler with the default",
+        "jobs/evaluate/beside.py",
+        "sample_set.sampler_of(first) or sampler",
+        "sampler",
+        "tests/jobs/test_beside.py::test_checkpoints_are_judged_beside_the_training_and_not_again",
+    ),
+    Fault(
+        "a named set does not go on with its own sampler",
+        "commands/sample.py",
+        "sample_set.sampler_of(run.read_samples(self.name)) or default",
+        "default",
+        "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
+    ),
+    Fault(
+        "images of a figure stand in the wrong columns",
+        "diffusion/images/figures.py",
+        "np.stack(columns, axis=1)",
+        "np.stack(columns, axis=0)",
+        "tests/diffusion/test_image_figures.py::test_each_image_stands_below_its_label_and_beside_that_of_its_row",
+    ),
+    Fault(
         "classes begin anew in each sub-batch",
         "jobs/sample/sample_set.py",
         "np.arange(start, stop) % len",
