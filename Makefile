@@ -44,7 +44,7 @@ demo: $(VENV)/ready
 	@ls -d runs/1d/demo/figures/* runs/1d/demo/samples/*/grid.png \
 	  runs/mnist-small/demo/figures/* runs/mnist-small/demo/samples/*/grid.png
 
-# One thread in each process, and in `check`, whose tests never wait, a process for each core: threads that wait for a
+# One thread in each process, and in `check`, whose tests hardly ever wait, a process for each core: threads that wait for a
 # core that others use make steps crawl.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest
 CORES := $(shell $(PYTHON) -c 'import os; print(min(7, os.cpu_count() or 1))' 2>/dev/null)
@@ -52,7 +52,8 @@ CORES := $(shell $(PYTHON) -c 'import os; print(min(7, os.cpu_count() or 1))' 2>
 SIDE_BY_SIDE := --numprocesses $$(($(CORES) + 1)) --dist load
 
 check: lint
-	$(PYTEST) --numprocesses $(CORES) --dist load --maxschedchunk 8 -m "not processes and not slurm and not soak and not gpu and not data and not browser"
+	$(PYTEST) --numprocesses $(CORES) --dist load --maxschedchunk 8 \
+	  -m "not processes and not slurm and not soak and not gpu and not data and not browser"
 
 test: $(VENV)/ready
 	$(PYTEST) $(SIDE_BY_SIDE)

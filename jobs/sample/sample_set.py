@@ -135,8 +135,9 @@ def read(run: RunFolder, name: str) -> "SampleSet":
 
 
 def sampler_of(written: Mapping[str, Any]) -> SamplerSettings | None:
-    """The sampler that a manifest or a line of quality.jsonl names; None if it is empty."""
-    return SamplerSettings(**written["sampler"]) if written else None
+    """The sampler that a manifest or a line of quality.jsonl names, if it names one."""
+    sampler = written.get("sampler")
+    return SamplerSettings(**sampler) if sampler else None
 
 
 def complete(run: RunFolder) -> dict[str, dict[str, Any]]:
