@@ -85,7 +85,7 @@ def _registry(words: list[str]) -> Any:
     """How tyro reads what it would read otherwise; --help needs nothing of it, and imports no command."""
     if not words or words[0] in ("-h", "--help"):
         return None
-    return import_module("commands.arguments").COMPILE
+    return import_module("commands.arguments").CHOICES
 
 
 def _starts_a_job(command: object) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, get_args
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from jobs.experiments.settings import Compile
+from jobs.experiments.settings import Choice
 
 
 def optional(metavar: str, default: str) -> Any:
@@ -24,13 +24,13 @@ Run = Annotated[
     arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),
 ]
 
-COMPILE = ConstructorRegistry()
-"""How tyro reads --train.compile: it was a flag, so it may stand alone."""
+CHOICES = ConstructorRegistry()
+"""How tyro reads --train.compile and --train.cuda-graph: they were flags, so they may stand alone."""
 
 
-@COMPILE.primitive_rule
-def _compile(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
-    kind: Any = Compile
+@CHOICES.primitive_rule
+def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
+    kind: Any = Choice
     if info.type != kind:
         return None
     words = get_args(kind)

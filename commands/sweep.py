@@ -6,7 +6,7 @@ from typing import Annotated, Any, Union
 import tyro
 from tyro.conf import arg
 
-from commands.arguments import AMONG_OPTIONS, COMPILE
+from commands.arguments import AMONG_OPTIONS, CHOICES
 from commands.train import as_begun, check_same_settings, choice, create, is_finished, run_training, with_notify
 from commands.where import Launch, show
 from jobs import notify
@@ -43,7 +43,7 @@ class Sweep:
         for i, point in enumerate(points):
             # By tyro and not by hand: so a point takes, and refuses, what the flags do.
             words = grid.arguments(point)
-            config = tyro.cli(type(base), default=base, args=words, prog="--grid", registry=COMPILE).absolute()
+            config = tyro.cli(type(base), default=base, args=words, prog="--grid", registry=CHOICES).absolute()
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
             config = as_begun(run, config, self.where)

@@ -12,10 +12,11 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.settings import TrackingSettings, TrainSettings, may_change
 from jobs.experiments.table import EXPERIMENTS
 
-FORMAT = 5
+FORMAT = 6
 """Raise it when a setting comes, goes or changes its meaning.
 
-1 had no number, 1 and 2 no alerts, 3 no noise levels; up to 4, what is compiled was true or false.
+1 had no number, 1 and 2 no alerts, 3 no noise levels; up to 4, what is compiled was true or false, and up to 5, what is
+captured.
 """
 
 
@@ -41,6 +42,8 @@ def read(text: str) -> tuple[str, ExperimentConfig]:
         most = train.pop("micro_batch_size", None)
         if isinstance(train.get("compile"), bool):
             train["compile"] = "always" if train["compile"] else "never"
+        if isinstance(train.get("cuda_graph"), bool):
+            train["cuda_graph"] = "auto" if train["cuda_graph"] else "never"
     experiment = values.pop("experiment", None)
     if experiment not in EXPERIMENTS:
         raise UserError(f"experiment must be one of {', '.join(EXPERIMENTS)}; got {experiment}")

@@ -9,7 +9,8 @@ from diffusion.settings import require
 MAX_SEED = 2**63 - 1
 Channel = Literal["mail", "webhook", "wandb"]
 """How people are told of a run's end."""
-Compile = Literal["auto", "always", "never"]
+Choice = Literal["auto", "always", "never"]
+"""Whether to do what a machine may be unable to do, or what does not always pay."""
 
 FREE = {"may_change": "free"}
 """Marks a setting that a continued run may change at any time, because it does not touch the result."""
@@ -61,12 +62,13 @@ class TrainSettings:
     precision: Literal["auto", "bf16", "tf32", "fp32"] = field(default="auto", metadata=ON_PURPOSE)
     """auto is bf16 where the hardware computes in it, else fp32, and stays what it was at the first start. tf32 is fp32
     that multiplies with fewer digits, on GPUs alone. If `resume` changes it, later bytes differ."""
-    compile: Compile = field(default="auto", metadata=ON_PURPOSE)
+    compile: Choice = field(default="auto", metadata=ON_PURPOSE)
     """Compile the network with torch.compile: a minute at each start, for a GPU's steps that take half as long. always,
     also the flag alone, needs a C++ compiler. auto is for runs of 10,000 steps or more on GPUs, if it can be done, and
     stays what it was at the first start. If `resume` changes it, later bytes differ."""
-    cuda_graph: bool = field(default=True, metadata=FREE)
-    """On one GPU, capture a step once (CUDA graph) and launch it as a whole: small batches are several times faster."""
+    cuda_graph: Choice = field(default="auto", metadata=FREE)
+    """Capture a step once on a GPU (CUDA graph) and launch it as a whole: small batches are several times faster. auto
+    is for one GPU; on several, where only always captures, it has not been measured yet."""
     log_every: int = field(default=10, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
     held_out_every: int = field(default=0, metadata=FREE)
@@ -74,8 +76,8 @@ class TrainSettings:
     evaluate_every: int = field(default=0, metadata=FREE)
     """Judge 1,000 samples of the first checkpoint at or after each multiple of so many steps, in a process beside the
     training; 0 is never. For 1d (W1 and KS) and digits (Frechet distance)."""
-    checkpoint_every: int = field(default=1000, metadata=FREE)
-    """Steps between checkpoints."""
+    checkpoint_every: int | None = field(default=None, metadata=FREE)
+    """Steps between checkpoints. None is 1,000 on a CPU; on a GPU, which makes them in seconds, it is a minute."""
     checkpoint_minutes: float = field(default=10.0, metadata=FREE)
     """Minutes after which a checkpoint is written in any case."""
     keep_checkpoints: int = field(default=2, metadata=FREE)
@@ -87,7 +89,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every"):
-            require(getattr(self, name) >= 1, f"{_flag(name)} must be at least 1", getattr(self, name))
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{_flag(name)} must be at least 1", value)
         for name in ("lr", "max_grad_norm", "checkpoint_minutes"):
             value = getattr(self, name)
             require(math.isfinite(value) and value > 0, f"{_flag(name)} must be positive and finite", value)

@@ -1,8 +1,7 @@
-"""Signals that ask a job to stop, and how all its processes agree on the step at which they do."""
+"""Signals that ask a job to stop."""
 
 import os
 import signal
-from collections.abc import Callable
 from contextlib import suppress
 from enum import IntEnum
 from types import FrameType, TracebackType
@@ -66,27 +65,3 @@ class SignalWatch:
             os._exit(130)
         # Nothing more: a handler runs between any two operations of the training, whose step has to end first.
         self.requested = max(self.requested, SIGNALS[signal.Signals(number)])
-
-
-class StopVote:
-    """Lets all processes agree on a reason to stop, without waiting for one another.
-
-    A process that stopped on its own would leave the others waiting in the next all-reduce. So at each step every
-    process posts its own reason. The maximum over all is computed while the next step runs, and read one step later:
-    all processes read the same value at the same step.
-    """
-
-    def __init__(self, reduce_max: "Callable[[int], Callable[[], int]]") -> None:
-        self._reduce_max = reduce_max
-        self._pending: Callable[[], int] | None = None
-
-    def post_and_read(self, own: Stop) -> Stop:
-        """Posts this process's reason; returns the one that all agreed on at the step before."""
-        agreed = self.read()
-        self._pending = self._reduce_max(own)
-        return agreed
-
-    def read(self) -> Stop:
-        """Waits for the last vote and returns its result; afterwards no vote is on its way."""
-        pending, self._pending = self._pending, None
-        return Stop(pending()) if pending is not None else Stop.NO

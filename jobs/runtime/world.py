@@ -71,19 +71,6 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
-    def reduce_max(self, value: int) -> Callable[[], int]:
-        """Starts a maximum over all processes; calling what it returns waits for the result."""
-        if self.size == 1:
-            return lambda: value
-        tensor = torch.tensor([value], device=self.device)
-        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True)
-
-        def result() -> int:
-            work.wait()
-            return int(tensor.item())
-
-        return result
-
     def close(self, waits_for_nobody: Callable[[], bool] = lambda: False) -> None:
         """Leaves the group after all processes have come this far; one that left early would break their connections.
 

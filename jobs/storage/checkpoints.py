@@ -36,7 +36,10 @@ class CorruptCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds: copies in CPU memory, which training does not change any more."""
+    """What a checkpoint holds: copies in CPU memory, which training does not change any more.
+
+    Tensors may be parts of one, and have channels last.
+    """
 
     step: int
     model: "dict[str, Tensor]"
@@ -205,6 +208,7 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
     import torch
     from safetensors.torch import save_file
 
+    contiguous = torch.contiguous_format
     name = folder_name(snapshot.step)
     # The files keep their final names: torch.save writes the stem into the file.
     temporary = folder / f".{name}.{os.getpid()}.tmp"
@@ -212,9 +216,11 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            save_file(snapshot.model, temporary / MODEL)
-            save_file(snapshot.ema, temporary / EMA)
-            torch.save(snapshot.optimizer, temporary / OPTIMIZER)
+            # Each tensor alone: a file would hold all of what it is a part of. safetensors wants them contiguous, too.
+            for tensors, file in ((snapshot.model, MODEL), (snapshot.ema, EMA)):
+                alone = {name: value.clone(memory_format=contiguous) for name, value in tensors.items()}
+                save_file(alone, temporary / file)
+            torch.save(_own(snapshot.optimizer), temporary / OPTIMIZER)
         except (SafetensorError, RuntimeError) as error:  # their words for a disk that takes no more
             raise OSError(f"the disk takes no more ({str(error).splitlines()[0]})") from error
         for file in (MODEL, EMA):  # safetensors keeps its files to their user; the umask says who may read ours
@@ -236,6 +242,13 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
         return is_other
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _own(state: Any) -> Any:
+    """Returns an optimizer's state with tensors that are no part of others."""
+    if isinstance(state, dict):
+        return {name: _own(value) for name, value in state.items()}
+    return state.clone() if hasattr(state, "clone") else state
 
 
 def prune(folder: Path, keep: int, needed: Collection[int] = ()) -> None:

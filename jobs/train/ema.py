@@ -19,12 +19,12 @@ class Ema:
 
     def __init__(self, network: nn.Module, weights: Tensor) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._averages, self._weights = Flat(self.network).weights, weights
+        self.averages, self._weights = Flat(self.network).weights, weights
         self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, share: Tensor) -> None:
         """Moves the averages towards the weights; `share`, a tensor [], is 1 minus the decay of the step."""
-        self._averages.lerp_(self._weights, share)
+        self.averages.lerp_(self._weights, share)
         for average, buffer in self._buffers:
             average.copy_(buffer)

@@ -35,12 +35,16 @@ class Flat:
         for parameter, weights in zip(self._parameters, self.split(self.weights), strict=True):
             parameter.data = weights.copy_(parameter.detach())
 
-    def place_gradients(self) -> Tensor:
-        """Lets backward passes add all gradients into one tensor, `weights.grad`, and returns it."""
-        self.weights.grad = torch.zeros_like(self.weights)
-        for parameter, gradient in zip(self._parameters, self.split(self.weights.grad), strict=True):
+    def place_gradients(self, more: int = 0) -> Tensor:
+        """Lets backward passes add all gradients into one tensor [n + more], and returns it; it begins as zeros.
+
+        The last numbers of it are nobody's gradient.
+        """
+        whole = self.weights.new_zeros(len(self.weights) + more)
+        self.weights.grad = whole[: len(self.weights)]
+        for parameter, gradient in zip(self._parameters, self.split(whole), strict=True):
             parameter.grad = gradient
-        return self.weights.grad
+        return whole
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Returns each parameter's part of a tensor like `weights`; the parts share its memory."""
@@ -49,6 +53,11 @@ class Flat:
             flat.as_strided(parameter.shape, parameter.stride(), start)
             for parameter, start in zip(self._parameters, self._starts, strict=True)
         ]
+
+    def state_dict(self, network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
+        """Returns the state of this network, or of a copy of it, with the numbers of `flat`, whose memory it shares."""
+        parts = dict(zip((name for name, _ in network.named_parameters()), self.split(flat), strict=True))
+        return {name: parts[name] if name in parts else value.cpu() for name, value in network.state_dict().items()}
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """Undoes `split`: copies parts into a tensor like `weights`; raises ValueError if a shape differs."""
@@ -126,11 +135,14 @@ class FlatAdamW:
         self._flat.weights.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the state, in a CPU's memory."""
         n = len(self._flat.split(self._flat.weights))
+        # A GPU copies few large tensors sooner than hundreds of small ones.
+        copies = {name: value.to("cpu", copy=True) for name, value in self._state.items()}
         # `step` is one number here; an AdamW of single parameters has one for each of them.
         parts = {
             name: [value.clone() for _ in range(n)] if name == "step" else self._flat.split(value)
-            for name, value in self._state.items()
+            for name, value in copies.items()
         }
         states = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
         group = {

@@ -15,7 +15,7 @@ from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, HELD_OUT, SAVING, START, Watchdog
 from jobs.runtime.job import JobError, Requeue, process_node
 from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision, uuid_of, whereabouts
-from jobs.runtime.signals import SignalWatch, Stop, StopVote
+from jobs.runtime.signals import SignalWatch, Stop
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
@@ -155,9 +155,9 @@ def say_of_bytes(console: Console, changed: list[str]) -> None:
 
 
 def capture(training: Training, console: Console) -> None:
-    """Captures the step as a CUDA graph where the settings ask for it and one GPU trains alone."""
-    settings, world = training.settings, training.world
-    if not settings.cuda_graph or world.device.type != "cuda" or world.size > 1:
+    """Captures the step as a CUDA graph where the settings ask for it; of themselves, for one GPU that trains alone."""
+    world, asked = training.world, training.settings.cuda_graph
+    if world.device.type != "cuda" or asked == "never" or (asked == "auto" and world.size > 1):
         return
     try:
         training.capture()
@@ -167,12 +167,10 @@ def capture(training: Training, console: Console) -> None:
 
 def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watchdog: Watchdog, last: int) -> Stop:
     """Runs steps up to the `last` one (returns Stop.NO), or until all processes agree on a reason to stop."""
-    vote = StopVote(training.world.reduce_max)
     skipped_in_a_row = 0
-    # A signal may have come before the first step. The vote in the loop answers one step late, so it is asked here.
-    reason = Stop(training.world.reduce_max(signals.requested)())
+    reason = max(training.world.of_all(signals.requested))  # a signal may have come before the first step
     while reason is Stop.NO and training.step < last:
-        update = training.update()
+        update = training.update(lambda: signals.requested)
         # On every process, though one alone records: the numbers of a line are sums over all processes.
         recorder.after_step(logged(training, update, watchdog))
         watchdog.step(training.step)
@@ -182,8 +180,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watc
                 f"the loss or its gradient was not finite in the {MAX_SKIPPED_IN_A_ROW} steps up to {training.step}; "
                 "a smaller --train.lr may help"
             )
-        reason = vote.post_and_read(signals.requested)
-    vote.read()  # waits for the last vote, which may still be on its way to the other processes
+        reason = update.stop
     return reason
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from jobs import notify
+from jobs.experiments.settings import TrainSettings
 from jobs.followers.start import FollowerProcess, follow_training
 from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
@@ -24,6 +25,8 @@ from jobs.terminal.tables import duration
 from jobs.tracking.identity import Machine
 from jobs.train.state import Training
 
+EVERY, GPU_MINUTES = 1000, 1.0
+"""Where nobody says after how many steps to save: so many on a CPU, and the minutes on a GPU."""
 TIMING_S = 5.0
 """Seconds between lines of timing.jsonl."""
 JUDGE = "jobs.evaluate.beside"
@@ -136,6 +139,7 @@ class RunRecorder(Recorder):
         self._first_step = training.step
         self._clock = self._read_clock()
         self._missing: str | None = None
+        self._due_after = pace(settings, training.world.device)
         self._due = False  # a checkpoint, as soon as the one before it is written
         self._follower: FollowerProcess | None = None
         cut_after(run.quality, training.step)
@@ -162,7 +166,7 @@ class RunRecorder(Recorder):
         self._progress.restart_clock(self._training.step)
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
-        step, settings = self._training.step, self._training.settings
+        step = self._training.step
         if metrics is not None:
             self._owner.check()
             self._metrics.write({"step": step, **metrics})
@@ -174,8 +178,9 @@ class RunRecorder(Recorder):
                 self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
         self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
-        self._due |= step % settings.checkpoint_every == 0
-        self._due |= time.monotonic() - self._saved_at >= 60 * settings.checkpoint_minutes
+        every, minutes = self._due_after
+        self._due |= every is not None and step % every == 0
+        self._due |= time.monotonic() - self._saved_at >= 60 * minutes
         if self._due and not self._writer.is_busy(self._console.say):
             self._save()
         self._judge_newest()
@@ -338,6 +343,14 @@ class RunRecorder(Recorder):
         self._metrics.sync()
         self._writer.write(snapshot)
         self._saved_at, self._due = time.monotonic(), False
+
+
+def pace(settings: TrainSettings, device: torch.device) -> tuple[int | None, float]:
+    """Returns the steps and the minutes after which a checkpoint is due, whichever comes first; None is never."""
+    every, minutes = settings.checkpoint_every, settings.checkpoint_minutes
+    if every is None and device.type != "cpu":
+        return None, min(minutes, GPU_MINUTES)
+    return every or EVERY, minutes
 
 
 class _Clock(NamedTuple):

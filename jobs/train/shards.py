@@ -4,10 +4,13 @@ A sum of floating-point numbers depends on its order. Here shards are the leaves
 a gradient is always the sum of the two halves below it. A process computes neighbouring shards, so it adds up whole
 subtrees alone. For what lies above them, each process adds up one piece of all subtrees' gradients, and then all
 collect the pieces: the traffic of a ring all-reduce, whose order would depend on the number of processes.
+
+Votes travel with the gradient: each process adds 1 to one of the `VOTES` numbers behind it, so that all of them know by
+the end of the step who has voted for what, without a word of their own.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -17,6 +20,8 @@ from torch.nn import functional as F
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14 on
 
+VOTES = 16
+"""As many as keep the pieces of the gradient aligned."""
 Node = tuple[int, int]
 """A subtree: the shards [start, stop)."""
 
@@ -52,7 +57,10 @@ def fold(root: Node, known: Mapping[Node, Tensor]) -> Tensor:
 
 
 class ShardSum:
-    """Sums the gradients of all shards into one flat gradient [n], on every process; all processes must call it."""
+    """Sums the gradients of all shards into one flat gradient, on every process.
+
+    `gradient` [n + VOTES] has room for votes at its end. It is zero before a step.
+    """
 
     def __init__(self, gradient: Tensor, shards: int, rank: int, processes: int) -> None:
         self._gradient, self._root, self._processes = gradient, (0, shards), processes
@@ -63,15 +71,12 @@ class ShardSum:
         self._pending = False
         self._exchange_s = 0.0
 
-    def __call__(self, add_gradient: Callable[[int], None]) -> None:
-        """Turns the gradient, which is zero, into the sum over all shards.
+    def add_up(self, add_gradient: Callable[[int], None]) -> list[Tensor]:
+        """Adds up this process's shards; returns the sum of each of its subtrees, nothing if one is all it has.
 
-        `add_gradient(shard)` adds the gradient of one of this process's shards, in one addition to each number; it is
-        called for each, in order.
+        The sum of a single subtree stays in the gradient. `add_gradient(shard)` adds the gradient of one of this
+        process's shards, in one addition to each number; it is called for each, in order.
         """
-        if self._processes == 1:
-            self._grow(self._root, add_gradient)
-            return
         sums = []
         for node in self._own:
             self._grow(node, add_gradient)
@@ -79,7 +84,17 @@ class ShardSum:
                 # A copy, because the next subtree is summed up in the same place.
                 sums.append(self._gradient.clone())
                 self._gradient.zero_()
-        self._measured(self._exchange, sums or [self._gradient])
+        return sums
+
+    def exchange(self, sums: Sequence[Tensor], vote: int) -> None:
+        """Turns what `add_up` has left and returned on each process into the sum over all shards, on every process.
+
+        Every process must call it. Behind the gradient it then has the number of processes with each vote.
+        """
+        parts = list(sums) or [self._gradient]
+        parts[0][len(self._gradient) - VOTES + vote] = 1
+        if self._processes > 1:
+            self._measured(self._exchange, parts)
 
     def _grow(self, node: Node, add_gradient: Callable[[int], None]) -> None:
         """Turns the gradient, which is zero, into the sum at `node`."""

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +20,13 @@ from diffusion.process.transfer import sent
 from jobs.experiments.settings import TrainSettings
 from jobs.runtime.job import JobError
 from jobs.runtime.prefetch import Prefetch
+from jobs.runtime.signals import Stop
 from jobs.runtime.world import World
 from jobs.storage.checkpoints import Snapshot
 from jobs.train.ema import Ema, decay_at
 from jobs.train.flat_weights import ALIGNMENT, Flat, FlatAdamW
 from jobs.train.held_out import HeldOut
-from jobs.train.shards import ShardSum, share
+from jobs.train.shards import VOTES, ShardSum, share
 
 LOSS_BANDS = 4
 """The timesteps are cut into this many equal parts; the loss of each is logged."""
@@ -46,6 +47,8 @@ class Update:
     grad_norm: float
     """The norm of the whole batch's gradient before clipping; it is the same on every process."""
     lr: float
+    stop: Stop
+    """The reason to stop after this step that all processes agree on."""
 
     @property
     def loss(self) -> Tensor:
@@ -85,9 +88,9 @@ class Training:
         self.raw: DiffusionModel = experiment.build_model()
         # Convolutions are fastest with channels last; tensors that are not images are left as they are.
         self.raw.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        flat = Flat(self.raw.network)
-        self._gradient = flat.place_gradients()
-        self.ema = Ema(self.raw.network, flat.weights)
+        self._flat = Flat(self.raw.network)
+        self._gradient = self._flat.place_gradients(VOTES)
+        self.ema = Ema(self.raw.network, self._flat.weights)
         self._levels = NoiseLevels(self.raw.alphas_cumprod, settings.noise_levels)
         self._weights = self._levels.weights.to(world.device)
         self.held_out = HeldOut(experiment, self._levels, self.ema_model, world)
@@ -98,52 +101,83 @@ class Training:
         self.shards = max(settings.grad_shards or 1, world.size)
         self._own_shards = share(world.rank, world.size, self.shards)
         self._sum_shards = ShardSum(self._gradient, self.shards, world.rank, world.size)
-        self.optimizer = FlatAdamW(flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
+        self.optimizer = FlatAdamW(self._flat, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay)
         self._noise = Prefetch(self._draw_noise)
         self._next: tuple[int, tuple[Tensor, ...]] | None = None
         # A captured step reads these two from the same memory each time, so their values are written into them.
         self._ema_share = torch.zeros((), device=world.device)
         self._norm_below = torch.full((), math.inf, device=world.device)
-        self._captured: Captured | None = None
+        self._asked: Callable[[], Stop] = lambda: Stop.NO
+        self._launch_in_pieces()
         self.step = 0
         self.data_s = 0.0  # how long steps have waited for their examples so far
 
-    def update(self) -> Update:
-        """Makes one optimizer update on the next global batch."""
+    def update(self, asked: Callable[[], Stop] = lambda: Stop.NO) -> Update:
+        """Makes one optimizer update on the next global batch.
+
+        `asked` tells, when the processes exchange gradients, why this one should stop after the step. A process that
+        stopped on its own would leave the others waiting in the next exchange.
+        """
         self.step += 1
+        self._asked = asked
         examples, lr = self._examples_of(self.step), lr_at(self.step, self.settings)
         self.optimizer.set_lr(lr)
         self._ema_share.fill_(1 - decay_at(self.step, self.settings.ema_decay))
-        losses, norm = (self._captured or self._advance)(*examples)
+        losses, found = self._advance(*examples)
         if self.step == self.settings.steps:
-            self._captured = None  # the memory that it keeps is for the figures now
+            self._launch_in_pieces()  # the memory that graphs keep is for the figures now
         elif self.world.device.type == "cuda":
             # The GPU still computes this step while its host draws the examples of the next one.
             self._next = self.step + 1, self.examples(self.step + 1)
-        # Here the host waits for the GPU: to read the norm.
-        return Update(losses, examples[1], float(norm), lr)
+        # Here the host waits for the GPU: to read the norm and the votes.
+        norm, *votes = found.tolist()
+        # Alone, it may have been asked since.
+        stop = max(reason for reason in Stop if votes[reason]) if self.world.size > 1 else asked()
+        return Update(losses, examples[1], norm, lr, stop)
 
-    def _advance(self, *examples: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the step itself; returns the loss of each example, and the gradient's norm.
+    def _launch_in_pieces(self) -> None:
+        """Launches steps kernel by kernel: as a whole, and before and after the exchange of gradients."""
+        self._advance: Callable[..., tuple[Tensor, ...]] = self._whole_step
+        self._before: Callable[..., tuple[Tensor, ...]] = self._sum_own
+        self._after: Callable[..., tuple[Tensor, ...]] = self._move
 
-        The host decides nothing in here, so that a GPU can replay it. So the choice whether weights move is a tensor,
-        too: they do if the norm is below `_norm_below`, which is infinity for a step, 0 for one that changes nothing.
-        A norm that is NaN or infinite is never below it.
+    def _whole_step(self, *examples: Tensor) -> tuple[Tensor, ...]:
+        """Computes the step itself; returns the loss of each example [n], the gradient's norm and the votes [1 + n].
+
+        The host decides nothing in here, so that a GPU can replay it.
         """
+        losses, *sums = self._before(*examples)
+        if self.world.size > 1:
+            self._sum_shards.exchange(sums, self._asked())
+        return losses, *self._after()
+
+    def _sum_own(self, *examples: Tensor) -> tuple[Tensor, ...]:
+        """Returns the loss of each example, and the sums of gradients that `ShardSum.add_up` returns."""
         losses: list[Tensor] = []
         shards = self._by_shard(*examples)
         first, _ = self._own_shards
-        self._sum_shards(lambda shard: losses.append(self._pass(*shards[shard - first])))
+        sums = self._sum_shards.add_up(lambda shard: losses.append(self._pass(*shards[shard - first])))
+        return torch.cat(losses), *sums
+
+    def _move(self) -> tuple[Tensor]:
+        """Moves weights and averages by the gradient, which is zero afterwards; returns its norm and the votes [1 + n].
+
+        The choice whether weights move is a tensor, too: they do if the norm is below `_norm_below`, which is infinity
+        for a step, 0 for one that changes nothing. A norm that is NaN or infinite is never below it.
+        """
+        gradient, votes = self._gradient.split([len(self._gradient) - VOTES, VOTES])
         # The norm of 16 rows' norms, because one fp32 sum of ten million squares is wrong in its fourth digit.
-        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._gradient.view(ALIGNMENT, -1), dim=1))
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(gradient.view(ALIGNMENT, -1), dim=1))
         moves = (norm < self._norm_below).to(norm.dtype)
         # The fused AdamW divides gradients by grad_scale, which clips them, and does nothing where found_inf is 1.
         self.optimizer.grad_scale = (norm / self.settings.max_grad_norm).clamp_(min=1)
         self.optimizer.found_inf = 1 - moves
         self.optimizer.step()
         self.ema.update(self._ema_share * moves)
+        found = torch.cat([norm[None], votes])
         self.optimizer.zero_grad()
-        return torch.cat(losses), norm
+        votes.zero_()
+        return (found,)
 
     def _pass(self, *examples: Tensor) -> Tensor:
         """Returns the losses of a shard's examples, and adds their part of the batch's gradient."""
@@ -196,12 +230,17 @@ class Training:
         torch.compiler.set_stance("force_eager")
 
     def capture(self) -> None:
-        """Captures the step as a CUDA graph, so that the host launches it at once; for a process that trains alone.
+        """Captures the step as a CUDA graph, so that the host launches it at once.
 
-        Raises RuntimeError if something in it cannot be captured; then it is launched kernel by kernel as before.
+        With several processes, what comes before the exchange of gradients and what comes after it are graphs; the
+        exchange itself is none, so each process may decide alone. Raises RuntimeError if something cannot be captured;
+        then all is launched kernel by kernel as before.
         """
         with self._without_moving() as examples:
-            self._captured = Captured(self._advance, *examples)
+            if self.world.size == 1:
+                self._advance = Captured(self._whole_step, *examples)
+            else:
+                self._before, self._after = Captured(self._sum_own, *examples), Captured(self._move)
 
     @property
     def communication_s(self) -> float:
@@ -270,13 +309,15 @@ class Training:
 
     def snapshot(self) -> Snapshot:
         """Copies the state for a checkpoint; raises NotFinite if weights are NaN or infinite."""
-        weights, averages = self.raw.network.state_dict(), self.ema.network.state_dict()
-        for name, value in (*weights.items(), *averages.items()):
-            if not bool(torch.isfinite(value).all()):
-                raise NotFinite(
-                    f"the weights {name} are not finite after step {self.step}; no checkpoint is written of them"
-                )
-        return Snapshot(self.step, _to_cpu(weights), _to_cpu(averages), _copy_optimizer(self.optimizer))
+        networks = self.raw.network, self.ema.network
+        copies = [flat.detach().to("cpu", copy=True) for flat in (self._flat.weights, self.ema.averages)]
+        model, ema = (self._flat.state_dict(network, flat) for network, flat in zip(networks, copies, strict=True))
+        if not all(bool(torch.isfinite(flat).all()) for flat in copies):
+            name = next(name for name, value in (*model.items(), *ema.items()) if not torch.isfinite(value).all())
+            raise NotFinite(
+                f"the weights {name} are not finite after step {self.step}; no checkpoint is written of them"
+            )
+        return Snapshot(self.step, model, ema, self.optimizer.state_dict())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Continues from a checkpoint."""
@@ -284,20 +325,3 @@ class Training:
         self.ema.network.load_state_dict(snapshot.ema)
         self.optimizer.load_state_dict(snapshot.optimizer)
         self.step = snapshot.step
-
-
-def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors takes contiguous tensors alone, and these are parts of one tensor, some of them with channels last.
-    return {
-        name: torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format).copy_(value)
-        for name, value in tensors.items()
-    }
-
-
-def _copy_optimizer(optimizer: FlatAdamW) -> dict[str, object]:
-    """Copies the optimizer's state_dict, so that later steps do not change it."""
-    state = optimizer.state_dict()
-    tensors = {
-        i: {k: torch.empty_like(v, device="cpu").copy_(v) for k, v in s.items()} for i, s in state["state"].items()
-    }
-    return {"state": tensors, "param_groups": state["param_groups"]}

@@ -5,18 +5,22 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
 from diffusion.problems.mnist import MnistProblem
+from diffusion.process.cuda_graphs import Captured
 from diffusion.settings import UnetSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.job import process_rank
 from jobs.runtime.numerics import Kind, set_numerics
 from jobs.runtime.world import World, _meet, start
+from jobs.train import state
 from jobs.train.state import Training
+from tests.jobs.recorded import Recorded
 
 
 def dim(device: Kind) -> int:
@@ -39,12 +43,16 @@ def training(device: Kind, mnist_root: Path, world: World) -> Training:
 
 @dataclass(frozen=True)
 class GlooJob:
-    """Six updates by processes that share one device: their losses, and a fingerprint of the weights."""
+    """Six updates by processes that share one device: their losses, and a fingerprint of the weights.
+
+    They may be `captured`; a CPU rehearses that.
+    """
 
     folder: Path
     mnist_root: Path
     device: Kind
     processes: int
+    captured: bool
 
     def __call__(self) -> int:
         # NCCL, which jobs/runtime/world.py takes for GPUs, wants one for each process; gloo sums what lies on the same.
@@ -57,6 +65,11 @@ class GlooJob:
         world = World(Accelerator(cpu=self.device == "cpu"), "fp32")
         assert (world.rank, world.size, world.device.type) == (rank, self.processes, self.device)
         trained = training(self.device, self.mnist_root, world)
+        if self.device == "cpu":
+            trained.optimizer._lr = torch.tensor(0.0)  # as on a GPU, because a graph would repeat a number
+        if self.captured:
+            with mock.patch.object(state, "Captured", Recorded if self.device == "cpu" else Captured):
+                trained.capture()
         losses = [trained.sums(trained.update())[0] for _ in range(6)]
         weights = b"".join(p.detach().cpu().numpy().tobytes() for p in trained.raw.network.parameters())
         seen = {"losses": losses, "weights": hashlib.sha256(weights).hexdigest()}

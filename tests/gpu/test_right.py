@@ -51,11 +51,12 @@ def test_outputs_and_gradients_are_those_of_float64(device: Kind) -> None:
 
 def test_two_processes_on_one_device_agree_with_one(device: Kind, tmp_path: Path, mnist_root: Path) -> None:
     seen = {}
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
+    for processes, captured in ((1, False), (2, False), (2, True)):
+        folder = tmp_path / f"{processes}-{captured}"
         folder.mkdir()
-        assert local.run(GlooJob(folder, mnist_root, device, processes), processes).exit_code == 0
-        seen[processes] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+        assert local.run(GlooJob(folder, mnist_root, device, processes, captured), processes).exit_code == 0
+        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+        assert found == seen.setdefault(processes, found)  # graphs around the exchange change no byte
     assert seen[2][0] == seen[2][1]
     # The same sums in another order.
     assert seen[2][0]["losses"] == pytest.approx(seen[1][0]["losses"], rel=1e-3)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -24,13 +25,15 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.health.watchdog import Watchdog
 from jobs.runtime import world
-from jobs.runtime.signals import SignalWatch
+from jobs.runtime.signals import SignalWatch, Stop
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
+from jobs.train import state
 from jobs.train.state import Training
 from slurm import local
+from tests.jobs.recorded import Recorded
 from tests.launching import ROOT, finish, wait_until
 from tests.launching import start as start_command
 
@@ -59,23 +62,33 @@ def config(batch_size: int, grad_shards: int | None = None) -> ExperimentConfig:
 
 @dataclass(frozen=True)
 class SkipJob:
-    """Five updates, the third poisoned: for each whether it was skipped and a fingerprint of the weights after it."""
+    """Five updates, the third poisoned: for each whether it was skipped and a fingerprint of the weights after it.
+
+    The last process asks to stop after the fourth: what they agree on is in there, too. The steps may be `captured`.
+    """
 
     folder: Path
     processes: int
     grad_shards: int | None
+    captured: bool = False
 
     def __call__(self) -> int:
         settings = config(64, self.grad_shards)
         world = start(self.processes, "cpu", "fp32")
         experiment = PoisonedAtStepThree(settings.data, settings.model, settings.diffusion)
         training = Training(experiment, settings.train, world)
+        training.optimizer._lr = torch.tensor(0.0)  # as on a GPU, because a graph would repeat a number
+        if self.captured:
+            with mock.patch.object(state, "Captured", Recorded):
+                training.capture()
         seen = []
-        for _ in range(5):
-            update = training.update()
+        for step in range(1, 6):
+            asks = step == 4 and world.rank == world.size - 1
+            update = training.update(lambda asks=asks: Stop.REQUEUE if asks else Stop.NO)  # type: ignore[misc]
             weights = [float(p.double().sum()) for p in training.raw.network.parameters()]
             averages = [float(p.double().sum()) for p in training.ema.network.parameters()]
-            seen.append({"skipped": update.skipped, "weights": weights, "averages": averages})
+            done = {"loss": float(update.loss) if world.size == 1 else None, "stop": update.stop}
+            seen.append({"skipped": update.skipped, "weights": weights, "averages": averages, **done})
         (self.folder / f"{world.rank}.json").write_text(json.dumps(seen))
         world.close()
         return 0

@@ -12,7 +12,7 @@ import pytest
 
 from diffusion.settings import MlpSettings
 from jobs.audit import plan
-from jobs.experiments.settings import Compile, TrainSettings
+from jobs.experiments.settings import Choice, TrainSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.job import process_rank
 from jobs.runtime.signals import SignalWatch, Stop
@@ -89,7 +89,7 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in ended.err
 
 
-def asked(experiment: str, steps: int, compile: Compile | None = None) -> TrainSettings:
+def asked(experiment: str, steps: int, compile: Choice | None = None) -> TrainSettings:
     preset = EXPERIMENTS[experiment].preset.train
     return replace(preset, steps=steps, compile=compile or preset.compile)
 

@@ -22,6 +22,13 @@ def test_a_setting_that_came_later_has_its_default() -> None:
     assert config == EXPERIMENTS["mnist"].preset
 
 
+@pytest.mark.parametrize(("before", "now"), [(True, "auto"), (False, "never")])
+def test_what_was_a_flag_has_its_meaning(before: bool, now: str) -> None:
+    values = json.loads(write("mnist", EXPERIMENTS["mnist"].preset))
+    values["train"]["cuda_graph"] = before
+    assert read(json.dumps(values))[1].train.cuda_graph == now
+
+
 @pytest.mark.parametrize(
     ("most", "before", "shards"),
     [

@@ -78,6 +78,18 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(processes: int, grad_shards
     assert steps[2]["averages"] == steps[1]["averages"]
     assert steps[3]["weights"] != steps[2]["weights"]
     assert np.isfinite(steps[4]["weights"] + steps[4]["averages"]).all()
+    assert [step["stop"] for step in steps] == [0, 0, 0, 1, 0]  # what one has asked for, at once and only then
+
+
+@pytest.mark.parametrize(("processes", "grad_shards"), [(1, 4), (2, None), (2, 8), (3, 4)])
+def test_a_captured_step_is_the_step(processes: int, grad_shards: int | None, tmp_path: Path) -> None:
+    """On several processes the graphs lie around the exchange. A CPU has none, but can record and repeat them."""
+    seen = []
+    for captured in (False, True):
+        outcome, err = run(SkipJob(tmp_path, processes, grad_shards, captured), processes)
+        assert outcome.exit_code == 0, err
+        seen.append([(tmp_path / f"{rank}.json").read_text() for rank in range(processes)])
+    assert seen[0] == seen[1]
 
 
 def test_a_failing_process_ends_the_others(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from jobs.storage.checkpoints import steps
 from jobs.storage.run_folder import RunFolder
-from jobs.train.shards import ShardSum, fold, halves, share, subtrees
+from jobs.train.shards import VOTES, ShardSum, fold, halves, share, subtrees
 from jobs.watch import detail
 from tests.held import AFTER_STEP, held, start_held
 from tests.jobs.test_resume import result
@@ -44,9 +44,9 @@ def test_whoever_adds_up_the_shards_gets_the_same_sum(shards: int) -> None:
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 7])
 def test_one_process_adds_up_its_shards_as_many_would(shards: int) -> None:
-    parts = torch.randn(shards, 50, generator=torch.Generator().manual_seed(0))
-    gradient = torch.zeros(50)
-    ShardSum(gradient, shards, 0, 1)(lambda shard: gradient.add_(parts[shard]))
+    parts = torch.randn(shards, 50 + VOTES, generator=torch.Generator().manual_seed(0))
+    gradient = torch.zeros(50 + VOTES)
+    assert ShardSum(gradient, shards, 0, 1).add_up(lambda shard: gradient.add_(parts[shard])) == []
     assert torch.equal(gradient, fold((0, shards), {(i, i + 1): part for i, part in enumerate(parts)}))
 
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from diffusion.settings import MlpSettings
 from jobs.experiments.settings import TrackingSettings
@@ -18,7 +20,7 @@ from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
-from jobs.train.recorder import RunRecorder
+from jobs.train.recorder import RunRecorder, pace
 from jobs.train.state import Training
 from tests.launching import wait_until
 
@@ -104,3 +106,19 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_covers_them(
         recorder.after_step({"loss": 0.5})
         recorder._writer.wait()
     assert synced.index("metrics.jsonl") < synced.index("model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("asked", "cpu", "gpu"),
+    [
+        ({}, (1000, 10), (None, 1)),
+        ({"checkpoint_every": 50}, (50, 10), (50, 10)),
+        ({"checkpoint_minutes": 0.5}, (1000, 0.5), (None, 0.5)),
+    ],
+)
+def test_a_gpu_saves_by_minutes_unless_it_is_told_after_how_many_steps(
+    asked: dict[str, Any], cpu: tuple[int, float], gpu: tuple[int | None, float]
+) -> None:
+    settings = replace(EXPERIMENTS["mnist"].preset.train, **asked)
+    assert pace(settings, torch.device("cpu")) == cpu
+    assert pace(settings, torch.device("cuda:0")) == gpu
