@@ -10,6 +10,7 @@ from commands.where import Start, given, show
 from diffusion.errors import UserError
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
+from jobs.watch import detail
 from slurm import queue
 from slurm.place import Here, OnSlurm
 
@@ -49,7 +50,12 @@ class Drill:
         # On Slurm the same job comes back.
         fewer = () if isinstance(place, OnSlurm) else (max(1, place.processes // 2),)
         processes = (place.processes, *fewer)
-        with drill.trainings(list(map(str, command)), folder / "log.txt") as start:
+        runs = [RunFolder(folder / "1d" / name) for name in ("whole", "killed")]
+
+        def cancel() -> None:
+            queue.cancel(queue.active(job for run in runs if run.exists() for job in detail.all_jobs(run)))
+
+        with drill.trainings(list(map(str, command)), folder / "log.txt", cancel) as start:
             found = drill.Drill(folder / "1d", start, disturbances, self.steps, self.kills, self.seed, processes)
             equal = found.run(print)
         print("Equal byte for byte: checkpoints and metrics." if equal else "NOT EQUAL: please report this.")

@@ -498,6 +498,20 @@ FAULTS = [
         "tests/jobs/test_slow_disk.py::test_a_gpu_saves_by_minutes_unless_it_is_told_after_how_many_steps[asked0-cpu0-gpu0]",
     ),
     Fault(
+        "a drill that is ended by a signal leaves its training at work",
+        "jobs/doctor/drill.py",
+        "{number: signal.signal(number, leave) for",
+        "{number: signal.getsignal(number) for",
+        "tests/jobs/test_drill.py::test_what_ends_the_drill_ends_its_trainings_as_well[15-143]",
+    ),
+    Fault(
+        "a drill that is ended leaves its job in the queue",
+        "jobs/doctor/drill.py",
+        "                cancel()\n",
+        "",
+        "tests/slurm/test_arrays.py::test_a_drill_that_is_ended_leaves_no_job",
+    ),
+    Fault(
         "SIGTERM is no reason to save",
         "jobs/runtime/signals.py",
         "    signal.SIGTERM: Stop.TERMINATE,\n",

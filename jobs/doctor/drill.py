@@ -5,11 +5,13 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from diffusion.errors import OutsideError
 from jobs.storage import checkpoints, ownership
@@ -129,10 +131,11 @@ def _expect_success(process: Process, what: str) -> None:
 
 
 @contextmanager
-def trainings(command: Sequence[str], log: Path) -> Iterator[Start]:
+def trainings(command: Sequence[str], log: Path, cancel: Callable[[], None]) -> Iterator[Start]:
     """Yields a function that starts `command --name NAME --gpus N`; what it prints goes to a file.
 
-    If the drill ends early, what it has started is told to end. A job on Slurm goes on: there, that ends the waiting.
+    If the drill ends early, also by SIGTERM or a closed terminal, what it has started is told to end. On Slurm that
+    ends the waiting alone; `cancel` is called then, to end what is left.
     """
     started: list[Process] = []
 
@@ -146,6 +149,12 @@ def trainings(command: Sequence[str], log: Path) -> Iterator[Start]:
         started.append(training)
         return training
 
+    def leave(number: int, frame: object) -> NoReturn:
+        sys.exit(128 + number)
+
+    # A terminal that closes ends nothing under nohup.
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, leave) for number in heard}
     try:
         yield start
     finally:
@@ -153,3 +162,6 @@ def trainings(command: Sequence[str], log: Path) -> Iterator[Start]:
             if training.poll() is None:
                 training.terminate()
                 training.wait()
+                cancel()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -96,13 +96,17 @@ def newest(folder: Path, say: Callable[[str], None]) -> int | None:
 
     Raises UserError if there are only bad ones: to begin anew is for a person to decide.
     """
+    manifest = _newest(folder, say)
+    return None if manifest is None else int(manifest["step"])
+
+
+def _newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Returns the manifest of that checkpoint."""
     for step in steps(folder):
         try:
-            verify(folder, step)
+            return verify(folder, step)
         except CorruptCheckpoint as error:
             say(f"WARNING: {error}; falling back to the one before it")
-        else:
-            return step
     if steps(folder):
         raise UserError(f"no checkpoint in {folder} is good; to begin anew, move them away")
     return None
@@ -132,9 +136,11 @@ def best(folder: Path) -> int:
 
 def choose(folder: Path, named: Named | None, say: Callable[[str], None]) -> tuple[int, dict[str, Any]]:
     """(step, manifest) of the good checkpoint that a user means, None meaning the newest; raises UserError."""
-    found = newest(folder, say) if named is None else best(folder) if named == "best" else named
-    if found is None:
-        raise UserError(f"{folder.parent} has no checkpoint yet: train it first")
+    if named is None:
+        if (manifest := _newest(folder, say)) is None:
+            raise UserError(f"{folder.parent} has no checkpoint yet: train it first")
+        return manifest["step"], manifest
+    found = best(folder) if named == "best" else named
     if found not in steps(folder):
         held = ", ".join(map(str, steps(folder))) or "none"
         raise UserError(f"--checkpoint must be a step that {folder.parent} holds ({held}); got {found}")

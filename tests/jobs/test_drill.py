@@ -3,6 +3,8 @@
 import signal
 from pathlib import Path
 
+import pytest
+
 from jobs.doctor.drill import differences
 from jobs.storage import ownership
 from jobs.storage.run_folder import RunFolder
@@ -27,10 +29,11 @@ def test_a_drill_finds_equal_results_and_would_see_a_changed_byte(tmp_path: Path
     assert differences(whole, killed) == ["checkpoints/step-00000240/ema.safetensors"]
 
 
-def test_ctrl_c_ends_the_trainings_of_the_drill_as_well(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_ends_the_drill_ends_its_trainings_as_well(number: signal.Signals, code: int, tmp_path: Path) -> None:
     drill = start("drill", "--steps", "1000000", "--cluster", "local", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     wait_until(lambda: list(tmp_path.glob("runs/drill/*/1d/whole/metrics.jsonl")))
-    assert interrupt(drill, signal.SIGINT).code == 130
+    assert interrupt(drill, number).code == code
     (path,) = tmp_path.glob("runs/drill/*/1d/whole")
     assert not ownership.is_locked(path)
     assert RunFolder(path).state() == "cancelled"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from slurm.devcluster import DevCluster, wait_for
-from tests.launching import NO_FIGURES, TINY, Finished, as_if_drawn, done, launch, status, wait_until
+from tests.launching import NO_FIGURES, TINY, Finished, as_if_drawn, done, interrupt, launch, start, status, wait_until
 from tests.slurm.site import made_once
 
 pytestmark = pytest.mark.slurm
@@ -99,6 +99,13 @@ def test_the_drill_on_slurm(tidy: DevCluster, tmp_path: Path) -> None:
     assert ended.code == 0, ended
     assert "Equal byte for byte" in ended.out
     assert "scontrol requeue" in ended.out
+
+
+def test_a_drill_that_is_ended_leaves_no_job(tidy: DevCluster, tmp_path: Path) -> None:
+    drill = start("drill", *SLURM, "--steps", 1_000_000, cwd=tmp_path, **tidy.env, **NO_FIGURES)
+    wait_until(lambda: list(tmp_path.glob("runs/drill/*/1d/whole/metrics.jsonl")) != [], timeout_s=120)
+    assert interrupt(drill, signal.SIGTERM).code == 143
+    wait_until(lambda: tidy.run("squeue", "--noheader") == "")
 
 
 def test_an_array_draws_what_one_process_here_draws(tidy: DevCluster, root: Path) -> None:
