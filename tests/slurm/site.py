@@ -15,11 +15,12 @@ from slurm.devcluster import DevCluster
 from tests.launching import NO_FIGURES, Finished, done, finish, launch, start, status, steps_logged, wait_until
 from tests.warm import NO_MATPLOTLIB
 
-STEPS = 400
+STEPS = 160
+"""Each costs two processes 10 CPU ms. They save at 40, 80, ...; most tests disturb them at 50, with work to lose."""
 HERE = (
     *("train", "1d", "--model.dim", "16", "--train.batch-size", "64", "--train.log-every", "1"),
     *("--diffusion.timesteps", "21"),  # for figures that take less time
-    *("--train.checkpoint-every", "100", "--device", "cpu"),
+    *("--train.checkpoint-every", "40", "--device", "cpu"),
 )
 TRAINING = (
     *HERE,
@@ -38,7 +39,7 @@ SLOW = (
 """
 )
 """The same, with a pause for as long as a file is not there."""
-HELD_STEP = 250
+HELD_STEP = 100
 START = "    experiment, config = run.read_experiment()\n"
 """Where a training begins, in jobs/train/loop.py, before its first step."""
 
@@ -158,11 +159,11 @@ def hurry(run: Path) -> Path:
 def slow_down(run: Path, code: Path, endless: bool = False) -> None:
     """Lets each step pause, in a copy of the code that is about to start.
 
-    A run that could end before a test has disturbed it pauses for half a second from HELD_STEP on: that is over a
-    minute, which ends with the disturbance. Before that, a fiftieth of a second is enough. An endless run pauses for
-    longer: it goes on for as long as the test waits for Slurm, and `checkpoint_made_here` makes as many steps again.
+    A run that could end before a test has disturbed it pauses for a second from HELD_STEP on: that is a minute, which
+    ends with the disturbance. Before that, a fiftieth of a second is enough. An endless run pauses for longer: it goes
+    on for as long as the test waits for Slurm, and `checkpoint_made_here` makes as many steps again.
     """
-    seconds = "0.1" if endless else f"0.02 if self.step < {HELD_STEP} else 0.5"
+    seconds = "0.1" if endless else f"0.02 if self.step < {HELD_STEP} else 1"
     change(code / "jobs" / "train" / "state.py", UPDATE, SLOW.format(hurry=str(hurry(run)), seconds=seconds))
 
 

@@ -133,7 +133,7 @@ def test_logs_follow_a_run_over_its_requeues_and_people_are_told_once(
         monkeypatch.setenv("DIFFUSION_WEBHOOK", server.url)
         run = site.train("a", 2, "--tracking.notify", "webhook", slow=True)
         following = start("logs", run, "--follow", cwd=site.root, **site.cluster.env)
-        site.wait_for_step(run, 120)
+        site.wait_for_step(run, 50)
         site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
         wait_until(lambda: restarted(run), timeout_s=240)
         site.finish(run)

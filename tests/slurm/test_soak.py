@@ -52,7 +52,7 @@ def test_whatever_comes_the_job_comes_back_and_ends_with_the_same_bytes(
         if chance.random() < 0.5:
             time.sleep(chance.uniform(2, 6))
         else:
-            line = steps_logged(run) + chance.randrange(1, 150)
+            line = steps_logged(run) + chance.randrange(1, 60)
             wait_until(lambda n=line: steps_logged(run) >= n or state(run) == "finished", timeout_s=240)
         befall(kind, site, run, chance)
     site.finish(run)

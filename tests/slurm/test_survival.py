@@ -37,6 +37,8 @@ from tests.slurm.site import (
 pytestmark = pytest.mark.slurm
 
 ENDLESS = 200_000
+DISTURBED = 50
+"""The step at which most tests disturb a run: some after a save."""
 SHAPES = {"1x2": 2, "2x2": 4}
 
 
@@ -117,7 +119,7 @@ def test_the_user_signal_saves_and_queues_again(
 ) -> None:
     expected = undisturbed(SHAPES[shape])
     run = site.train("a", SHAPES[shape], slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
     wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
@@ -131,7 +133,7 @@ def test_tasks_without_slurms_tools_are_queued_again_by_their_script(
     """As in a container, where there is neither scontrol nor sbatch."""
     expected = undisturbed(2)
     run = site.train("a", 2, "--slurm.python", f"env PATH=/nowhere {sys.executable}", slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
     wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
@@ -143,7 +145,7 @@ def test_tasks_without_slurms_tools_are_queued_again_by_their_script(
 def test_preemption_by_the_high_partition(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     expected = undisturbed(2)
     run = site.train("a", 2, slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     urgent = site.cluster.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     site.cluster.wait_for_job(urgent, "COMPLETED", timeout_s=240)
     site.finish(run)
@@ -159,7 +161,7 @@ def test_preemption_where_the_cluster_sends_sigterm_alone(
     with DevCluster.start(folder, accounting=False, user_signal=False, job_requeue=False, node_prefix="t") as quiet:
         site = Site(tmp_path, quiet)
         run = site.train("a", 2, slow=True)
-        site.wait_for_step(run, 120)
+        site.wait_for_step(run, DISTURBED)
         urgent = quiet.submit("sleep 2", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
         quiet.wait_for_job(urgent, "COMPLETED", timeout_s=240)
         site.finish(run)
@@ -170,7 +172,7 @@ def test_preemption_where_the_cluster_sends_sigterm_alone(
 def test_scontrol_requeue(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     expected = undisturbed(2)
     run = site.train("a", 2, slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     site.cluster.run("scontrol", "requeue", site.job_id(run))
     wait_until(lambda: restarted(run), timeout_s=240)
     site.finish(run)
@@ -182,7 +184,7 @@ def test_a_run_that_is_killed_goes_on_with_other_numbers_of_tasks(
 ) -> None:
     expected = undisturbed(4)
     run = site.train("a", 4, "--retries", 0, slow=True)
-    for tasks, step, then in ((4, 120, 1), (1, 220, 2)):
+    for tasks, step, then in ((4, DISTURBED, 1), (1, 90, 2)):
         site.wait_for_step(run, step)
         pids = task_pids(run)
         assert len(pids) == tasks
@@ -208,7 +210,7 @@ def test_a_run_that_is_killed_goes_on_with_other_numbers_of_tasks(
 def test_a_restarted_controller_is_not_noticed(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     expected = undisturbed(2)
     run = site.train("a", 2, slow=True)
-    site.wait_for_step(run, 60)
+    site.wait_for_step(run, 20)
     site.cluster.restart_controller()
     site.finish(run)
     assert status(run)["restarts"] == 0
@@ -220,7 +222,7 @@ def test_a_job_that_fails_while_the_controller_is_away_comes_back_when_it_is_bac
 ) -> None:
     expected = undisturbed(2)
     run = site.train("a", 2, slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     with site.cluster.without_controller():
         os.kill(task_pids(run)[1], signal.SIGKILL)
         wait_until(lambda: "asking again" in site.log(run), timeout_s=240)
@@ -256,7 +258,7 @@ def test_a_job_that_gets_nowhere_in_two_time_limits_stops_and_says_so(site: Site
 
 def test_scancel_ends_a_run_for_good_with_a_last_checkpoint(site: Site) -> None:
     run = site.train("a", 2, steps=100_000)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     site.cluster.run("scancel", site.job_id(run))
     site.wait_for_state(run, "cancelled")
     site.cluster.wait_for_job(site.job_id(run), "CANCELLED")
@@ -267,7 +269,7 @@ def test_scancel_ends_a_run_for_good_with_a_last_checkpoint(site: Site) -> None:
 def test_a_job_whose_task_is_killed_is_queued_again(site: Site, undisturbed: Callable[[int], dict[str, bytes]]) -> None:
     expected = undisturbed(2)
     run = site.train("a", 2, slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     node = site.cluster.job(site.job_id(run))["NodeList"]
     pids = task_pids(run)
     assert len(pids) == 2
@@ -297,7 +299,7 @@ def test_a_node_that_dies_with_all_its_processes(site: Site, undisturbed: Callab
     """The survivor fails, because it loses the other: the job would be over before Slurm knows why."""
     expected = undisturbed(2)
     run = site.train("a", 2, "--slurm.gpus-per-node", 1, slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     second = site.cluster.nodes[1]
     survivor, lost = task_pids(run)
     site.cluster.kill_node(second)
@@ -320,7 +322,7 @@ def test_a_job_whose_task_hangs_is_noticed_and_queued_again(
     profile = tmp_path / "hasty.toml"
     profile.write_text('[environment]\nWATCHDOG_S = "5"\n')
     run = site.train("a", 2, "--profile", profile, slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     os.kill(task_pids(run)[1], signal.SIGSTOP)
     site.finish(run)
     (fault,) = faults.read(RunFolder(run))
@@ -337,7 +339,7 @@ def test_a_node_on_which_a_run_dies_twice_without_progress_is_left_out(
     expected = undisturbed(2)
     bad, good = site.cluster.nodes
     run = site.train("a", 2)
-    dies = f"        import os\n        if self.step == 50 and os.environ['SLURMD_NODENAME'] == '{bad}':\n"
+    dies = f"        import os\n        if self.step == 30 and os.environ['SLURMD_NODENAME'] == '{bad}':\n"
     change(run / "code" / "jobs" / "train" / "state.py", UPDATE, f"{UPDATE}{dies}            os.kill(os.getpid(), 9)\n")
     site.finish(run)
     found = faults.read(RunFolder(run))
@@ -350,7 +352,7 @@ def test_a_node_on_which_a_run_dies_twice_without_progress_is_left_out(
 def test_a_rank_that_fails_twice_at_the_same_step_puts_its_own_tracebacks_into_the_status(site: Site) -> None:
     """The snapshot of the code is what runs: broken there for rank 1 alone, it fails there alone, and so once more."""
     run = site.train("a", 2, "--slurm.partition", "low", steps=100_000)
-    breakage = "        import os\n        assert os.environ['RANK'] != '1' or self.step < 50, 'broken on purpose'\n"
+    breakage = "        import os\n        assert os.environ['RANK'] != '1' or self.step < 30, 'broken on purpose'\n"
     change(run / "code" / "jobs" / "train" / "state.py", UPDATE, UPDATE + breakage)
     site.wait_for_state(run, "failed", timeout_s=120)
     assert status(run)["failed_rank"] == 1
@@ -370,7 +372,7 @@ def test_a_node_without_scontrol_submits_the_job_anew(
     profile = tmp_path / "site.toml"
     profile.write_text(f'[environment]\nPATH = "{tools}"\n')
     run = site.train("a", 2, "--profile", profile, slow=True)
-    site.wait_for_step(run, 120)
+    site.wait_for_step(run, DISTURBED)
     site.cluster.run("scancel", "--signal=USR2", site.job_id(run))
     wait_until(lambda: len(json.loads((run / "launch.json").read_text())["job_ids"]) == 2, timeout_s=240)
     site.finish(run)
