@@ -18,8 +18,12 @@ from tests.slurm.site import made_once
 
 pytestmark = pytest.mark.slurm
 
-# Five shards: an element for each, or with one GPU four, of which one draws two.
-SAMPLE = ("sample", "1d/a", "--num-samples", "300000", "--sampler", "ddim", "--steps", "10")
+# Three shards, an element for each, which costs 3 CPU seconds. Five where the rest of the array must not be over when
+# something happens to it; with one GPU they have four elements, of which one draws two.
+SAMPLE, SAMPLE_MORE = (
+    ("sample", "1d/a", "--num-samples", num_samples, "--sampler", "ddim", "--steps", "10")
+    for num_samples in ("170000", "300000")
+)
 SLURM = ("--cluster", "slurm", "--device", "cpu", "--slurm.cpus-per-gpu", "1", "--slurm.time-min", "10")
 
 
@@ -30,6 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def make(root: Path) -> None:
         done("train", "1d", *TINY, "--train.steps", "50", "--name", "a", "--cluster", "local", cwd=root, **NO_FIGURES)
         done(*SAMPLE, "--name", "here", "--cluster", "local", cwd=root)
+        done(*SAMPLE_MORE, "--name", "here-more", "--cluster", "local", cwd=root, **NO_FIGURES)
 
     return made_once(tmp_path_factory, "trained", make)
 
@@ -41,16 +46,21 @@ def root(trained: Path, tmp_path: Path) -> Path:
 
 
 def on_slurm(
-    root: Path, cluster: DevCluster, *more: object, gpus: int = 2, env: Mapping[str, str] = NO_FIGURES
+    root: Path,
+    cluster: DevCluster,
+    *more: object,
+    gpus: int = 2,
+    sample: tuple[str, ...] = SAMPLE,
+    env: Mapping[str, str] = NO_FIGURES,
 ) -> Finished:
-    ended = launch(*SAMPLE, *SLURM, "--gpus", gpus, "--name", "there", *more, cwd=root, **cluster.env, **env)
+    ended = launch(*sample, *SLURM, "--gpus", gpus, "--name", "there", *more, cwd=root, **cluster.env, **env)
     assert ended.code in (0, 1), ended
     return ended
 
 
-def assert_same_samples(root: Path, experiment: str = "1d", pictures: bool = False) -> None:
+def assert_same_samples(root: Path, experiment: str = "1d", here: str = "here", pictures: bool = False) -> None:
     folder = root / "runs" / experiment / "a" / "samples"
-    for path in sorted((folder / "here").iterdir()):
+    for path in sorted((folder / here).iterdir()):
         if pictures or path.suffix != ".png":
             assert path.read_bytes() == (folder / "there" / path.name).read_bytes(), path.name
 
@@ -155,13 +165,13 @@ def test_sets_of_classes_of_a_run_trained_on_slurm_are_those_drawn_here(tidy: De
 
 
 def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, root: Path) -> None:
-    on_slurm(root, tidy, "--retries", 0, gpus=1)
+    on_slurm(root, tidy, "--retries", 0, gpus=1, sample=SAMPLE_MORE)
     array, merge = job_ids(root)
     wait_until(lambda: len(shards(root)) >= 1, timeout_s=120)
     older = set(elements(root))
     wait_until(lambda: killed(set(elements(root)) - older), timeout_s=120)  # it imports torch and has drawn nothing yet
     tidy.run("scancel", merge)
-    refused = launch(*SAMPLE, *SLURM, "--gpus", 1, "--name", "there", cwd=root, **tidy.env)
+    refused = launch(*SAMPLE_MORE, *SLURM, "--gpus", 1, "--name", "there", cwd=root, **tidy.env)
     assert refused.code == 2
     assert "being drawn already" in refused.err
 
@@ -172,9 +182,9 @@ def test_a_killed_task_and_a_lost_merge_job_are_made_up_for(tidy: DevCluster, ro
     wait_until(over, timeout_s=180)
     kept = {path: path.stat().st_mtime_ns for path in shards(root)}
     assert 1 <= len(kept) < 5
-    ended = on_slurm(root, tidy, "--wait")
+    ended = on_slurm(root, tidy, "--wait", sample=SAMPLE_MORE)
     assert ended.code == 0, ended
-    assert_same_samples(root)
+    assert_same_samples(root, here="here-more")
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
@@ -197,12 +207,12 @@ def test_an_array_makes_up_for_an_element_whose_script_is_killed_too(tidy: DevCl
     tidy.run("scancel", "--batch", "--signal=KILL", f"{job_ids(root)[0]}_0")
     wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
     _, merge, _, last = job_ids(root)
-    assert "1 of 5 shards are missing." in merge_log(root, merge)
+    assert "1 of 3 shards are missing." in merge_log(root, merge)
     assert tidy.wait_for_job(last, "COMPLETED")
     assert_same_samples(root)
 
 
-@pytest.mark.parametrize("element", [0, 4])
+@pytest.mark.parametrize("element", [0, 2])
 def test_a_cancelled_element_stays_away(element: int, tidy: DevCluster, root: Path) -> None:
     on_slurm(root, tidy)  # two elements run at once, so the last one waits
     array, merge = job_ids(root)
@@ -211,23 +221,23 @@ def test_a_cancelled_element_stays_away(element: int, tidy: DevCluster, root: Pa
     wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
     assert job_ids(root) == [array, merge]
     assert (
-        "1 of 5 shards are missing.\nSomething is still missing: the command that submitted this does the rest."
+        "1 of 3 shards are missing.\nSomething is still missing: the command that submitted this does the rest."
         in merge_log(root, merge)
     )
 
 
 def test_preempted_tasks_come_back_alone(tidy: DevCluster, root: Path) -> None:
-    on_slurm(root, tidy)
+    on_slurm(root, tidy, sample=SAMPLE_MORE)
     wait_until(lambda: len(shards(root)) >= 1, timeout_s=120)
     urgent = tidy.submit("sleep 1", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     tidy.wait_for_job(urgent, "COMPLETED", timeout_s=90)
     _, merge = job_ids(root)
     tidy.wait_for_job(merge, "COMPLETED", timeout_s=240)
-    assert_same_samples(root)
+    assert_same_samples(root, here="here-more")
 
 
 def test_a_dead_node_takes_only_its_own_tasks_along(tidy: DevCluster, root: Path) -> None:
-    on_slurm(root, tidy)
+    on_slurm(root, tidy, sample=SAMPLE_MORE)
     wait_until(lambda: len(shards(root)) >= 1 and bool(elements(root)), timeout_s=120)
     running = ("squeue", "--noheader", "--states=RUNNING", "--format=%N")
     busy = wait_for(lambda: tidy.run(*running).split(), "an element")  # none for a moment, between two of them
@@ -237,15 +247,15 @@ def test_a_dead_node_takes_only_its_own_tasks_along(tidy: DevCluster, root: Path
     finally:
         tidy.start_node(busy[0])
     wait_until(lambda: tidy.run("squeue", "--noheader") == "", timeout_s=240)
-    assert_same_samples(root)
+    assert_same_samples(root, here="here-more")
 
 
 def test_arrays_are_cut_where_slurm_allows_no_longer_ones(root: Path) -> None:
     folder = tempfile.mkdtemp(prefix="devcluster-")
-    with DevCluster.start(folder, accounting=False, max_array_size=3, node_prefix="a") as small:
+    with DevCluster.start(folder, accounting=False, max_array_size=2, node_prefix="a") as small:
         ended = on_slurm(root, small, "--wait")
         assert ended.code == 0, ended
-        assert len(job_ids(root)) == 3  # 5 elements in arrays of 3 and 2, and the merge job
+        assert len(job_ids(root)) == 3  # 3 elements in arrays of 2 and 1, and the merge job
     assert_same_samples(root)
 
 
