@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks import commands, kernels, quality, sampling, survival, training
-from benchmarks.comparison import Row, machine, table
+from benchmarks.comparison import Row, machine, rehearse, table
 
 NAMED = ("quality", "survival", "kernels")
 OF_CPUS = ("overhead", "quality")
@@ -39,6 +39,8 @@ def main() -> None:
         device = resolve_device(options.device, None)
     except UserError as error:
         parser.error(str(error))
+    if options.small and device == "cpu":
+        rehearse()
     runs, rounds, steps, small = options.runs, options.rounds, options.steps, options.small
     sampled = runs / options.sampled
     benchmarks: dict[str, Callable[[], Iterator[Row]]] = {

@@ -11,9 +11,12 @@ import statistics
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
+LIBRARIES = ("torch", "accelerate", "denoising_diffusion_pytorch", "torchvision.transforms", "torch.profiler")
+"""What alternatives import, which takes each of them some 5 CPU seconds."""
 Measurements = Generator[dict[str, float], None, None]
 """What a measured process yields: one round after another, quantities by name."""
 
@@ -21,12 +24,13 @@ Measurements = Generator[dict[str, float], None, None]
 class Alternative:
     """A process that measures itself, one round each time it is asked."""
 
+    context: SpawnContext | ForkServerContext = multiprocessing.get_context("spawn")
+    """Not forked: each imports everything anew, and CUDA does not work in the fork of a process that has used it."""
+
     def __init__(self, function: Callable[..., Measurements], *arguments: Any) -> None:
-        # Not forked: each imports everything anew, and CUDA does not work in the fork of a process that has used it.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._connection, theirs = self.context.Pipe()
         # No daemon, because a daemon may have no children, and the library's `Trainer` loads images in some.
-        self._process = context.Process(target=_serve, args=(theirs, function, arguments), daemon=False)
+        self._process = self.context.Process(target=_serve, args=(theirs, function, arguments), daemon=False)
         self._process.start()
         # While this copy is open, `recv` does not notice that the process has died.
         theirs.close()
@@ -40,6 +44,12 @@ class Alternative:
         """Lets the process end in its own way: it has folders and processes of its own to tidy up."""
         self._connection.close()
         self._process.join()
+
+
+def rehearse() -> None:
+    """From now on the libraries are imported once, in a process that all alternatives are forked from."""
+    multiprocessing.set_forkserver_preload([*LIBRARIES])
+    Alternative.context = multiprocessing.get_context("forkserver")
 
 
 def _serve(connection: Connection, function: Callable[..., Measurements], arguments: tuple[Any, ...]) -> None:

@@ -69,7 +69,7 @@ def rows(rounds: int, steps: int | None, device: "Kind", small: bool) -> Iterato
         pairs = [(mine, mine if device == "cuda" else "fp32")]
         if device == "cpu" and mine != "fp32":
             pairs.append(("fp32", "fp32"))
-        yield from _compare(case, rounds, steps or _steps(case), pairs, targets=not small and device == "cpu")
+        yield from _compare(case, rounds, steps or _steps(case, small), pairs, targets=not small and device == "cpu")
 
 
 def compiled(rounds: int, steps: int | None, device: "Kind", small: bool) -> Iterator[Row]:
@@ -77,7 +77,7 @@ def compiled(rounds: int, steps: int | None, device: "Kind", small: bool) -> Ite
     from jobs.runtime.numerics import resolve_precision
 
     case, precision = _case(device, small, Path()), resolve_precision("auto", device)
-    asked = (case, steps or _steps(case), precision)
+    asked = (case, steps or _steps(case, small), precision)
     found = in_turn({"compiled": Alternative(ours, *asked, True), "ours": Alternative(ours, *asked)}, rounds)
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
     losses = {name: f"loss {measured[-1]['loss']:.3f}" for name, measured in found.items()}
@@ -90,9 +90,11 @@ def _case(device: "Kind", small: bool, pngs: Path) -> Case:
     return Case(device, 8, 16, pngs) if small else Case(device, 32 if device == "cpu" else 64, BATCH_SIZE, pngs)
 
 
-def _steps(case: Case) -> int:
+def _steps(case: Case, small: bool) -> int:
     """Those of a round, unless somebody asks for another number: enough for the clock, few enough for patience."""
-    return 3 if case.device == "cpu" else 32
+    if case.device == "cpu":
+        return 1 if small else 3
+    return 32
 
 
 def _compare(

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from jobs.runtime.numerics import Kind
+from slurm import local
+from tests.jobs import parallel
 
 VARIABLE = "GPU_TEST_DEVICE"
 
@@ -27,3 +29,10 @@ def device() -> Kind:
     if not torch.cuda.is_available():
         pytest.fail(f"these tests need a CUDA GPU, and torch finds none; {VARIABLE}=cpu rehearses them on a CPU")
     return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def forked_jobs(device: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rehearsal forks the processes of jobs from one that has loaded torch, as other tests do."""
+    if device == "cpu":
+        monkeypatch.setattr(local, "run", lambda job, processes: parallel.run(job, processes)[0])

@@ -12,7 +12,9 @@ from jobs.storage.run_folder import RunFolder
 from slurm import local
 from tests.gpu.conftest import VARIABLE
 from tests.gpu.jobs import DeterministicJob
-from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, start, steps_logged, wait_until
+from tests.launching import NO_FIGURES as FORKED_WITHOUT_FIGURES
+from tests.launching import TINY, Process, done, finish, interrupt, start, steps_logged, wait_until
+from tests.warm import NO_MATPLOTLIB
 
 SMALLEST = ("--model.dim", 8, "--model.dim-mults", 1, "--model.attn-heads", 1, "--train.batch-size", 4)
 SETTINGS: dict[tuple[Kind, bool], tuple[object, ...]] = {
@@ -22,9 +24,11 @@ SETTINGS: dict[tuple[Kind, bool], tuple[object, ...]] = {
     ("cpu", True): ("1d", "--train.steps", 500, *TINY, "--model.layers", 1),
 }
 """By device and whether it is compiled; compiling the network of `mnist` takes minutes."""
-CASES = [("bf16", False), ("fp32", False), ("bf16", True)]
-if os.environ.get(VARIABLE) != "cpu":
-    CASES.append(("fp32", True))  # a rehearsal need not compile twice: tests/jobs/test_compile.py does it in fp32
+# Without fp32 in a rehearsal: other tests train so on CPUs, compiled and not.
+PRECISIONS = ("bf16",) if os.environ.get(VARIABLE) == "cpu" else ("bf16", "fp32")
+CASES = [(precision, compiled) for compiled in (False, True) for precision in PRECISIONS]
+NO_FIGURES = FORKED_WITHOUT_FIGURES if os.environ.get(VARIABLE) == "cpu" else {"PYTHONPATH": str(NO_MATPLOTLIB)}
+"""What sees a GPU is started plainly."""
 
 
 @pytest.mark.timeout(600)
@@ -42,22 +46,22 @@ def test_three_trainings_are_equal_though_one_was_interrupted(
     def environment(start_of: str) -> dict[str, str]:
         """Each start compiles for itself: bytes must not hang on what an earlier one has left in a cache.
 
-        In a rehearsal the interrupted run does, and the other two do together.
+        In a rehearsal one compiles for all, if none has before.
         """
-        own = start_of if device == "cuda" else start_of in ("first", "second")
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{own}")} if compiled else {}
+        cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"cache-{start_of}")} if compiled and see_gpus else {}
         return {"MNIST_ROOT": str(mnist_root), **cache, **NO_FIGURES}  # they have a test of their own
 
-    # Side by side, so that they disturb each other.
+    def begun(*names: str) -> list[Process]:
+        return [start(*command, "--name", name, cwd=tmp_path, see_gpus=see_gpus, **environment(name)) for name in names]
+
     see_gpus = device == "cuda"
-    started = {
-        name: start(*command, "--name", name, cwd=tmp_path, see_gpus=see_gpus, **environment(name)) for name in runs
-    }
-    stopped = started["third"]
+    # Side by side, so that they disturb each other.
+    others = begun("first", "second") if see_gpus else []
+    (stopped,) = begun("third")
     wait_until(lambda: steps_logged(runs["third"].path) >= 20 or stopped.poll() is not None, timeout_s=500)
     assert interrupt(stopped, signal.SIGINT).code == 130
-    for name in ("first", "second"):
-        assert finish(started[name]).code == 0
+    for process in others or begun("first", "second"):
+        assert finish(process).code == 0
     done(*command, "--name", "third", cwd=tmp_path, see_gpus=see_gpus, **environment("again"))
     assert runs["third"].read_status()["restarts"] == 1
     assert differences(runs["first"], runs["second"]) == []
