@@ -36,7 +36,7 @@ LIBRARIES = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
     *("PIL.Image", "tqdm", "tyro", "typeguard"),
 )
-OURS = ("commands", "diffusion", "jobs", "slurm")
+OURS = ("commands", "diffusion", "jobs", "slurm", "tests")
 COMMANDS = (
     *("commands.train", "commands.sample", "commands.evaluate", "commands.watch"),
     *("jobs.train.job", "jobs.train.loop", "jobs.sample.job", "jobs.evaluate.job", "slurm.local"),
