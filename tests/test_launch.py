@@ -28,6 +28,8 @@ from tests.launching import (
     sentence,
 )
 
+TWENTY = (*TINY, "--diffusion.timesteps", 21, "--train.steps", 20, "--device", "cpu")
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -211,7 +213,7 @@ def test_what_a_damaged_file_costs_is_one_sentence(
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs with a finished training and a set of ten samples."""
     root = tmp_path_factory.mktemp("trained")
-    done("train", "1d", *TINY, "--train.steps", 20, "--name", "a", "--device", "cpu", cwd=root, **NO_FIGURES)
+    done("train", "1d", *TWENTY, "--name", "a", cwd=root, **NO_FIGURES)
     done("sample", "1d/a", "--num-samples", 10, "--name", "s", "--device", "cpu", cwd=root)
     return root / "runs"
 
@@ -277,19 +279,19 @@ def test_a_run_folder_holds_what_the_design_names(tmp_path: Path) -> None:
     assert np.array_equal(array, np.load(samples / "shard-00000.npy"))
 
 
-def test_commands_on_a_run_as_a_user_starts_them(tmp_path: Path, no_plots: dict[str, str]) -> None:
+def test_commands_on_a_run_as_a_user_starts_them(tmp_path: Path, trained: Path, no_plots: dict[str, str]) -> None:
     """Other tests may fork theirs from a process that has loaded torch (tests/warm.py).
 
-    Figures would take most of the time; trainings of tests/jobs/test_surroundings.py start as plainly, and draw them.
+    Trainings of tests/jobs/test_surroundings.py start as plainly, with figures and without.
     """
+    shutil.copytree(trained, tmp_path / "runs")
 
     def command(*arguments: object, **env: str) -> str:
         return plainly(*arguments, cwd=tmp_path, **env)
 
-    assert "Finished" in command("train", "1d", *TWENTY, "--name", "a", **no_plots)
     assert "step 30" in command("resume", "1d/a", "--train.steps", 30, "--device", "cpu", "--gpus", 2, **no_plots)
     assert "50 samples are in" in command("sample", "1d/a", "--num-samples", 50, "--device", "cpu", **no_plots)
-    assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--device", "cpu", **no_plots)
+    assert "W1 to the exact mixture" in command("evaluate", "1d/a", "--samples", "s", "--device", "cpu", **no_plots)
     assert "1d/a" in command("status")
     assert "Finished" in command("logs", "1d/a")
     assert "finished" in launch("cancel", "1d/a", cwd=tmp_path, plain=True).err
@@ -301,9 +303,6 @@ def test_the_other_commands_as_a_user_starts_them(tmp_path: Path, no_plots: dict
     assert "Python" in launch("doctor", cwd=tmp_path, plain=True).out
     drill = ("drill", "--kills", 1, "--steps", 40, "--device", "cpu")
     assert "Equal byte for byte" in plainly(*drill, cwd=tmp_path, **no_plots)
-
-
-TWENTY = (*TINY, "--diffusion.timesteps", 21, "--train.steps", 20, "--device", "cpu")
 
 
 def plainly(*arguments: object, cwd: Path, **env: str) -> str:

@@ -391,8 +391,8 @@ def test_coloured_images_are_trained_and_judged(
 
 def test_a_folder_for_each_class_is_drawn_by_class(grey: NDArray[np.uint8], tmp_path: Path) -> None:
     root = write_folder(tmp_path / "mine", grey, CLASSES)
-    small = ("--model.dim", 8, "--diffusion.timesteps", 21, "--train.batch-size", 4, "--name", "a")
-    small = (*small, "--train.steps", 4, "--train.held-out-every", 4)
+    small = ("--model.dim", 8, "--model.dim-mults", 1, "--diffusion.timesteps", 21, "--train.batch-size", 4)
+    small = (*small, "--name", "a", "--train.steps", 4, "--train.held-out-every", 4)
     done("train", "images-classes", "--data.root", root, *small, cwd=tmp_path)
     run = tmp_path / "runs" / "images-classes" / "a"
     assert json.loads((run / "experiment.json").read_text())["data"]["classes"] == 3
