@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 import weakref
 from collections.abc import Collection
 from pathlib import Path
@@ -108,23 +109,48 @@ class Warm:
     """The process that forks, seen from the tests."""
 
     def __init__(self) -> None:
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        """Is served by one that all processes share among which pytest-xdist divides the tests; the first starts it."""
+        address = f"\0warm-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or uuid.uuid4().hex}"
         self._codes: dict[int, int] = {}
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"},
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+        self._process: subprocess.Popen[bytes] | None = None
+        while (connected := self._connect(address)) is None:
+            if self._process is not None:
+                raise RuntimeError("the process that forks has died; it has printed why")
+            time.sleep(0.01)
+        self._socket = connected
         atexit.register(self._close)
 
+    def _connect(self, address: str) -> socket.socket | None:
+        """Starts it if nobody has; None while one that another has started does not listen yet, or is ending."""
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+            try:
+                listening.bind(address)
+            except OSError:
+                pass
+            else:
+                listening.listen()
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tests.warm", str(listening.fileno())],
+                    cwd=ROOT,
+                    env=env,
+                    stdin=subprocess.PIPE,
+                    pass_fds=[listening.fileno()],
+                    start_new_session=True,
+                )
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with contextlib.suppress(ConnectionError):
+            connected.connect(address)
+            if connected.recv(100):
+                return connected
+        connected.close()
+        return None
+
     def _close(self) -> None:
-        self._socket.close()  # at whose end it ends
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(10)
+        self._socket.close()  # at whose end ends what serves this process
+        if self._process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.communicate(timeout=10)  # closes its stdin, at whose end it ends
 
     def start(self, command: list[str], cwd: Path, env: dict[str, str]) -> Forked:
         """Forks what Python would run for the command: `FILE ARGUMENTS` or `-m MODULE ARGUMENTS`."""
@@ -161,8 +187,8 @@ class Warm:
 
 
 def main() -> int:
-    """Forks until the tests are gone; in a process that has been forked, runs launch.py."""
-    tests = socket.socket(fileno=int(sys.argv[1]))
+    """Loads what commands import, and forks itself for each process that connects; ends with the first of them."""
+    listening = socket.socket(fileno=int(sys.argv[1]))
     gc.disable()
     for library in (*LIBRARIES, *COMMANDS):
         __import__(library)
@@ -170,6 +196,22 @@ def main() -> int:
     gc.enable()
     for finalizer in [*weakref.finalize._registry]:  # type: ignore[attr-defined]
         finalizer.atexit = False  # else each child would take torch's operators apart at its end, and copy their memory
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        ready, _, _ = select.select([listening, 0], [], [])
+        if 0 in ready:
+            return 0
+        tests, _ = listening.accept()
+        if os.fork() == 0:
+            listening.close()
+            tests.send(b"ready")
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            return serve(tests)
+        tests.close()
+
+
+def serve(tests: socket.socket) -> int:
+    """Forks until the tests are gone; in a process that has been forked, runs launch.py."""
     awake, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
