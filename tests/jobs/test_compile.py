@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +156,7 @@ class AutoJob:
     folder: Path
 
     def __call__(self) -> int:
-        rank = process_rank()
+        rank, sys.stdout = process_rank(), sys.stderr  # stdout is for how the job has ended
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else it starts processes that import torch, too
         if rank == 1:  # which must not find what others have compiled
             os.environ |= {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache")}
@@ -167,8 +166,7 @@ class AutoJob:
         stopped = compile_network(small_training(world), signals, Console(self.folder / "stopped.txt"))
         signals.requested = Stop.NO
         training = small_training(world)
-        with redirect_stdout(sys.stderr):  # stdout is for how the job has ended
-            alone = compile_network(training, signals, Console(self.folder / "log.txt"))
+        alone = compile_network(training, signals, Console(self.folder / "log.txt"))
         auto = some_losses(training)
         # The next training of a process that went on uncompiled, as in a sweep.
         seconds = small_training(world).compile() if rank == 0 else 0
