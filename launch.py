@@ -110,6 +110,8 @@ def main() -> int:
         # Before tyro, which would only say that it knows no such flag; it takes _ for - in flags, so this does, too.
         if any(word.replace("_", "-").startswith("--train.micro-batch-size") for word in words):
             raise UserError("--train.micro-batch-size is gone: --train.grad-shards N computes the batch in N parts")
+        if any(word.replace("_", "-").startswith("--train.no-cuda-graph") for word in words):
+            raise UserError("--train.no-cuda-graph is --train.cuda-graph never now")
         command: Callable[[], int] = tyro.cli(
             _choice(words),
             prog="launch.py",

@@ -1,6 +1,7 @@
 """The command `drill`: shows that a training that is stopped again and again ends with the same bytes."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from commands.where import Start, given, show
 from diffusion.errors import UserError
 from jobs.storage import provenance, run_folder
 from jobs.storage.run_folder import RunFolder
-from jobs.watch import detail
+from jobs.watch.cancel import cancel
 from slurm import queue
 from slurm.place import Here, OnSlurm
 
@@ -52,10 +53,12 @@ class Drill:
         processes = (place.processes, *fewer)
         runs = [RunFolder(folder / "1d" / name) for name in ("whole", "killed")]
 
-        def cancel() -> None:
-            queue.cancel(queue.active(job for run in runs if run.exists() for job in detail.all_jobs(run)))
+        def cancel_jobs() -> None:
+            for run in filter(RunFolder.exists, runs if isinstance(place, OnSlurm) else []):
+                with suppress(UserError):  # it has ended
+                    cancel(run, queue.active, queue.cancel, queue.Pace().is_due, print)
 
-        with drill.trainings(list(map(str, command)), folder / "log.txt", cancel) as start:
+        with drill.trainings(list(map(str, command)), folder / "log.txt", cancel_jobs) as start:
             found = drill.Drill(folder / "1d", start, disturbances, self.steps, self.kills, self.seed, processes)
             equal = found.run(print)
         print("Equal byte for byte: checkpoints and metrics." if equal else "NOT EQUAL: please report this.")

@@ -41,6 +41,7 @@ TWENTY = (*TINY, "--diffusion.timesteps", 21, "--train.steps", 20, "--device", "
         (["train", "1d", "--train.steps", "many"], ["--train.steps", "many"]),
         (["train", "1d", "--train.batch-size", "0"], ["train.batch-size must be at least 1", "0"]),
         (["train", "1d", "--train.micro-batch-size", "8"], ["--train.micro-batch-size", "--train.grad-shards N"]),
+        (["train", "1d", "--train.no-cuda-graph"], ["--train.cuda-graph never"]),
         (["train", "1d", "--train.lr", "nan"], ["train.lr must be positive and finite", "nan"]),
         (["train", "1d", "--train.lr", "inf"], ["train.lr must be positive and finite", "inf"]),
         (["train", "1d", "--train.lr", "-1"], ["train.lr must be positive and finite", "-1"]),

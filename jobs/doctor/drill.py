@@ -135,7 +135,7 @@ def trainings(command: Sequence[str], log: Path, cancel: Callable[[], None]) -> 
     """Yields a function that starts `command --name NAME --gpus N`; what it prints goes to a file.
 
     If the drill ends early, also by SIGTERM or a closed terminal, what it has started is told to end. On Slurm that
-    ends the waiting alone; `cancel` is called then, to end what is left.
+    ends the waiting alone; then `cancel` is called, to end what is left.
     """
     started: list[Process] = []
 
@@ -149,19 +149,27 @@ def trainings(command: Sequence[str], log: Path, cancel: Callable[[], None]) -> 
         started.append(training)
         return training
 
+    # A terminal that closes ends nothing under nohup.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {n: handler for n in numbers if (handler := signal.getsignal(n)) != signal.SIG_IGN}
+
     def leave(number: int, frame: object) -> NoReturn:
+        for heard in previous:  # whoever insists gets no other end: terminals send SIGHUP twice
+            signal.signal(heard, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         sys.exit(128 + number)
 
-    # A terminal that closes ends nothing under nohup.
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    previous = {number: signal.signal(number, leave) for number in heard}
+    for number in previous:
+        signal.signal(number, leave)
     try:
         yield start
     finally:
-        for training in started:
-            if training.poll() is None:
-                training.terminate()
-                training.wait()
-                cancel()
+        living = [training for training in started if training.poll() is None]
+        for training in living:
+            training.terminate()
+            training.wait()
+        if living:
+            cancel()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -16,7 +16,7 @@ FORMAT = 6
 """Raise it when a setting comes, goes or changes its meaning.
 
 1 had no number, 1 and 2 no alerts, 3 no noise levels; up to 4, what is compiled was true or false, and up to 5, what is
-captured.
+captured; checkpoints always had their steps and minutes.
 """
 
 

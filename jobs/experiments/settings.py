@@ -68,7 +68,7 @@ class TrainSettings:
     stays what it was at the first start. If `resume` changes it, later bytes differ."""
     cuda_graph: Choice = field(default="auto", metadata=FREE)
     """Capture a step once on a GPU (CUDA graph) and launch it as a whole: small batches are several times faster. auto
-    is for one GPU; on several, where only always captures, it has not been measured yet."""
+    does it on one GPU; always also on several, which nobody has measured yet."""
     log_every: int = field(default=10, metadata=FREE)
     """Steps between lines of metrics.jsonl."""
     held_out_every: int = field(default=0, metadata=FREE)
@@ -77,9 +77,10 @@ class TrainSettings:
     """Judge 1,000 samples of the first checkpoint at or after each multiple of so many steps, in a process beside the
     training; 0 is never. For 1d (W1 and KS) and digits (Frechet distance)."""
     checkpoint_every: int | None = field(default=None, metadata=FREE)
-    """Steps between checkpoints. None is 1,000 on a CPU; on a GPU, which makes them in seconds, it is a minute."""
-    checkpoint_minutes: float = field(default=10.0, metadata=FREE)
-    """Minutes after which a checkpoint is written in any case."""
+    """Steps between checkpoints. None is 1,000 on a CPU; a GPU, which makes so many in seconds, then saves by minutes,
+    and at the multiples of evaluate-every and keep-every."""
+    checkpoint_minutes: float | None = field(default=None, metadata=FREE)
+    """Minutes after which a checkpoint is written in any case. None is 10, or 1 where minutes alone decide."""
     keep_checkpoints: int = field(default=2, metadata=FREE)
     """Number of newest checkpoints to keep."""
     keep_every: int = field(default=0, metadata=FREE)
@@ -93,7 +94,8 @@ class TrainSettings:
             require(value is None or value >= 1, f"{_flag(name)} must be at least 1", value)
         for name in ("lr", "max_grad_norm", "checkpoint_minutes"):
             value = getattr(self, name)
-            require(math.isfinite(value) and value > 0, f"{_flag(name)} must be positive and finite", value)
+            fits = value is None or (math.isfinite(value) and value > 0)
+            require(fits, f"{_flag(name)} must be positive and finite", value)
         for name in ("ema_decay", "beta2"):
             require(0 <= getattr(self, name) < 1, f"{_flag(name)} must lie in [0, 1)", getattr(self, name))
         shards = self.grad_shards

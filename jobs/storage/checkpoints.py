@@ -7,8 +7,8 @@ import shutil
 import threading
 import time
 from bisect import bisect
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -139,7 +139,7 @@ def choose(folder: Path, named: Named | None, say: Callable[[str], None]) -> tup
     if named is None:
         if (manifest := _newest(folder, say)) is None:
             raise UserError(f"{folder.parent} has no checkpoint yet: train it first")
-        return manifest["step"], manifest
+        return int(manifest["step"]), manifest
     found = best(folder) if named == "best" else named
     if found not in steps(folder):
         held = ", ".join(map(str, steps(folder))) or "none"
@@ -214,21 +214,21 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
     import torch
     from safetensors.torch import save_file
 
-    contiguous = torch.contiguous_format
     name = folder_name(snapshot.step)
     # The files keep their final names: torch.save writes the stem into the file.
     temporary = folder / f".{name}.{os.getpid()}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        try:
-            # Each tensor alone: a file would hold all of what it is a part of. safetensors wants them contiguous, too.
-            for tensors, file in ((snapshot.model, MODEL), (snapshot.ema, EMA)):
-                alone = {name: value.clone(memory_format=contiguous) for name, value in tensors.items()}
+        # Each tensor alone: a file would hold all of what it is a part of. safetensors wants them contiguous, too.
+        for tensors, file in ((snapshot.model, MODEL), (snapshot.ema, EMA)):
+            alone = {name: value.clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
+            with _words_of_a_full_disk():
                 save_file(alone, temporary / file)
-            torch.save(_own(snapshot.optimizer), temporary / OPTIMIZER)
-        except (SafetensorError, RuntimeError) as error:  # their words for a disk that takes no more
-            raise OSError(f"the disk takes no more ({str(error).splitlines()[0]})") from error
+            del alone
+        optimizer = _own(snapshot.optimizer)
+        with _words_of_a_full_disk():
+            torch.save(optimizer, temporary / OPTIMIZER)
         for file in (MODEL, EMA):  # safetensors keeps its files to their user; the umask says who may read ours
             (temporary / file).chmod((temporary / OPTIMIZER).stat().st_mode)
         recorded = {}
@@ -250,11 +250,22 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def _words_of_a_full_disk() -> Iterator[None]:
+    """While entered, what safetensors and torch say of a disk that takes no more is an OSError."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"the disk takes no more ({str(error).splitlines()[0]})") from error
+
+
 def _own(state: Any) -> Any:
     """Returns an optimizer's state with tensors that are no part of others."""
+    import torch
+
     if isinstance(state, dict):
         return {name: _own(value) for name, value in state.items()}
-    return state.clone() if hasattr(state, "clone") else state
+    return state.clone() if isinstance(state, torch.Tensor) else state
 
 
 def prune(folder: Path, keep: int, needed: Collection[int] = ()) -> None:

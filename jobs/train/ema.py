@@ -19,12 +19,16 @@ class Ema:
 
     def __init__(self, network: nn.Module, weights: Tensor) -> None:
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.averages, self._weights = Flat(self.network).weights, weights
+        self._flat, self._weights = Flat(self.network), weights
         self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self, share: Tensor) -> None:
         """Moves the averages towards the weights; `share`, a tensor [], is 1 minus the decay of the step."""
-        self.averages.lerp_(self._weights, share)
+        self._flat.weights.lerp_(self._weights, share)
         for average, buffer in self._buffers:
             average.copy_(buffer)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns a copy of the network's state, in a CPU's memory."""
+        return self._flat.state_dict(self.network)

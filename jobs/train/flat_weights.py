@@ -54,10 +54,12 @@ class Flat:
             for parameter, start in zip(self._parameters, self._starts, strict=True)
         ]
 
-    def state_dict(self, network: nn.Module, flat: Tensor) -> dict[str, Tensor]:
-        """Returns the state of this network, or of a copy of it, with the numbers of `flat`, whose memory it shares."""
-        parts = dict(zip((name for name, _ in network.named_parameters()), self.split(flat), strict=True))
-        return {name: parts[name] if name in parts else value.cpu() for name, value in network.state_dict().items()}
+    def state_dict(self, network: nn.Module) -> dict[str, Tensor]:
+        """Returns a copy of the network's state, in a CPU's memory: its parameters are parts of one tensor there."""
+        copied = self.weights.detach().to("cpu", copy=True)
+        parts = dict(zip(map(id, self._parameters), self.split(copied), strict=True))
+        found = network.state_dict(keep_vars=True)
+        return {name: parts[id(v)] if id(v) in parts else v.detach().to("cpu", copy=True) for name, v in found.items()}
 
     def join(self, parts: Iterable[Tensor]) -> Tensor:
         """Undoes `split`: copies parts into a tensor like `weights`; raises ValueError if a shape differs."""

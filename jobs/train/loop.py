@@ -159,10 +159,14 @@ def capture(training: Training, console: Console) -> None:
     world, asked = training.world, training.settings.cuda_graph
     if world.device.type != "cuda" or asked == "never" or (asked == "auto" and world.size > 1):
         return
+    failure = None
     try:
         training.capture()
     except RuntimeError as error:
-        console.say(not_captured(error))
+        failure = not_captured(error)
+    failed = next(filter(None, world.of_all(failure)), None)
+    if failed is not None and world.rank == 0:
+        console.say(failed)
 
 
 def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watchdog: Watchdog, last: int) -> Stop:
@@ -181,7 +185,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watc
                 "a smaller --train.lr may help"
             )
         reason = update.stop
-    return reason
+    return reason if training.step < last else Stop.NO
 
 
 def logged(training: Training, update: Update, watchdog: Watchdog) -> dict[str, Any] | None:

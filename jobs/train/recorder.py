@@ -25,8 +25,8 @@ from jobs.terminal.tables import duration
 from jobs.tracking.identity import Machine
 from jobs.train.state import Training
 
-EVERY, GPU_MINUTES = 1000, 1.0
-"""Where nobody says after how many steps to save: so many on a CPU, and the minutes on a GPU."""
+EVERY, MINUTES, GPU_MINUTES = 1000, 10.0, 1.0
+"""When a checkpoint is due where nobody has said it: steps and minutes, and minutes of a GPU that is told no steps."""
 TIMING_S = 5.0
 """Seconds between lines of timing.jsonl."""
 JUDGE = "jobs.evaluate.beside"
@@ -161,8 +161,8 @@ class RunRecorder(Recorder):
             self._console.say(f"Compiled the network in {duration(compile_s)} (--train.compile).")
         compiled = {"compile": "never" if compile_s is None else "always", "compile_s": round(compile_s or 0, 3)}
         append_timing(self._run, {"event": "begin", "step": self._training.step, **compiled})
-        # Rates count steps alone, so the clock starts after compiling.
-        self._clock = self._read_clock()
+        # Rates count steps alone, so the clock starts after compiling; and only steps are worth a checkpoint.
+        self._clock, self._saved_at = self._read_clock(), time.monotonic()
         self._progress.restart_clock(self._training.step)
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
@@ -178,8 +178,8 @@ class RunRecorder(Recorder):
                 self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
         self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
-        every, minutes = self._due_after
-        self._due |= every is not None and step % every == 0
+        periods, minutes = self._due_after
+        self._due |= any(step % every == 0 for every in periods)
         self._due |= time.monotonic() - self._saved_at >= 60 * minutes
         if self._due and not self._writer.is_busy(self._console.say):
             self._save()
@@ -345,12 +345,12 @@ class RunRecorder(Recorder):
         self._saved_at, self._due = time.monotonic(), False
 
 
-def pace(settings: TrainSettings, device: torch.device) -> tuple[int | None, float]:
-    """Returns the steps and the minutes after which a checkpoint is due, whichever comes first; None is never."""
+def pace(settings: TrainSettings, device: torch.device) -> tuple[set[int], float]:
+    """Returns when a checkpoint is due: at multiples of these numbers of steps, and so many minutes after the last."""
     every, minutes = settings.checkpoint_every, settings.checkpoint_minutes
     if every is None and device.type != "cpu":
-        return None, min(minutes, GPU_MINUTES)
-    return every or EVERY, minutes
+        return {settings.evaluate_every, settings.keep_every} - {0}, minutes or GPU_MINUTES
+    return {every or EVERY}, minutes or MINUTES
 
 
 class _Clock(NamedTuple):

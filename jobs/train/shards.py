@@ -5,8 +5,8 @@ a gradient is always the sum of the two halves below it. A process computes neig
 subtrees alone. For what lies above them, each process adds up one piece of all subtrees' gradients, and then all
 collect the pieces: the traffic of a ring all-reduce, whose order would depend on the number of processes.
 
-Votes travel with the gradient: each process adds 1 to one of the `VOTES` numbers behind it, so that all of them know by
-the end of the step who has voted for what, without a word of their own.
+Votes travel with the gradient: each process sets one of the `VOTES` numbers behind it to 1, so the sum tells all of
+them how many have voted for what.
 """
 
 import time
@@ -16,12 +16,12 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
+
+from jobs.train.flat_weights import ALIGNMENT
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14 on
 
 VOTES = 16
-"""As many as keep the pieces of the gradient aligned."""
 Node = tuple[int, int]
 """A subtree: the shards [start, stop)."""
 
@@ -56,17 +56,24 @@ def fold(root: Node, known: Mapping[Node, Tensor]) -> Tensor:
     return fold(left, known) + fold(right, known)
 
 
+def room(n: int, processes: int) -> int:
+    """Returns how many numbers follow a gradient [n]: zeros, so that all processes' pieces are as long, and the votes.
+
+    A piece begins at a multiple of `ALIGNMENT`.
+    """
+    return VOTES + -(n + VOTES) % (processes * ALIGNMENT)
+
+
 class ShardSum:
     """Sums the gradients of all shards into one flat gradient, on every process.
 
-    `gradient` [n + VOTES] has room for votes at its end. It is zero before a step.
+    `gradient` [n + room], whose last numbers are for votes, is zero before a step.
     """
 
     def __init__(self, gradient: Tensor, shards: int, rank: int, processes: int) -> None:
         self._gradient, self._root, self._processes = gradient, (0, shards), processes
         self._nodes = [subtrees(share(other, processes, shards), self._root) for other in range(processes)]
         self._own = self._nodes[rank]
-        self._piece = -(-len(gradient) // processes)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if gradient.is_cuda else None
         self._pending = False
         self._exchange_s = 0.0
@@ -92,9 +99,9 @@ class ShardSum:
         Every process must call it. Behind the gradient it then has the number of processes with each vote.
         """
         parts = list(sums) or [self._gradient]
-        parts[0][len(self._gradient) - VOTES + vote] = 1
-        if self._processes > 1:
-            self._measured(self._exchange, parts)
+        # To set a single number by its index would wait for the GPU.
+        parts[0][-VOTES:].narrow(0, vote, 1).fill_(1)
+        self._measured(self._exchange, parts)
 
     def _grow(self, node: Node, add_gradient: Callable[[int], None]) -> None:
         """Turns the gradient, which is zero, into the sum at `node`."""
@@ -114,19 +121,16 @@ class ShardSum:
 
     def _exchange(self, sums: list[Tensor]) -> None:
         """Turns the processes' sums at their own subtrees into the sum at the root, on every process."""
-        processes, piece, counts = self._processes, self._piece, [len(nodes) for nodes in self._nodes]
-        padding = processes * piece - len(self._gradient)
-        pieces = [(F.pad(tensor, (0, padding)) if padding else tensor).view(processes, piece) for tensor in sums]
+        processes, counts = self._processes, [len(nodes) for nodes in self._nodes]
+        piece = len(self._gradient) // processes
+        pieces = [tensor.view(processes, piece) for tensor in sums]
         # all_to_all_single cuts its input in order of processes, so what one of them gets must lie together.
         sent = pieces[0] if len(pieces) == 1 else torch.stack(pieces, dim=1)  # [processes, own subtrees, piece]
         received = self._gradient.new_empty(sum(counts), piece)  # this process's piece of all subtrees' sums
         sizes = [n * piece for n in counts], [len(sums) * piece] * processes
         dist.all_to_all_single(received.flatten(), sent.flatten(), *sizes)
         total = fold(self._root, dict(zip(chain(*self._nodes), received, strict=True)))
-        whole = self._gradient if not padding else self._gradient.new_empty(processes * piece)
-        _all_gather(whole, total)
-        if padding:
-            self._gradient.copy_(whole[: len(self._gradient)])
+        _all_gather(self._gradient, total)
 
     def _measured(self, exchange: Callable[[list[Tensor]], None], sums: list[Tensor]) -> None:
         if self._events is None:

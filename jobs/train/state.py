@@ -26,7 +26,7 @@ from jobs.storage.checkpoints import Snapshot
 from jobs.train.ema import Ema, decay_at
 from jobs.train.flat_weights import ALIGNMENT, Flat, FlatAdamW
 from jobs.train.held_out import HeldOut
-from jobs.train.shards import VOTES, ShardSum, share
+from jobs.train.shards import VOTES, ShardSum, room, share
 
 LOSS_BANDS = 4
 """The timesteps are cut into this many equal parts; the loss of each is logged."""
@@ -89,7 +89,7 @@ class Training:
         # Convolutions are fastest with channels last; tensors that are not images are left as they are.
         self.raw.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._flat = Flat(self.raw.network)
-        self._gradient = self._flat.place_gradients(VOTES)
+        self._gradient = self._flat.place_gradients(room(len(self._flat.weights), world.size))
         self.ema = Ema(self.raw.network, self._flat.weights)
         self._levels = NoiseLevels(self.raw.alphas_cumprod, settings.noise_levels)
         self._weights = self._levels.weights.to(world.device)
@@ -131,7 +131,7 @@ class Training:
             self._next = self.step + 1, self.examples(self.step + 1)
         # Here the host waits for the GPU: to read the norm and the votes.
         norm, *votes = found.tolist()
-        # Alone, it may have been asked since.
+        # A process alone may still heed what it was asked during the step.
         stop = max(reason for reason in Stop if votes[reason]) if self.world.size > 1 else asked()
         return Update(losses, examples[1], norm, lr, stop)
 
@@ -142,9 +142,9 @@ class Training:
         self._after: Callable[..., tuple[Tensor, ...]] = self._move
 
     def _whole_step(self, *examples: Tensor) -> tuple[Tensor, ...]:
-        """Computes the step itself; returns the loss of each example [n], the gradient's norm and the votes [1 + n].
+        """Computes the step; returns the loss of each example [n], and the gradient's norm and votes [1 + VOTES].
 
-        The host decides nothing in here, so that a GPU can replay it.
+        Of a process alone the host decides nothing in here, so that a GPU can replay it.
         """
         losses, *sums = self._before(*examples)
         if self.world.size > 1:
@@ -160,12 +160,12 @@ class Training:
         return torch.cat(losses), *sums
 
     def _move(self) -> tuple[Tensor]:
-        """Moves weights and averages by the gradient, which is zero afterwards; returns its norm and the votes [1 + n].
+        """Moves weights and averages by the gradient, which is zero afterwards; returns its norm and votes [1 + VOTES].
 
         The choice whether weights move is a tensor, too: they do if the norm is below `_norm_below`, which is infinity
         for a step, 0 for one that changes nothing. A norm that is NaN or infinite is never below it.
         """
-        gradient, votes = self._gradient.split([len(self._gradient) - VOTES, VOTES])
+        gradient, votes = self._gradient[: len(self._flat.weights)], self._gradient[-VOTES:]
         # The norm of 16 rows' norms, because one fp32 sum of ten million squares is wrong in its fourth digit.
         norm = torch.linalg.vector_norm(torch.linalg.vector_norm(gradient.view(ALIGNMENT, -1), dim=1))
         moves = (norm < self._norm_below).to(norm.dtype)
@@ -309,14 +309,12 @@ class Training:
 
     def snapshot(self) -> Snapshot:
         """Copies the state for a checkpoint; raises NotFinite if weights are NaN or infinite."""
-        networks = self.raw.network, self.ema.network
-        copies = [flat.detach().to("cpu", copy=True) for flat in (self._flat.weights, self.ema.averages)]
-        model, ema = (self._flat.state_dict(network, flat) for network, flat in zip(networks, copies, strict=True))
-        if not all(bool(torch.isfinite(flat).all()) for flat in copies):
-            name = next(name for name, value in (*model.items(), *ema.items()) if not torch.isfinite(value).all())
-            raise NotFinite(
-                f"the weights {name} are not finite after step {self.step}; no checkpoint is written of them"
-            )
+        model, ema = self._flat.state_dict(self.raw.network), self.ema.state_dict()
+        for name, value in (*model.items(), *ema.items()):
+            if not bool(torch.isfinite(value).all()):
+                raise NotFinite(
+                    f"the weights {name} are not finite after step {self.step}; no checkpoint is written of them"
+                )
         return Snapshot(self.step, model, ema, self.optimizer.state_dict())
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -87,7 +87,7 @@ class SkipJob:
             update = training.update(lambda asks=asks: Stop.REQUEUE if asks else Stop.NO)  # type: ignore[misc]
             weights = [float(p.double().sum()) for p in training.raw.network.parameters()]
             averages = [float(p.double().sum()) for p in training.ema.network.parameters()]
-            done = {"loss": float(update.loss) if world.size == 1 else None, "stop": update.stop}
+            done = {"loss": training.sums(update)[0], "stop": update.stop}
             seen.append({"skipped": update.skipped, "weights": weights, "averages": averages, **done})
         (self.folder / f"{world.rank}.json").write_text(json.dumps(seen))
         world.close()

@@ -5,7 +5,8 @@ refused.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -15,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 from diffusion.process.cuda_graphs import WARM_UP
 
 
+def _refuse(*arguments: object) -> NoReturn:
+    raise RuntimeError("a graph cannot wait for a number")
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +27,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("a graph cannot wait for a number")
+            _refuse()
         made = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, made))  # which keeps all tensors, so no memory is used twice
         return made
@@ -35,7 +40,8 @@ class Recorded:
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         for _ in range(WARM_UP):
             function(*self._inputs)
-        with _Recorder() as recorder:
+        refused = (mock.patch.object(Tensor, name, _refuse) for name in ("tolist", "numpy"))
+        with _Recorder() as recorder, next(refused), next(refused):
             self._outputs = function(*self._inputs)
         self._calls = recorder.calls
 

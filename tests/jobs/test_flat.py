@@ -104,3 +104,17 @@ def test_an_average_follows_the_weights() -> None:
     for average, old in zip(expected.parameters(), first.parameters(), strict=True):
         average.data = old.detach().lerp(old.detach() + 1, 1 - decay_at(5, 0.9))
     torch.testing.assert_close(ema.network.state_dict(), expected.state_dict())
+
+
+def test_a_copy_of_the_state_is_one_also_of_buffers_and_tied_weights() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1))
+    module[2].weight = module[0].weight
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    copied = Flat(module).state_dict(module)
+    expected = copy.deepcopy(module.state_dict())
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.add_(1)
+    assert [*copied] == [*expected]
+    for name, value in expected.items():
+        assert torch.equal(copied[name], value) and copied[name].stride() == value.stride(), name

@@ -81,9 +81,12 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(processes: int, grad_shards
     assert [step["stop"] for step in steps] == [0, 0, 0, 1, 0]  # what one has asked for, at once and only then
 
 
-@pytest.mark.parametrize(("processes", "grad_shards"), [(1, 4), (2, None), (2, 8), (3, 4)])
+@pytest.mark.parametrize(("processes", "grad_shards"), [(1, 4), (2, None), (2, 8), (3, 8)])
 def test_a_captured_step_is_the_step(processes: int, grad_shards: int | None, tmp_path: Path) -> None:
-    """On several processes the graphs lie around the exchange. A CPU has none, but can record and repeat them."""
+    """On several processes the graphs lie around the exchange. A CPU has none, but can record and repeat them.
+
+    Two of the three processes have two subtrees of the eight shards each.
+    """
     seen = []
     for captured in (False, True):
         outcome, err = run(SkipJob(tmp_path, processes, grad_shards, captured), processes)

@@ -111,14 +111,32 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_covers_them(
 @pytest.mark.parametrize(
     ("asked", "cpu", "gpu"),
     [
-        ({}, (1000, 10), (None, 1)),
-        ({"checkpoint_every": 50}, (50, 10), (50, 10)),
-        ({"checkpoint_minutes": 0.5}, (1000, 0.5), (None, 0.5)),
+        ({}, ({1000}, 10), (set(), 1)),
+        ({"checkpoint_every": 50}, ({50}, 10), ({50}, 10)),
+        ({"checkpoint_minutes": 5.0, "keep_every": 300}, ({1000}, 5), ({300}, 5)),
+        ({"evaluate_every": 400, "keep_every": 300}, ({1000}, 10), ({300, 400}, 1)),
     ],
 )
 def test_a_gpu_saves_by_minutes_unless_it_is_told_after_how_many_steps(
-    asked: dict[str, Any], cpu: tuple[int, float], gpu: tuple[int | None, float]
+    asked: dict[str, Any], cpu: tuple[set[int], float], gpu: tuple[set[int], float]
 ) -> None:
     settings = replace(EXPERIMENTS["mnist"].preset.train, **asked)
     assert pace(settings, torch.device("cpu")) == cpu
     assert pace(settings, torch.device("cuda:0")) == gpu
+
+
+def test_minutes_count_from_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run that dies in each of its starts would seem to get somewhere, if only compiling takes long enough."""
+    with recorded(tmp_path / "a", steps=100) as (training, recorder):
+        monkeypatch.setattr(recorder, "_due_after", (set(), 5.0))
+        recorder._saved_at -= 600  # compiling has taken ten minutes
+        recorder.begin(600.0)
+        training.update()
+        recorder.after_step(None)
+        recorder._writer.wait()
+        assert checkpoints.steps(recorder._run.checkpoints) == []
+        recorder._saved_at -= 600
+        training.update()
+        recorder.after_step(None)
+        recorder._writer.wait()
+        assert checkpoints.steps(recorder._run.checkpoints) == [2]
