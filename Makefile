@@ -78,11 +78,14 @@ gpu-wheels:
 	$(PYTHON) -m pip download --disable-pip-version-check --no-deps --python-version 3.12 --only-binary=:all: \
 	  --dest gpu-wheels $(GPU_WHEELS)
 
+# Of few files, because to import them all takes longer than these tests.
+MARKED = $$(grep -rlE --include='test_*.py' 'pytest\.mark\.$(1)\b' tests)
+
 data-test: $(VENV)/ready
-	$(PYTEST) -m data tests/diffusion
+	$(PYTEST) -m data $(call MARKED,data)
 
 browser-test: $(VENV)/ready
-	$(PYTEST) -m browser tests/jobs
+	$(PYTEST) -m browser $(call MARKED,browser)
 
 # With a Slurm of its own where there is one: root, and its packages.
 SOAK := $(if $(shell command -v slurmctld),soak,soak and not slurm)

@@ -75,6 +75,8 @@ def _end_with_the_training() -> None:
 def give_way() -> None:
     """Gives this process the lowest priority: it gets what the training leaves of the cores and of the memory."""
     os.nice(19)
+    with contextlib.suppress(OSError):  # behind all others, also at the moment when one of their threads wakes up
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError):  # if memory runs out, the training must not be what the kernel kills
         Path("/proc/self/oom_score_adj").write_text("1000")
     with contextlib.suppress(OSError):  # where Linux shares cores among sessions, this counts, and not the line before
