@@ -512,6 +512,13 @@ FAULTS = [
         "tests/jobs/test_flat.py::test_a_copy_of_the_state_is_one_also_of_buffers_and_tied_weights",
     ),
     Fault(
+        "a process that writes to a disk is blamed before one that is stopped",
+        "jobs/storage/faults.py",
+        '"waiting" in (states[i] or "")',
+        "False",
+        "tests/jobs/test_hangs.py::test_who_is_behind[heads2-process 1-n2]",
+    ),
+    Fault(
         "a drill that is ended by a signal leaves its training at work",
         "jobs/doctor/drill.py",
         "        signal.signal(number, leave)\n",

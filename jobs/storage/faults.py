@@ -260,13 +260,18 @@ def _hangs(folder: Path) -> list[Path]:
 
 
 def describe_hang(folder: Path) -> tuple[str, str | None]:
-    """Says which process of a job that hung is behind, and on which node: one that is stopped, or has done least."""
+    """Says which process of a job that hung is behind, and on which node.
+
+    That is one that is stopped or dead; else one that waits for a disk or a network, which may be over in a moment;
+    else the one that has done least.
+    """
     heads = [path.read_text().partition("\n")[0] for path in sorted(folder.glob("process-*.txt"))]
     found = [match for head in heads if (match := HUNG.fullmatch(head)) is not None]
     if not found:
         return "a process hung", None
     doing = [int(match["step"]) if match["step"] else -1 for match in found]
-    behind = min(range(len(found)), key=lambda i: (found[i]["state"] is None, doing[i]))
+    states = [match["state"] for match in found]
+    behind = min(range(len(found)), key=lambda i: (states[i] is None, "waiting" in (states[i] or ""), doing[i]))
     return f"hung: {found[behind][0]}", found[behind]["node"]
 
 

@@ -270,6 +270,22 @@ def test_a_machine_without_nvidia_smi_or_with_a_broken_one_has_no_fault(
     [
         (["0 on n1: no progress for 61 s in step 9", "1 on n2: no progress for 60 s in step 8"], "process 1", "n2"),
         (["0 on n1: no progress for 61 s in step 8, stopped", "1 on n2: no progress for 60 s in step 8"], "0 on", "n1"),
+        (
+            [
+                "0 on n1: no progress for 3 s in step 8, waiting for a disk or a network",
+                "1 on n2: no progress for 3 s in step 8, stopped",
+            ],
+            "process 1",
+            "n2",
+        ),
+        (
+            [
+                "0 on n1: no progress for 3 s in step 8",
+                "1 on n2: no progress for 3 s in step 9, waiting for a disk or a network",
+            ],
+            "process 1",
+            "n2",
+        ),
         (["0 on n1: no progress for 9 s in the last save", "1 on n2: no progress for 9 s in the end"], "save", "n1"),
     ],
 )
