@@ -28,7 +28,9 @@ TINY = (
     *("--train.batch-size", 4, "--diffusion.timesteps", 50),
 )
 """What makes a run of `mnist-small` a matter of seconds on a CPU."""
-NO_FIGURES = {"PYTHONPATH": str(ROOT / "tests" / "no_figures")}
+NO_FIGURES = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "no_figures"), *filter(None, [os.environ.get("PYTHONPATH")])])
+}
 """For a rehearsal's commands: they find no plotting library, and end without the figures, which take as long again."""
 FRECHET_AT_MOST = 2.0
 """Of as many real digits it is about 0.1."""

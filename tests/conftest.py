@@ -12,7 +12,7 @@ import pytest
 from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from tests import launching, processes
-from tests.warm import NO_MATPLOTLIB
+from tests.warm import NO_MATPLOTLIB, searched_first
 
 # A shell ignores Ctrl-C for what it starts in the background; commands that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -81,4 +81,4 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_plots() -> dict[str, str]:
     """An environment in which the plotting library cannot be imported."""
-    return {"PYTHONPATH": str(NO_MATPLOTLIB)}
+    return {"PYTHONPATH": searched_first(NO_MATPLOTLIB)}

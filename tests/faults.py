@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.fault_list import FAULTS, Fault
+from tests.warm import searched_first
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +49,7 @@ def run(tests: Sequence[str], where: Path, *options: str) -> "subprocess.Complet
     """Runs the tests in a copy, whose code all processes import, and ends whatever they leave behind."""
     mark = uuid.uuid4().hex
     env = {"MNIST_ROOT": str(ROOT / "data"), "OMP_NUM_THREADS": "1", **os.environ}
-    env |= {"PYTHONPATH": str(where), "FAULT": mark, "COLUMNS": "200"}
+    env |= {"PYTHONPATH": searched_first(where), "FAULT": mark, "COLUMNS": "200"}
     command = [sys.executable, "-m", "pytest", "-rfE", "-m", "", "-p", "no:cacheprovider", *options, *tests]
     try:
         return subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)

@@ -309,3 +309,16 @@ def test_the_other_commands_as_a_user_starts_them(tmp_path: Path, no_plots: dict
 def plainly(*arguments: object, cwd: Path, **env: str) -> str:
     ended = done(*arguments, cwd=cwd, plain=True, **env)
     return ended.out + ended.err
+
+
+@pytest.mark.processes
+def test_a_command_without_plots_finds_what_the_environment_has_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """On some machines the libraries lie in a folder of $PYTHONPATH."""
+    (tmp_path / "library.py").touch()
+    (tmp_path / "matplotlib.py").touch()  # as the real one may
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    env = {**os.environ, **request.getfixturevalue("no_plots")}
+    for name, code in {"library": 0, "matplotlib": 1}.items():
+        assert subprocess.run([sys.executable, "-c", f"import {name}"], env=env, check=False).returncode == code

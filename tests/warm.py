@@ -53,6 +53,11 @@ OURS_READ = ("MNIST_ROOT", "FASHION_MNIST_ROOT")
 """Variables that the project reads when it is imported: a command with others imports it anew."""
 
 
+def searched_first(folder: Path) -> str:
+    """$PYTHONPATH for a process that looks into the folder first, then where we do: libraries may lie there."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 class Forked:
     """A process that has been forked, with what tests use of `subprocess.Popen`."""
 
@@ -332,7 +337,7 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
     if "LAUNCHED_WITHOUT" in env:
         sys.modules[env["LAUNCHED_WITHOUT"]] = None  # type: ignore[assignment]
         # The processes beside it, which follow a run, find none either.
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_MATPLOTLIB), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["PYTHONPATH"] = searched_first(NO_MATPLOTLIB)
     if "LAUNCHED_SLOWED" in env:
         _slow(*env["LAUNCHED_SLOWED"].split(":"))
     if env.get(THREADS, "1") != "1":

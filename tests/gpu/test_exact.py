@@ -14,7 +14,7 @@ from tests.gpu.conftest import VARIABLE
 from tests.gpu.jobs import DeterministicJob
 from tests.launching import NO_FIGURES as FORKED_WITHOUT_FIGURES
 from tests.launching import TINY, Process, done, finish, interrupt, start, steps_logged, wait_until
-from tests.warm import NO_MATPLOTLIB
+from tests.warm import NO_MATPLOTLIB, searched_first
 
 SMALLEST = ("--model.dim", 8, "--model.dim-mults", 1, "--model.attn-heads", 1, "--train.batch-size", 4)
 SETTINGS: dict[tuple[Kind, bool], tuple[object, ...]] = {
@@ -27,7 +27,8 @@ SETTINGS: dict[tuple[Kind, bool], tuple[object, ...]] = {
 # Without fp32 in a rehearsal: other tests train so on CPUs, compiled and not.
 PRECISIONS = ("bf16",) if os.environ.get(VARIABLE) == "cpu" else ("bf16", "fp32")
 CASES = [(precision, compiled) for compiled in (False, True) for precision in PRECISIONS]
-NO_FIGURES = FORKED_WITHOUT_FIGURES if os.environ.get(VARIABLE) == "cpu" else {"PYTHONPATH": str(NO_MATPLOTLIB)}
+PLAIN_WITHOUT_FIGURES = {"PYTHONPATH": searched_first(NO_MATPLOTLIB)}
+NO_FIGURES = FORKED_WITHOUT_FIGURES if os.environ.get(VARIABLE) == "cpu" else PLAIN_WITHOUT_FIGURES
 """What sees a GPU is started plainly."""
 
 

@@ -12,7 +12,7 @@ import pytest
 from jobs.storage import checkpoints, ownership
 from tests.launching import NO_FIGURES, ROOT, TINY, done, launch, sentence, status, steps_logged, wait_until
 from tests.slurm.site import TRAINING, Site, state
-from tests.warm import NO_MATPLOTLIB
+from tests.warm import NO_MATPLOTLIB, searched_first
 
 pytestmark = pytest.mark.slurm
 
@@ -59,7 +59,7 @@ def test_an_salloc_runs_here_and_a_missing_controller_is_said(site: Site, tmp_pa
 def test_a_job_submitted_from_within_an_salloc_gets_what_it_asks_for(site: Site) -> None:
     """The salloc's memory for each CPU and the job's memory for each node would contradict each other."""
     arguments = (*TRAINING, "--train.steps", 50, "--gpus", 2, "--name", "a", "--slurm.mem-gb", 1)
-    env = ("WANDB_MODE=disabled", "OMP_NUM_THREADS=1", f"PYTHONPATH={NO_MATPLOTLIB}")
+    env = ("WANDB_MODE=disabled", "OMP_NUM_THREADS=1", f"PYTHONPATH={searched_first(NO_MATPLOTLIB)}")
     command = ["env", *env, sys.executable, ROOT / "launch.py", *arguments]
     site.cluster.run("salloc", f"--chdir={site.root}", "--mem-per-cpu=100", *map(str, command))
     site.finish(site.root / "runs" / "1d" / "a")
@@ -95,7 +95,7 @@ def in_an_salloc(site: Site, *arguments: object) -> "subprocess.Popen[str]":
     command = ["salloc", "--nodes=2", "--ntasks-per-node=2", f"--chdir={site.root}", sys.executable, ROOT / "launch.py"]
     return subprocess.Popen(
         [*map(str, command), *map(str, arguments)],
-        env={**os.environ, **site.cluster.env, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(NO_MATPLOTLIB)},
+        env={**os.environ, **site.cluster.env, "OMP_NUM_THREADS": "1", "PYTHONPATH": searched_first(NO_MATPLOTLIB)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -14,6 +14,7 @@ from slurm.submit import Submission
 from slurm.task import Work
 from tests.launching import ROOT
 from tests.slurm import works
+from tests.warm import searched_first
 
 pytestmark = pytest.mark.slurm
 
@@ -69,7 +70,7 @@ def test_a_site_that_waits_a_second_for_late_tasks(tmp_path: Path, monkeypatch: 
 def test_each_preemption_starts_a_job_once(preemptions: int, tidy: DevCluster, tmp_path: Path) -> None:
     """Five: Slurm 24.05 and later hold a job when it has ended so often in the grace time."""
     out = tmp_path / "out"
-    script = COUNTING_JOB % (f"PYTHONPATH={ROOT} {sys.executable}", preemptions)
+    script = COUNTING_JOB % (f"PYTHONPATH={searched_first(ROOT)} {sys.executable}", preemptions)
     flags = ("--nodes=2", "--exclusive", "--requeue", "--signal=B:USR2@30", "--open-mode=append", f"--output={out}")
     job_id = tidy.submit(script, *flags)
 

@@ -27,6 +27,7 @@ from tests.disturbances import small_disk
 from tests.launching import ROOT, done, launch, sentence
 from tests.slurm.record import RECORDED
 from tests.slurm.works import Talkative
+from tests.warm import searched_first
 
 DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING = map(str, range(1, 9))
 ALL = [DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING]
@@ -514,7 +515,7 @@ def test_the_script_decides_though_its_log_is_on_a_full_disk(tools: Tools, tmp_p
     tools.write("scontrol", "echo JobId=7 JobState=RUNNING Restarts=0")
     decided = tmp_path / "decided"
     DelayedSubmission(SlurmTask(Talkative(decided), 60.0)).dump(tmp_path / "7_submitted.pkl")  # type: ignore[arg-type]
-    env = {"PATH": tools.path, "PYTHONPATH": str(ROOT), "SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}
+    env = {"PATH": tools.path, "PYTHONPATH": searched_first(ROOT), "SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm"}
     with small_disk(tmp_path / "disk", megabytes=1) as disk, (disk / "log").open("wb", buffering=0) as log:
         with suppress(OSError):
             while True:
