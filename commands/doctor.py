@@ -84,7 +84,8 @@ class Doctor:
             place = replace(place, profile=found.profile)
             path.parent.mkdir(parents=True, exist_ok=True)
             command = f"`doctor --write-profile {self.write_profile}` on {platform.node()}"
-            path.write_text(site.text(found, f"Written by {command}. docs/slurm.md says what else a profile may say."))
+            about = f"Written by {command}. docs/slurm.md says what else a profile may say."
+            path.write_text(site.text(found, about), encoding="utf-8")
             yield from slurm_doctor.written(found, path)
         yield from slurm_doctor.examine(place, job)
         if self.submit:

@@ -86,13 +86,18 @@ def text(found: Described, about: str) -> str:
     always = ("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s")
     told = [f.name for f in fields(Profile) if f.name in always or said[f.name] != getattr(defaults, f.name)]
     lines = [f"# {about}", ""]
-    # Python reads TOML and does not write it; JSON's strings, numbers, booleans and lists are TOML's, too.
-    lines += [f"{name} = {json.dumps(said[name])}" for name in told if not isinstance(said[name], dict)]
+    lines += [f"{name} = {_toml(said[name])}" for name in told if not isinstance(said[name], dict)]
     lines += ["", *(f"# {note}" for note in found.notes)]
     for name in told:
         if isinstance(said[name], dict):
-            lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in said[name].items())]
+            lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in said[name].items())]
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    """Writes a value as TOML, which Python only reads: JSON's strings, numbers, booleans and lists are TOML's, too."""
+    # Letters as they are: JSON would write an emoji as two halves, which TOML refuses. TOML escapes DEL, JSON does not.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def partitions(cluster: str | None = None) -> dict[str, dict[str, str]]:

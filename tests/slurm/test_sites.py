@@ -195,16 +195,16 @@ def test_a_site_that_takes_nothing_is_quoted_and_nothing_is_written(desk: Desk) 
 
 def test_a_written_profile_says_what_was_found(tmp_path: Path) -> None:
     found = profile.Profile(
-        account='group "a" \u00e9',
+        account='group "a" \u00e9\U0001f600',
         gpus_per_node=2,
         mem_gb=0,
         ntasks=True,
-        srun_args=("--a=b c",),
+        srun_args=("--a=b c", "\t\x7f"),
         sbatch={"nice": 0, "requeue": False},
         cpu={"partition": "cpu"},
     )
     path = tmp_path / "site.toml"
-    path.write_text(site.text(Described(found, 1, ["Something is not known."]), "By whom."))
+    path.write_text(site.text(Described(found, 1, ["Something is not known."]), "By whom."), encoding="utf-8")
     assert profile.read(path) == found
     assert "qos" not in tomllib.loads(path.read_text())
 
