@@ -1,7 +1,9 @@
 """Examines this machine for faults that would cost a run later."""
 
 import fcntl
+import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -133,10 +135,12 @@ def _locks(folder: Path) -> Finding:
 def file_system(folder: Path) -> str:
     """Returns the type of the file system that a folder lies on, such as nfs4."""
     kinds = {}
-    for line in Path("/proc/mounts").read_text(errors="replace").splitlines():
-        _, mount, kind, *_ = line.split()
-        # Mounts come in order, and a later one hides an earlier one at the same place.
-        kinds[Path(mount)] = kind
+    for line in Path("/proc/mounts").read_bytes().splitlines():
+        _, mount, kind, *_ = line.split(b" ")
+        # Blanks, among others, are written as \040 there (fstab(5)). Mounts come in order, and a later one hides an
+        # earlier one at the same place.
+        place = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8)]), mount)
+        kinds[Path(os.fsdecode(place))] = kind.decode()
     folder = folder.resolve()
     return next((kinds[path] for path in (folder, *folder.parents) if path in kinds), "unknown")
 

@@ -77,7 +77,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_small_disk_and_a_file_system_of_one_machine(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
+    disk = tmp_path / 'a "disk"\t\\of one\u2028caf\u00e9'  # some of it is escaped in the list of mounts
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
     try:
