@@ -17,6 +17,7 @@ from diffusion.data.mnist import MNIST
 from diffusion.errors import UserError
 from jobs.storage import faults, provenance
 from jobs.storage.ownership import LOCKS
+from jobs.tracking.dashboard import MODES
 from jobs.tracking.server import address, public, why_not_online, wrong_variables
 
 LEAST_FREE_GB, COMFORTABLE_GB = 1, 10
@@ -164,6 +165,10 @@ def _left_out(runs_dir: Path) -> Iterator[Finding]:
 
 
 def _wandb() -> Finding:
+    habit = os.environ.get("WANDB_MODE", "")
+    if (mode := MODES.get(habit)) in ("offline", "disabled"):
+        told = f"wandb is {mode}, as WANDB_MODE={habit} says; its server was not asked"
+        return Finding("ok", f"{told}; `python launch.py sync RUN` sends the files" if mode == "offline" else told)
     try:
         if wrong := wrong_variables():
             problem, cure = f"it does not take the value of {', '.join(wrong)}", "correct or unset it"

@@ -91,6 +91,7 @@ def test_a_small_disk_and_a_file_system_of_one_machine(tmp_path: Path) -> None:
 def test_wandb_without_key_and_as_the_tracking_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     assert find(examine(tmp_path, tmp_path), "there is no key").level == "warning"
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "soon")
     assert find(examine(tmp_path, tmp_path), "does not take the value of WANDB_HTTP_TIMEOUT").level == "warning"
@@ -99,6 +100,14 @@ def test_wandb_without_key_and_as_the_tracking_finds_it(tmp_path: Path, monkeypa
     monkeypatch.setattr(machine, "why_not_online", lambda server: f"{server} is asked")
     assert find(examine(tmp_path, tmp_path), "https://wandb.example is asked").level == "warning"
     monkeypatch.setattr(machine, "why_not_online", lambda server: None)
+    assert find(examine(tmp_path, tmp_path), "wandb.example answers and accepts the key").level == "ok"
+    # What is set up to send nothing asks no server.
+    for word, mode in {"offline": "offline", "dryrun": "offline", "disabled": "disabled"}.items():
+        monkeypatch.setenv("WANDB_MODE", word)
+        said = find(examine(tmp_path, tmp_path), f"wandb is {mode}, as WANDB_MODE={word} says").what
+        assert "accepts the key" not in said
+        assert ("sync RUN" in said) == (mode == "offline")
+    monkeypatch.setenv("WANDB_MODE", "online")
     assert find(examine(tmp_path, tmp_path), "wandb.example answers and accepts the key").level == "ok"
 
 
