@@ -95,6 +95,8 @@ class Resume:
             raise UserError("--train.precision of a run that goes on must be bf16, tf32 or fp32; got auto")
         if changed.get("compile") == "auto":
             raise UserError("--train.compile of a run that goes on must be always or never; got auto")
+        if changed.get("grad_shards", 1) is None:
+            raise UserError("--train.grad-shards of a run that goes on must be a number; got None")
         train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
         config = replace(config.moved(self.data.root), train=train, tracking=tracking)
         return run_training(run, experiment, config, self.where, is_new=False)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from datetime import datetime, timedelta
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_origin
 
@@ -55,8 +56,14 @@ class Data:
     """Folder of the data set, if it has moved."""
 
 
+class Unchanged(Enum):
+    """The default of an option whose None is a value."""
+
+    unchanged = 0
+
+
 def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
-    """Makes a class with an option for each field of `settings` for which `hint` returns what None means in the help.
+    """Makes a class with an option for each field of `settings` for whose default `hint` returns words for the help.
 
     It inherits from `settings`, where tyro finds what a field means: names, types and help have their home there.
     """
@@ -66,12 +73,13 @@ def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
             options.append((known.name, ClassVar[Any], None))  # no field of this class
         else:
             kind: Any = known.type
-            options.append((known.name, Annotated[kind | None, optional(_metavar(kind), default)], field(default=None)))
+            kind = Annotated[kind | Unchanged, optional(_metavar(kind), default)]
+            options.append((known.name, kind, field(default=Unchanged.unchanged)))
     return make_dataclass(
         f"{settings.__name__}Changes",
         options,
         bases=(settings,),
-        # Most values are None here, which the checks of `settings` would refuse; they run where these are put into one.
+        # Most are unchanged here, which the checks of `settings` would refuse; they run where these are put into one.
         namespace={"__post_init__": lambda self: None, "__doc__": settings.__doc__},
         frozen=True,
         kw_only=True,
@@ -301,8 +309,9 @@ def first_to_start(starts: Mapping[int, str]) -> int:
 
 
 def given(changes: Any) -> dict[str, Any]:
-    """The fields of a dataclass that are not None."""
-    return {f.name: getattr(changes, f.name) for f in fields(changes) if getattr(changes, f.name) is not None}
+    """The options of `changes` that were given; None is a value."""
+    values = {f.name: getattr(changes, f.name) for f in fields(changes)}
+    return {name: value for name, value in values.items() if value is not Unchanged.unchanged}
 
 
 def show(settings: dict[str, Any], place: str) -> int:

@@ -219,13 +219,40 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "runs"
 
 
-def test_a_precision_is_not_forgotten(tmp_path: Path, trained: Path) -> None:
+@pytest.mark.parametrize(
+    ("setting", "value", "rule"),
+    [
+        ("precision", "auto", "must be bf16, tf32 or fp32; got auto"),
+        ("grad-shards", "None", "must be a number; got None"),
+    ],
+)
+def test_what_a_first_start_has_decided_is_not_forgotten(
+    setting: str, value: str, rule: str, tmp_path: Path, trained: Path
+) -> None:
     shutil.copytree(trained, tmp_path / "runs")
     before = (tmp_path / "runs" / "1d" / "a" / "experiment.json").read_bytes()
-    ended = launch("resume", "1d/a", "--train.precision", "auto", cwd=tmp_path)
+    ended = launch("resume", "1d/a", f"--train.{setting}", value, cwd=tmp_path)
     assert ended.code == 2
-    assert "must be bf16, tf32 or fp32; got auto" in sentence(ended.err)
+    assert rule in sentence(ended.err)
     assert (tmp_path / "runs" / "1d" / "a" / "experiment.json").read_bytes() == before
+
+
+def test_resume_goes_back_to_none_and_leaves_what_it_is_not_told(tmp_path: Path, trained: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs")
+    file = tmp_path / "runs" / "1d" / "a" / "experiment.json"
+    values = json.loads(file.read_text())
+    values["train"] |= {"checkpoint_every": 7, "checkpoint_minutes": 3.0}
+    file.write_text(json.dumps(values))
+
+    def settled(*flags: object) -> list[int | float | None]:
+        """Checkpoints of a run that goes on: after how many steps and minutes."""
+        shown = done("resume", "1d/a", "--train.steps", 30, *flags, "--dry-run", "--device", "cpu", cwd=tmp_path).out
+        train = json.JSONDecoder().raw_decode(shown)[0]["train"]
+        return [train["checkpoint_every"], train["checkpoint_minutes"]]
+
+    assert settled() == [7, 3.0]
+    assert settled("--train.checkpoint-every", "None") == [None, 3.0]
+    assert settled("--train.checkpoint-minutes", "None", "--train.checkpoint-every", 8) == [8, None]
 
 
 def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
