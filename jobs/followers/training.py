@@ -22,7 +22,7 @@ from jobs.followers.curves import Curves, account_row, quality_row, timing_row
 from jobs.followers.loop import Followed, follow, say
 from jobs.followers.sample_pictures import Sketches
 from jobs.followers.start import online_mark
-from jobs.storage import account, checkpoints
+from jobs.storage import account, checkpoints, faults
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail, last_start, now
 from jobs.storage.run_folder import RunFolder, State
@@ -140,11 +140,13 @@ class TrainingFollower:
         self.look()
         self._show_time(0)
         self._sketches.close()
-        state = self._timing[-1]["event"]
-        if state not in list(State) and self._dashboard.is_shown:
-            self._pass_traceback()
+        state, step = self._timing[-1]["event"], self._timing[-1].get("step", 0)
+        if state not in list(State):
+            if self._dashboard.is_shown:
+                self._pass_traceback()
+            if faults.is_trained(self._run):  # as whoever has started the job says of it, perhaps later
+                state, step = State.FINISHED, self._config.train.steps
         if state == State.FINISHED:
-            step = self._timing[-1]["step"]
             self._alerts.finished(step, self._history[-1]["loss"] if self._history else None)
             pictures = sorted(self._run.figures.glob("[!.]*.png"))
             self._dashboard.show(step, {f"results/{path.stem}": path for path in pictures})

@@ -275,19 +275,26 @@ def describe_hang(folder: Path) -> tuple[str, str | None]:
     return f"hung: {found[behind][0]}", found[behind]["node"]
 
 
-def finish(run: RunFolder, cause: str) -> bool:
-    """Whether the run's last step is saved. Then it is finished, whatever has ended its processes since, and says so.
+def is_trained(run: RunFolder) -> bool:
+    """Whether the run's last step is saved: then it is finished, whatever has ended its processes since.
 
     Figures and final numbers, which alone can be missing, decide over no run. A loss that was not finite does.
     """
     if run.read_failure().get("for_good"):
         return False
     try:
-        steps = run.read_experiment()[1].train.steps
-        checkpoints.verify(run.checkpoints, steps)
+        checkpoints.verify(run.checkpoints, run.read_experiment()[1].train.steps)
     except UserError:
         return False
+    return True
+
+
+def finish(run: RunFolder, cause: str) -> bool:
+    """Writes down that a run is finished if it is trained; returns whether it is."""
+    if not is_trained(run):
+        return False
     if (status := run.read_status()).get("state") != State.FINISHED:
+        steps = run.read_experiment()[1].train.steps
         missing = f"figures and final numbers were not drawn ({cause}); the same command draws them again"
         state = {"state": State.FINISHED, "step": steps, "eta_s": None, "missing": missing, "updated": now()}
         with suppress(OSError):  # the disk may be full; then the same command writes it

@@ -213,6 +213,25 @@ def test_a_failure_is_told_and_shown_and_so_are_skipped_steps(tmp_path: Path) ->
     assert [alerts(training), alerts(told)] == [["1d/a skips steps"], ["1d/a has failed"]]
 
 
+@pytest.mark.parametrize(
+    ("place", "calls", "code"), [("jobs.train.recorder.RunRecorder.save", 1, 0), (AFTER_STEP, 20, 1)]
+)
+def test_a_job_that_is_killed_has_ended_well_if_its_last_step_was_saved(
+    place: str, calls: int, code: int, tmp_path: Path
+) -> None:
+    where = ("--train.steps", 50, "--train.checkpoint-every", 10, "--name", "a", "--gpus", 2, "--device", "cpu")
+    process = start_held(place, calls, "train", "1d", *TINY, *where, cwd=tmp_path, **OFFLINE)
+    held(tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until((run / ".tracking.json").exists)  # else wandb might not have begun
+    os.kill(status(run)["pid"], signal.SIGKILL)
+    assert (finish(process).code, status(run)["state"]) == ((0, "finished") if code == 0 else (1, "failed"))
+    wait_until(lambda: relatives(process) == [])  # the follower, too
+    (segment,) = segments(run)
+    assert [record["exit"]["exit_code"] for record in segment if record["type"] == "exit"] == [code]
+    assert alerts(segment) == (["1d/a is finished"] if code == 0 else [])
+
+
 class Shown(NoDashboard):
     """Keeps the alerts."""
 
