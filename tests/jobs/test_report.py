@@ -225,6 +225,12 @@ def test_runs_are_compared(run: RunFolder) -> None:
     assert hovered["c0"] == pytest.approx(means) and hovered["c1"] == pytest.approx(means)
     text = shown(run, other).text
     assert "2 runs compared" in text and "Evaluations side by side" in text
+    assert "A lower loss means nothing" not in text
+    settings["train"]["noise_levels"] = [0.1, 0.9]
+    settings["diffusion"]["beta_schedule"] = "cosine"
+    (other.path / "experiment.json").write_text(json.dumps(settings))
+    said = "A lower loss means nothing between runs that differ in diffusion.beta-schedule, train.noise-levels: "
+    assert said in shown(run, other).text
     same_name = shutil.copytree(run.path, run.path.parent.parent.parent / "elsewhere" / "1d" / "old")
     assert f"{same_name} interrupted" in shown(run, RunFolder(same_name)).text
     with pytest.raises(UserError, match="given twice"):
