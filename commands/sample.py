@@ -134,6 +134,12 @@ class Sample:
         if isinstance(place, OnSlurm):
             place = replace(place, processes=1)  # the elements of an array are one task each
             place.check_array(elements, merge)
+        is_plain = self.name is None and self.sampler is None and self.steps is None and not self.eta
+        if is_plain and not asked.read_manifest():
+            # Their sampler may have been the default when they were begun.
+            for begun in sample_set.begun_with_other_samplers(run, settings):
+                flags = f"--name {begun.name} --num-samples {max(begun.num_samples, asked.num_samples)}"
+                print(f"{begun.name} is incomplete; the same command with {flags} draws the rest of that set.")
         print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
         # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
         asked.write_manifest()

@@ -4,7 +4,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -132,6 +132,22 @@ def read(run: RunFolder, name: str) -> "SampleSet":
         return SampleSet(run.path, name, settings, manifest["num_samples"], config.data.sample.num_bytes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} must describe a set of samples of this version; it does not: {error!r}") from None
+
+
+def begun_with_other_samplers(run: RunFolder, settings: SampleSettings) -> list["SampleSet"]:
+    """The run's incomplete sets under their default names that differ from these settings in the sampler alone."""
+    found = []
+    for path, manifest in run.sets():
+        if not manifest.get("complete"):
+            with suppress(UserError):  # of another version
+                found.append(read(run, path.parent.name))
+    others = [begun for begun in found if begun.settings.sampler != settings.sampler]
+    return [
+        begun
+        for begun in others
+        if begun.name == begun.settings.label
+        and replace(begun.settings, sampler=settings.sampler, precision=settings.precision) == settings
+    ]
 
 
 def sampler_of(written: Mapping[str, Any]) -> SamplerSettings | None:

@@ -209,6 +209,23 @@ def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
     assert contents(folder) == before
 
 
+def test_a_plain_command_names_the_set_that_was_begun_when_another_sampler_was_the_default(root: Path) -> None:
+    done("sample", "1d", "--num-samples", "70000", "--steps", "3", cwd=root, **NO_FIGURES)
+    (folder,) = (root / "runs" / "1d" / "a" / "samples").iterdir()
+    before = contents(folder)
+    # As a kill leaves it behind.
+    sample_set.read(RunFolder(root / "runs" / "1d" / "a"), folder.name).write_manifest()
+    for name in ("samples.npz", "shard-00001.npy"):
+        (folder / name).unlink()
+    words = f"{folder.name} is incomplete; the same command with --name {folder.name} --num-samples 70000 draws the"
+    assert words not in done("sample", "1d", "--num-samples", 10, "--sampler", "ddim", cwd=root, **NO_FIGURES).out
+    assert words not in done("sample", "1d", "--num-samples", 10, "--seed", 1, cwd=root, **NO_FIGURES).out
+    assert words in done("sample", "1d", "--num-samples", 10, cwd=root, **NO_FIGURES).out
+    assert words not in done("sample", "1d", "--num-samples", 20, cwd=root, **NO_FIGURES).out
+    done("sample", "1d", "--name", folder.name, "--num-samples", 70000, cwd=root, **NO_FIGURES)
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "sampler", "steps"),
     [
