@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.storage import provenance
 from slurm.devcluster import DevCluster, wait_for
 from tests.launching import NO_FIGURES, TINY, Finished, as_if_drawn, done, interrupt, launch, start, status, wait_until
-from tests.slurm.site import made_once
+from tests.slurm.site import change, made_once
 
 pytestmark = pytest.mark.slurm
 
@@ -226,13 +227,39 @@ def test_a_cancelled_element_stays_away(element: int, tidy: DevCluster, root: Pa
     )
 
 
+DRAW = "            write_shard(samples, shard, "
+"""Where a task begins with a shard, in jobs/sample/draw.py."""
+WAIT = """\
+            import os, pathlib, time
+            start = "-".join(os.environ.get(f"SLURM_{{name}}", "0") for name in ("ARRAY_TASK_ID", "RESTART_COUNT"))
+            pathlib.Path({marks!r}, start).touch()
+            while signals.requested is Stop.NO and not os.path.exists({hurry!r}):
+                time.sleep(0.05)
+"""
+"""There it leaves the mark ELEMENT-RESTARTS, and waits for a signal or for a file."""
+
+
 def test_preempted_tasks_come_back_alone(tidy: DevCluster, root: Path) -> None:
+    run, marks, hurry = root / "runs" / "1d" / "a", root / "marks", root / "hurry"
+    marks.mkdir()
+    with (run / "code" / "launch.py").open("a") as file:
+        file.write("# other code: the array keeps today's in a folder of its own, which can be changed before")
+    code = provenance.code_folder(run)
+    provenance.save_code(code)
+    change(code / "jobs" / "sample" / "draw.py", DRAW, WAIT.format(marks=str(marks), hurry=str(hurry)) + DRAW)
+
+    def starts() -> set[str]:
+        return {path.name for path in marks.iterdir()}
+
     on_slurm(root, tidy, sample=SAMPLE_MORE)
-    wait_until(lambda: len(shards(root)) >= 1, timeout_s=120)
+    wait_until(lambda: starts() == {"0-0", "1-0"}, timeout_s=120)  # two at once
     urgent = tidy.submit("sleep 1", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null")
     tidy.wait_for_job(urgent, "COMPLETED", timeout_s=90)
+    assert shards(root) == []
+    hurry.touch()
     _, merge = job_ids(root)
     tidy.wait_for_job(merge, "COMPLETED", timeout_s=240)
+    assert starts() == {"0-0", "1-0", "0-1", "1-1", "2-0", "3-0", "4-0"}
     assert_same_samples(root, here="here-more")
 
 
