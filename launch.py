@@ -1,5 +1,7 @@
 """The command line: `python launch.py COMMAND --help`. Imports no torch on the way."""
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -149,4 +151,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    atexit.register(gc.freeze)  # else Python would look for garbage in all of torch at its end, for half a second
     sys.exit(main())

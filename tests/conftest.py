@@ -25,6 +25,7 @@ gc.disable()  # until all tests are imported, and torch with them: that leaves h
 
 
 def pytest_collection_finish() -> None:
+    gc.freeze()  # else each collection would look at a million objects that stay, and pytest collects at its end
     gc.enable()
 
 
