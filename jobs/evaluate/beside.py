@@ -8,6 +8,8 @@ import contextlib
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from jobs.storage.run_folder import RunFolder
 NUM_SAMPLES = 1000
 MOST_EVALUATIONS = 20
 """Network evaluations for each sample, fewer where the experiment's own sampler takes fewer."""
+CROWDED = 0.9
+"""A process that computes gets this share of a core, or less, where all cores train."""
 
 
 def judge(run: RunFolder, step: int) -> dict[str, Any]:
@@ -48,7 +52,8 @@ def judge(run: RunFolder, step: int) -> dict[str, Any]:
     firsts = range(0, NUM_SAMPLES, size := settings.sub_batch_size)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         abar = model.alphas_cumprod
-        parts = [draw(model.predict, abar, experiment, settings, first, first + size) for first in firsts]
+        predict = unhurried(model.predict)
+        parts = [draw(predict, abar, experiment, settings, first, first + size) for first in firsts]
     classes = settings.classes_of(0, NUM_SAMPLES) if settings.classes else None
     drawn = Drawn(experiment.to_array(torch.cat(parts)[:NUM_SAMPLES]), None, sampler, classes, SEED)
     found = config.evaluator(drawn).glance()
@@ -57,6 +62,23 @@ def judge(run: RunFolder, step: int) -> dict[str, Any]:
         **settings.as_json(),
         "metrics": {metric: number.as_json() for metric, number in found.items()},
     }
+
+
+def unhurried(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which rests after a call as long as it took, if others wanted its core meanwhile.
+
+    Also with time that nobody else uses it takes memory bandwidth and cache from the training on the other cores.
+    """
+
+    def rests(*arguments: Any) -> Any:
+        began, used = time.monotonic(), time.thread_time()
+        found = evaluate(*arguments)
+        took = time.monotonic() - began
+        if time.thread_time() - used < CROWDED * took:
+            time.sleep(took)
+        return found
+
+    return rests
 
 
 def say(text: str) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,6 +93,25 @@ def test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge(tmp_pat
                 == "WARNING: step 7 was not judged: its checkpoint is not kept any more\n"
             )
         assert not (tmp_path / "a" / "quality.jsonl").exists()
+
+
+@pytest.mark.parametrize(("computed_s", "rested"), [(1.0, []), (0.25, [1.0])])
+def test_a_judge_rests_where_others_want_its_core(
+    monkeypatch: pytest.MonkeyPatch, computed_s: float, rested: list[float]
+) -> None:
+    """A second on the clock, of which it had its core for as long as it computed."""
+    clock = {"monotonic": 0.0, "thread_time": 0.0}
+    slept: list[float] = []
+
+    def evaluate(x: int) -> int:
+        clock["monotonic"] += 1.0
+        clock["thread_time"] += computed_s
+        return x + 1
+
+    time = SimpleNamespace(**{name: lambda name=name: clock[name] for name in clock}, sleep=slept.append)
+    monkeypatch.setattr(beside, "time", time)
+    assert beside.unhurried(evaluate)(1) == 2
+    assert slept == rested
 
 
 def test_a_judge_that_dies_is_missed() -> None:
