@@ -192,10 +192,10 @@ def test_copies_are_found_and_held_out_digits_are_not(training: Any, held_out: A
 
 def test_a_net_learns_from_good_digits_and_not_from_few_ones(training: Any, held_out: Any) -> None:
     images, labels, test = training[0][:1000], training[1][:1000], (held_out[0][:500], held_out[1][:500])
-    good = metrics.usefulness(images, labels, *test, seed=0, steps=40).value
-    few = metrics.usefulness(images[:10], labels[:10], *test, seed=0, steps=40).value
-    assert good > 0.85
-    assert few < good - 0.1
+    good = metrics.usefulness(images, labels, *test, seed=0, steps=30).value
+    few = metrics.usefulness(images[:10], labels[:10], *test, seed=0, steps=30).value
+    assert good > 0.7
+    assert few < good - 0.2
 
 
 def test_training_repeats_exactly_and_leaves_torchs_generator_alone(training: Any) -> None:
