@@ -60,9 +60,9 @@ OFFLINE = {"WANDB_MODE": "offline"}
 def segments(run: Path) -> list[list[dict[str, Any]]]:
     """The records of each of the run's wandb files, oldest first, as wandb's own reader prints them."""
     found = []
-    for folder in sorted(path for path in run.glob("wandb/*run-*") if not path.is_symlink()):
-        (written,) = folder.glob("*.wandb")
-        command = [*READER, written, folder.parent]
+    # A signal may have ended wandb's process between the folder and its file.
+    for written in sorted(path for path in run.glob("wandb/*run-*/*.wandb") if not path.parent.is_symlink()):
+        command = [*READER, written, written.parent.parent]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found.append([json.loads(line) for line in printed.splitlines()])
     return found
