@@ -1,6 +1,7 @@
 """`sample` draws a set of samples, on this machine or as an array on Slurm."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.sample.sample_set import SampleSet, Weights
 from jobs.storage import faults, ownership, run_folder
 from slurm import queue
+from slurm.errors import SlurmError
 from slurm.place import ROUNDS, OnSlurm
 
 
@@ -138,8 +140,12 @@ class Sample:
         if is_plain and not asked.read_manifest():
             # Their sampler may have been the default when they were begun.
             for begun in sample_set.begun_with_other_samplers(run, settings):
+                with suppress(SlurmError):  # it is a hint, for which no command fails
+                    if queue.active(begun.job_ids()):
+                        continue
                 flags = f"--name {begun.name} --num-samples {max(begun.num_samples, asked.num_samples)}"
-                print(f"{begun.name} is incomplete; the same command with {flags} draws the rest of that set.")
+                rest = f"the same command with {flags} draws the rest of that set"
+                print(f"{begun.name} is incomplete; unless it is being drawn just now, {rest}.")
         print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
         # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
         asked.write_manifest()

@@ -741,8 +741,8 @@ FAULTS = [
     Fault(
         "samples of other settings are added to a set",
         "jobs/sample/sample_set.py",
-        "if manifest.get(key) != value:",
-        "if False:",
+        "if manifest.get(key) != value and",
+        "if False and",
         "tests/jobs/test_samples.py::test_what_would_change_existing_samples_is_refused",
     ),
     Fault(

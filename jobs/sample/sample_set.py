@@ -2,7 +2,7 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -61,6 +61,13 @@ class SampleSettings:
         """These settings as files hold them; those of classes only where there are any."""
         values = {**asdict(self), "classes": self.classes and list(self.classes)}
         return {key: value for key, value in values.items() if value is not None}
+
+    def contradicts(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Yields the settings, and their values, in which a manifest says otherwise, so that its set cannot go on."""
+        for key, value in self.as_json().items():
+            # "auto" is from before it was resolved with the plan.
+            if manifest.get(key) != value and (key, manifest.get(key)) != ("precision", "auto"):
+                yield key, value
 
     def classes_of(self, start: int, stop: int) -> "NDArray[np.int64]":
         """The classes of samples [start, stop)."""
@@ -146,7 +153,7 @@ def begun_with_other_samplers(run: RunFolder, settings: SampleSettings) -> list[
         begun
         for begun in others
         if begun.name == begun.settings.label
-        and replace(begun.settings, sampler=settings.sampler, precision=settings.precision) == settings
+        and not any(replace(settings, sampler=begun.settings.sampler).contradicts(begun.settings.as_json()))
     ]
 
 
@@ -267,13 +274,10 @@ class SampleSet:
         manifest = self.read_manifest()
         if not manifest:
             return
-        for key, value in self.settings.as_json().items():
-            if key == "precision" and manifest.get(key) == "auto":
-                continue  # from before it was resolved with the plan
-            if manifest.get(key) != value:
-                raise UserError(
-                    f"samples {self.name} were drawn with {key}={manifest.get(key)}, not {value}; choose another --name"
-                )
+        for key, value in self.settings.contradicts(manifest):
+            raise UserError(
+                f"samples {self.name} were drawn with {key}={manifest.get(key)}, not {value}; choose another --name"
+            )
         if manifest["num_samples"] > self.num_samples:
             raise UserError(
                 f"samples {self.name} already hold {manifest['num_samples']}, more than "

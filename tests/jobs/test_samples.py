@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffusion.errors import UserError
 from diffusion.settings import SamplerSettings
 from jobs.health.watchdog import VARIABLE
 from jobs.runtime.job import JobError
@@ -214,16 +217,40 @@ def test_a_plain_command_names_the_set_that_was_begun_when_another_sampler_was_t
     (folder,) = (root / "runs" / "1d" / "a" / "samples").iterdir()
     before = contents(folder)
     # As a kill leaves it behind.
-    sample_set.read(RunFolder(root / "runs" / "1d" / "a"), folder.name).write_manifest()
+    begun = sample_set.read(RunFolder(root / "runs" / "1d" / "a"), folder.name)
+    begun.write_manifest()
     for name in ("samples.npz", "shard-00001.npy"):
         (folder / name).unlink()
-    words = f"{folder.name} is incomplete; the same command with --name {folder.name} --num-samples 70000 draws the"
+    words = f"the same command with --name {folder.name} --num-samples 70000 draws the rest of that set"
     assert words not in done("sample", "1d", "--num-samples", 10, "--sampler", "ddim", cwd=root, **NO_FIGURES).out
     assert words not in done("sample", "1d", "--num-samples", 10, "--seed", 1, cwd=root, **NO_FIGURES).out
-    assert words in done("sample", "1d", "--num-samples", 10, cwd=root, **NO_FIGURES).out
+    begun.add_job("17")
+    squeue = root / "squeue"
+    squeue.write_text("#!/bin/sh\necho '17|PENDING'\n")
+    squeue.chmod(0o755)
+    found = f"{root}:{os.environ['PATH']}"
+    assert words not in done("sample", "1d", "--num-samples", 10, cwd=root, PATH=found, **NO_FIGURES).out
+    shutil.rmtree(folder.with_name("step-00000050-dpm++-30-seed0"))
+    squeue.write_text("#!/bin/sh\nexit 1\n")  # nobody knows
+    assert words in done("sample", "1d", "--num-samples", 10, cwd=root, PATH=found, **NO_FIGURES).out
     assert words not in done("sample", "1d", "--num-samples", 20, cwd=root, **NO_FIGURES).out
-    done("sample", "1d", "--name", folder.name, "--num-samples", 70000, cwd=root, **NO_FIGURES)
+    squeue.write_text("#!/bin/sh\n")  # the job has ended
+    done("sample", "1d", "--name", folder.name, "--num-samples", 70000, cwd=root, PATH=found, **NO_FIGURES)
+    (folder / ".jobs.json").unlink()
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(("before", "now", "named"), [("bf16", "fp32", 0), ("bf16", "bf16", 1), ("auto", "fp32", 1)])
+def test_only_a_set_that_the_run_would_go_on_with_is_named(before: str, now: str, named: int, root: Path) -> None:
+    run = RunFolder(root / "runs" / "1d" / "a")
+    usual = SamplerSettings(sampler="dpm++", steps=30)
+    chosen = sample_set.choose(run, seed=0, sampler=usual, weights="ema", checkpoint=None, say=print)
+    old = replace(chosen, sampler=SamplerSettings(sampler="ddim", steps=50), precision=before)
+    sample_set.plan(run, old, 64, None).write_manifest()
+    assert len(sample_set.begun_with_other_samplers(run, replace(chosen, precision=now))) == named
+    again = replace(old, precision=now)  # as the same command with --name asks for
+    with pytest.raises(UserError, match="drawn with precision") if not named else nullcontext():
+        sample_set.plan(run, again, 64, None)
 
 
 @pytest.mark.parametrize(
