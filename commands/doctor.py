@@ -82,10 +82,11 @@ class Doctor:
         if path is not None:
             found = site.describe(place, job, given(self.where.slurm))
             place = replace(place, profile=found.profile)
-            path.parent.mkdir(parents=True, exist_ok=True)
             command = f"`doctor --write-profile {self.write_profile}` on {platform.node()}"
             about = f"Written by {command}. docs/slurm.md says what else a profile may say."
-            path.write_text(site.text(found, about), encoding="utf-8")
+            content = site.content(found, about)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
             yield from slurm_doctor.written(found, path)
         yield from slurm_doctor.examine(place, job)
         if self.submit:

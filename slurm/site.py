@@ -59,6 +59,7 @@ def describe(place: OnSlurm, job: Job, given: dict[str, Any]) -> Described:
 
     Nothing is submitted. Raises UserError with Slurm's words for the plainest request if it takes none.
     """
+    given = {name: value for name, value in given.items() if value is not None}  # None asks for nothing
     cluster = given.get("cluster")
     kinds = nodes(cluster)
     names = list(dict.fromkeys(kind.partition for kind in kinds))
@@ -80,8 +81,8 @@ def describe(place: OnSlurm, job: Job, given: dict[str, Any]) -> Described:
     raise UserError(f"Slurm took no form of request. Of the plainest it said: {refusal}")
 
 
-def text(found: Described, about: str) -> str:
-    """Writes the profile as TOML, after a line of comment."""
+def content(found: Described, about: str) -> bytes:
+    """Writes the profile as TOML, after a line of comment; raises UserError for letters that TOML cannot hold."""
     said, defaults = asdict(found.profile), Profile()
     always = ("gpus_per_node", "cpus_per_gpu", "time_min", "signal_delay_s")
     told = [f.name for f in fields(Profile) if f.name in always or said[f.name] != getattr(defaults, f.name)]
@@ -91,7 +92,11 @@ def text(found: Described, about: str) -> str:
     for name in told:
         if isinstance(said[name], dict):
             lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in said[name].items())]
-    return "\n".join(lines) + "\n"
+    try:
+        return ("\n".join(lines) + "\n").encode()
+    except UnicodeEncodeError as error:
+        letters = error.object[error.start : error.end]
+        raise UserError(f"a profile is text in UTF-8, which has no {letters!r}; give a --slurm without it") from None
 
 
 def _toml(value: object) -> str:

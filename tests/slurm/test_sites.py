@@ -204,7 +204,7 @@ def test_a_written_profile_says_what_was_found(tmp_path: Path) -> None:
         cpu={"partition": "cpu"},
     )
     path = tmp_path / "site.toml"
-    path.write_text(site.text(Described(found, 1, ["Something is not known."]), "By whom."), encoding="utf-8")
+    path.write_bytes(site.content(Described(found, 1, ["Something is not known."]), "By whom."))
     assert profile.read(path) == found
     assert "qos" not in tomllib.loads(path.read_text())
 

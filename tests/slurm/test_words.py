@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,6 +314,28 @@ def test_a_refusal_among_notices(tools: Tools, tmp_path: Path) -> None:
     tools.write("sbatch", "exit 1")
     with pytest.raises(UserError, match="Slurm refuses the job: no answer"):
         submission.check()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--slurm.partition", "None"), None),
+        (("--slurm.account", "a\udcff"), "which has no '\\udcff'"),  # a byte that is no text
+    ],
+)
+def test_a_profile_is_written_whole_or_not_at_all(
+    flags: tuple[str, ...], said: str | None, tools: Tools, tmp_path: Path
+) -> None:
+    tools.replay("24.11.5", notice=False)
+    tools.write("sinfo", "echo 'low|4|1000000|gpu:4|2'")
+    tools.write("sacctmgr", "exit 1")
+    path = tmp_path / "new" / "site.toml"
+    ended = launch("doctor", "--write-profile", path, *flags, cwd=tmp_path, PATH=tools.path)
+    if said is None:
+        assert tomllib.loads(path.read_text())["partition"], ended
+    else:
+        assert (ended.code, said in sentence(ended.err)) == (2, True), ended
+        assert not path.parent.exists()
 
 
 @either
