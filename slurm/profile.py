@@ -153,7 +153,7 @@ def load(name: str | None, overrides: dict[str, Any]) -> Profile:
 
 
 def _replaced(profile: Profile, changes: dict[str, Any]) -> Profile:
-    if not changes.keys().isdisjoint(MEMORY):  # one way to ask for memory replaces the others
+    if any(changes.get(name) is not None for name in MEMORY):  # one way to ask for memory replaces the others
         changes = dict.fromkeys(MEMORY) | changes
     return replace(profile, **changes)
 

@@ -79,6 +79,8 @@ VARIATIONS = [
     ),
     ("V9 the whole node", "mem_gb = 0", (), {"mem": "0"}),
     ("V9 on the command line", "mem_per_gpu_gb = 60", ("--slurm.mem-gb", "0"), {"mem": "0", "mem-per-gpu": ...}),
+    ("V9 not the whole node", "mem_gb = 0", ("--slurm.mem-gb", "None"), {"mem": ...}),
+    ("V9 another way taken away", "mem_per_cpu_gb = 4", ("--slurm.mem-gb", "None"), {"mem": ..., "mem-per-cpu": "4GB"}),
     ("V10 no word of memory", "", (), {"mem": ..., "mem-per-cpu": ..., "mem-per-gpu": ...}),
     ("V12 accounts", "account = 'xyz@v100'\nconstraint = 'v100-32g'", (), {"account": "xyz@v100"}),
     ("V12 no account", "", (), {"account": ...}),
