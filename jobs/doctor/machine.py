@@ -136,7 +136,8 @@ def _locks(folder: Path) -> Finding:
 def file_system(folder: Path) -> str:
     """Returns the type of the file system that a folder lies on, such as nfs4."""
     kinds = {}
-    for line in Path("/proc/mounts").read_bytes().splitlines():
+    # Not splitlines(): a carriage return in a path is not escaped there.
+    for line in Path("/proc/mounts").read_bytes().removesuffix(b"\n").split(b"\n"):
         _, mount, kind, *_ = line.split(b" ")
         # Blanks, among others, are written as \040 there (fstab(5)). Mounts come in order, and a later one hides an
         # earlier one at the same place.
@@ -166,12 +167,15 @@ def _left_out(runs_dir: Path) -> Iterator[Finding]:
 
 def _wandb() -> Finding:
     habit = os.environ.get("WANDB_MODE", "")
-    if (mode := MODES.get(habit)) in ("offline", "disabled"):
-        told = f"wandb is {mode}, as WANDB_MODE={habit} says; its server was not asked"
-        return Finding("ok", f"{told}; `python launch.py sync RUN` sends the files" if mode == "offline" else told)
+    mode = MODES.get(habit)
+    told = f"wandb is {mode}, as WANDB_MODE={habit} says; its server was not asked"
+    if mode == "disabled":
+        return Finding("ok", told)
     try:
         if wrong := wrong_variables():
             problem, cure = f"it does not take the value of {', '.join(wrong)}", "correct or unset it"
+        elif mode == "offline":
+            return Finding("ok", f"{told}; `python launch.py sync RUN` sends the files")
         else:
             server = address()
             if (asked := why_not_online(server)) is None:

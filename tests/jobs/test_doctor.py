@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_small_disk_and_a_file_system_of_one_machine(tmp_path: Path) -> None:
-    disk = tmp_path / 'a "disk"\t\\of one\u2028caf\u00e9'  # some of it is escaped in the list of mounts
+    disk = tmp_path / 'a "disk"\t\\of\rone\u2028caf\u00e9'  # some of it is escaped in the list of mounts
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], check=True)
     try:
@@ -109,6 +110,10 @@ def test_wandb_without_key_and_as_the_tracking_finds_it(tmp_path: Path, monkeypa
         assert ("sync RUN" in said) == (mode == "offline")
     monkeypatch.setenv("WANDB_MODE", "online")
     assert find(examine(tmp_path, tmp_path), "wandb.example answers and accepts the key").level == "ok"
+    monkeypatch.setitem(sys.modules, "wandb", None)  # it cannot be imported
+    for word, found in {"offline": "wandb is not there", "disabled": "wandb is disabled"}.items():
+        monkeypatch.setenv("WANDB_MODE", word)
+        assert find(examine(tmp_path, tmp_path), found).level == ("ok" if word == "disabled" else "warning")
 
 
 def test_the_command_for_people_and_for_scripts(tmp_path: Path, mnist_root: Path) -> None:
