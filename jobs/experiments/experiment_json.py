@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, TypeVar, get_type_hints
@@ -90,6 +90,18 @@ MAY_CHANGE = {"data.root"} | {
 
 Where its data lie is one of them, because what they are is checked by their hashes.
 """
+
+
+DECIDE_LOSS = ("data.", "diffusion.", "train.noise-levels")
+"""How the flags begin that decide what a loss measures."""
+
+
+def unlike(configs: Sequence[ExperimentConfig]) -> list[str]:
+    """Returns in what settings differ that decides what losses measure: such losses are no better nor worse."""
+    told = [flags(config) for config in configs]
+    names = sorted(name for name in set().union(*told) - MAY_CHANGE if name.startswith(DECIDE_LOSS))
+    found = [name for name in names if any(values.get(name) != told[0].get(name) for values in told)]
+    return [*found, *(["data set"] if len({type(config.data) for config in configs}) > 1 else [])]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from diffusion.errors import UserError
 from jobs.evaluate.report import MetricRow
-from jobs.experiments.experiment_json import MAY_CHANGE
+from jobs.experiments.experiment_json import unlike
 from jobs.report import contents, curves
 from jobs.report.contents import Content
 from jobs.sample import classes
@@ -92,7 +92,7 @@ def render(runs: Sequence[RunFolder], jobs: Mapping[str, SlurmJob] | None) -> st
         bokeh=[Markup(code) for code in BOKEH.js_raw] if figures else [],
         script=Markup(script),
         differing=differing(found),
-        unlike=unlike(found),
+        unlike=unlike([run.config for run in found]),
         measured=measured(found),
         events=events,
         machine=machine,
@@ -106,14 +106,6 @@ def differing(runs: Sequence[Content]) -> dict[str, list[Any]]:
     flags = sorted(set().union(*(run.settings for run in runs)))
     values = {flag: [run.settings.get(flag) for run in runs] for flag in flags}
     return {flag: found for flag, found in values.items() if any(value != found[0] for value in found)}
-
-
-def unlike(runs: Sequence[Content]) -> list[str]:
-    """Returns in what runs differ that decides what their losses measure: such losses are no better nor worse."""
-    flags = [flag for flag in differing(runs) if flag not in MAY_CHANGE]
-    kinds = {type(run.config.data) for run in runs}
-    decide = ("data.", "diffusion.", "train.noise-levels")
-    return [*(flag for flag in flags if flag.startswith(decide)), *(["data set"] if len(kinds) > 1 else [])]
 
 
 def measured(runs: Sequence[Content]) -> dict[str, tuple[list[MetricRow | None], str]]:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jobs.experiments.experiment_json import unlike
 from jobs.storage import run_folder
 from jobs.storage.run_folder import NAME, RunFolder
 from jobs.terminal import tables
@@ -32,10 +33,10 @@ def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
 def by_loss(runs: Sequence[RunFolder], jobs: states.Jobs | None) -> list[dict[str, Any]]:
     """Returns what `status` shows of a sweep's runs, smallest loss first; `point` holds the settings that differ.
 
-    Runs with different noise levels stay in the order of the grid, because their losses are those of other things.
+    Runs whose losses measure different things (`unlike`) stay in the order of the grid.
     """
     entries = [asdict(states.summarize(run, jobs)) | {"point": run.read_launch()["point"]} for run in runs]
-    if len({run.read_experiment()[1].train.noise_levels for run in runs}) > 1:
+    if unlike([run.read_experiment()[1] for run in runs]):
         return entries
     return sorted(entries, key=lambda entry: math.inf if entry["loss"] is None else entry["loss"])
 

@@ -74,6 +74,12 @@ def test_losses_of_different_noise_levels_are_not_compared(tmp_path: Path) -> No
     shown = json.loads(done("status", "S", "--json", cwd=tmp_path).out)
     assert [entry["point"] for entry in shown] == [{"train.noise-levels": "0 1"}, {"train.noise-levels": "None"}]
     assert shown[0]["loss"] > shown[1]["loss"]  # an error of v is one of eps, over alpha
+    files = [tmp_path / "runs" / "1d" / f"S-00{i}" / "experiment.json" for i in range(2)]
+    second = json.loads(files[1].read_text())
+    for schedule in ("linear", "cosine"):
+        files[0].write_text(json.dumps({**second, "diffusion": {**second["diffusion"], "beta_schedule": schedule}}))
+        losses = [entry["loss"] for entry in json.loads(done("status", "S", "--json", cwd=tmp_path).out)]
+        assert (losses == sorted(losses)) == (schedule == second["diffusion"]["beta_schedule"])
 
 
 def test_ctrl_c_ends_the_whole_sweep(tmp_path: Path) -> None:
