@@ -59,7 +59,7 @@ class Data:
 class Unchanged(Enum):
     """The default of an option whose None is a value."""
 
-    unchanged = 0
+    as_it_was = 0
 
 
 def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
@@ -74,7 +74,7 @@ def changes(settings: type, hint: Callable[[Field[Any]], str | None]) -> Any:
         else:
             kind: Any = known.type
             kind = Annotated[kind | Unchanged, optional(_metavar(kind), default)]
-            options.append((known.name, kind, field(default=Unchanged.unchanged)))
+            options.append((known.name, kind, field(default=Unchanged.as_it_was)))
     return make_dataclass(
         f"{settings.__name__}Changes",
         options,
@@ -311,7 +311,7 @@ def first_to_start(starts: Mapping[int, str]) -> int:
 def given(changes: Any) -> dict[str, Any]:
     """The options of `changes` that were given; None is a value."""
     values = {f.name: getattr(changes, f.name) for f in fields(changes)}
-    return {name: value for name, value in values.items() if value is not Unchanged.unchanged}
+    return {name: value for name, value in values.items() if value is not Unchanged.as_it_was}
 
 
 def show(settings: dict[str, Any], place: str) -> int:

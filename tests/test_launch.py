@@ -151,6 +151,9 @@ def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -
     defaults = re.findall(r"--(slurm\.[a-z-]+) [^()]*\(default: the profile's(?:, or ([\w-]+))?\)", shown)
     assert dict(defaults) == {flag: "" if default is None else str(default) for flag, default in slurm.items()}
     assert "Memory of a job on each of its nodes, in GB; 0 is" in shown
+    assert "`resume` takes a number alone" in shown
+    refused = launch("resume", "1d/a", "--train.checkpoint-every", "often", cwd=tmp_path).err
+    assert "as_it_was" in refused
 
 
 def test_a_tilde_is_the_home_folder_also_where_the_shell_leaves_it_alone(

@@ -40,7 +40,7 @@ class TrainSettings:
     grad_shards: int | None = field(default=None, metadata=ON_PURPOSE)
     """Parts of the batch whose gradients are added up in one order: on so many GPUs, or fewer, bytes are the same.
     A GPU computes its parts one after the other, so more of them need less memory.
-    None is as many as there are GPUs at the first start. If `resume` changes it, later bytes differ."""
+    None is as many as there are GPUs at the first start. `resume` takes a number alone; then later bytes differ."""
     lr: float
     """AdamW's highest learning rate, reached after the warm-up."""
     warmup_steps: int = 100
