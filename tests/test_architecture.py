@@ -243,8 +243,8 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 
 def test_what_the_tests_on_slurm_change_in_a_copy_of_the_code_is_there() -> None:
-    for file, text in (("state.py", site.UPDATE), ("loop.py", site.START)):
-        assert (ROOT / "jobs" / "train" / file).read_text().count(text) == 1
+    for file, text in (("train/state.py", site.UPDATE), ("train/loop.py", site.START), ("sample/draw.py", site.DRAW)):
+        assert (ROOT / "jobs" / file).read_text().count(text) == 1
 
 
 def test_the_faults_that_tests_are_known_to_catch_fit_the_code() -> None:

@@ -42,6 +42,8 @@ SLOW = (
 HELD_STEP = 100
 START = "    experiment, config = run.read_experiment()\n"
 """Where a training begins, in jobs/train/loop.py, before its first step."""
+DRAW = "            write_shard(samples, shard, "
+"""Where a task begins with a shard, in jobs/sample/draw.py."""
 
 
 class Site:

@@ -15,7 +15,7 @@ import pytest
 from jobs.storage import provenance
 from slurm.devcluster import DevCluster, wait_for
 from tests.launching import NO_FIGURES, TINY, Finished, as_if_drawn, done, interrupt, launch, start, status, wait_until
-from tests.slurm.site import change, made_once
+from tests.slurm.site import DRAW, change, made_once
 
 pytestmark = pytest.mark.slurm
 
@@ -227,8 +227,6 @@ def test_a_cancelled_element_stays_away(element: int, tidy: DevCluster, root: Pa
     )
 
 
-DRAW = "            write_shard(samples, shard, "
-"""Where a task begins with a shard, in jobs/sample/draw.py."""
 WAIT = """\
             import os, pathlib, time
             start = "-".join(os.environ.get(f"SLURM_{{name}}", "0") for name in ("ARRAY_TASK_ID", "RESTART_COUNT"))
