@@ -732,6 +732,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_killed_job_with_a_budget_goes_on_by_itself",
     ),
     Fault(
+        "a set that was begun when another sampler was the default is forgotten",
+        "jobs/sample/sample_set.py",
+        "if begun.settings.sampler != settings.sampler]",
+        "if False]",
+        "tests/jobs/test_samples.py::test_a_plain_command_names_the_set_that_was_begun_when_another_sampler_was_the_default",
+    ),
+    Fault(
         "a set that has lost a shard counts as complete",
         "jobs/sample/sample_set.py",
         "self.file.is_file() and not self.missing()",
@@ -931,6 +938,13 @@ FAULTS = [
         "tests/jobs/test_surroundings.py::test_who_reads_the_output_does_not_decide_over_the_run[> /dev/full 2>&1]",
     ),
     Fault(
+        "wandb calls a run failed whose last step was saved before a process died",
+        "jobs/followers/training.py",
+        "if faults.is_trained(self._run):",
+        "if False:",
+        "tests/jobs/test_tracking.py::test_a_job_that_is_killed_has_ended_well_if_its_last_step_was_saved",
+    ),
+    Fault(
         "the drill finds everything equal",
         "jobs/doctor/drill.py",
         "return b.is_file() and a.read_bytes() == b.read_bytes()",
@@ -938,6 +952,13 @@ FAULTS = [
         "tests/jobs/test_drill.py::test_a_drill_finds_equal_results_and_would_see_a_changed_byte",
     ),
     # The command line, processes and Slurm.
+    Fault(
+        "`resume` does not take None for a value",
+        "commands/where.py",
+        "if value is not Unchanged.as_it_was}",
+        "if value not in (None, Unchanged.as_it_was)}",
+        "tests/test_launch.py::test_resume_goes_back_to_none_and_leaves_what_it_is_not_told",
+    ),
     Fault(
         "the list of commands imports them all",
         "launch.py",
@@ -1161,6 +1182,20 @@ FAULTS = [
         "    settings.update_from_system_settings()\n",
         "",
         "tests/jobs/test_doctor.py::test_the_command_for_people_and_for_scripts",
+    ),
+    Fault(
+        "the doctor does not find the file system of a folder with a blank in its path",
+        "jobs/doctor/machine.py",
+        "bytes([int(found[1], 8)])",
+        "found[0]",
+        "tests/jobs/test_doctor.py::test_a_small_disk_and_a_file_system_of_one_machine",
+    ),
+    Fault(
+        "a written profile with an emoji cannot be read",
+        "slurm/site.py",
+        "json.dumps(value, ensure_ascii=False)",
+        "json.dumps(value)",
+        "tests/slurm/test_sites.py::test_a_written_profile_says_what_was_found",
     ),
     Fault(
         "a GPU that its driver wants reset is used",
