@@ -371,6 +371,13 @@ FAULTS = [
         "tests/jobs/test_audit.py::test_processes_wait_as_long_as_a_save_may_take",
     ),
     Fault(
+        "the judge beside a training does not rest where all cores train",
+        "jobs/evaluate/beside.py",
+        "predict = unhurried(model.predict)",
+        "predict = model.predict",
+        "tests/jobs/test_beside.py::test_checkpoints_are_judged_beside_the_training_and_not_again",
+    ),
+    Fault(
         "checkpoints that a run has gone back on are audited",
         "jobs/storage/checkpoints.py",
         "if any(step > newer_than for step in _valid(lines)):",

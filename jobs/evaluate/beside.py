@@ -24,6 +24,8 @@ MOST_EVALUATIONS = 20
 """Network evaluations for each sample, fewer where the experiment's own sampler takes fewer."""
 CROWDED = 0.9
 """A process that computes gets this share of a core, or less, where all cores train."""
+REST_S = 2.0
+"""It rests no longer at once: what it has waited for its core, or has been stopped, must not double."""
 
 
 def judge(run: RunFolder, step: int) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def judge(run: RunFolder, step: int) -> dict[str, Any]:
 
 
 def unhurried(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which rests after a call as long as it took, if others wanted its core meanwhile.
+    """The same function, which rests after a call about as long as it took, if others wanted its core meanwhile.
 
     Also with time that nobody else uses it takes memory bandwidth and cache from the training on the other cores.
     """
@@ -75,7 +77,7 @@ def unhurried(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         found = evaluate(*arguments)
         took = time.monotonic() - began
         if time.thread_time() - used < CROWDED * took:
-            time.sleep(took)
+            time.sleep(min(took, REST_S))
         return found
 
     return rests

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -74,7 +75,10 @@ def test_checkpoints_are_judged_beside_the_training_and_not_again(
     # A run that was begun when the experiment had another sampler keeps it, or its curve would have a step.
     older = {"sampler": "ddim", "steps": 5, "eta": 0.5}
     run.quality.write_text(json.dumps({**lines[0], "sampler": older}) + "\n")
+    rests = Mock(wraps=beside.unhurried)
+    monkeypatch.setattr(beside, "unhurried", rests)
     assert beside.judge(run, 11)["sampler"] == older
+    rests.assert_called_once()
 
 
 def test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge(tmp_path: Path) -> None:
@@ -95,16 +99,18 @@ def test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge(tmp_pat
         assert not (tmp_path / "a" / "quality.jsonl").exists()
 
 
-@pytest.mark.parametrize(("computed_s", "rested"), [(1.0, []), (0.25, [1.0])])
+@pytest.mark.parametrize(
+    ("took_s", "computed_s", "rested"), [(1.0, 1.0, []), (1.0, 0.25, [1.0]), (3600.0, 0.25, [beside.REST_S])]
+)
 def test_a_judge_rests_where_others_want_its_core(
-    monkeypatch: pytest.MonkeyPatch, computed_s: float, rested: list[float]
+    monkeypatch: pytest.MonkeyPatch, took_s: float, computed_s: float, rested: list[float]
 ) -> None:
-    """A second on the clock, of which it had its core for as long as it computed."""
+    """So long on the clock, of which it had its core for as long as it computed."""
     clock = {"monotonic": 0.0, "thread_time": 0.0}
     slept: list[float] = []
 
     def evaluate(x: int) -> int:
-        clock["monotonic"] += 1.0
+        clock["monotonic"] += took_s
         clock["thread_time"] += computed_s
         return x + 1
 

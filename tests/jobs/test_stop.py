@@ -99,10 +99,7 @@ class Stopping(job.IndependentJob):
         raise Stopped
 
 
-def test_a_share_that_comes_back_as_another_job_is_found_under_its_new_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job, "keep_freed_memory", lambda: None)  # it would hold for all tests that follow
+def test_a_share_that_comes_back_as_another_job_is_found_under_its_new_id(tmp_path: Path) -> None:
     target = Audit(tmp_path, tmp_path, ())
     target.add_job("17")
     for number, comes_back_as in ((signal.SIGTERM, "17_1"), (signal.SIGUSR2, "18_1"), (signal.SIGTERM, "18_1")):
