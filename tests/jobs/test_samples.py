@@ -240,6 +240,7 @@ def test_a_plain_command_names_the_set_that_was_begun_when_another_sampler_was_t
     assert contents(folder) == before
 
 
+@pytest.mark.processes  # a training before it
 @pytest.mark.parametrize(("before", "now", "named"), [("bf16", "fp32", 0), ("bf16", "bf16", 1), ("auto", "fp32", 1)])
 def test_only_a_set_that_the_run_would_go_on_with_is_named(before: str, now: str, named: int, root: Path) -> None:
     run = RunFolder(root / "runs" / "1d" / "a")
