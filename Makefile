@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
-	@echo "make check       style, types and the tests that start no process of their own: 70 seconds on two CPU cores"
+	@echo "make check       style, types and the tests that start no process of their own: a minute on two CPU cores"
 	@echo "make test        set up and run the tests: 5 minutes on two CPU cores"
 	@echo "make lint        style and types"
 	@echo "make format      put the code into shape"

@@ -1,5 +1,6 @@
 """Fixtures that several folders of tests share."""
 
+import atexit
 import gc
 import os
 import signal
@@ -23,6 +24,8 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 keep_freed_memory()  # as jobs do: without that a tenth of the time of tests of mathematics is page faults
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)  # at the very end: to free a million objects one by one takes a second and more
 gc.disable()  # until all tests are imported, and torch with them: that leaves hardly any garbage
 
 

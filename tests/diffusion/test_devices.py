@@ -99,7 +99,7 @@ def test_figures_and_final_numbers(
     name: str, config: ExperimentConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = Gaussian1d._draw
-    monkeypatch.setattr(Gaussian1d, "_draw", lambda self, predict, n: drawn(self, predict, min(n, 5000)))
+    monkeypatch.setattr(Gaussian1d, "_draw", lambda self, predict, n: drawn(self, predict, min(n, 1000)))
 
     def act(experiment: Experiment, model: DiffusionModel) -> Any:
         folder = tmp_path / model.alphas_cumprod.device.type

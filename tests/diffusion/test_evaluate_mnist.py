@@ -139,7 +139,7 @@ def test_a_new_metric_comes_with_a_new_version(found: dict[str, Metric]) -> None
 
 
 def test_digits_on_demand_are_judged_by_the_digit_asked_for(load: Callable[[str], RealImages]) -> None:
-    real = load("test").part(7, 0, 500)
+    real = load("test").part(7, 0, N)
     evaluator = evaluator_of(load, real.images, real.labels.astype(np.int64))
     results = computed(evaluator)
     found, rows = evaluator.metrics(results), evaluator.tables(results)["by_class"].rows

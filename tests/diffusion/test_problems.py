@@ -22,7 +22,7 @@ from jobs.sample.draw import draw
 from jobs.sample.sample_set import SampleSettings
 from tests import made_images
 
-MODEL, DIFFUSION = UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1)), DiffusionSettings(timesteps=30)
+MODEL, DIFFUSION = UnetSettings(dim=8, dim_mults=(1, 2), attn_heads=(1, 1)), DiffusionSettings(timesteps=21)
 HEIGHT, WIDTH = 12, 20
 CPU = torch.device("cpu")
 

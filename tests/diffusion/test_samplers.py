@@ -73,7 +73,7 @@ def test_ddim_is_as_close_to_the_mixture_as_it_is_known_to_be(steps: int, larges
     ("name", "steps"), [("ddpm", 1000), ("ddim", 400), ("dpm++", 50), ("heun", 100), ("sde-dpm++", 200)]
 )
 def test_with_the_exact_denoiser_samplers_draw_the_mixture(name: str, steps: int) -> None:
-    exact, n = experiment(), 10_000
+    exact, n = experiment(), 4_000
     x_t = torch.from_numpy(normal(0, Stream.SAMPLE_START, 0, 0, n, (1,)))
 
     def noise(k: int) -> Tensor:
