@@ -90,6 +90,11 @@ def _registry(words: list[str]) -> Any:
     return import_module("commands.arguments").CHOICES
 
 
+def _flowing(helptext: str) -> str:
+    """The paragraphs of a docstring without its line breaks."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in helptext.split("\n\n"))
+
+
 def _starts_a_job(command: object) -> bool:
     if not hasattr(command, "where"):
         return False
@@ -114,6 +119,8 @@ def main() -> int:
             raise UserError("--train.micro-batch-size is gone: --train.grad-shards N computes the batch in N parts")
         if any(word.replace("_", "-").startswith("--train.no-cuda-graph") for word in words):
             raise UserError("--train.no-cuda-graph is --train.cuda-graph never now")
+        # tyro's own keeps line breaks before a line that is indented, as those of docstrings are.
+        tyro._strings.remove_single_line_breaks = _flowing
         command: Callable[[], int] = tyro.cli(
             _choice(words),
             prog="launch.py",

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,17 @@ def test_a_sentence_for_the_user_and_a_traceback_for_us(
 @pytest.mark.parametrize("command", [("train", "images"), ("sync",), ("report",), ("status",)])
 def test_no_help_shows_an_empty_default(command: tuple[str, ...], tmp_path: Path) -> None:
     assert "(default: )" not in " ".join(sentence(done(*command, "--help", cwd=tmp_path).out).split())
+
+
+def test_the_lines_of_a_help_are_as_long_as_the_terminal_is_wide(tmp_path: Path) -> None:
+    """Though it is written in docstrings, whose lines end elsewhere."""
+    shown = done("sample", "--help", cwd=tmp_path, COLUMNS="80").out.splitlines()
+    indent = max(len(line) - len(line[1:].lstrip()) for line in shown if line.endswith("│"))
+    texts = [line[indent:-1].strip() if line[1:indent].isspace() else "" for line in shown]
+    for line, following in pairwise(texts):
+        word = following.partition(" ")[0]
+        short = word and len(line) + 1 + len(word) < 79 - indent
+        assert not (line and short) or word.startswith("(default:"), (line, word)
 
 
 def test_the_help_of_resume_says_what_settings_and_profile_say(tmp_path: Path) -> None:
