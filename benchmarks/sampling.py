@@ -21,25 +21,24 @@ AS_GOOD_AS_1000 = {20: "Frechet distance", 50: "every metric"}
 interval of the 1,000 steps' (docs/evaluation.md)."""
 
 
-def ours(run: Path, device: "Kind", sampler: str, steps: int) -> Measurements:
-    """Sub-batches as the sampling job draws them."""
+def ours(run: Path, device: "Kind", sampler: str, steps: int, compiled: bool = False) -> Measurements:
+    """Sub-batches as the sampling job draws them; what it does before the first one is not counted."""
     import torch
 
     from benchmarks.device import wait
-    from diffusion.process.cuda_graphs import in_one_launch
     from jobs.runtime.malloc import keep_freed_memory
     from jobs.runtime.numerics import resolve_precision, set_numerics
-    from jobs.sample.draw import draw
+    from jobs.sample.draw import draw, evaluation
 
     keep_freed_memory()  # as each of our jobs does
     samples = planned(run, sampler, steps)
     experiment, model = _load(samples, device)
     precision, first, n = resolve_precision("auto", device), 0, samples.settings.sub_batch_size
     set_numerics(precision)
-    predict = in_one_launch(model.predict, print) if device == "cuda" else model.predict
+    predict = evaluation(model, compiled, device, print)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-        if device == "cuda":
-            draw(predict, model.alphas_cumprod, experiment, samples.settings, first, first + n)  # captures it
+        if compiled or device == "cuda":
+            draw(predict, model.alphas_cumprod, experiment, samples.settings, first, first + n)  # compiles, captures it
         while True:
             wait(device)
             started = time.perf_counter()
@@ -106,6 +105,10 @@ def rows(rounds: int, run: Path, device: "Kind", small: bool) -> Iterator[Row]:
         what = f"sampling, `ddpm` {steps} (as good by {judged})"
         at_least = 60 if targets else None
         yield ratio(what, speeds[f"ours {steps}"], speeds["default"], "`sample()`, all timesteps", at_least)
+    pair = {name: Alternative(ours, run, device, "ddpm", 50, name == "--compile") for name in ("--compile", "without")}
+    found = in_turn(pair, rounds)
+    speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
+    yield ratio("sampling, `ddpm` 50, `--compile`", speeds["--compile"], speeds["without"], "without it", None)
     pair = {"ours": Alternative(ours, run, device, "ddim", 50), "ddim": Alternative(library, run, device, 50)}
     found = in_turn(pair, rounds)
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}

@@ -187,7 +187,7 @@ FAULTS = [
     Fault(
         "a named set does not go on with its own sampler",
         "commands/sample.py",
-        "sample_set.sampler_of(run.read_samples(self.name)) or default",
+        "sample_set.sampler_of(there) or default",
         "default",
         "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
     ),
@@ -753,9 +753,23 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
     ),
     Fault(
+        "a set that is compiled goes on uncompiled",
+        "commands/sample.py",
+        'compile=self.compile or bool(there.get("compile")),',
+        "compile=self.compile,",
+        "tests/jobs/test_compile.py::test_compiled_samples_are_the_samples_however_they_are_drawn",
+    ),
+    Fault(
+        "a set that is not compiled goes on compiled",
+        "jobs/sample/sample_set.py",
+        '{**self.as_json(), "compile": self.compile}',
+        "self.as_json()",
+        "tests/jobs/test_compile.py::test_compiled_samples_are_the_samples_however_they_are_drawn",
+    ),
+    Fault(
         "samples of other settings are added to a set",
         "jobs/sample/sample_set.py",
-        "if manifest.get(key) != value and",
+        "if theirs.get(key) != value and",
         "if False and",
         "tests/jobs/test_samples.py::test_what_would_change_existing_samples_is_refused",
     ),

@@ -20,7 +20,8 @@ from diffusion.process.samplers import FUNCTIONS, Denoiser
 from diffusion.process.transfer import sent
 from jobs.files import write_atomically
 from jobs.health import gpu_test
-from jobs.health.watchdog import DRAWING, Watchdog
+from jobs.health.watchdog import COMPILING, DRAWING, Watchdog
+from jobs.runtime.compiling import compiled_at_first
 from jobs.runtime.job import JobError, process_rank
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.runtime.prefetch import Prefetch
@@ -31,6 +32,7 @@ from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
+from jobs.terminal.tables import duration
 
 
 def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, watchdog: Watchdog) -> None:
@@ -42,18 +44,22 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
     set_numerics(precision)
     experiment, model = load_model(run, samples.settings, own_device(device))
 
-    # A GPU gets each evaluation of the network in one launch.
-    console = Console(run.log)
-    evaluate = in_one_launch(model.predict, console.say) if device == "cuda" else model.predict
-
+    console, compiled = Console(run.log), samples.settings.compile
+    evaluate = evaluation(model, compiled, device, console.say)
+    patience = COMPILING if compiled else DRAWING
     shard, evaluations = 0, count(1)
 
     def predict(xt: Tensor, t: Tensor, *classes: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
         # A GPU may have much to do after the host has launched the last one.
-        watchdog.phase(f"evaluation {next(evaluations)} of shard {shard}", DRAWING)
-        return evaluate(xt, t, *classes)
+        watchdog.phase(f"evaluation {next(evaluations)} of shard {shard}", patience)
+        try:
+            return evaluate(xt, t, *classes)
+        except JobError:
+            if signals.requested is not Stop.NO:  # the signal may have killed the compilers
+                raise Stopped from None
+            raise
 
     progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
@@ -63,6 +69,21 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
             if process_rank() == 0:
                 progress.update(done + 1, "")
     progress.close()
+
+
+def evaluation(
+    model: DiffusionModel, compiled: bool, device: Kind, say: Callable[[str], None]
+) -> Callable[..., Tensor]:
+    """The model's `predict` as jobs evaluate it: compiled at its first call if asked for, on a GPU in one launch."""
+    evaluate: Callable[..., Tensor] = model.predict
+
+    def done(seconds: float) -> None:
+        if process_rank() == 0:
+            say(f"Compiled the network in {duration(seconds)} (--compile).")
+
+    if compiled:
+        evaluate = compiled_at_first(model.network, evaluate, done)
+    return in_one_launch(evaluate, say) if device == "cuda" else evaluate
 
 
 def write_shard(

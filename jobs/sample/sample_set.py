@@ -49,25 +49,28 @@ class SampleSettings:
     """Sample i has class classes[i mod n]; None for models without classes."""
     guidance: float | None = None
     """How far these classes are exaggerated (diffusion/process/guidance.py)."""
+    compile: bool = False
+    """Whether the network is compiled, which changes samples by rounding."""
 
     @property
     def label(self) -> str:
         """The default name of the set, as in step-00002000-dpm++-25-seed0."""
-        model = "-model" if self.weights == "model" else ""
+        model = f"{'-model' if self.weights == 'model' else ''}{'-compiled' if self.compile else ''}"
         told = f"-classes{label(self.classes)}-guidance{self.guidance:g}" if self.classes else ""
         return f"step-{self.step:08d}-{self.sampler.label}{told}{model}-seed{self.seed}"
 
     def as_json(self) -> dict[str, Any]:
-        """These settings as files hold them; those of classes only where there are any."""
-        values = {**asdict(self), "classes": self.classes and list(self.classes)}
+        """These settings as files hold them; `compile` only if it is so, those of classes if there are any."""
+        values = {**asdict(self), "classes": self.classes and list(self.classes), "compile": self.compile or None}
         return {key: value for key, value in values.items() if value is not None}
 
-    def contradicts(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-        """Yields the settings, and their values, in which a manifest says otherwise, so that its set cannot go on."""
-        for key, value in self.as_json().items():
+    def contradicts(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+        """Yields the settings in which a manifest says otherwise, so that its set cannot go on: its value, and ours."""
+        theirs = {"compile": False, **manifest}
+        for key, value in {**self.as_json(), "compile": self.compile}.items():
             # "auto" is from before it was resolved with the plan.
-            if manifest.get(key) != value and (key, manifest.get(key)) != ("precision", "auto"):
-                yield key, value
+            if theirs.get(key) != value and (key, theirs.get(key)) != ("precision", "auto"):
+                yield key, theirs.get(key), value
 
     def classes_of(self, start: int, stop: int) -> "NDArray[np.int64]":
         """The classes of samples [start, stop)."""
@@ -94,6 +97,7 @@ def choose(
     checkpoint: checkpoints.Named | None,
     classes: str | None = None,
     guidance: float | None = None,
+    compile: bool = False,
     say: Callable[[str], None],
 ) -> SampleSettings:
     """What the samples that a user asks for depend on; raises UserError where they cannot be drawn."""
@@ -120,6 +124,7 @@ def choose(
         precision=precision_of(run, config.train.precision, "fp32"),
         sub_batch_size=entry.sub_batch_size,
         shard_size=entry.shard_size,
+        compile=compile,
         **told,
     )
 
@@ -131,8 +136,9 @@ def read(run: RunFolder, name: str) -> "SampleSet":
     try:
         manifest = run.read_samples(name)
         names = [field.name for field in fields(SampleSettings)]
-        # Sets without classes lack the last two; any other that is missing is a KeyError.
-        values = {name: manifest[name] for name in names if name in manifest or name not in ("classes", "guidance")}
+        # `as_json` leaves these out where they say nothing; any other that is missing is a KeyError.
+        optional = ("classes", "guidance", "compile")
+        values = {name: manifest[name] for name in names if name in manifest or name not in optional}
         if "classes" in values:
             values["classes"] = tuple(values["classes"])
         settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
@@ -274,10 +280,8 @@ class SampleSet:
         manifest = self.read_manifest()
         if not manifest:
             return
-        for key, value in self.settings.contradicts(manifest):
-            raise UserError(
-                f"samples {self.name} were drawn with {key}={manifest.get(key)}, not {value}; choose another --name"
-            )
+        for key, theirs, ours in self.settings.contradicts(manifest):
+            raise UserError(f"samples {self.name} were drawn with {key}={theirs}, not {ours}; choose another --name")
         if manifest["num_samples"] > self.num_samples:
             raise UserError(
                 f"samples {self.name} already hold {manifest['num_samples']}, more than "

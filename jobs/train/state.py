@@ -18,6 +18,7 @@ from diffusion.process.noise_levels import NoiseLevels
 from diffusion.process.randomness import Stream, generator, normal, stratified
 from diffusion.process.transfer import sent
 from jobs.experiments.settings import TrainSettings
+from jobs.runtime.compiling import compiling
 from jobs.runtime.job import JobError
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import Stop
@@ -206,23 +207,10 @@ class Training:
 
         Raises JobError if that fails; usually there is no C++ compiler.
         """
-        from torch._dynamo.exc import TorchDynamoException  # here, because they take seconds to import
-        from torch._inductor import config as inductor
-
-        # What the process has compiled for another training would decide over what is compiled now.
-        torch.compiler.reset()
-        torch.compiler.set_stance("default")
         started = time.perf_counter()
-        # Inductor would time kernels at each start and take the fastest; older versions have no such switch. It is an
-        # option because that holds for backward passes, too: torch resets the module's variable after each graph.
-        self.raw.network.compile(options={"deterministic": True} if hasattr(inductor, "deterministic") else None)
-        try:
-            with self._without_moving() as examples:
-                # A shard and no step: processes of which one fails here could not exchange anything.
-                self._pass(*self._by_shard(*examples)[0])
-        except TorchDynamoException as error:
-            reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
-            raise JobError(f"the network cannot be compiled on this machine: {' '.join(reason.split())}") from error
+        # A shard and no step: processes of which one fails here could not exchange anything.
+        with self._without_moving() as examples, compiling(self.raw.network):
+            self._pass(*self._by_shard(*examples)[0])
         return time.perf_counter() - started
 
     def launch_uncompiled(self) -> None:

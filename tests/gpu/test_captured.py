@@ -9,8 +9,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from diffusion.process.cuda_graphs import in_one_launch
 from jobs.experiments.table import EXPERIMENTS
-from jobs.runtime.numerics import Kind, Precision
+from jobs.runtime.compiling import compiled_at_first
+from jobs.runtime.numerics import Kind, Precision, set_numerics
 from jobs.runtime.world import World, start
 from jobs.storage.checkpoints import Snapshot
 from jobs.train.state import Training
@@ -87,3 +89,19 @@ def test_captured_predictions_are_the_predictions(experiment: str, device: Kind)
         for t in (torch.full((8,), 900), torch.arange(8)):
             found = often(xt, t, *told)
             assert found.device == xt.device and torch.equal(found, model.predict_for(xt, t, *told))
+
+
+def test_compiled_predictions_are_the_predictions_captured_or_not(device: Kind) -> None:
+    """Those of a sampling job, up to the rounding of another order of summation."""
+    preset = EXPERIMENTS["mnist"].preset
+    model = replace(preset, model=replace(preset.model, dim=jobs.dim(device))).build().build_model().to(device).eval()  # type: ignore[call-arg]
+    set_numerics("fp32")
+    xt, t = torch.randn(8, 1, 28, 28, device=device), torch.arange(8, device=device)
+    with torch.inference_mode():
+        expected = model.predict(xt, t)
+        compiled = compiled_at_first(model.network, model.predict, lambda seconds: None)
+        found = compiled(xt, t)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(compiled(xt, t), found)
+        if device == "cuda":
+            assert torch.equal(in_one_launch(compiled, pytest.fail)(xt, t), found)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from diffusion.settings import MlpSettings
@@ -56,6 +57,35 @@ def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path
     done("resume", "1d/stopped", "--device", "cpu", cwd=tmp_path, **NO_FIGURES)
     last = f"checkpoints/step-{STEPS:08d}/model.safetensors"
     assert (runs / "stopped" / last).read_bytes() == (runs / "compiled" / last).read_bytes()
+
+
+def test_compiled_samples_are_the_samples_however_they_are_drawn(tmp_path: Path) -> None:
+    done("train", "1d", *SMALL, "--name", "a", cwd=tmp_path, **NO_FIGURES)
+    sets = tmp_path / "runs" / "1d" / "a" / "samples"
+
+    def drawn(name: str, n: int, *more: object) -> str:
+        return done("sample", "1d/a", "--num-samples", n, "--name", name, "--device", "cpu", *more, cwd=tmp_path).out
+
+    n = 65_536 + 5000  # two shards, the second with a part of a sub-batch
+    drawn("plain", n)
+    first = drawn("two", n, "--compile", "--gpus", 2)
+    assert len(re.findall(r"Compiled the network in \d+ s \(--compile\)", first)) == 1
+    drawn("one", 1000, "--compile")
+    assert "Compiled" in drawn("one", n)  # a set that is there goes on as it was begun
+    plain, two, one = (np.load(sets / name / "samples.npz")["arr_0"] for name in ("plain", "two", "one"))
+    assert one.tobytes() == two.tobytes()
+    np.testing.assert_allclose(two, plain, rtol=1e-3, atol=1e-3)  # the same arithmetic in another order of summation
+
+    ended = launch(
+        "sample", "1d/a", "--num-samples", n, "--name", "plain", "--compile", "--device", "cpu", cwd=tmp_path
+    )
+    assert ended.code == 2
+    assert "samples plain were drawn with compile=False, not True; choose another --name" in ended.err
+    nothing = {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    ended = launch("sample", "1d/a", "--compile", "--device", "cpu", cwd=tmp_path, **nothing)
+    assert ended.code == 1
+    assert "the network cannot be compiled on this machine:" in ended.err
+    assert "Traceback" not in ended.err
 
 
 @pytest.mark.processes  # Inductor's
