@@ -24,8 +24,10 @@ MOST_EVALUATIONS = 20
 """Network evaluations for each sample, fewer where the experiment's own sampler takes fewer."""
 CROWDED = 0.9
 """A process that computes gets this share of a core, or less, where all cores train."""
-REST_S = 2.0
-"""It rests no longer at once: what it has waited for its core, or has been stopped, must not double."""
+REST = 2
+"""It rests so many times as long as it took: a step of the training must not take 2% longer."""
+LONGEST_REST_S = 60.0
+"""It may have been stopped for hours."""
 
 
 def judge(run: RunFolder, step: int) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def judge(run: RunFolder, step: int) -> dict[str, Any]:
 
 
 def unhurried(evaluate: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which rests after a call about as long as it took, if others wanted its core meanwhile.
+    """The same function, which rests after a call for `REST` times as long as it took, if others wanted its core.
 
     Also with time that nobody else uses it takes memory bandwidth and cache from the training on the other cores.
     """
@@ -77,7 +79,7 @@ def unhurried(evaluate: Callable[..., Any]) -> Callable[..., Any]:
         found = evaluate(*arguments)
         took = time.monotonic() - began
         if time.thread_time() - used < CROWDED * took:
-            time.sleep(min(took, REST_S))
+            time.sleep(min(REST * took, LONGEST_REST_S))
         return found
 
     return rests

@@ -100,7 +100,7 @@ def test_a_judge_ends_with_its_training_and_says_what_it_could_not_judge(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("took_s", "computed_s", "rested"), [(1.0, 1.0, []), (1.0, 0.25, [1.0]), (3600.0, 0.25, [beside.REST_S])]
+    ("took_s", "computed_s", "rested"), [(1.0, 1.0, []), (1.0, 0.25, [2.0]), (3600.0, 0.25, [beside.LONGEST_REST_S])]
 )
 def test_a_judge_rests_where_others_want_its_core(
     monkeypatch: pytest.MonkeyPatch, took_s: float, computed_s: float, rested: list[float]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.storage import ownership
 from jobs.storage.run_folder import RunFolder
 from jobs.watch import logs
 from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, start, status, steps_logged, wait_until
@@ -27,7 +28,7 @@ def test_the_log_of_a_run_that_has_ended(tmp_path: Path) -> None:
 def test_following_ends_with_the_run(tmp_path: Path) -> None:
     training = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
-    wait_until((run / ".lock").exists)
+    wait_until(lambda: bool(ownership.is_locked(run)))  # until then it counts as a run that has not begun
     training.send_signal(signal.SIGSTOP)
     with suppress(FileNotFoundError):  # as before its first line; if that was written, this file goes on
         (run / "log.txt").rename(run / "log.aside")
