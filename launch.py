@@ -119,8 +119,9 @@ def main() -> int:
             raise UserError("--train.micro-batch-size is gone: --train.grad-shards N computes the batch in N parts")
         if any(word.replace("_", "-").startswith("--train.no-cuda-graph") for word in words):
             raise UserError("--train.no-cuda-graph is --train.cuda-graph never now")
-        # tyro's own keeps line breaks before a line that is indented, as those of docstrings are.
-        tyro._strings.remove_single_line_breaks = _flowing
+        if {"-h", "--help"} & set(words):
+            # tyro's own keeps line breaks before a line that is indented, as those of docstrings are.
+            tyro._strings.remove_single_line_breaks = _flowing
         command: Callable[[], int] = tyro.cli(
             _choice(words),
             prog="launch.py",

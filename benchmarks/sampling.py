@@ -105,14 +105,14 @@ def rows(rounds: int, run: Path, device: "Kind", small: bool) -> Iterator[Row]:
         what = f"sampling, `ddpm` {steps} (as good by {judged})"
         at_least = 60 if targets else None
         yield ratio(what, speeds[f"ours {steps}"], speeds["default"], "`sample()`, all timesteps", at_least)
-    pair = {name: Alternative(ours, run, device, "ddpm", 50, name == "--compile") for name in ("--compile", "without")}
-    found = in_turn(pair, rounds)
-    speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
-    yield ratio("sampling, `ddpm` 50, `--compile`", speeds["--compile"], speeds["without"], "without it", None)
     pair = {"ours": Alternative(ours, run, device, "ddim", 50), "ddim": Alternative(library, run, device, 50)}
     found = in_turn(pair, rounds)
     speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
     yield ratio("sampling, `ddim` 50", speeds["ours"], speeds["ddim"], "library's DDIM 50", 1.5 if targets else None)
+    pair = {name: Alternative(ours, run, device, "ddpm", 50, name == "--compile") for name in ("--compile", "without")}
+    found = in_turn(pair, rounds)
+    speeds = {name: [each["images_per_s"] for each in measured] for name, measured in found.items()}
+    yield ratio("sampling, `ddpm` 50, `--compile`", speeds["--compile"], speeds["without"], "without it", None)
 
 
 def planned(run: Path, sampler: Any, steps: int, num_samples: int = 64) -> "SampleSet":

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Annotated
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
 from commands.arguments import AMONG_OPTIONS, Run, optional
 from commands.where import Checkpoint, Launch, show
@@ -76,9 +76,10 @@ class Sample:
     ] = None
     """How far the classes are exaggerated: 1 is not at all, 0 is without classes (Ho & Salimans 2022, S = 1 + w). Any
     other scale takes two network evaluations a step."""
-    compile: bool = False
+    compile: FlagCreatePairsOff[bool] = False
     """Compile the network with torch.compile: about a minute first, in each process, and quicker evaluations on a GPU
-    afterwards. For large sets; it needs a C++ compiler, and changes samples by rounding."""
+    afterwards. For large sets; it needs a C++ compiler, and changes samples by rounding. A named set goes on as it was
+    begun."""
     name: Annotated[str | None, optional("NAME", "what was used, like step-00002000-dpm++-25-seed0")] = None
     """Name of the set."""
     export: Annotated[Form | None, optional("{adm,png,zip,npy}", "none")] = None
@@ -126,8 +127,8 @@ class Sample:
         device, retries = self.where.resolve_device(place, asked.settings.precision), self.where.retries_at(place)
         job = SampleJob(asked, missing, self.where.processes, device, merge=True, export=self.export, retries=retries)
         merge = SampleMergeJob(asked, self.export)
-        # On Slurm an array; with more elements than GPUs, so that a slow or late one holds up less.
-        count = min(4 * self.where.processes, len(missing))
+        # On Slurm an array; with more elements than GPUs, so a slow or late one holds up less, if they start fast.
+        count = min((1 if settings.compile else 4) * self.where.processes, len(missing))
         if isinstance(place, OnSlurm):
             count = place.elements(count)
         elements = [replace(job, shards=missing[i::count], processes=1, merge=False) for i in range(count)]

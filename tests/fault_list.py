@@ -753,17 +753,24 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
     ),
     Fault(
+        "a process of several draws with CUDA graphs of the first one's GPU",
+        "jobs/runtime/numerics.py",
+        "        torch.cuda.set_device(device)\n",
+        "",
+        "tests/jobs/test_numerics.py::test_each_process_finds_its_own_gpu[4-3-3]",
+    ),
+    Fault(
+        "a network with classes is compiled twice",
+        "jobs/runtime/compiling.py",
+        'torch.compiler.set_stance("force_eager")\n    call()\n',
+        'torch.compiler.set_stance("force_eager")\n',
+        "tests/jobs/test_compile.py::test_a_network_is_compiled_once[mnist-classes-small]",
+    ),
+    Fault(
         "a set that is compiled goes on uncompiled",
         "commands/sample.py",
         'compile=self.compile or bool(there.get("compile")),',
         "compile=self.compile,",
-        "tests/jobs/test_compile.py::test_compiled_samples_are_the_samples_however_they_are_drawn",
-    ),
-    Fault(
-        "a set that is not compiled goes on compiled",
-        "jobs/sample/sample_set.py",
-        '{**self.as_json(), "compile": self.compile}',
-        "self.as_json()",
         "tests/jobs/test_compile.py::test_compiled_samples_are_the_samples_however_they_are_drawn",
     ),
     Fault(

@@ -22,6 +22,9 @@ class Captured:
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> None:
+        if any(tensor.device.index != torch.cuda.current_device() for tensor in inputs):
+            # The graph would be empty, and its outputs those of the last call before it.
+            raise RuntimeError("the tensors are on another GPU than CUDA's current one")
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()  # CUDA cannot capture its default stream

@@ -53,7 +53,7 @@ def title(evaluation: Evaluation) -> str:
 
 def _drawn_by(settings: SampleSettings) -> str:
     told = f", classes {label(settings.classes)}, guidance {settings.guidance:g}" if settings.classes else ""
-    return f"{settings.sampler.label}{told}"
+    return f"{settings.sampler.label}{told}{', compiled' if settings.compile else ''}"
 
 
 def num_judged(results: Json) -> int:

@@ -84,6 +84,8 @@ def _facts(experiment: str, config: ExperimentConfig, settings: SampleSettings) 
     numbers = ", ".join(f"{name}={value}" for name, value in vars(config.model).items())
     told = _told(settings.classes, settings.guidance)
     evaluations = sampler.steps * predictions(settings.guidance)
+    if settings.compile:
+        told += "; compiled, which `generate.py` is not, so its samples differ by rounding"
     rows = [
         ("data", f"{config.data.about} Their sha256: `{config.data.digest(inception=False)['data']}`"),
         ("network", f"{network} with {numbers}; it predicts the noise"),

@@ -92,8 +92,12 @@ def publish(
 
 
 def examples(run: RunFolder, weights_sha256: str) -> SampleSet | None:
-    """The newest complete set that the weights with this hash have drawn, if possible one with numbers."""
+    """The newest complete set that the weights with this hash have drawn, if possible one with numbers.
+
+    Of compiled sets, whose bytes the published program does not draw, only if there are no others.
+    """
     sets = [sample_set.read(run, name) for name in complete_sets(run)]
+    sets.sort(key=lambda one: one.settings.compile)
     ours = [one for one in sets if one.settings.weights_sha256 == weights_sha256]
     return next((one for one in ours if card.evaluation(one)), ours[0] if ours else None)
 

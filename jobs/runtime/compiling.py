@@ -1,8 +1,7 @@
 """Compiling a network with torch.compile, into the same code at each start."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,26 +9,38 @@ from torch import Tensor, nn
 from jobs.runtime.job import JobError
 
 
-@contextmanager
-def compiling(network: nn.Module) -> Iterator[None]:
-    """The network's first call in here compiles it, for inputs like its own; later ones, also outside, run that.
+def chooses_in_order() -> bool:
+    """Whether this torch compiles into the same code at each start for a GPU, too.
+
+    Otherwise Inductor times kernels and takes the fastest; versions before 2.10 have no such switch.
+    """
+    from torch._inductor import config
+
+    return hasattr(config, "deterministic")
+
+
+def compile_by(network: nn.Module, call: Callable[[], object]) -> float:
+    """Compiles the network for inputs like those of this call of it, which is made twice; returns the seconds.
 
     Raises JobError if that fails; usually there is no C++ compiler.
     """
-    from torch._dynamo.exc import TorchDynamoException  # here, because they take seconds to import
-    from torch._inductor import config as inductor
+    from torch._dynamo.exc import TorchDynamoException  # here, because it takes seconds to import
 
+    started = time.perf_counter()
     # What the process has compiled for another network would decide over what is compiled now.
     torch.compiler.reset()
+    # Libraries (einops) look at their first tensors once, and what was compiled before would be compiled again.
+    torch.compiler.set_stance("force_eager")
+    call()
     torch.compiler.set_stance("default")
-    # Inductor would time kernels at each start and take the fastest; older versions have no such switch. It is an
-    # option because that holds for backward passes, too: torch resets the module's variable after each graph.
-    network.compile(options={"deterministic": True} if hasattr(inductor, "deterministic") else None)
+    # An option, because that holds for backward passes, too: torch resets the module's variable after each graph.
+    network.compile(options={"deterministic": True} if chooses_in_order() else None)
     try:
-        yield
+        call()
     except TorchDynamoException as error:
         reason, _, _ = str(error).partition("\n\n")  # then comes advice for torch's own developers
         raise JobError(f"the network cannot be compiled on this machine: {' '.join(reason.split())}") from error
+    return time.perf_counter() - started
 
 
 def compiled_at_first(
@@ -37,19 +48,15 @@ def compiled_at_first(
 ) -> Callable[..., Tensor]:
     """Returns a function that calls the network, as one whose first call compiles it; `done` hears the seconds.
 
-    That call raises JobError as `compiling` does.
+    That call raises JobError as `compile_by` does.
     """
     is_compiled = False
 
     def call(*inputs: Tensor) -> Tensor:
         nonlocal is_compiled
-        if is_compiled:
-            return function(*inputs)
-        started = time.perf_counter()
-        with compiling(network):
-            found = function(*inputs)
-        is_compiled = True
-        done(time.perf_counter() - started)
-        return found
+        if not is_compiled:
+            done(compile_by(network, lambda: function(*inputs)))
+            is_compiled = True
+        return function(*inputs)
 
     return call

@@ -49,12 +49,15 @@ def resolve_device(device: Literal["auto", "cuda", "cpu"], gpus: int | None) -> 
 def own_device(kind: Kind) -> torch.device:
     """The device of this process: on a GPU machine that of its LOCAL_RANK, or the only one that it is shown.
 
+    CUDA's current device is that one from now on: streams, and so CUDA graphs, are of the current one, whichever GPU
+    the tensors are on.
     Raises MachineError where there is none for it: what was sent to a GPU must not compute on the CPU in silence.
     """
     if kind == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", _own_index())
     try:
+        torch.cuda.set_device(device)
         torch.zeros(1, device=device)  # a GPU that is counted may still refuse to work
     except RuntimeError as error:
         raise MachineError(

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
-from itertools import count
+from itertools import chain, count, repeat
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from diffusion.process.transfer import sent
 from jobs.files import write_atomically
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, DRAWING, Watchdog
-from jobs.runtime.compiling import compiled_at_first
+from jobs.runtime.compiling import chooses_in_order, compiled_at_first
 from jobs.runtime.job import JobError, process_rank
 from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.runtime.prefetch import Prefetch
@@ -46,20 +46,20 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
 
     console, compiled = Console(run.log), samples.settings.compile
     evaluate = evaluation(model, compiled, device, console.say)
-    patience = COMPILING if compiled else DRAWING
+    patience = chain([COMPILING] if compiled else [], repeat(DRAWING))
     shard, evaluations = 0, count(1)
 
     def predict(xt: Tensor, t: Tensor, *classes: Tensor) -> Tensor:
         if signals.requested is not Stop.NO:
             raise Stopped
         # A GPU may have much to do after the host has launched the last one.
-        watchdog.phase(f"evaluation {next(evaluations)} of shard {shard}", patience)
+        watchdog.phase(f"evaluation {next(evaluations)} of shard {shard}", next(patience))
         try:
             return evaluate(xt, t, *classes)
-        except JobError:
+        except JobError as error:
             if signals.requested is not Stop.NO:  # the signal may have killed the compilers
                 raise Stopped from None
-            raise
+            raise JobError(f"{error}; another set (--name) can be drawn without --compile") from error
 
     progress = Progress(console, "sample", len(shards), 0, "samples", samples.settings.shard_size)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
@@ -74,8 +74,16 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
 def evaluation(
     model: DiffusionModel, compiled: bool, device: Kind, say: Callable[[str], None]
 ) -> Callable[..., Tensor]:
-    """The model's `predict` as jobs evaluate it: compiled at its first call if asked for, on a GPU in one launch."""
+    """The model's `predict` as jobs evaluate it: compiled at its first call if asked for, on a GPU in one launch.
+
+    Raises JobError where processes would not compile it into the same code.
+    """
     evaluate: Callable[..., Tensor] = model.predict
+    if compiled and device == "cuda" and not chooses_in_order():
+        raise JobError(
+            f"--compile needs torch 2.10 or newer on a GPU: torch {torch.__version__} takes whichever kernels are the "
+            "fastest in each process"
+        )
 
     def done(seconds: float) -> None:
         if process_rank() == 0:

@@ -67,7 +67,7 @@ class SampleSettings:
     def contradicts(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         """Yields the settings in which a manifest says otherwise, so that its set cannot go on: its value, and ours."""
         theirs = {"compile": False, **manifest}
-        for key, value in {**self.as_json(), "compile": self.compile}.items():
+        for key, value in self.as_json().items():
             # "auto" is from before it was resolved with the plan.
             if theirs.get(key) != value and (key, theirs.get(key)) != ("precision", "auto"):
                 yield key, theirs.get(key), value

@@ -18,7 +18,7 @@ from diffusion.process.noise_levels import NoiseLevels
 from diffusion.process.randomness import Stream, generator, normal, stratified
 from diffusion.process.transfer import sent
 from jobs.experiments.settings import TrainSettings
-from jobs.runtime.compiling import compiling
+from jobs.runtime.compiling import compile_by
 from jobs.runtime.job import JobError
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import Stop
@@ -207,11 +207,10 @@ class Training:
 
         Raises JobError if that fails; usually there is no C++ compiler.
         """
-        started = time.perf_counter()
         # A shard and no step: processes of which one fails here could not exchange anything.
-        with self._without_moving() as examples, compiling(self.raw.network):
-            self._pass(*self._by_shard(*examples)[0])
-        return time.perf_counter() - started
+        with self._without_moving() as examples:
+            shard = self._by_shard(*examples)[0]
+            return compile_by(self.raw.network, lambda: self._pass(*shard))
 
     def launch_uncompiled(self) -> None:
         """Computes without what `compile` may have made, until something is compiled again."""

@@ -25,6 +25,7 @@ def test_frechet_distance_equals_scipys_square_root_of_the_product() -> None:
     shift = real.mean(0) - fake.mean(0)
     known = shift @ shift + np.trace(covariance + covariance_fake - 2 * root)
     assert frechet(real, fake) == pytest.approx(known, rel=1e-9)
+    assert frechet_distance(real, fake, seed=0).value == frechet(real, fake)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])

@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import einops
 import numpy as np
 import pytest
+import torch
 
-from diffusion.settings import MlpSettings
+from diffusion.settings import MlpSettings, UnetSettings
 from jobs.audit import plan
 from jobs.experiments.settings import Choice, TrainSettings
 from jobs.experiments.table import EXPERIMENTS
+from jobs.runtime.compiling import compiled_at_first
 from jobs.runtime.job import process_rank
 from jobs.runtime.signals import SignalWatch, Stop
 from jobs.runtime.world import World
@@ -69,7 +72,7 @@ def test_compiled_samples_are_the_samples_however_they_are_drawn(tmp_path: Path)
     n = 65_536 + 5000  # two shards, the second with a part of a sub-batch
     drawn("plain", n)
     first = drawn("two", n, "--compile", "--gpus", 2)
-    assert len(re.findall(r"Compiled the network in \d+ s \(--compile\)", first)) == 1
+    assert len(re.findall(r"Compiled the network in \d+ (?:s|min) \(--compile\)", first)) == 1
     drawn("one", 1000, "--compile")
     assert "Compiled" in drawn("one", n)  # a set that is there goes on as it was begun
     plain, two, one = (np.load(sets / name / "samples.npz")["arr_0"] for name in ("plain", "two", "one"))
@@ -118,6 +121,31 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
     assert ended.code == 1
     assert "the network cannot be compiled on this machine:" in ended.err
     assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("experiment", ["1d-classes", "mnist-classes-small"])
+def test_a_network_is_compiled_once(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where einops has seen no tensor yet: compiled code asks what it finds out at the first one."""
+    monkeypatch.setattr(einops._backends, "_type2backend", {})
+    monkeypatch.setattr(einops._backends, "_loaded_backends", {})
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    by_inductor = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network, options: by_inductor(network, backend=kept))
+    preset = EXPERIMENTS[experiment].preset
+    small = {"dim": 8, "dim_mults": (1,)} if isinstance(preset.model, UnetSettings) else {"dim": 8, "layers": 1}
+    built = replace(preset, model=replace(preset.model, **small)).build()  # type: ignore[arg-type]
+    model, seconds = built.build_model().eval(), list[float]()
+    predict = compiled_at_first(model.network, model.predict, seconds.append)
+    told = [torch.tensor([1, 0])] if model.num_classes else []
+    with torch.inference_mode():
+        found = [predict(torch.ones(2, *built.sample_shape), torch.tensor([3, 4]), *told) for _ in range(3)]
+    assert (len(graphs), len(seconds)) == (1, 1)
+    assert torch.equal(found[0], found[2])
 
 
 def asked(experiment: str, steps: int, compile: Choice | None = None) -> TrainSettings:

@@ -93,12 +93,15 @@ def test_each_process_finds_its_own_gpu(
     """Also where Slurm shows each task its own GPU alone."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
     monkeypatch.setattr(torch, "zeros", lambda n, device: None)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     if index is None:
         with pytest.raises(JobError, match="CUDA_VISIBLE_DEVICES"):
             numerics.own_device("cuda")
     else:
         assert numerics.own_device("cuda") == torch.device("cuda", index)
+        assert current == [torch.device("cuda", index)]  # else CUDA graphs would be captured on GPU 0
 
 
 def test_a_gpu_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +110,7 @@ def test_a_gpu_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch, "zeros", broken)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(JobError, match=r"cannot use its GPU 1: CUDA error: uncorrectable ECC error encountered$"):
         numerics.own_device("cuda")

@@ -143,6 +143,22 @@ def test_samples_of_other_weights_of_the_step_are_no_examples(runs: Path, tmp_pa
     assert "no samples of step 3 are there" in said[-1]
 
 
+@pytest.mark.processes
+def test_a_compiled_set_is_an_example_if_there_is_no_other(runs: Path, tmp_path: Path) -> None:
+    """Because the published program does not draw its bytes."""
+    run = RunFolder(shutil.copytree(runs / "1d" / "a", tmp_path / "runs" / "1d" / "a"))
+    shutil.copytree(run.samples / "s", run.samples / "newer")
+    write_json(run.samples / "newer" / "manifest.json", {**run.read_samples("s"), "compile": True, "seed": 8})
+    folder.publish(run, 3, "mit", tmp_path / "model", print)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["seed"] == 3
+    assert "compiled" not in (tmp_path / "model" / "README.md").read_text()
+    shutil.rmtree(run.samples / "s")
+    folder.publish(run, 3, "mit", tmp_path / "again", print)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["seed"] == 8
+    said = "in fp32; compiled, which `generate.py` is not, so its samples differ by rounding"
+    assert said in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")

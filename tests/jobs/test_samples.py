@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 from diffusion.errors import UserError
 from diffusion.settings import SamplerSettings
 from jobs.health.watchdog import VARIABLE
+from jobs.runtime import compiling
 from jobs.runtime.job import JobError
-from jobs.runtime.signals import SignalWatch
+from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.sample import draw, sample_set
 from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.storage import faults
@@ -166,6 +168,31 @@ def test_a_fault_that_repeats_without_progress_ends_a_share(tmp_path: Path, monk
     np.save(asked.shard_path(0), np.zeros(65536, np.float32))
     faults.forgive_set(asked.folder)  # a person draws what is missing
     assert SampleMergeJob(asked).lost(jobs) == jobs[1:]
+
+
+@pytest.mark.processes
+def test_compilers_that_a_signal_has_killed_are_no_failure(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, sampler = RunFolder(root / "runs" / "1d" / "a"), SamplerSettings(sampler="ddim", steps=2)
+    asked = sample_set.choose(
+        run, seed=0, sampler=sampler, weights="ema", checkpoint=None, compile=True, say=lambda text: None
+    )
+    target = sample_set.plan(run, asked, 10, "x")
+    signals, watchdog = SignalWatch(), SimpleNamespace(phase=lambda *phase: None)
+
+    def killed(network: torch.nn.Module, call: Callable[[], object]) -> float:
+        signals.requested = Stop.TERMINATE
+        raise JobError("g++ was killed")
+
+    monkeypatch.setattr(compiling, "compile_by", killed)
+    with pytest.raises(Stopped):
+        draw.sample(target, [0], "cpu", signals, watchdog)  # type: ignore[arg-type]
+
+    def fail(network: torch.nn.Module, call: Callable[[], object]) -> float:
+        raise JobError("there is no g++")
+
+    monkeypatch.setattr(compiling, "compile_by", fail)
+    with pytest.raises(JobError, match=r"^there is no g\+\+; another set \(--name\) can be drawn without --compile$"):
+        draw.sample(target, [0], "cpu", SignalWatch(), watchdog)  # type: ignore[arg-type]
 
 
 def test_a_sample_depends_on_its_index_and_not_on_how_many_are_drawn(root: Path) -> None:

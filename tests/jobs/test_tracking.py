@@ -30,7 +30,7 @@ from jobs.followers.training import TrainingFollower
 from jobs.storage.ownership import Ownership
 from jobs.storage.records import Tail
 from jobs.storage.run_folder import RunFolder
-from jobs.tracking import dashboard
+from jobs.tracking import dashboard, server
 from jobs.tracking.dashboard import Level, NoDashboard
 from jobs.tracking.identity import Identity, Machine
 from jobs.tracking.server import why_not_online
@@ -405,11 +405,12 @@ def test_auto_is_offline_within_three_seconds_where_online_cannot_work(
     with silent() as hanging:
         assert "no key" in str(why_not_online(hanging))
         monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setattr("jobs.tracking.server.ANSWER_S", 1.0)
+        assert server.ANSWER_S == 3
+        monkeypatch.setattr(server, "ANSWER_S", 1.0)
         assert "does not answer within 1 s" in str(why_not_online(hanging))
     with absent() as dead:
         assert "does not answer" in str(why_not_online(dead))
-    monkeypatch.setattr("jobs.tracking.server.ANSWER_S", 60.0)  # it is a thread of this process, which may be held up
+    monkeypatch.setattr(server, "ANSWER_S", 60.0)  # it is a thread of this process, which may be held up
     with serving(_Refusing) as strict:
         assert "does not accept the key" in str(why_not_online(strict))
 
