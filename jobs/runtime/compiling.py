@@ -33,7 +33,8 @@ def compile_by(network: nn.Module, call: Callable[[], object]) -> float:
     torch.compiler.set_stance("force_eager")
     call()
     torch.compiler.set_stance("default")
-    # An option, because that holds for backward passes, too: torch resets the module's variable after each graph.
+    # No kernels are timed then. It is an option because that holds for backward passes, too: torch resets the module's
+    # variable after each graph.
     network.compile(options={"deterministic": True} if chooses_in_order() else None)
     try:
         call()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from diffusion.errors import OutsideError
+from diffusion.process.cuda_graphs import Captured
 from jobs.runtime import numerics
 from jobs.runtime.job import JobError
 from jobs.runtime.world import World
@@ -102,6 +103,14 @@ def test_each_process_finds_its_own_gpu(
     else:
         assert numerics.own_device("cuda") == torch.device("cuda", index)
         assert current == [torch.device("cuda", index)]  # else CUDA graphs would be captured on GPU 0
+
+
+def test_no_graph_is_captured_on_another_gpu_than_that_of_the_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be empty, and its results those of the last call before it."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    there = SimpleNamespace(device=torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match="^the tensors are on another GPU than CUDA's current one$"):
+        Captured(lambda x: (x,), there)  # type: ignore[arg-type]
 
 
 def test_a_gpu_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
