@@ -109,7 +109,7 @@ def test_no_graph_is_captured_on_another_gpu_than_that_of_the_tensors(monkeypatc
     """It would be empty, and its results those of the last call before it."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     there = SimpleNamespace(device=torch.device("cuda", 1))
-    with pytest.raises(RuntimeError, match="^the tensors are on another GPU than CUDA's current one$"):
+    with pytest.raises(RuntimeError, match=r"^the tensors are on another GPU than CUDA's current one$"):
         Captured(lambda x: (x,), there)  # type: ignore[arg-type]
 
 
