@@ -54,9 +54,10 @@ def outside_any_job() -> Iterator[None]:
 
 
 def network(interface: str, devices: Path = Path("/sys/class/net")) -> dict[str, str]:
-    """Returns the variables that name a network interface; auto is the first fast one that is up, {} without one.
+    """Returns the variables that name a network interface; auto are the fast ones that are up, {} without one.
 
-    Fast is InfiniBand (type 32 of Linux) and Slingshot, whose interfaces are called hsn0, hsn1, ...
+    Fast is InfiniBand (type 32 of Linux) and Slingshot, whose interfaces are called hsn0, hsn1, ... NCCL divides its
+    traffic among several, gloo uses the first.
     """
     if interface == "auto":
         fast = [
@@ -67,5 +68,5 @@ def network(interface: str, devices: Path = Path("/sys/class/net")) -> dict[str,
         ]
         if not fast:
             return {}
-        interface = fast[0]
+        return {**dict.fromkeys(INTERFACES, fast[0]), "NCCL_SOCKET_IFNAME": ",".join(fast)}
     return dict.fromkeys(INTERFACES, interface)

@@ -77,7 +77,7 @@ class Profile:
     host_suffix: str = ""
     """What makes a node's name that of its fast network: with i, node07 is reached as node07i."""
     interface: str | None = None
-    """Network interface of NCCL and gloo, such as ib0; auto is the first fast one that is up."""
+    """Network interface of NCCL and gloo, such as ib0; auto finds the fast ones that are up."""
     poll_s: int = queue.POLL_S
     """Most seconds between two questions to Slurm about a job that is waited for."""
     notify: tuple[str, ...] = ()

@@ -95,7 +95,7 @@ class SlurmTask:
     host_suffix: str = ""
     """What makes a node's name that of its fast network."""
     interface: str | None = None
-    """The network interface to use; auto is the first fast one."""
+    """The network interface to use; auto finds the fast ones."""
 
     def __call__(self) -> None:
         from submitit.helpers import TorchDistributedEnvironment

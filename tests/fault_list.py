@@ -444,9 +444,37 @@ FAULTS = [
     Fault(
         "process 0 takes the port's file away before all have met",
         "jobs/runtime/world.py",
-        'store.wait([f"met-{other}" for other in range(size)], TIMEOUT)',
+        'store.wait([f"met-{other}" for other in range(size)], MEETING)',
         "pass",
         "tests/jobs/test_parallel.py::test_a_process_that_comes_late_still_finds_the_port",
+    ),
+    Fault(
+        "a job that was stopped as a whole for 20 minutes is ended when it goes on",
+        "jobs/runtime/world.py",
+        "world_size=size, timeout=COLLECTIVE",
+        "world_size=size, timeout=MEETING",
+        "tests/jobs/test_parallel.py::test_a_job_that_was_stopped_as_a_whole_is_not_ended_by_its_collectives",
+    ),
+    Fault(
+        "a process alone leaves its group behind",
+        "jobs/runtime/world.py",
+        "if dist.is_initialized():  # as",
+        "if False:  # as",
+        "tests/jobs/test_parallel.py::test_a_process_alone_leaves_no_group_behind",
+    ),
+    Fault(
+        "two RTX 40 with an old driver do not train",
+        "jobs/runtime/world.py",
+        '"RTX 40" in torch',
+        '"RTX 50" in torch',
+        "tests/jobs/test_parallel.py::test_two_rtx_40_with_an_old_driver_train_without_their_direct_path",
+    ),
+    Fault(
+        "one of several fast network cards is used",
+        "slurm/environment.py",
+        '",".join(fast)',
+        "fast[0]",
+        "tests/slurm/test_scripts.py::test_the_fast_network_is_found",
     ),
     Fault(
         "processes leave while the first one draws figures",

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import check_cuda_p2p_ib_support
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in its __all__
 
 from jobs.runtime.job import JobError, MachineError, process_rank
@@ -20,11 +21,13 @@ from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, uui
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=20)
-"""Processes wait this long for each other, when they meet and in every collective.
+MEETING = timedelta(minutes=20)
+"""Processes wait this long for each other when they meet."""
+COLLECTIVE = timedelta(days=1)
+"""A collective waits this long for the slowest process.
 
-That is longer than one of them may take to save, to measure or for a disk that stands still (jobs/health), because a
-collective that ends in vain takes all of them along.
+The watchdog ends those that hang far earlier (jobs/health), and knows a hang from a job that was stopped as a whole.
+This clock goes on in such a job, and a collective that ends in vain takes all processes along.
 """
 
 
@@ -77,6 +80,8 @@ class World:
         Everything is saved by then, so an error in here is ignored.
         """
         if self.size == 1:
+            if dist.is_initialized():  # as in a task of Slurm's; NCCL complains in the log if nobody ends it
+                dist.destroy_process_group()
             return
         # Not by a collective: the first process may draw figures for longer than one may take, and then NCCL would end
         # those that wait for it, and the job with them. How long that may be, the watchdog knows.
@@ -106,11 +111,16 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     # A single process needs it, too: where RANK is set, Accelerate makes a group, at MASTER_PORT.
     if (port_file := os.environ.get("MASTER_PORT_FILE")) and not dist.is_initialized():
         _meet(Path(port_file), "nccl" if device == "cuda" else "gloo")
+    if device == "cuda" and "RTX 40" in torch.cuda.get_device_name() and not check_cuda_p2p_ib_support():
+        # As `accelerate launch` does: with an older driver two of these have no direct path between them, and else
+        # Accelerate refuses a machine that has two, also to use one. nvidia-smi takes a second: not on other GPUs.
+        for variable in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+            os.environ.setdefault(variable, "1")
     AcceleratorState._reset_state()  # it would insist on the first precision
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE)],
     )
     if accelerator.num_processes != processes:
         raise RuntimeError(
@@ -132,23 +142,23 @@ def _meet(port_file: Path, backend: str) -> None:
     rank, size, address = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
     if rank == 0:
         # It must not wait for the others, who learn its port from the file that is written below.
-        store = TCPStore(address, 0, size, is_master=True, timeout=TIMEOUT, wait_for_workers=False)
+        store = TCPStore(address, 0, size, is_master=True, timeout=MEETING, wait_for_workers=False)
         unseen = port_file.with_name(f".{port_file.name}")
         unseen.write_text(str(store.port))
         unseen.rename(port_file)  # the others read it as soon as they see its name
     else:
-        deadline = time.monotonic() + TIMEOUT.total_seconds()
+        deadline = time.monotonic() + MEETING.total_seconds()
         # By listing the folder: NFS may go on believing that a file which was not there is not there.
         while port_file.name not in os.listdir(port_file.parent):
             if time.monotonic() > deadline:
-                raise MachineError(f"process {rank} waited {TIMEOUT} in vain for process 0 to write {port_file}")
+                raise MachineError(f"process {rank} waited {MEETING} in vain for process 0 to write {port_file}")
             time.sleep(0.05)
-        store = TCPStore(address, int(port_file.read_text()), size, is_master=False, timeout=TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        store = TCPStore(address, int(port_file.read_text()), size, is_master=False, timeout=MEETING)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE)
     # Not every backend waits for the others when it is made.
     store.set(f"met-{rank}", "")
     if rank == 0:
-        store.wait([f"met-{other}" for other in range(size)], TIMEOUT)
+        store.wait([f"met-{other}" for other in range(size)], MEETING)
         port_file.unlink()
 
 

@@ -154,6 +154,40 @@ class CloseJob:
 
 
 @dataclass(frozen=True)
+class PausedJob:
+    """The second process comes to a collective later than it may come to the meeting, as after a pause of all."""
+
+    folder: Path
+
+    def __call__(self) -> int:
+        with mock.patch.object(world, "MEETING", timedelta(seconds=2)):
+            group = start(2, "cpu", "fp32")
+        if group.rank == 1:
+            wait_until((self.folder / "waits").exists)
+            time.sleep(3)
+        else:
+            (self.folder / "waits").touch()
+        assert group.sum(torch.ones(1)) == 2
+        group.close()
+        return 0
+
+
+@dataclass(frozen=True)
+class LoneJob:
+    """One process that makes a group, as a task of Slurm's."""
+
+    folder: Path
+
+    def __call__(self) -> int:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT_FILE"] = str(self.folder / "port")
+        group = start(1, "cpu", "fp32")
+        assert torch.distributed.is_initialized()
+        group.close()
+        return int(torch.distributed.is_initialized())
+
+
+@dataclass(frozen=True)
 class FailJob:
     """Process 1 fails, the others would wait for ever."""
 

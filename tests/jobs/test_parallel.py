@@ -10,14 +10,17 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import accelerate.state
 import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
 
 from jobs.runtime import world
 from jobs.runtime.job import MachineError
 from jobs.storage import checkpoints
 from slurm import local
-from tests.jobs.parallel import CloseJob, ExamplesJob, FailJob, LateJob, SkipJob, run
+from tests.jobs.parallel import CloseJob, ExamplesJob, FailJob, LateJob, LoneJob, PausedJob, SkipJob, run
 from tests.launching import NO_FIGURES, TINY, finish, start, status, steps_logged, wait_until, workers
 
 pytestmark = pytest.mark.processes  # which tests/jobs/parallel.py starts
@@ -57,9 +60,40 @@ def test_at_the_end_all_wait_for_the_one_that_draws_figures(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"comes", "leaves"}
 
 
+def test_a_job_that_was_stopped_as_a_whole_is_not_ended_by_its_collectives(tmp_path: Path) -> None:
+    """Their clock goes on while it stands still, for any time; the watchdog sees what hangs."""
+    outcome, err = run(PausedJob(tmp_path), 2)
+    assert outcome.exit_code == 0, err
+
+
+def test_a_process_alone_leaves_no_group_behind(tmp_path: Path) -> None:
+    """NCCL would complain about it in each log."""
+    outcome, err = run(LoneJob(tmp_path), 1)
+    assert outcome.exit_code == 0, err
+
+
+def test_two_rtx_40_with_an_old_driver_train_without_their_direct_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate refuses them else, also to use one."""
+    monkeypatch.setattr(world, "own_device", lambda kind: torch.device("cuda", 0))
+    monkeypatch.setattr(world, "set_numerics", lambda precision: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(PartialState, "default_device", property(lambda state: torch.device("cuda", 0)))
+    for module in (accelerate.state, world):
+        monkeypatch.setattr(module, "check_cuda_p2p_ib_support", lambda: False)
+    for variable in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE", "ACCELERATE_BYPASS_DEVICE_MAP"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    PartialState._reset_state()
+    try:
+        assert world.start(1, "cuda", "fp32").size == 1
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert os.environ["NCCL_P2P_DISABLE"] == os.environ["NCCL_IB_DISABLE"] == "1"
+
+
 def test_a_process_that_finds_no_others_blames_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then a new start may help, also if it happens twice."""
-    monkeypatch.setattr(world, "TIMEOUT", timedelta(seconds=0.1))
+    monkeypatch.setattr(world, "MEETING", timedelta(seconds=0.1))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(MachineError, match="in vain for process 0"):
