@@ -32,7 +32,7 @@ from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = (
-    *("torch", "torch.distributed"),
+    *("torch", "torch.distributed", "torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"),
     *("accelerate", "denoising_diffusion_pytorch", "safetensors.torch", "torchvision"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "scipy.integrate"),
     *("PIL.Image", "tqdm", "tyro", "typeguard"),
