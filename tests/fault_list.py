@@ -1247,6 +1247,13 @@ FAULTS = [
         "tests/jobs/test_doctor.py::test_the_command_for_people_and_for_scripts",
     ),
     Fault(
+        "the doctor's job does not look at the numbers that it gathers",
+        "jobs/doctor/trial_job.py",
+        "wrong = (exchanged != expected) | (gathered != pieces)",
+        "wrong = exchanged != expected",
+        "tests/jobs/test_doctor.py::test_a_task_whose_numbers_arrive_wrong_is_named[jobs.runtime.world.all_gather-2]",
+    ),
+    Fault(
         "the doctor does not find the file system of a folder with a blank in its path",
         "jobs/doctor/machine.py",
         "bytes([int(found[1], 8)])",

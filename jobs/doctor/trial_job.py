@@ -17,9 +17,13 @@ from jobs.runtime.job import Requeue, process_rank
 
 if TYPE_CHECKING:
     from jobs.runtime.numerics import Kind
+    from jobs.runtime.world import World
 
 FILES_PATIENCE_S = 30.0
 """Seconds that a node may take to see a new file of another node: NFS remembers for a while that it was missing."""
+EXCHANGED = 1 << 22
+"""Numbers that each task sends and receives in the trial: 16 MiB, which GPUs move otherwise than a single number."""
+P2P = "NCCL_P2P_DISABLE=1 before this command: if it helps, the direct path between GPUs is at fault (IOMMU, PCIe ACS)"
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,10 @@ class DoctorJob:
         started = time.perf_counter()
         mean = float(world.sum(torch.tensor(float(rank), device=world.device))) / world.size
         seconds = time.perf_counter() - started
+        wrong_from = wrong_senders(world)
         unseen = self._unseen()  # after the reduction all have written theirs
         world.close()
-        return {**result, "mean": mean, "reduce_s": seconds, "unseen": unseen}
+        return {**result, "mean": mean, "reduce_s": seconds, "wrong_from": wrong_from, "unseen": unseen}
 
     def _lacks_gpus(self, result: dict[str, Any]) -> bool:
         # A single one may be the task's own, where Slurm binds GPUs to tasks: then the training finds out.
@@ -130,8 +135,18 @@ class DoctorJob:
         expected = (self.processes - 1) / 2
         wrong = [rank for rank, result in results.items() if result["mean"] != expected]
         slowest_ms = 1000 * max(result["reduce_s"] for result in results.values())
-        if wrong:
-            yield Finding("problem", f"wrong sum in tasks {wrong}", "training would be wrong", "report this, please")
+        cure = P2P if self.device == "cuda" else "report this, please"
+        if garbled := [(rank, sender) for rank, result in results.items() for sender in result["wrong_from"]]:
+            rank, sender = garbled[0]
+            yield Finding(
+                "problem",
+                f"task {rank} on {results[rank]['node']} received wrong numbers from task {sender} on "
+                f"{results[sender]['node']}; so did {len(garbled)} of {self.processes**2} pairs of tasks",
+                "training would be wrong",
+                cure,
+            )
+        elif wrong:
+            yield Finding("problem", f"wrong sum in tasks {wrong}", "training would be wrong", cure)
         elif self.processes > 1:
             yield Finding("ok", f"the tasks reach each other; a first all-reduce took {slowest_ms:.0f} ms")
 
@@ -141,11 +156,12 @@ class DoctorJob:
             last = traces[0].strip().splitlines()[-1]
             cure = 'interface = "auto", or host_suffix, in the profile, where the network is to blame'
             return Finding("problem", f"the test job failed: {last}", "a training would, too", cure)
+        log = f"its output is in {self.folder}/slurm, if it could write there"
         return Finding(
             "problem",
             f"nothing came back from tasks {', '.join(map(str, missing))}",
-            "the job died early, or the runs' folder is not the same on its nodes",
-            f"its output is in {self.folder}/slurm, if it could write there",
+            "the job died early, its tasks wait for each other, or the runs' folder is not the same on its nodes",
+            f"{log}; {P2P}" if self.device == "cuda" and self.processes > 1 else log,
         )
 
     def _read(self, name: str) -> dict[str, Any]:
@@ -153,3 +169,26 @@ class DoctorJob:
             return dict(json.loads((self.folder / f"{name}.json").read_text()))
         except FileNotFoundError:
             return {}
+
+
+def wrong_senders(world: "World") -> list[int]:
+    """Moves numbers as a training moves gradients; returns the tasks, itself included, from which wrong ones came.
+
+    Every process must call it.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from jobs.runtime.world import all_gather
+
+    if world.size == 1:
+        return []
+    # Whole numbers below 2^24, which fp32 holds exactly; no two of a task's are equal.
+    numbers = torch.arange(EXCHANGED // world.size * world.size, device=world.device, dtype=torch.float32)
+    pieces = numbers.view(world.size, -1)  # [tasks, piece], a piece for each task
+    exchanged, gathered = torch.zeros_like(pieces), torch.zeros_like(pieces)
+    dist.all_to_all_single(exchanged.flatten(), (pieces + world.rank).flatten())
+    all_gather(gathered.flatten(), pieces[world.rank])
+    expected = pieces[world.rank] + torch.arange(world.size, device=world.device)[:, None]
+    wrong = (exchanged != expected) | (gathered != pieces)
+    return [rank for rank, is_wrong in enumerate(wrong.any(1).tolist()) if is_wrong]

@@ -21,6 +21,8 @@ from jobs.runtime.numerics import Kind, Precision, own_device, set_numerics, uui
 
 T = TypeVar("T")
 
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14 on
+
 MEETING = timedelta(minutes=20)
 """Processes wait this long for each other when they meet."""
 COLLECTIVE = timedelta(days=1)

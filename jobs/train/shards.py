@@ -17,9 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from jobs.runtime.world import all_gather
 from jobs.train.flat_weights import ALIGNMENT
-
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.14 on
 
 VOTES = 16
 Node = tuple[int, int]
@@ -130,7 +129,7 @@ class ShardSum:
         sizes = [n * piece for n in counts], [len(sums) * piece] * processes
         dist.all_to_all_single(received.flatten(), sent.flatten(), *sizes)
         total = fold(self._root, dict(zip(chain(*self._nodes), received, strict=True)))
-        _all_gather(self._gradient, total)
+        all_gather(self._gradient, total)
 
     def _measured(self, exchange: Callable[[list[Tensor]], None], sums: list[Tensor]) -> None:
         if self._events is None:

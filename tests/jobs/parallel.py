@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
@@ -21,10 +22,12 @@ from torch import Tensor
 from diffusion.gaussian1d.experiment import Gaussian1d
 from jobs.audit.compute import AuditRecorder, WritingRecorder
 from jobs.audit.plan import Part, Stretch
+from jobs.doctor.trial_job import DoctorJob
 from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.health.watchdog import Watchdog
 from jobs.runtime import world
+from jobs.runtime.job import process_rank
 from jobs.runtime.signals import SignalWatch, Stop
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
@@ -179,12 +182,31 @@ class LoneJob:
     folder: Path
 
     def __call__(self) -> int:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT_FILE"] = str(self.folder / "port")
+        os.environ.update(local.environment(0, 1, str(self.folder / "port")))
         group = start(1, "cpu", "fp32")
         assert torch.distributed.is_initialized()
         group.close()
         return int(torch.distributed.is_initialized())
+
+
+@dataclass(frozen=True)
+class GarblingJob:
+    """The doctor's job, where the first number that process 1 sends by this function arrives as another."""
+
+    job: DoctorJob
+    function: str
+
+    def __call__(self) -> int:
+        where, _, name = self.function.rpartition(".")
+        right = getattr(import_module(where), name)
+
+        def garbling(received: Tensor, sent: Tensor) -> None:
+            garbled = sent.clone()
+            garbled[0] += 1
+            right(received, garbled)
+
+        with mock.patch(self.function, garbling if process_rank() == 1 else right):
+            return self.job()
 
 
 @dataclass(frozen=True)

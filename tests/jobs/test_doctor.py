@@ -14,10 +14,23 @@ from jobs.doctor import machine
 from jobs.doctor.machine import Finding
 from jobs.doctor.trial_job import DoctorJob
 from jobs.files import write_json
+from jobs.runtime.numerics import Kind
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
 from tests.jobs import parallel
 from tests.launching import launch
+
+WELL = {
+    "node": "n1",
+    "visible": None,
+    "gpus": 2,
+    "tasks_here": 2,
+    "mean": 0.5,
+    "reduce_s": 0.1,
+    "wrong_from": [],
+    "unseen": [],
+}
+"""What one of two tasks finds where all is well."""
 
 
 def find(findings: list[Finding], words: str) -> Finding:
@@ -144,6 +157,20 @@ def test_the_test_job_in_two_processes(tmp_path: Path) -> None:
     assert find(findings, "reach each other")
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("function", "pairs"), [("torch.distributed.all_to_all_single", 1), ("jobs.runtime.world.all_gather", 2)]
+)
+def test_a_task_whose_numbers_arrive_wrong_is_named(function: str, pairs: int, tmp_path: Path) -> None:
+    """One of 4 million, by the transport of a training's gradients; all others and the sum of one number are right."""
+    job = DoctorJob(tmp_path, 2, "cpu")
+    outcome, err = parallel.run(parallel.GarblingJob(job, function), 2)
+    assert outcome.exit_code == 0, err
+    (problem,) = (finding for finding in job.findings() if finding.level == "problem")
+    node = json.loads((tmp_path / "result-1.json").read_text())["node"]
+    assert f"task 0 on {node} received wrong numbers from task 1 on {node}; so did {pairs} of 4 pairs" in problem.what
+
+
 @pytest.mark.parametrize(("gpus", "tasks"), [(0, 1), (0, 2), (2, 4)])
 def test_a_test_job_that_finds_no_gpus(gpus: int, tasks: int, tmp_path: Path) -> None:
     job = DoctorJob(tmp_path, tasks, "cuda")
@@ -156,22 +183,24 @@ def test_a_test_job_that_finds_no_gpus(gpus: int, tasks: int, tmp_path: Path) ->
 
 def test_tasks_that_are_shown_their_own_gpu_alone_are_fine(tmp_path: Path) -> None:
     job = DoctorJob(tmp_path, 2, "cuda")
-    seen = {"node": "n1", "visible": "0", "gpus": 1, "tasks_here": 2, "mean": 0.5, "reduce_s": 0.1, "unseen": []}
+    seen = {**WELL, "visible": "0", "gpus": 1}
     for rank in range(2):
         (tmp_path / f"result-{rank}.json").write_text(json.dumps(seen))
     assert {finding.level for finding in job.findings()} == {"ok"}
 
 
-@pytest.mark.parametrize("broken", ["unseen", "mean", "lost", "failed"])
-def test_what_a_broken_cluster_does_to_the_test_job(broken: str, tmp_path: Path) -> None:
-    job = DoctorJob(tmp_path, 2, "cpu")
-    good = {"node": "n1", "visible": None, "gpus": 0, "tasks_here": 2, "mean": 0.5, "reduce_s": 0.1, "unseen": []}
-    wrong = {"unseen": {"unseen": [0]}, "mean": {"mean": 0.0}}.get(broken, {})
-    (tmp_path / "result-0.json").write_text(json.dumps(good))
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("broken", ["unseen", "mean", "wrong_from", "lost", "failed"])
+def test_what_a_broken_cluster_does_to_the_test_job(broken: str, device: Kind, tmp_path: Path) -> None:
+    job = DoctorJob(tmp_path, 2, device)
+    wrong = {"unseen": {"unseen": [0]}, "mean": {"mean": 0.0}, "wrong_from": {"wrong_from": [0]}}.get(broken, {})
+    (tmp_path / "result-0.json").write_text(json.dumps(WELL))
     if broken == "failed":
         job.failed(1, "Traceback\nRuntimeError: connection refused\n")
     elif broken != "lost":
-        (tmp_path / "result-1.json").write_text(json.dumps({**good, **wrong}))
+        (tmp_path / "result-1.json").write_text(json.dumps({**WELL, **wrong}))
     (problem,) = (finding for finding in job.findings() if finding.level == "problem")
     words = {"unseen": "task 1 does not see", "mean": "wrong sum", "lost": "from tasks 1", "failed": "refused"}
-    assert words[broken] in problem.what
+    assert words.get(broken, "task 1 on n1 received wrong numbers from task 0 on n1") in problem.what
+    between_gpus = device == "cuda" and broken in ("mean", "wrong_from", "lost")
+    assert ("NCCL_P2P_DISABLE=1" in problem.cure) == between_gpus
