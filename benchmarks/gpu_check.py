@@ -135,7 +135,7 @@ def parts(device: str, folder: Path) -> tuple[list[Part], list[Part]]:
         return Part(name, arguments, patience * limit_s)
 
     side_by_side = [benchmark("survival", 240), tests("test_exact", 240, 4), tests("test_right", 200, 3)]
-    side_by_side.append(tests("test_captured", 160, 3))
+    side_by_side += [tests("test_captured", 160, 3), tests("test_several", 240, 2)]
     # The training compiles what is recorded after it, and leaves it in Inductor's cache.
     return side_by_side, [benchmark("training", 150), benchmark("kernels", 70), benchmark("sampling", 130)]
 

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import Tensor
 
 from diffusion.problems.mnist import MnistProblem
 from diffusion.process.cuda_graphs import Captured
@@ -19,7 +20,9 @@ from jobs.runtime.job import process_rank
 from jobs.runtime.numerics import Kind, set_numerics
 from jobs.runtime.world import World, _meet, start
 from jobs.train import state
+from jobs.train.shards import VOTES, ShardSum, room
 from jobs.train.state import Training
+from slurm import local
 from tests.jobs.recorded import Recorded
 
 
@@ -77,6 +80,49 @@ class GlooJob:
         if self.processes > 1:
             dist.barrier()
             dist.destroy_process_group()
+        return 0
+
+
+@dataclass(frozen=True)
+class ExchangeJob:
+    """Exchanges gradients of whole numbers in a group of one process, between two graphs, as a step of several does.
+
+    It captures when it has exchanged some already: by then the group has its stream and its watchdog.
+    """
+
+    folder: Path
+    device: Kind
+
+    def __call__(self) -> int:
+        os.environ.update(local.environment(0, 1, str(self.folder / "port")))
+        world = start(1, self.device, "fp32")
+        assert dist.get_backend() == ("nccl" if self.device == "cuda" else "gloo")
+        n = 1 << 22
+        gradient = torch.zeros(n + room(n, processes=1), device=world.device)
+        numbers = torch.arange(n, device=world.device).remainder(1000).float()
+        shards = ShardSum(gradient, shards=4, rank=0, processes=1)
+
+        def add_up(factor: Tensor) -> tuple[Tensor, ...]:
+            return tuple(shards.add_up(lambda shard: gradient[:n].add_(numbers * factor * (shard + 1))))
+
+        def move() -> tuple[Tensor]:
+            moved = gradient.clone()
+            gradient.zero_()
+            return (moved,)
+
+        launched = Recorded if self.device == "cpu" else Captured
+        shards.exchange(add_up(numbers[1]), vote=0)
+        before, after = launched(add_up, numbers[1]), launched(move)
+        gradient.zero_()
+        found = []
+        for factor in (1, 2, 3):  # without a look at one before the next is launched
+            shards.exchange(before(numbers[factor]), vote=factor)
+            found += after()
+        for factor, moved in enumerate(found, 1):
+            assert torch.equal(moved[:n], (1 + 2 + 3 + 4) * factor * numbers)
+            assert moved[-VOTES:].tolist() == [float(vote == factor) for vote in range(VOTES)]
+        assert shards.exchange_s > 0
+        dist.destroy_process_group()
         return 0
 
 
