@@ -141,7 +141,7 @@ class DoctorJob:
             yield Finding(
                 "problem",
                 f"task {rank} on {results[rank]['node']} received wrong numbers from task {sender} on "
-                f"{results[sender]['node']}; so did {len(garbled)} of {self.processes**2} pairs of tasks",
+                f"{results[sender]['node']}; that is so in {len(garbled)} of {self.processes**2} pairs of tasks",
                 "training would be wrong",
                 cure,
             )

@@ -168,7 +168,8 @@ def test_a_task_whose_numbers_arrive_wrong_is_named(function: str, pairs: int, t
     assert outcome.exit_code == 0, err
     (problem,) = (finding for finding in job.findings() if finding.level == "problem")
     node = json.loads((tmp_path / "result-1.json").read_text())["node"]
-    assert f"task 0 on {node} received wrong numbers from task 1 on {node}; so did {pairs} of 4 pairs" in problem.what
+    assert f"task 0 on {node} received wrong numbers from task 1 on {node}" in problem.what
+    assert f"in {pairs} of 4 pairs of tasks" in problem.what
 
 
 @pytest.mark.parametrize(("gpus", "tasks"), [(0, 1), (0, 2), (2, 4)])
