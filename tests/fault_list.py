@@ -364,6 +364,20 @@ FAULTS = [
         "tests/jobs/test_compile.py::test_processes_of_which_one_cannot_compile_all_go_on_without",
     ),
     Fault(
+        "a start records the machine of its first process alone",
+        "jobs/train/loop.py",
+        "found = world.of_all(facts(world.device))",
+        "found = [facts(world.device)]",
+        "tests/jobs/test_numerics.py::test_a_start_speaks_for_all_its_processes_if_one_has_another_cpu",
+    ),
+    Fault(
+        "an audit forgets that its processes may be unlike",
+        "jobs/audit/compute.py",
+        "found = world.of_all(facts(world.device))",
+        "found = [facts(world.device)]",
+        "tests/jobs/test_numerics.py::test_a_start_speaks_for_all_its_processes_if_one_has_another_cpu",
+    ),
+    Fault(
         "processes of an audit do not wait for the one that saves",
         "jobs/audit/compute.py",
         "            self._training.world.of_first(None)\n",

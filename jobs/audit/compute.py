@@ -6,7 +6,7 @@ from jobs.audit.plan import Part, Stretch
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, SAVING, START, Watchdog
 from jobs.runtime.job import JobError
-from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision
+from jobs.runtime.numerics import Kind, differing, facts, lacking, mixed, resolve_precision, shared
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.world import World, start
 from jobs.storage import checkpoints
@@ -101,9 +101,11 @@ def _compute(stretch: Stretch, part: Part, world: World, signals: SignalWatch, w
         checkpoints.verify(run.checkpoints, step)
         training.restore(checkpoints.load(run.checkpoints, step))
     recorder = AuditRecorder(stretch, part, training, watchdog)
+    found = world.of_all(facts(world.device))
     if world.rank == 0:
-        now = {"precision": world.precision, "grad_shards": training.shards, **facts(world.device)}
-        append_timing(run, {"event": "start", "step": step, "differing": differing(part.facts, now), **now})
+        now = {"precision": world.precision, "grad_shards": training.shards, **shared(found)}
+        unlike = [*differing(part.facts, now), *mixed(found)]
+        append_timing(run, {"event": "start", "step": step, "differing": unlike, **now})
         recorder = WritingRecorder(stretch, part, training, watchdog, signals, console)
     try:
         watchdog.phase("compiling", COMPILING)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +142,7 @@ def uuid_of(device: torch.device) -> str | None:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Returns what the bytes of a result depend on besides its settings; each start records it."""
+    """Returns what the bytes of a result depend on besides its settings, as this process finds it."""
     found: dict[str, Any] = {
         "device": str(device),
         "threads": torch.get_num_threads(),
@@ -160,6 +161,30 @@ def facts(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def shared(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the facts of a job, which each start records, from those of its processes.
+
+    Of the device it is the first one's; where another fact differs, it is all values in one string.
+    """
+    values = {name: {process[name] for process in found} for name in found[0] if name != "device"}
+    return found[0] | {name: _listed(several) for name, several in values.items() if len(several) > 1}
+
+
+def mixed(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns what bytes depend on and is not the same on all processes of a job, in words.
+
+    Each process computes the norm of the gradient, by which it is clipped, and a sum on another kind of machine differs
+    in its last bits. So the weights of processes drift apart, until all continue from those that the first has saved.
+    """
+    first, job = found[0], shared(found)
+    names = _on_which_bytes_depend(first)
+    return [f"the processes differ in {name} ({job[name]})" for name in names if job.get(name) != first.get(name)]
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(sorted(map(str, values)))
+
+
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns what bytes depend on and is not the same in both, in words.
 
@@ -167,9 +192,13 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     return [
         f"{name} {before[name]} before, {now[name]} now"
-        for name in (*SAME_BYTES, *(SAME_BYTES_OF_CPUS if now.get("device") == "cpu" else ()))
+        for name in _on_which_bytes_depend(now)
         if name in before and name in now and _kind_of(before[name]) != _kind_of(now[name])
     ]
+
+
+def _on_which_bytes_depend(now: dict[str, Any]) -> tuple[str, ...]:
+    return (*SAME_BYTES, *(SAME_BYTES_OF_CPUS if now.get("device") == "cpu" else ()))
 
 
 def _kind_of(fact: Any) -> Any:

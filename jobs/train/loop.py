@@ -14,7 +14,17 @@ from jobs.followers.start import machine_of
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, HELD_OUT, SAVING, START, Watchdog
 from jobs.runtime.job import JobError, Requeue, process_node
-from jobs.runtime.numerics import Kind, differing, facts, lacking, resolve_precision, uuid_of, whereabouts
+from jobs.runtime.numerics import (
+    Kind,
+    differing,
+    facts,
+    lacking,
+    mixed,
+    resolve_precision,
+    shared,
+    uuid_of,
+    whereabouts,
+)
 from jobs.runtime.signals import SignalWatch, Stop
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
@@ -56,6 +66,7 @@ def train(
     if step:
         training.restore(checkpoints.load(run.checkpoints, step))
     here = machine_of(world.of_all((process_node(), uuid_of(world.device))), world.rank)
+    found = world.of_all(facts(world.device))
     recorder: Recorder = NodeRecorder(run, owner, here) if here is not None else NoRecorder()
     if world.rank == 0:
         assert here is not None
@@ -68,11 +79,13 @@ def train(
             "compile": "always" if compiled else "never",
             "steps": settings.steps,
             "parameters": sum(p.numel() for p in training.raw.network.parameters()),
-            **facts(world.device),
+            **shared(found),
         }
         before = {"grad_shards": before.get("processes"), **before}  # as older versions cut the batch
         if step:
             say_of_bytes(console, differing(before, machine))
+        if unlike := mixed(found):
+            console.say(f"This run may have other bytes if it is interrupted: {'; '.join(unlike)}.")
         recorder = RunRecorder(run, training, owner, console, requeue is not None, machine, here)
     try:
         recorder.start()

@@ -18,7 +18,8 @@ from jobs.runtime import numerics
 from jobs.runtime.job import JobError
 from jobs.runtime.world import World
 from jobs.runtime.world import start as start_world
-from tests.launching import NO_FIGURES, ROOT, TINY, done, finish, launch, start, status
+from tests.jobs.other_cpu import OTHER
+from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, finish, launch, start, status
 
 A_RUN = ("train", "1d", *TINY, "--train.steps", "20", "--name", "a")
 
@@ -168,6 +169,46 @@ def test_a_start_says_what_has_changed_in_what_bytes_depend_on(tmp_path: Path) -
     assert "precision fp32 before, bf16 now" in sentence
     assert "threads 1 before, 2 now" in sentence
     assert sentence in (run / "log.txt").read_text()
+
+
+def test_a_start_speaks_for_all_its_processes_if_one_has_another_cpu(tmp_path: Path) -> None:
+    def on_other_cpu(*arguments: str) -> Finished:
+        return finish(start(*arguments, *two, cwd=tmp_path, module="tests.jobs.other_cpu", **NO_FIGURES))
+
+    run, two = tmp_path / "runs" / "1d" / "a", ("--gpus", "2", "--device", "cpu")
+    own = torch.backends.cpu.get_cpu_capability()
+    both = ", ".join(sorted([own, OTHER]))
+    alike = done(*A_RUN, *two, cwd=tmp_path, **NO_FIGURES)
+    assert "bytes" not in alike.out
+    changed = on_other_cpu("resume", "1d/a", "--train.steps", "30")
+    assert changed.code == 0, changed
+    drift = f"This run may have other bytes if it is interrupted: the processes differ in cpu ({both})."
+    assert drift in changed.out
+    assert f"bytes may differ from those of an uninterrupted run: cpu {own} before, {both} now." in changed.out
+    assert [line["cpu"] for line in lines(run / "timing.jsonl") if line["event"] == "start"] == [own, both]
+    # The same two again: nothing has changed, and still the weights drift apart.
+    again = on_other_cpu("resume", "1d/a", "--train.steps", "40")
+    assert drift in again.out
+    assert "before" not in again.out
+    reason = f"bytes may differ: the processes differ in cpu ({both})"
+    assert f"from step 30 on {reason}" in on_other_cpu("audit", "1d/a", "--from", "30").out
+    alike = launch("audit", "1d/a", "--from", "30", *two, cwd=tmp_path)
+    assert f"from step 30 on bytes may differ: cpu {both} before, {own} now" in alike.out
+
+
+def test_what_processes_have_in_common_is_said_once_and_what_not_is_listed() -> None:
+    a100 = {"device": "cuda:0", "gpu": "NVIDIA A100", "threads": 8, "driver": None}
+    h100 = {"device": "cuda:1", "gpu": "NVIDIA H100", "threads": 4, "driver": "580"}
+    assert numerics.shared([a100, {**a100, "device": "cuda:1"}]) == a100
+    assert numerics.mixed([a100, {**a100, "device": "cuda:1"}]) == []
+    gpus = "NVIDIA A100, NVIDIA H100"
+    assert numerics.shared([h100, a100, a100]) == {
+        "device": "cuda:1",
+        "gpu": gpus,
+        "threads": "4, 8",
+        "driver": "580, None",
+    }
+    assert numerics.mixed([h100, a100, a100]) == [f"the processes differ in gpu ({gpus})"]  # not by their hosts
 
 
 def test_another_gpu_model_is_a_change_and_another_gpu_of_the_model_is_none() -> None:
