@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import digits
 
 from slurm.profile import INTERFACES
 
@@ -56,8 +57,8 @@ def outside_any_job() -> Iterator[None]:
 def network(interface: str, devices: Path = Path("/sys/class/net")) -> dict[str, str]:
     """Returns the variables that name a network interface; auto are the fast ones that are up, {} without one.
 
-    Fast is InfiniBand (type 32 of Linux) and Slingshot, whose interfaces are called hsn0, hsn1, ... NCCL divides its
-    traffic among several, gloo uses the first.
+    Fast is InfiniBand (type 32 of Linux) and Slingshot, whose interfaces are called hsn0, hsn1, ... NCCL's sockets use
+    several of one name, gloo the first.
     """
     if interface == "auto":
         fast = [
@@ -68,5 +69,6 @@ def network(interface: str, devices: Path = Path("/sys/class/net")) -> dict[str,
         ]
         if not fast:
             return {}
-        return {**dict.fromkeys(INTERFACES, fast[0]), "NCCL_SOCKET_IFNAME": ",".join(fast)}
+        alike = [name for name in fast if name.rstrip(digits) == fast[0].rstrip(digits)]
+        return {**dict.fromkeys(INTERFACES, fast[0]), "NCCL_SOCKET_IFNAME": ",".join(alike)}
     return dict.fromkeys(INTERFACES, interface)

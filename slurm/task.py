@@ -121,7 +121,7 @@ class SlurmTask:
 
 
 def _keep_evidence() -> None:
-    """Makes NCCL say why it fails, and torch write what each process waited for when a collective timed out."""
+    """Makes NCCL say why it fails, and torch write what each process waited for when a collective failed."""
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")

@@ -463,6 +463,13 @@ FAULTS = [
         "tests/jobs/test_parallel.py::test_a_process_that_comes_late_still_finds_the_port",
     ),
     Fault(
+        "gloo waits for a process that never comes as long as for one that was stopped",
+        "jobs/runtime/world.py",
+        'store.wait([f"met-{other}" for other in range(size)], MEETING)',
+        'rank or store.wait([f"met-{other}" for other in range(size)], MEETING)',
+        "tests/jobs/test_parallel.py::test_a_process_that_never_comes_is_waited_for_as_long_as_a_meeting_may_take",
+    ),
+    Fault(
         "a job that was stopped as a whole for 20 minutes is ended when it goes on",
         "jobs/runtime/world.py",
         "world_size=size, timeout=COLLECTIVE",
@@ -479,14 +486,14 @@ FAULTS = [
     Fault(
         "two RTX 40 with an old driver do not train",
         "jobs/runtime/world.py",
-        '"RTX 40" in torch',
-        '"RTX 50" in torch',
+        '"RTX 40" in gpu',
+        '"RTX 50" in gpu',
         "tests/jobs/test_parallel.py::test_two_rtx_40_with_an_old_driver_train_without_their_direct_path",
     ),
     Fault(
         "one of several fast network cards is used",
         "slurm/environment.py",
-        '",".join(fast)',
+        '",".join(alike)',
         "fast[0]",
         "tests/slurm/test_scripts.py::test_the_fast_network_is_found",
     ),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tests.warm import EARLY, THREADS, Forked, Warm, title
+from tests.warm import EARLY, LATE, Forked, Warm, title
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = (
@@ -56,7 +56,7 @@ def start(
     launch.py.
     """
     mark = uuid.uuid4().hex
-    plainly = plain or see_gpus or any(name.startswith(EARLY) for name in env if name != THREADS)
+    plainly = plain or see_gpus or any(name.startswith(EARLY) for name in env if name not in LATE)
     assert not (plainly and {"LAUNCHED_WITHOUT", "LAUNCHED_SLOWED"} & env.keys()), "only a forked process knows these"
     whole = {
         **os.environ,

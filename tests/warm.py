@@ -45,10 +45,12 @@ COMMANDS = (
 """What commands import; figures are not among it, because a test may leave out the plotting library."""
 NO_MATPLOTLIB = ROOT / "tests" / "no_figures"
 """Where Python finds no plotting library."""
-EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "CUDA")
+EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "CUDA")
 """Variables that begin so are read when a process or a library begins: too early for one that is forked."""
 THREADS = "OMP_NUM_THREADS"
-"""The one of them that a forked process can make up for."""
+"""One of them that a forked process can make up for."""
+LATE = (THREADS, "TORCHINDUCTOR_CACHE_DIR")
+"""That one, and one that is read when it is used."""
 OURS_READ = ("MNIST_ROOT", "FASHION_MNIST_ROOT")
 """Variables that the project reads when it is imported: a command with others imports it anew."""
 

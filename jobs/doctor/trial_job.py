@@ -23,7 +23,10 @@ FILES_PATIENCE_S = 30.0
 """Seconds that a node may take to see a new file of another node: NFS remembers for a while that it was missing."""
 EXCHANGED = 1 << 22
 """Numbers that each task sends and receives in the trial: 16 MiB, which GPUs move otherwise than a single number."""
-P2P = "NCCL_P2P_DISABLE=1 before this command: if it helps, the direct path between GPUs is at fault (IOMMU, PCIe ACS)"
+P2P = (
+    "NCCL_P2P_DISABLE=1 in the profile's environment: if it helps, the direct path between the GPUs of a node "
+    "is at fault (IOMMU, PCIe ACS)"
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class DoctorJob:
                 f"task {rank} on {results[rank]['node']} received wrong numbers from task {sender} on "
                 f"{results[sender]['node']}; that is so in {len(garbled)} of {self.processes**2} pairs of tasks",
                 "training would be wrong",
-                cure,
+                cure if results[rank]["node"] == results[sender]["node"] else "report this, please",
             )
         elif wrong:
             yield Finding("problem", f"wrong sum in tasks {wrong}", "training would be wrong", cure)

@@ -82,11 +82,11 @@ class World:
         Everything is saved by then, so an error in here is ignored.
         """
         if self.size == 1:
-            if dist.is_initialized():  # as in a task of Slurm's; NCCL complains in the log if nobody ends it
-                dist.destroy_process_group()
+            with suppress(RuntimeError):
+                if dist.is_initialized():  # as in a task of Slurm's; NCCL complains in the log if nobody ends it
+                    dist.destroy_process_group()
             return
-        # Not by a collective: the first process may draw figures for longer than one may take, and then NCCL would end
-        # those that wait for it, and the job with them. How long that may be, the watchdog knows.
+        # Not by a collective: who waits in one cannot be told to wait for nobody any more.
         store = dist.distributed_c10d._get_default_store()
         with suppress(RuntimeError):  # the first one, which keeps it, may have seen all others and left
             store.add("closing", 1)
@@ -113,9 +113,11 @@ def start(processes: int, device: Kind, precision: Precision) -> World:
     # A single process needs it, too: where RANK is set, Accelerate makes a group, at MASTER_PORT.
     if (port_file := os.environ.get("MASTER_PORT_FILE")) and not dist.is_initialized():
         _meet(Path(port_file), "nccl" if device == "cuda" else "gloo")
-    if device == "cuda" and "RTX 40" in torch.cuda.get_device_name() and not check_cuda_p2p_ib_support():
+    gpus = [torch.cuda.get_device_name(gpu) for gpu in range(torch.cuda.device_count())] if device == "cuda" else []
+    # Their names are asked first, because the check runs nvidia-smi, which may take a second.
+    if any("RTX 40" in gpu for gpu in gpus) and not check_cuda_p2p_ib_support():
         # As `accelerate launch` does: with an older driver two of these have no direct path between them, and else
-        # Accelerate refuses a machine that has two, also to use one. nvidia-smi takes a second: not on other GPUs.
+        # Accelerate refuses a machine that has two, also to use one.
         for variable in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
             os.environ.setdefault(variable, "1")
     AcceleratorState._reset_state()  # it would insist on the first precision
@@ -156,12 +158,12 @@ def _meet(port_file: Path, backend: str) -> None:
                 raise MachineError(f"process {rank} waited {MEETING} in vain for process 0 to write {port_file}")
             time.sleep(0.05)
         store = TCPStore(address, int(port_file.read_text()), size, is_master=False, timeout=MEETING)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE)
-    # Not every backend waits for the others when it is made.
+    # Before the group is made: NCCL waits for nobody when it is made, and gloo for as long as a collective may take.
     store.set(f"met-{rank}", "")
+    store.wait([f"met-{other}" for other in range(size)], MEETING)
     if rank == 0:
-        store.wait([f"met-{other}" for other in range(size)], MEETING)
         port_file.unlink()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE)
 
 
 def _check_own_gpus(accelerator: Accelerator) -> None:

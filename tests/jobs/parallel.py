@@ -163,11 +163,11 @@ class PausedJob:
     folder: Path
 
     def __call__(self) -> int:
-        with mock.patch.object(world, "MEETING", timedelta(seconds=2)):
+        with mock.patch.object(world, "MEETING", timedelta(seconds=5)):
             group = start(2, "cpu", "fp32")
         if group.rank == 1:
             wait_until((self.folder / "waits").exists)
-            time.sleep(3)
+            time.sleep(6)
         else:
             (self.folder / "waits").touch()
         assert group.sum(torch.ones(1)) == 2

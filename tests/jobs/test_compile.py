@@ -214,8 +214,10 @@ class AutoJob:
     folder: Path
 
     def __call__(self) -> int:
+        from torch._inductor import config as inductor
+
         rank, sys.stdout = process_rank(), sys.stderr  # stdout is for how the job has ended
-        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else it starts processes that import torch, too
+        inductor.compile_threads = 1  # else it starts processes that import torch, too
         if rank == 1:  # which must not find what others have compiled
             os.environ |= {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache")}
         world, signals = start_world(2, "cpu", "fp32"), SignalWatch()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # documented, but missing in its __all__
 
 from jobs.runtime import world
 from jobs.runtime.job import MachineError
@@ -61,7 +62,7 @@ def test_at_the_end_all_wait_for_the_one_that_draws_figures(tmp_path: Path) -> N
 
 
 def test_a_job_that_was_stopped_as_a_whole_is_not_ended_by_its_collectives(tmp_path: Path) -> None:
-    """Their clock goes on while it stands still, for any time; the watchdog sees what hangs."""
+    """Their clock goes on while it stands still; the watchdog sees what hangs."""
     outcome, err = run(PausedJob(tmp_path), 2)
     assert outcome.exit_code == 0, err
 
@@ -76,7 +77,8 @@ def test_two_rtx_40_with_an_old_driver_train_without_their_direct_path(monkeypat
     """Accelerate refuses them else, also to use one."""
     monkeypatch.setattr(world, "own_device", lambda kind: torch.device("cuda", 0))
     monkeypatch.setattr(world, "set_numerics", lambda precision: None)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", ["RTX 3090", "RTX 4090"].__getitem__)
     monkeypatch.setattr(PartialState, "default_device", property(lambda state: torch.device("cuda", 0)))
     for module in (accelerate.state, world):
         monkeypatch.setattr(module, "check_cuda_p2p_ib_support", lambda: False)
@@ -97,6 +99,20 @@ def test_a_process_that_finds_no_others_blames_the_machine(tmp_path: Path, monke
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(MachineError, match="in vain for process 0"):
+        world._meet(tmp_path / "port", "gloo")
+
+
+def test_a_process_that_never_comes_is_waited_for_as_long_as_a_meeting_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By gloo itself it would be as long as a collective may take."""
+    monkeypatch.setattr(world, "MEETING", timedelta(seconds=0.1))
+    monkeypatch.setattr(world, "COLLECTIVE", timedelta(seconds=1))
+    store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    (tmp_path / "port").write_text(str(store.port))
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match="met-0"):
         world._meet(tmp_path / "port", "gloo")
 
 

@@ -248,9 +248,9 @@ def test_the_fast_network_is_found(tmp_path: Path) -> None:
         (tmp_path / name / "type").write_text(f"{kind}\n")
         (tmp_path / name / "operstate").write_text(f"{state}\n")
     assert network("auto", tmp_path) == {"NCCL_SOCKET_IFNAME": "ib1", "GLOO_SOCKET_IFNAME": "ib1"}
-    for card in ("hsn0", "hsn1"):  # NCCL divides its traffic among several
+    for card in ("hsn0", "hsn1"):  # which NCCL uses both, and not another network beside them
         shutil.copytree(tmp_path / "ib1", tmp_path / card)
-    assert network("auto", tmp_path) == {"NCCL_SOCKET_IFNAME": "hsn0,hsn1,ib1", "GLOO_SOCKET_IFNAME": "hsn0"}
+    assert network("auto", tmp_path) == {"NCCL_SOCKET_IFNAME": "hsn0,hsn1", "GLOO_SOCKET_IFNAME": "hsn0"}
     for card in ("hsn0", "hsn1"):
         shutil.rmtree(tmp_path / card)
     assert network("eth0", tmp_path) == {"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth0"}
