@@ -8,10 +8,10 @@ RUN := $(VENV)/bin/python
 help:
 	@echo "make demo        set up, train both models on this machine, sample them: 10 to 25 minutes on two CPU cores"
 	@echo "make check       style, types and the tests that start no process of their own: a minute on two CPU cores"
-	@echo "make test        set up and run the tests: 5 minutes on two CPU cores"
+	@echo "make test        set up and run the tests: 5 to 7 minutes on two CPU cores"
 	@echo "make lint        style and types"
 	@echo "make format      put the code into shape"
-	@echo "make slurm-test  the tests that start a Slurm of their own: 7 minutes (root, Debian or Ubuntu packages)"
+	@echo "make slurm-test  the tests that start a Slurm of their own: 6 to 8 minutes (root, Debian or Ubuntu packages)"
 	@echo "make slurm-test-newer"
 	@echo "                 the same with the Slurm of Debian 13, in .trixie (root; debootstrap makes it, 1 GB)"
 	@echo "make data-test   the tests that need a data set of Debian's: apt-get install dataset-fashion-mnist"
