@@ -45,7 +45,11 @@ COLLECTED = {"slurm": "slurm", "data": "diffusion", "browser": "jobs"}
 """Where the tests with a marker are: to collect all others takes their `make` target seconds in each process."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+COLLECTED_IDS = pytest.StashKey[frozenset[str]]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED_IDS] = frozenset(item.nodeid for item in items)
     items.sort(key=lambda item: next((i for i, file in enumerate(LONG) if item.path.match(file)), len(LONG)))
     for item in items:
         for marker, folder in COLLECTED.items():
@@ -82,6 +86,13 @@ def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with processes.forbidden(False):  # not the test that happens to be the first
         MNIST.fetch(root)
     return root
+
+
+@pytest.fixture
+def collected(pytestconfig: pytest.Config) -> frozenset[str]:
+    """The tests of all files that were collected, also those that a marker leaves out; none if one was named alone."""
+    named = any("::" in argument for argument in pytestconfig.args)
+    return frozenset() if named else pytestconfig.stash[COLLECTED_IDS]
 
 
 @pytest.fixture

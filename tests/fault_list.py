@@ -304,7 +304,7 @@ FAULTS = [
         "jobs/train/state.py",
         "losses.sum() / self.settings.batch_size)",
         "losses.mean())",
-        "tests/jobs/test_training.py::test_an_update_is_that_of_plain_torch[100.0-4]",
+        "tests/jobs/test_training.py::test_an_update_is_that_of_plain_torch[None-100.0-4]",
     ),
     Fault(
         "parameters begin anywhere in memory",

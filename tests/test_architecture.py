@@ -247,11 +247,14 @@ def test_what_the_tests_on_slurm_change_in_a_copy_of_the_code_is_there() -> None
         assert (ROOT / "jobs" / file).read_text().count(text) == 1
 
 
-def test_the_faults_that_tests_are_known_to_catch_fit_the_code() -> None:
+def test_the_faults_that_tests_are_known_to_catch_fit_the_code(collected: frozenset[str]) -> None:
+    known = collected | {test.partition("[")[0] for test in collected}
+    files = {test.partition("::")[0] for test in collected}
     for fault in FAULTS:
         assert faults.written(fault) != (ROOT / fault.file).read_text()
         path, _, name = fault.test.partition("::")
         assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), fault.name
+        assert fault.test in known or path not in files, fault.name
 
 
 def test_commands_in_the_pages_exist() -> None:
