@@ -35,7 +35,7 @@ def ours(run: Path, device: "Kind", sampler: str, steps: int, compiled: bool = F
     experiment, model = _load(samples, device)
     precision, first, n = resolve_precision("auto", device), 0, samples.settings.sub_batch_size
     set_numerics(precision)
-    predict = evaluation(model, compiled, device, print)
+    predict = evaluation(model, None, compiled, device, print)
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
         if compiled or device == "cuda":
             draw(predict, model.alphas_cumprod, experiment, samples.settings, first, first + n)  # compiles, captures it
@@ -122,7 +122,9 @@ def planned(run: Path, sampler: Any, steps: int, num_samples: int = 64) -> "Samp
     from jobs.storage.run_folder import RunFolder
 
     asked = SamplerSettings(sampler=sampler, steps=steps)
-    settings = sample_set.choose(RunFolder(run), seed=0, sampler=asked, weights="ema", checkpoint=None, say=print)
+    settings = sample_set.choose(
+        RunFolder(run), seed=0, sampler=asked, weights="ema", checkpoint=None, autoguided=1, say=print
+    )
     return sample_set.plan(RunFolder(run), settings, num_samples, "benchmark")
 
 

@@ -1,8 +1,10 @@
 """`sample` draws a set of samples, on this machine or as an array on Slurm."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, arg
@@ -76,6 +78,18 @@ class Sample:
     ] = None
     """How far the classes are exaggerated: 1 is not at all, 0 is without classes (Ho & Salimans 2022, S = 1 + w). Any
     other scale takes two network evaluations a step."""
+    autoguidance: Annotated[
+        float | None,
+        optional(
+            "S",
+            _defaults(lambda entry: f"{entry.autoguidance:g}" if entry.autoguidance != 1 else None)
+            + " with its own sampler, if the run has kept such a checkpoint; else 1",
+        ),
+    ] = None
+    """How far predictions are led away from those of an earlier checkpoint, for plainer samples: 1 is not at all
+    (Karras et al. 2024). Any other scale takes two network evaluations a step."""
+    weak_checkpoint: Annotated[int | None, optional("STEP", "the one nearest to a quarter of the steps")] = None
+    """That earlier checkpoint."""
     compile: FlagCreatePairsOff[bool] = False
     """Compile the network with torch.compile: about a minute first, in each process, and quicker evaluations on a GPU
     afterwards. For large sets; it needs a C++ compiler, and changes samples by rounding. A named set goes on as it was
@@ -95,7 +109,13 @@ class Sample:
         there = run.read_samples(self.name) if self.name is not None else {}
         if self.sampler is None and self.steps is None:
             default = sample_set.sampler_of(there) or default
+        autoguided, weak = self.autoguidance, self.weak_checkpoint
+        if there and autoguided is None and weak is None:
+            guided = sample_set.autoguidance_of(there)
+            autoguided, weak = (guided.scale, guided.step) if guided is not None else (1.0, None)
         name = self.sampler if self.sampler is not None else default.sampler
+        if name != EXPERIMENTS[experiment].sampler.sampler and weak is None:
+            autoguided = 1.0 if autoguided is None else autoguided
         usual = default.steps if name == default.sampler else SAMPLERS[name].default_steps or timesteps
         # A process with fewer timesteps than that has no more of them to visit.
         steps = self.steps if self.steps is not None else min(usual, timesteps)
@@ -107,8 +127,10 @@ class Sample:
             checkpoint=self.checkpoint,
             classes=self.classes,
             guidance=self.guidance,
+            autoguided=autoguided,
+            weak=weak,
             compile=self.compile or bool(there.get("compile")),
-            say=print,
+            say=partial(print, file=sys.stderr) if self.where.dry_run else print,  # what it shows can be parsed
         )
         asked = sample_set.plan(run, settings, self.num_samples, self.name)
         where = f"{run}/samples/{asked.name}"
@@ -142,8 +164,8 @@ class Sample:
         if isinstance(place, OnSlurm):
             place = replace(place, processes=1)  # the elements of an array are one task each
             place.check_array(elements, merge)
-        is_plain = self.name is None and self.sampler is None and self.steps is None and not self.eta
-        if is_plain and not asked.read_manifest():
+        is_plain = (self.name, self.sampler, self.steps, self.autoguidance, self.weak_checkpoint) == (None,) * 5
+        if is_plain and not self.eta and not asked.read_manifest():
             # Their sampler may have been the default when they were begun.
             for begun in sample_set.begun_with_other_samplers(run, settings):
                 with suppress(SlurmError):  # it is a hint, for which no command fails

@@ -762,7 +762,7 @@ FAULTS = [
     Fault(
         "samples are drawn with weights that have changed since the job was planned",
         "jobs/sample/draw.py",
-        "if hashlib.sha256(content).hexdigest() != settings.weights_sha256:",
+        "if hashlib.sha256(content).hexdigest() != expected:",
         "if not content:",
         "tests/jobs/test_samples.py::test_a_job_draws_with_the_weights_that_were_planned[flip a byte]",
     ),
@@ -790,8 +790,8 @@ FAULTS = [
     Fault(
         "a set that was begun when another sampler was the default is forgotten",
         "jobs/sample/sample_set.py",
-        "if begun.settings.sampler != settings.sampler]",
-        "if False]",
+        "        if (sampler, weak) != (settings.sampler, settings.autoguidance)\n",
+        "        if False\n",
         "tests/jobs/test_samples.py::test_a_plain_command_names_the_set_that_was_begun_when_another_sampler_was_the_default",
     ),
     Fault(
@@ -907,6 +907,57 @@ FAULTS = [
         "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project[1d]",
     ),
     Fault(
+        "the weak weights lead, and the others are led away from",
+        "jobs/sample/draw.py",
+        "autoguided(model.predict, weak.predict, scale)",
+        "autoguided(weak.predict, model.predict, scale)",
+        "tests/jobs/test_autoguidance.py"
+        "::test_a_set_is_drawn_by_both_weights_and_has_the_same_bytes_on_any_number_of_processes",
+    ),
+    Fault(
+        "a training deletes the weak checkpoint of a set that is being drawn",
+        "jobs/storage/run_folder.py",
+        "return weak | {",
+        "return {",
+        "tests/jobs/test_autoguidance.py::test_a_set_goes_on_as_it_was_begun_and_is_not_mixed_with_others",
+    ),
+    Fault(
+        "a set without autoguidance goes on under the name of one with it",
+        "jobs/sample/sample_set.py",
+        '{"autoguidance": None, **self.as_json()}.items()',
+        "self.as_json().items()",
+        "tests/jobs/test_autoguidance.py::test_a_set_goes_on_as_it_was_begun_and_is_not_mixed_with_others",
+    ),
+    Fault(
+        "samplers that a user names are autoguided, too",
+        "commands/sample.py",
+        "if name != EXPERIMENTS[experiment].sampler.sampler and weak is None:",
+        "if False:",
+        "tests/jobs/test_autoguidance.py"
+        "::test_the_default_is_for_the_experiments_own_sampler_and_for_runs_that_have_kept_a_checkpoint",
+    ),
+    Fault(
+        "the newest checkpoint is the weak one",
+        "jobs/sample/autoguidance.py",
+        "key=lambda other: abs(SHARE * other - step)",
+        "key=lambda other: -other",
+        "tests/jobs/test_autoguidance.py::test_the_weak_checkpoint_is_the_nearest_good_one_to_a_quarter_of_the_steps",
+    ),
+    Fault(
+        "one of two networks is compiled where one guides the other",
+        "jobs/runtime/compiling.py",
+        "for network in networks:",
+        "for network in networks[:1]:",
+        "tests/jobs/test_compile.py::test_both_networks_are_compiled_where_one_guides_the_other",
+    ),
+    Fault(
+        "a published model draws without autoguidance",
+        "jobs/publish/drawing.py",
+        'if guide := config["autoguidance"]:',
+        'if guide := config.get("guide"):',
+        "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project[1d]",
+    ),
+    Fault(
         "a published model does not listen to --guidance",
         "jobs/publish/drawing.py",
         "guided(predict, classes, n, asked.guidance)",
@@ -943,9 +994,9 @@ FAULTS = [
     ),
     Fault(
         "guidance counts one of its two predictions",
-        "jobs/evaluate/report.py",
-        "sampler.steps * predictions(guidance)",
-        "sampler.steps",
+        "jobs/sample/classes.py",
+        "return (1 if scale in (None, 0, 1) else 2) *",
+        "return 1 *",
         "tests/jobs/test_evaluate.py::test_guidance_takes_two_evaluations_and_is_drawn_over_where_steps_are_equal",
     ),
     # Who looks on.

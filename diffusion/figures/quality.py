@@ -63,6 +63,7 @@ def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """
     figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
     over, lines = quality_lines(rows)
+    of = {row["way"]: row["sampler"] for row in rows}
     scales = list(dict.fromkeys(scale for _, scale in lines))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         metrics = [row["metrics"][name] for row in rows]
@@ -74,17 +75,17 @@ def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
             alpha=0.25,
             label="a perfect model",
         )
-        for (sampler, scale), own in lines.items():
+        for (way, scale), own in lines.items():
             found = [row["metrics"][name] for row in own]
             axes.errorbar(
                 [row[over] for row in own],
                 [metric["value"] for metric in found],
                 [[m["value"] - m["low"] for m in found], [m["high"] - m["value"] for m in found]],
-                fmt=MARKERS[scales.index(scale) % len(MARKERS)] + "-",
-                color=COLORS[sampler],
+                fmt=MARKERS[scales.index(scale) % len(MARKERS)] + ("-" if way == of[way] else "--"),
+                color=COLORS[of[way]],
                 linewidth=2,
                 capsize=4,
-                label=sampler if scale is None else f"{sampler}, guidance {scale:g}",
+                label=way if scale is None else f"{way}, guidance {scale:g}",
             )
         axes.set(title=metrics[0]["label"])
         values = [metric["value"] for metric in metrics]
@@ -101,21 +102,21 @@ def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
 
 
 def quality_lines(rows: Sequence[Row]) -> tuple[Over, dict[tuple[str, float | None], list[Row]]]:
-    """Returns over what sets of samples are drawn, and the sets of each line, by sampler and guidance.
+    """Returns over what sets of samples are drawn, and the sets of each line, by the way they were drawn and guidance.
 
     Guidance is None where it tells no lines apart.
     """
     scales = {row["guidance"] for row in rows}
-    steps = {(row["sampler"], row["steps"]) for row in rows}
-    is_over_guidance = len(scales) > 1 and len(steps) == len({row["sampler"] for row in rows})
+    ways = sorted({row["way"]: [*SAMPLERS].index(row["sampler"]) for row in rows}.items(), key=lambda way: way[::-1])
+    is_over_guidance = len(scales) > 1 and len({(row["way"], row["steps"]) for row in rows}) == len(ways)
     over: Over = "guidance" if is_over_guidance else "evaluations"
     told = sorted(scales) if len(scales) > 1 and not is_over_guidance else [None]
     lines = {}
-    for sampler in SAMPLERS:
+    for way, _ in ways:
         for scale in told:
-            own = [row for row in rows if row["sampler"] == sampler and scale in (None, row["guidance"])]
+            own = [row for row in rows if row["way"] == way and scale in (None, row["guidance"])]
             if own:
-                lines[sampler, scale] = sorted(own, key=lambda row: float(row[over] or 0))
+                lines[way, scale] = sorted(own, key=lambda row: float(row[over] or 0))
     return over, lines
 
 

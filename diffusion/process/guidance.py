@@ -1,4 +1,8 @@
-"""Classifier-free guidance (Ho & Salimans 2022): one network that predicts with a class, and without."""
+"""Predictions that are led away from worse ones: those without a class, or those of weaker weights.
+
+Classifier-free guidance (Ho & Salimans 2022) asks one network that predicts with a class, and without; autoguidance
+(Karras et al. 2024) two networks, of which one has been trained for a shorter time.
+"""
 
 from collections.abc import Callable
 
@@ -27,6 +31,21 @@ def guided(predict: PredictClass, classes: Tensor, num_classes: int, guidance: f
         # One batch of double size keeps a device busier than two. Autocast may have made eps shorter.
         of_class, of_none = predict(torch.cat([xt, xt]), torch.cat([t, t]), both).to(xt.dtype).chunk(2)
         return of_none + guidance * (of_class - of_none)
+
+    return eps
+
+
+def autoguided(predict: Callable[..., Tensor], weak: Callable[..., Tensor], scale: float) -> Callable[..., Tensor]:
+    """Returns a prediction with the same arguments: eps_weak + S (eps - eps_weak).
+
+    `scale` is S, w in Karras et al. 2024 ("Guiding a diffusion model with a bad version of itself", equation 3): 1 is
+    `predict` alone. Where the two agree it changes nothing; where the weak one is worse, it goes further the same way.
+    """
+
+    def eps(xt: Tensor, t: Tensor, *classes: Tensor) -> Tensor:
+        # Autocast may have made both shorter, and their difference is small.
+        worse = weak(xt, t, *classes).to(xt.dtype)
+        return worse + scale * (predict(xt, t, *classes).to(xt.dtype) - worse)
 
     return eps
 

@@ -48,7 +48,7 @@ def judge(run: RunFolder, step: int) -> dict[str, Any]:
     sampler = replace(sampler, steps=min(sampler.steps, MOST_EVALUATIONS, config.diffusion.timesteps))
     first = next(iter(read_jsonl(run.quality)), {})
     sampler = sample_set.sampler_of(first) or sampler  # the experiment may have had another when the run began
-    settings = sample_set.choose(run, seed=SEED, sampler=sampler, weights="ema", checkpoint=step, say=say)
+    settings = sample_set.choose(run, seed=SEED, sampler=sampler, weights="ema", checkpoint=step, autoguided=1, say=say)
     bf16 = settings.precision == "bf16" and computes_bf16()  # a CPU that only imitates it would take hours
     settings = replace(settings, precision="bf16" if bf16 else "fp32")
     set_numerics(settings.precision)

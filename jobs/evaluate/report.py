@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from jobs.evaluate.plan import Evaluation
 from jobs.experiments.table import EXPERIMENTS
-from jobs.sample.classes import label, predictions
+from jobs.sample.classes import label
 from jobs.sample.sample_set import SampleSettings
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal import tables
@@ -53,7 +53,12 @@ def title(evaluation: Evaluation) -> str:
 
 def _drawn_by(settings: SampleSettings) -> str:
     told = f", classes {label(settings.classes)}, guidance {settings.guidance:g}" if settings.classes else ""
-    return f"{settings.sampler.label}{told}{', compiled' if settings.compile else ''}"
+    return f"{settings.sampler.label}{_guided(settings)}{told}{', compiled' if settings.compile else ''}"
+
+
+def _guided(settings: SampleSettings) -> str:
+    weak = settings.autoguidance
+    return f", autoguidance {weak.scale:g}" if weak is not None else ""
 
 
 def num_judged(results: Json) -> int:
@@ -142,7 +147,7 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
             mark = "*" if row["as_reference"][name] else " "
             numbers.append(f"{metric['value']:.{decimals}f}{mark} {_range(metric['low'], metric['high'], decimals)}")
         told = () if row["guidance"] is None else (f"{row['guidance']:g}",)
-        cells.append((row["sampler"], f"{row['evaluations']:,}", *told, f"{row['num_judged']:,}", *numbers))
+        cells.append((row["way"], f"{row['evaluations']:,}", *told, f"{row['num_judged']:,}", *numbers))
     told = () if rows[0]["guidance"] is None else ("GUIDANCE",)
     headers = ("SAMPLER", "EVALS", *told, "N", *(name.upper() for name in names))
     shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
@@ -168,7 +173,7 @@ def headline(rows: Sequence[Json], number: int) -> list[str]:
 def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Returns each set with sampler and metrics, sorted by network evaluations.
 
-    Those count twice what `sample --steps` says where guidance takes two predictions.
+    Those count twice what `sample --steps` says where guidance takes two predictions, four times where both kinds do.
     """
     rows: list[dict[str, Any]] = []
     for evaluation in evaluations:
@@ -178,8 +183,10 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             {
                 "name": evaluation.samples.name,
                 **asdict(sampler),
-                "evaluations": sampler.steps * predictions(guidance),
+                "way": f"{sampler.sampler}{_guided(settings)}",
+                "evaluations": settings.evaluations,
                 "guidance": guidance,
+                "autoguidance": asdict(settings.autoguidance) if settings.autoguidance else None,
                 "num_samples": evaluation.samples.num_samples,
                 "num_judged": num_judged(results),
                 "metrics": {
@@ -187,7 +194,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
                 },
             }
         )
-    rows.sort(key=lambda row: (row["evaluations"], row["sampler"], row["guidance"] or 0, row["name"]))
+    rows.sort(key=lambda row: (row["evaluations"], row["way"], row["guidance"] or 0, row["name"]))
     reference = _reference(rows)["metrics"]
     for row in rows:
         row["as_reference"] = {

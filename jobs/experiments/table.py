@@ -26,6 +26,8 @@ class Entry:
     """How to sample by default; docs/evaluation.md says why."""
     guidance: float = 1.0
     """How far a network that is told classes exaggerates them by default."""
+    autoguidance: float = 1.0
+    """How far predictions are led away from those of an earlier checkpoint by default, if the run has kept one."""
     cpu_advice: str | None = None
     """What to say before a training starts on a CPU."""
 
@@ -76,6 +78,7 @@ def _small(
     model: UnetSettings,
     held_out_every: int = 0,
     noise_levels: tuple[float, float] | None = None,
+    autoguidance: float = 1.0,
 ) -> Entry:
     """An experiment on images that trains in minutes on a CPU."""
     train = TrainSettings(
@@ -85,11 +88,14 @@ def _small(
         ema_decay=0.998,
         noise_levels=noise_levels,
         checkpoint_every=500,
+        keep_every=1000 if autoguidance != 1 else 0,
         held_out_every=held_out_every,
     )
     preset = ExperimentConfig(data=data, model=model, train=train)
     sampler = SamplerSettings(sampler="sde-dpm++", steps=20)
-    return Entry(preset=preset, help=help, sub_batch_size=64, shard_size=256, sampler=sampler)
+    return Entry(
+        preset=preset, help=help, sub_batch_size=64, shard_size=256, sampler=sampler, autoguidance=autoguidance
+    )
 
 
 EXPERIMENTS: dict[str, Entry] = {
@@ -101,7 +107,7 @@ EXPERIMENTS: dict[str, Entry] = {
         "mnist", "a DDPM on MNIST with a U-Net of 9.9 million parameters: for GPUs", UnetSettings(), 500
     ),
     "mnist-small": _small(
-        "a DDPM on MNIST that trains in minutes on a CPU", MnistProblem(), SMALL_UNET, 200, HALF_HIDDEN
+        "a DDPM on MNIST that trains in minutes on a CPU", MnistProblem(), SMALL_UNET, 200, HALF_HIDDEN, 2.0
     ),
     "mnist-classes": _of_digits(
         "mnist-classes", "digits on demand: a DDPM on MNIST that is told the digit, for GPUs", ClassUnetSettings()

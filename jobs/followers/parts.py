@@ -54,7 +54,10 @@ class SampleFollower:
 
 def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that determine the samples, named as the flags of `sample`."""
-    about = {key: value for key, value in manifest.items() if key not in ("complete", "sha256", "sampler", "step")}
+    others = ("complete", "sha256", "sampler", "step", "autoguidance")
+    about = {key: value for key, value in manifest.items() if key not in others}
+    if guided := manifest.get("autoguidance"):
+        about |= {"autoguidance": guided["scale"], "weak_checkpoint": guided["step"]}
     return {**about, **manifest["sampler"], "checkpoint": manifest["step"]}
 
 

@@ -82,8 +82,7 @@ def _facts(experiment: str, config: ExperimentConfig, settings: SampleSettings) 
     train, sampler = config.train, settings.sampler
     network = "denoising-diffusion-pytorch's U-Net" if isinstance(config.model, UnetSettings) else "MLP"
     numbers = ", ".join(f"{name}={value}" for name, value in vars(config.model).items())
-    told = _told(settings.classes, settings.guidance)
-    evaluations = sampler.steps * predictions(settings.guidance)
+    told, evaluations = _told(settings.as_json()), settings.evaluations
     if settings.compile:
         told += "; compiled, which `generate.py` is not, so its samples differ by rounding"
     rows = [
@@ -92,7 +91,10 @@ def _facts(experiment: str, config: ExperimentConfig, settings: SampleSettings) 
         ("process", f"{config.diffusion.timesteps:,} noise levels, {config.diffusion.beta_schedule} schedule"),
         ("training", f"{settings.step:,} steps of {train.batch_size}; the weights are their moving average"),
         ("command", f"`{_command(experiment, config)}`"),
-        ("sampler", f"`{sampler.sampler}` with {evaluations} network evaluations, in {settings.precision}{told}"),
+        (
+            "sampler",
+            f"`{sampler.sampler}` with {evaluations} network evaluations, in {settings.precision}{told}",
+        ),
     ]
     return _table(("what", "is"), rows)
 
@@ -152,9 +154,11 @@ python generate.py --num-samples 16{told}
 {text}"""
 
 
-def _told(classes: Sequence[int] | None, guidance: float | None) -> str:
-    """Says which classes were drawn, if there are some."""
-    return f", of classes {label(tuple(classes))} in turn with guidance {guidance:g}" if classes else ""
+def _told(drawn: Mapping[str, Any]) -> str:
+    """Says which classes were drawn, if there are some, and what led the predictions."""
+    classes, weak = drawn.get("classes"), drawn.get("autoguidance")
+    told = f", of classes {label(tuple(classes))} in turn with guidance {drawn['guidance']:g}" if classes else ""
+    return f"{told}, with autoguidance {weak['scale']:g} by the weights of step {weak['step']:,}" if weak else told
 
 
 def _numbers(results: Mapping[str, Any]) -> str:
@@ -175,8 +179,8 @@ def _numbers(results: Mapping[str, Any]) -> str:
     ]
     protocol = results["protocol"]
     drawn = protocol["samples"]
-    sampler, told = drawn["sampler"], _told(drawn.get("classes"), drawn.get("guidance"))
-    evaluations = sampler["steps"] * predictions(drawn.get("guidance"))
+    sampler, told = drawn["sampler"], _told(drawn)
+    evaluations = sampler["steps"] * predictions(drawn.get("guidance"), bool(drawn.get("autoguidance")))
     hashes = ", ".join(f"{name} `{value}`" for name, value in protocol["sha256"].items())
     return f"""## Numbers
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion.errors import UserError
-from diffusion.process.guidance import guided
+from diffusion.process.guidance import autoguided, guided
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Clip, Denoiser
 from jobs.sample.classes import check_guidance, parse
@@ -68,7 +68,7 @@ def exact_numerics(precision: str) -> None:
 
 
 def draw(
-    predict: Callable[..., Tensor],
+    load: Callable[[str], Callable[..., Tensor]],
     alphas_cumprod: Tensor,
     clip: Clip | None,
     config: Mapping[str, Any],
@@ -76,8 +76,12 @@ def draw(
 ) -> Tensor:
     """Draws x0 [num_samples, *sample_shape], in the range that the network was trained on.
 
-    `predict` takes xt and t, and classes if the model has some.
+    `load` takes the name of a file of weights, and returns what predicts with them: a function of xt and t, and of
+    classes if the model has some.
     """
+    predict = load(config["weights"])
+    if guide := config["autoguidance"]:
+        predict = autoguided(predict, load(guide["weights"]), guide["scale"])
     device, sampler, size = torch.device(asked.device), config["sampler"], config["sub_batch_size"]
 
     def noise(first: int, stream: Stream, step: int) -> Tensor:

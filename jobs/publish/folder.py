@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ PROGRAMS = {
     ClassUnetSettings: HERE / "generate_images.py",
 }
 """The program of each kind of network."""
+WEAK = "weak.safetensors"
+"""The weights that autoguidance leads away from."""
 _OWN = re.compile(r"^from ((?:diffusion|jobs)(?:\.\w+)*)\.(\w+) import", re.MULTILINE)
 """An import of one of our files."""
 
@@ -75,11 +78,9 @@ def publish(
     settings = replace(settings, precision=precision_of(run, settings.precision, "fp32"))
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(target) as folder:
-        weights = run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
-        shutil.copyfile(weights, folder / weights.name)
-        # The copy is hashed, so that what is published is what was verified, whatever happens to the run's own file.
-        if sha256(folder / weights.name) != settings.weights_sha256:
-            raise UserError(f"{weights} has changed meanwhile; run the command again")
+        _copy(run, step, settings.weights_sha256, folder / checkpoints.EMA)
+        if (weak := settings.autoguidance) is not None:
+            _copy(run, weak.step, weak.weights_sha256, folder / WEAK)
         for name, text in programs.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
@@ -89,6 +90,16 @@ def publish(
         # All of our files have a suffix, and folders have none.
         hashes = {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(folder.rglob("*.*"))}
         (folder / "README.md").write_text(card.card(run, experiment, config, settings, found, license_id, hashes))
+
+
+def _copy(run: RunFolder, step: int, expected: str, target: Path) -> None:
+    """Copies averaged weights; raises UserError where they are not those with this hash."""
+    weights = run.checkpoints / checkpoints.folder_name(step) / checkpoints.EMA
+    with suppress(FileNotFoundError):  # it has no hash then
+        shutil.copyfile(weights, target)
+    # The copy is hashed, so that what is published is what was verified, whatever happens to the run's own file.
+    if not target.exists() or sha256(target) != expected:
+        raise UserError(f"{weights} is gone, or has changed; draw other samples, and run the command again")
 
 
 def examples(run: RunFolder, weights_sha256: str) -> SampleSet | None:
@@ -124,6 +135,7 @@ def _config(experiment: str, config: ExperimentConfig, settings: SampleSettings)
         "sampler": asdict(settings.sampler),
         "classes": settings.classes,
         "guidance": settings.guidance,
+        "autoguidance": {"scale": weak.scale, "weights": WEAK} if (weak := settings.autoguidance) is not None else None,
         "precision": settings.precision,
         "sub_batch_size": settings.sub_batch_size,
         "step": settings.step,

@@ -20,11 +20,14 @@ def main() -> None:
     asked, config = arguments(FOLDER)
     exact_numerics(config["precision"])
     settings, diffusion = config["model"], config["diffusion"]
-    network = Mlp(settings["dim"], settings["layers"], diffusion["timesteps"], config["num_classes"])
-    network.load_state_dict(load_file(FOLDER / config["weights"]))
-    network.to(asked.device).eval()
+
+    def load(name: str) -> Mlp:
+        network = Mlp(settings["dim"], settings["layers"], diffusion["timesteps"], config["num_classes"])
+        network.load_state_dict(load_file(FOLDER / name))
+        return network.to(asked.device).eval()
+
     abar = alphas_cumprod(diffusion["beta_schedule"], diffusion["timesteps"])
-    x0 = draw(network, abar, None, config, asked)
+    x0 = draw(load, abar, None, config, asked)
     save(x0[:, 0].float().cpu().numpy(), asked)
     print(f"{len(x0)} samples are in {asked.out}.")
 

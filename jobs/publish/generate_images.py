@@ -6,13 +6,15 @@ if the model has some) and a picture.
 
 # SPDX-License-Identifier: MIT
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 from denoising_diffusion_pytorch import classifier_free_guidance as with_classes
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import save_image
 
@@ -31,28 +33,32 @@ def main() -> None:
     channels, height, width = config["sample_shape"]
     patch = settings["patch_size"]
     mults, num_classes = tuple(settings["dim_mults"]), config["num_classes"]
-    unet: Unet | with_classes.Unet
-    if num_classes:
-        unet = with_classes.Unet(settings["dim"], num_classes, dim_mults=mults, channels=channels * patch**2)
-    else:
+
+    def network() -> Unet | with_classes.Unet:
+        if num_classes:
+            return with_classes.Unet(settings["dim"], num_classes, dim_mults=mults, channels=channels * patch**2)
         # 4 is the library's default, with which runs without this setting were trained.
         heads = tuple(settings["attn_heads"] or [4] * len(mults))
-        unet = Unet(settings["dim"], dim_mults=mults, channels=channels * patch**2, attn_heads=heads)
+        return Unet(settings["dim"], dim_mults=mults, channels=channels * patch**2, attn_heads=heads)
+
     process = with_classes.GaussianDiffusion if num_classes else GaussianDiffusion
     # Made for its noise levels alone, which must be those of the training to the last bit; `draw` does the rest.
     abar = process(
-        unet,
+        network(),
         image_size=(height // patch, width // patch),
         timesteps=diffusion["timesteps"],
         objective="pred_noise",
         beta_schedule=diffusion["beta_schedule"],
     ).alphas_cumprod.to(asked.device)
-    # The weights fit the library's own network, too; these layers compute the same, rounded as in training.
-    unet = with_fast_layers(unet)
-    unet.load_state_dict(load_file(FOLDER / config["weights"]))
-    unet.to(asked.device, memory_format=torch.channels_last).eval()
 
-    def predict(xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
+    def load(name: str) -> Callable[..., Tensor]:
+        # The weights fit the library's own network, too; these layers compute the same, rounded as in training.
+        unet = with_fast_layers(network())
+        unet.load_state_dict(load_file(FOLDER / name))
+        unet.to(asked.device, memory_format=torch.channels_last).eval()
+        return partial(predict, unet)
+
+    def predict(unet: nn.Module, xt: Tensor, t: Tensor, classes: Tensor | None = None) -> Tensor:
         """eps of xt [batch, channels, height, width]; patch x patch pixels are channels of the network."""
         told = {}
         if classes is not None:  # num_classes stands for no class; the network takes one that exists, and a mask
@@ -63,7 +69,7 @@ def main() -> None:
         a = alphas_cumprod_at(abar, t).float().view(-1, 1, 1, 1)
         return (1 - a).sqrt() * xt + a.sqrt() * out.float()
 
-    x0 = draw(predict, abar, (-1.0, 1.0), config, asked)
+    x0 = draw(load, abar, (-1.0, 1.0), config, asked)
     images = unscaled(x0)
     save(images, asked)
     save_image(to_pixels(images[:64]), asked.out.with_suffix(".png"))

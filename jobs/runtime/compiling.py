@@ -1,7 +1,7 @@
 """Compiling a network with torch.compile, into the same code at each start."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ def chooses_in_order() -> bool:
     return hasattr(config, "deterministic")
 
 
-def compile_by(network: nn.Module, call: Callable[[], object]) -> float:
-    """Compiles the network for inputs like those of this call of it, which is made twice; returns the seconds.
+def compile_by(networks: Sequence[nn.Module], call: Callable[[], object]) -> float:
+    """Compiles the networks for inputs like those of this call of them, which is made twice; returns the seconds.
 
     Raises JobError if that fails; usually there is no C++ compiler.
     """
     from torch._dynamo.exc import TorchDynamoException  # here, because it takes seconds to import
 
     started = time.perf_counter()
-    # What the process has compiled for another network would decide over what is compiled now.
+    # What the process has compiled for other networks would decide over what is compiled now.
     torch.compiler.reset()
     # Libraries (einops) look at their first tensors once, and what was compiled before would be compiled again.
     torch.compiler.set_stance("force_eager")
@@ -35,7 +35,8 @@ def compile_by(network: nn.Module, call: Callable[[], object]) -> float:
     torch.compiler.set_stance("default")
     # No kernels are timed then. It is an option because that holds for backward passes, too: torch resets the module's
     # variable after each graph.
-    network.compile(options={"deterministic": True} if chooses_in_order() else None)
+    for network in networks:
+        network.compile(options={"deterministic": True} if chooses_in_order() else None)
     try:
         call()
     except TorchDynamoException as error:
@@ -45,9 +46,9 @@ def compile_by(network: nn.Module, call: Callable[[], object]) -> float:
 
 
 def compiled_at_first(
-    network: nn.Module, function: Callable[..., Tensor], done: Callable[[float], None]
+    networks: Sequence[nn.Module], function: Callable[..., Tensor], done: Callable[[float], None]
 ) -> Callable[..., Tensor]:
-    """Returns a function that calls the network, as one whose first call compiles it; `done` hears the seconds.
+    """Returns a function that calls the networks, as one whose first call compiles them; `done` hears the seconds.
 
     That call raises JobError as `compile_by` does.
     """
@@ -56,7 +57,7 @@ def compiled_at_first(
     def call(*inputs: Tensor) -> Tensor:
         nonlocal is_compiled
         if not is_compiled:
-            done(compile_by(network, lambda: function(*inputs)))
+            done(compile_by(networks, lambda: function(*inputs)))
             is_compiled = True
         return function(*inputs)
 

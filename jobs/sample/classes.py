@@ -29,9 +29,9 @@ def check_guidance(scale: float) -> None:
     require(math.isfinite(scale) and scale >= 0, "--guidance must be at least 0 and finite", scale)
 
 
-def predictions(scale: float | None) -> int:
-    """How many predictions the network makes at each step, as `guided` in diffusion/process/guidance.py asks for."""
-    return 1 if scale in (None, 0, 1) else 2
+def predictions(scale: float | None, autoguided: bool = False) -> int:
+    """How many predictions networks make at each step, as diffusion/process/guidance.py asks for."""
+    return (1 if scale in (None, 0, 1) else 2) * (2 if autoguided else 1)
 
 
 def label(classes: tuple[int, ...]) -> str:

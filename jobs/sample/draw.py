@@ -13,7 +13,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from diffusion.process.cuda_graphs import in_one_launch
-from diffusion.process.guidance import guided
+from diffusion.process.guidance import autoguided, guided
 from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Denoiser
@@ -27,7 +27,7 @@ from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, 
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import decorate
-from jobs.sample.sample_set import SampleSet, SampleSettings
+from jobs.sample.sample_set import SampleSet, SampleSettings, Weights
 from jobs.storage import checkpoints
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
@@ -43,9 +43,10 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
         raise JobError(reason)
     set_numerics(precision)
     experiment, model = load_model(run, samples.settings, own_device(device))
+    guide = load_guide(run, samples.settings, own_device(device))
 
     console, compiled = Console(run.log), samples.settings.compile
-    evaluate = evaluation(model, compiled, device, console.say)
+    evaluate = evaluation(model, guide, compiled, device, console.say)
     patience = chain([COMPILING] if compiled else [], repeat(DRAWING))
     shard, evaluations = 0, count(1)
 
@@ -72,13 +73,23 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
 
 
 def evaluation(
-    model: DiffusionModel, compiled: bool, device: Kind, say: Callable[[str], None]
+    model: DiffusionModel,
+    guide: tuple[DiffusionModel, float] | None,
+    compiled: bool,
+    device: Kind,
+    say: Callable[[str], None],
 ) -> Callable[..., Tensor]:
     """The model's `predict` as jobs evaluate it: compiled at its first call if asked for, on a GPU in one launch.
 
-    Raises JobError where processes would not compile it into the same code.
+    `guide` is the weak model that guides it, and how strongly. Raises JobError where processes would not compile it
+    into the same code.
     """
     evaluate: Callable[..., Tensor] = model.predict
+    networks = [model.network]
+    if guide is not None:
+        weak, scale = guide
+        evaluate = autoguided(model.predict, weak.predict, scale)
+        networks.append(weak.network)
     if compiled and device == "cuda" and not chooses_in_order():
         raise JobError(
             f"--compile needs torch 2.10 or newer on a GPU: torch {torch.__version__} takes whichever kernels are the "
@@ -90,7 +101,7 @@ def evaluation(
             say(f"Compiled the network in {duration(seconds)} (--compile).")
 
     if compiled:
-        evaluate = compiled_at_first(model.network, evaluate, done)
+        evaluate = compiled_at_first(networks, evaluate, done)
     return in_one_launch(evaluate, say) if device == "cuda" else evaluate
 
 
@@ -147,22 +158,36 @@ def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -
     gpu_test.check(device, seconds=0)
     _, config = run.read_experiment()
     experiment = config.build()
+    return experiment, _load(run, experiment, settings.step, settings.weights, settings.weights_sha256, device)
+
+
+def load_guide(run: RunFolder, settings: SampleSettings, device: torch.device) -> tuple[DiffusionModel, float] | None:
+    """The model with the weak weights that the settings name, and how strongly it guides; None if they name none."""
+    if (weak := settings.autoguidance) is None:
+        return None
+    experiment = run.read_experiment()[1].build()
+    return _load(run, experiment, weak.step, settings.weights, weak.weights_sha256, device), weak.scale
+
+
+def _load(
+    run: RunFolder, experiment: Experiment, step: int, weights: Weights, expected: str, device: torch.device
+) -> DiffusionModel:
     model = experiment.build_model()
-    path = run.checkpoints / checkpoints.folder_name(settings.step) / checkpoints.weights_file(settings.weights)
+    path = run.checkpoints / checkpoints.folder_name(step) / checkpoints.weights_file(weights)
     try:
         content = path.read_bytes()  # once: a training that goes on may delete it at any moment
     except FileNotFoundError:
         content = b""
     except OSError as error:
         raise JobError(f"{path} cannot be read: {error.strerror}") from None
-    if hashlib.sha256(content).hexdigest() != settings.weights_sha256:  # it was verified when the job was planned
+    if hashlib.sha256(content).hexdigest() != expected:  # it was verified when the job was planned
         raise JobError(
             f"{path} is not the file that these samples are drawn with: it is gone, or has changed. "
             "The same command again does what can be done without it"
         )
     model.network.load_state_dict(load(content))
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return experiment, model.eval()
+    return model.eval()
 
 
 def merge(samples: SampleSet) -> None:

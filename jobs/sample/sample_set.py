@@ -13,7 +13,9 @@ from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import sha256, whole, write_json
-from jobs.sample.classes import check_guidance, label, parse
+from jobs.sample import autoguidance
+from jobs.sample.autoguidance import Autoguidance
+from jobs.sample.classes import check_guidance, label, parse, predictions
 from jobs.storage import checkpoints
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, number_of_shards
@@ -49,6 +51,7 @@ class SampleSettings:
     """Sample i has class classes[i mod n]; None for models without classes."""
     guidance: float | None = None
     """How far these classes are exaggerated (diffusion/process/guidance.py)."""
+    autoguidance: Autoguidance | None = None
     compile: bool = False
     """Whether the network is compiled, which changes samples by rounding."""
 
@@ -57,17 +60,23 @@ class SampleSettings:
         """The default name of the set, as in step-00002000-dpm++-25-seed0."""
         model = f"{'-model' if self.weights == 'model' else ''}{'-compiled' if self.compile else ''}"
         told = f"-classes{label(self.classes)}-guidance{self.guidance:g}" if self.classes else ""
-        return f"step-{self.step:08d}-{self.sampler.label}{told}{model}-seed{self.seed}"
+        guided = f"-{self.autoguidance.label}" if self.autoguidance else ""
+        return f"step-{self.step:08d}-{self.sampler.label}{told}{guided}{model}-seed{self.seed}"
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for each sample: guidance takes several for a step."""
+        return self.sampler.steps * predictions(self.guidance, self.autoguidance is not None)
 
     def as_json(self) -> dict[str, Any]:
-        """These settings as files hold them; `compile` only if it is so, those of classes if there are any."""
+        """These settings as files hold them; `compile` only if it is so, autoguidance and classes if there are any."""
         values = {**asdict(self), "classes": self.classes and list(self.classes), "compile": self.compile or None}
         return {key: value for key, value in values.items() if value is not None}
 
     def contradicts(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         """Yields the settings in which a manifest says otherwise, so that its set cannot go on: its value, and ours."""
         theirs = {"compile": False, **manifest}
-        for key, value in self.as_json().items():
+        for key, value in {"autoguidance": None, **self.as_json()}.items():
             # "auto" is from before it was resolved with the plan.
             if theirs.get(key) != value and (key, theirs.get(key)) != ("precision", "auto"):
                 yield key, theirs.get(key), value
@@ -97,10 +106,15 @@ def choose(
     checkpoint: checkpoints.Named | None,
     classes: str | None = None,
     guidance: float | None = None,
+    autoguided: float | None = None,
+    weak: int | None = None,
     compile: bool = False,
     say: Callable[[str], None],
 ) -> SampleSettings:
-    """What the samples that a user asks for depend on; raises UserError where they cannot be drawn."""
+    """What the samples that a user asks for depend on; raises UserError where they cannot be drawn.
+
+    `autoguided` is the scale of autoguidance, `weak` the step of the weak checkpoint; None is the default.
+    """
     experiment, config = run.read_experiment()
     entry = EXPERIMENTS[experiment]
     check_seed("--seed", seed)
@@ -124,6 +138,9 @@ def choose(
         precision=precision_of(run, config.train.precision, "fp32"),
         sub_batch_size=entry.sub_batch_size,
         shard_size=entry.shard_size,
+        autoguidance=autoguidance.choose(
+            run, step, weights, scale=autoguided, weak=weak, default=entry.autoguidance, say=say
+        ),
         compile=compile,
         **told,
     )
@@ -137,10 +154,11 @@ def read(run: RunFolder, name: str) -> "SampleSet":
         manifest = run.read_samples(name)
         names = [field.name for field in fields(SampleSettings)]
         # `as_json` leaves these out where they say nothing; any other that is missing is a KeyError.
-        optional = ("classes", "guidance", "compile")
+        optional = ("classes", "guidance", "autoguidance", "compile")
         values = {name: manifest[name] for name in names if name in manifest or name not in optional}
         if "classes" in values:
             values["classes"] = tuple(values["classes"])
+        values["autoguidance"] = autoguidance_of(manifest)
         settings = SampleSettings(**{**values, "sampler": SamplerSettings(**manifest["sampler"])})
         return SampleSet(run.path, name, settings, manifest["num_samples"], config.data.sample.num_bytes)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -148,18 +166,22 @@ def read(run: RunFolder, name: str) -> "SampleSet":
 
 
 def begun_with_other_samplers(run: RunFolder, settings: SampleSettings) -> list["SampleSet"]:
-    """The run's incomplete sets under their default names that differ from these settings in the sampler alone."""
+    """The run's incomplete sets under their default names that differ from these settings in the sampler alone.
+
+    Autoguidance belongs to it.
+    """
     found = []
     for path, manifest in run.sets():
         if not manifest.get("complete"):
             with suppress(UserError):  # of another version
                 found.append(read(run, path.parent.name))
-    others = [begun for begun in found if begun.settings.sampler != settings.sampler]
+    ways = [(begun, begun.settings.sampler, begun.settings.autoguidance) for begun in found]
     return [
         begun
-        for begun in others
-        if begun.name == begun.settings.label
-        and not any(replace(settings, sampler=begun.settings.sampler).contradicts(begun.settings.as_json()))
+        for begun, sampler, weak in ways
+        if (sampler, weak) != (settings.sampler, settings.autoguidance)
+        and begun.name == begun.settings.label
+        and not any(replace(settings, sampler=sampler, autoguidance=weak).contradicts(begun.settings.as_json()))
     ]
 
 
@@ -167,6 +189,12 @@ def sampler_of(written: Mapping[str, Any]) -> SamplerSettings | None:
     """The sampler that a manifest or a line of quality.jsonl names, if it names one."""
     sampler = written.get("sampler")
     return SamplerSettings(**sampler) if sampler else None
+
+
+def autoguidance_of(written: Mapping[str, Any]) -> Autoguidance | None:
+    """The autoguidance that a manifest names, if it names one."""
+    guided = written.get("autoguidance")
+    return Autoguidance(**guided) if guided else None
 
 
 def complete(run: RunFolder) -> dict[str, dict[str, Any]]:
@@ -281,6 +309,8 @@ class SampleSet:
         if not manifest:
             return
         for key, theirs, ours in self.settings.contradicts(manifest):
+            if key == "autoguidance":
+                theirs, ours = (f"{one['scale']:g} by step {one['step']}" if one else "1" for one in (theirs, ours))
             raise UserError(f"samples {self.name} were drawn with {key}={theirs}, not {ours}; choose another --name")
         if manifest["num_samples"] > self.num_samples:
             raise UserError(

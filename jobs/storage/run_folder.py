@@ -195,7 +195,9 @@ class RunFolder:
 
     def drawn_steps(self) -> set[int]:
         """The steps of the checkpoints that sets of samples still need: a job that draws them may wait for hours."""
-        return {known["step"] for _, known in self.sets() if "step" in known and known.get("complete") is False}
+        begun = [known for _, known in self.sets() if "step" in known and known.get("complete") is False]
+        weak = {known["autoguidance"]["step"] for known in begun if known.get("autoguidance")}
+        return weak | {known["step"] for known in begun}
 
     def add_job(self, kind: JobKind, job_id: str, listed: Path | None = None) -> None:
         """Remembers a Slurm job of the run, as `cancel` and `status` need it, and in the list of what it works on."""

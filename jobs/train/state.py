@@ -210,7 +210,7 @@ class Training:
         # A shard and no step: processes of which one fails here could not exchange anything.
         with self._without_moving() as examples:
             shard = self._by_shard(*examples)[0]
-            return compile_by(self.raw.network, lambda: self._pass(*shard))
+            return compile_by([self.raw.network], lambda: self._pass(*shard))
 
     def launch_uncompiled(self) -> None:
         """Computes without what `compile` may have made, until something is compiled again."""

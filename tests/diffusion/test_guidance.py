@@ -12,9 +12,10 @@ from torch import Tensor
 from diffusion.gaussian1d.distances import excess_loss, wasserstein1, wasserstein1_floor
 from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.images.experiment import ImageExperiment
-from diffusion.process.guidance import guided, of_class
+from diffusion.process.guidance import autoguided, guided, of_class
 from diffusion.process.randomness import Stream, normal
-from diffusion.process.samplers import FUNCTIONS, Denoiser
+from diffusion.process.samplers import FUNCTIONS, Denoiser, Predict
+from diffusion.process.schedules import alphas_cumprod_at
 from diffusion.settings import ClassMlpSettings, ClassUnetSettings, DiffusionSettings, MixtureSettings
 
 MIXTURE = MixtureSettings(means=(-2.0, 0.0, 2.0), stds=(0.3, 0.5, 0.4), weights=(0.3, 0.4, 0.3))
@@ -62,6 +63,30 @@ def test_samplers_reach_the_end_of_the_exact_guided_ode(
         *_, x0 = FUNCTIONS[name](Denoiser(predict, exact.abar), x_t[:, None], steps=steps, noise=torch.randn)
         error = np.abs(x0[:, 0].numpy() - guided_ode(exact, k, guidance, x_t.numpy())).mean()
         assert error < largest
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
+@pytest.mark.parametrize(("name", "steps", "largest"), [("ddim", 400, 5e-3), ("dpm++", 100, 5e-4), ("heun", 101, 5e-3)])
+def test_samplers_reach_the_end_of_the_exact_autoguided_ode(
+    name: str, steps: int, largest: float, scale: float, exact: Gaussian1d
+) -> None:
+    """Of two Gaussians with variances v and w, dy / ds is y s (S / (v + s^2) + (1 - S) / (w + s^2)): a closed form."""
+    v, w = 0.25, 1.0  # the weak one is broader
+
+    def of(variance: float) -> Predict:
+        def eps(xt: Tensor, t: Tensor) -> Tensor:
+            abar = alphas_cumprod_at(exact.abar, t).view(-1, 1)
+            return (1 - abar).sqrt() * xt / (abar * variance + 1 - abar)
+
+        return eps
+
+    x_t = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200)
+    predict = autoguided(of(v), of(w), scale)
+    *_, x0 = FUNCTIONS[name](Denoiser(predict, exact.abar), x_t[:, None], steps=steps, noise=torch.randn)
+    abar = float(exact.abar[-1])
+    s2 = (1 - abar) / abar
+    shrunk = (v / (v + s2)) ** (scale / 2) * (w / (w + s2)) ** ((1 - scale) / 2)
+    assert (x0[:, 0] - shrunk * x_t / abar**0.5).abs().mean() < largest
 
 
 def test_guidance_of_one_draws_the_component_and_of_none_the_mixture(exact: Gaussian1d) -> None:

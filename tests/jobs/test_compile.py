@@ -23,6 +23,7 @@ from jobs.runtime.job import process_rank
 from jobs.runtime.signals import SignalWatch, Stop
 from jobs.runtime.world import World
 from jobs.runtime.world import start as start_world
+from jobs.sample import draw
 from jobs.storage.records import starts
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
@@ -123,24 +124,52 @@ def test_without_a_compiler_one_sentence_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("experiment", ["1d-classes", "mnist-classes-small"])
-def test_a_network_is_compiled_once(experiment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where einops has seen no tensor yet: compiled code asks what it finds out at the first one."""
-    monkeypatch.setattr(einops._backends, "_type2backend", {})
-    monkeypatch.setattr(einops._backends, "_loaded_backends", {})
-    graphs: list[torch.fx.GraphModule] = []
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What would be compiled from now on, which runs as it is; `meta["runs"]` says how often."""
+    found: list[torch.fx.GraphModule] = []
 
     def kept(graph: torch.fx.GraphModule, inputs: object) -> Any:
-        graphs.append(graph)
-        return graph.forward
+        def run(*arguments: Any) -> Any:
+            graph.meta["runs"] = graph.meta.get("runs", 0) + 1
+            return graph.forward(*arguments)
+
+        found.append(graph)
+        return run
 
     by_inductor = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network, options: by_inductor(network, backend=kept))
+    return found
+
+
+def test_both_networks_are_compiled_where_one_guides_the_other(graphs: list[torch.fx.GraphModule]) -> None:
+    preset = EXPERIMENTS["1d"].preset
+    built = replace(preset, model=replace(preset.model, dim=8, layers=1)).build()  # type: ignore[call-arg]
+    strong, weak = (built.build_model().eval() for _ in range(2))
+    said: list[str] = []
+    evaluate = draw.evaluation(strong, (weak, 2.5), True, "cpu", said.append)
+    inputs = torch.tensor([[0.5], [-1.0]]), torch.tensor([3, 4])
+    with torch.inference_mode():
+        expected = 2.5 * strong.predict(*inputs) - 1.5 * weak.predict(*inputs)
+        found = [evaluate(*inputs) for _ in range(3)]
+    (graph,) = graphs  # they share it
+    assert graph.meta["runs"] == 2 * (len(found) + 1)  # compiling makes a call of its own
+    assert len(said) == 1
+    torch.testing.assert_close(found, [expected] * 3)
+
+
+@pytest.mark.parametrize("experiment", ["1d-classes", "mnist-classes-small"])
+def test_a_network_is_compiled_once(
+    experiment: str, graphs: list[torch.fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where einops has seen no tensor yet: compiled code asks what it finds out at the first one."""
+    monkeypatch.setattr(einops._backends, "_type2backend", {})
+    monkeypatch.setattr(einops._backends, "_loaded_backends", {})
     preset = EXPERIMENTS[experiment].preset
     small = {"dim": 8, "dim_mults": (1,)} if isinstance(preset.model, UnetSettings) else {"dim": 8, "layers": 1}
     built = replace(preset, model=replace(preset.model, **small)).build()  # type: ignore[arg-type]
     model, seconds = built.build_model().eval(), list[float]()
-    predict = compiled_at_first(model.network, model.predict, seconds.append)
+    predict = compiled_at_first([model.network], model.predict, seconds.append)
     told = [torch.tensor([1, 0])] if model.num_classes else []
     with torch.inference_mode():
         found = [predict(torch.ones(2, *built.sample_shape), torch.tensor([3, 4]), *told) for _ in range(3)]

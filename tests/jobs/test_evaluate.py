@@ -20,6 +20,7 @@ from jobs.evaluate import report as report
 from jobs.evaluate.job import EvaluateJob
 from jobs.evaluate.plan import Evaluation, plan
 from jobs.files import sha256
+from jobs.sample.autoguidance import Autoguidance
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
 from tests.launching import (
@@ -222,6 +223,18 @@ def test_guidance_takes_two_evaluations_and_is_drawn_over_where_steps_are_equal(
     over, lines = quality_lines(report.quality_rows([*sets[1:3], at("few", 1, 30), at("more", 1)]))
     found = {line: [row["evaluations"] for row in own] for line, own in lines.items()}
     assert (over, found) == ("evaluations", {("ddim", 1): [10], ("dpm++", 1): [10, 30], ("dpm++", 1.5): [20]})
+
+
+def test_autoguided_sets_are_another_line_and_take_two_evaluations(evaluated: Path) -> None:
+    plain = planned(evaluated, "few")
+    settings = replace(plain.samples.settings, autoguidance=Autoguidance(2.0, 10, "sha256"))
+    guided = replace(plain, samples=replace(plain.samples, settings=settings))
+    rows = report.quality_rows([guided, plain])
+    assert [(row["way"], row["evaluations"]) for row in rows] == [("dpm++", 10), ("dpm++, autoguidance 2", 20)]
+    over, lines = quality_lines(rows)
+    assert (over, [*lines]) == ("evaluations", [("dpm++", None), ("dpm++, autoguidance 2", None)])
+    assert "dpm++, autoguidance 2 20 300" in " ".join(report.quality([guided, plain], 80).split())
+    assert "the same way: dpm++-10; dpm++-10, autoguidance 2." in report.two(plain, guided, 200)
 
 
 def test_a_metric_without_an_interval_is_shown_and_not_judged(evaluated: Path, tmp_path: Path) -> None:

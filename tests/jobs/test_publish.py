@@ -23,8 +23,8 @@ from tests.launching import NO_FIGURES, TINY, done, launch
 
 ASKED = ("--classes", "1,0", "--guidance", "1.5")
 DRAW = {
-    "1d": ("--num-samples", 5000, "--sampler", "ddpm", "--steps", 5, "--seed", 3),
-    "mnist-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--eta", 0.5),
+    "1d": ("--num-samples", 5000, "--sampler", "ddpm", "--steps", 5, "--seed", 3, "--autoguidance", 1.5),
+    "mnist-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--eta", 0.5, "--autoguidance", 2),
     "1d-classes": ("--num-samples", 5000, "--steps", 3, *ASKED),
     "mnist-classes-small": ("--num-samples", 70, "--sampler", "ddim", "--steps", 2, "--guidance", 2),
 }
@@ -36,8 +36,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, mnist_root: Path) -> Path:
     """A folder with a 1D run and a tiny MNIST run, each with a set of samples."""
     root = tmp_path_factory.mktemp("trained")
     for experiment in DRAW:
-        settings = (*SIZE[experiment], "--train.steps", 3, "--train.seed", 7, "--name", "a")
+        settings = (*SIZE[experiment], "--train.steps", 1, "--train.seed", 7, "--train.keep-every", 1, "--name", "a")
         done("train", experiment, *settings, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
+        again = ("resume", f"{experiment}/a", "--train.steps", 3)
+        done(*again, cwd=root, MNIST_ROOT=str(mnist_root), **NO_FIGURES)
         done("sample", f"{experiment}/a", *DRAW[experiment], "--name", "s", cwd=root)
     done("sample", "1d-classes/a", *DRAW["1d-classes"][:4], "--name", "newer", cwd=root)  # what export takes over
     return root / "runs"
@@ -86,8 +88,9 @@ def test_generate_py_draws_what_sample_draws_without_this_project(experiment: st
     for name, array in found.items():
         assert array.dtype == drawn[name].dtype
         assert np.array_equal(array, drawn[name][:-3])
-    weights = run.checkpoints / "step-00000003" / "ema.safetensors"
-    assert sha256(tmp_path / "model" / "ema.safetensors") == sha256(weights)
+    for step, name in ((3, "ema"), (1, "weak")) if "classes" not in experiment else ((3, "ema"),):
+        weights = run.checkpoints / f"step-{step:08d}" / "ema.safetensors"
+        assert sha256(tmp_path / "model" / f"{name}.safetensors") == sha256(weights)
 
 
 @pytest.mark.processes
@@ -155,8 +158,11 @@ def test_a_compiled_set_is_an_example_if_there_is_no_other(runs: Path, tmp_path:
     shutil.rmtree(run.samples / "s")
     folder.publish(run, 3, "mit", tmp_path / "again", print)
     assert json.loads((tmp_path / "again" / "config.json").read_text())["seed"] == 8
-    said = "in fp32; compiled, which `generate.py` is not, so its samples differ by rounding"
-    assert said in (tmp_path / "again" / "README.md").read_text()
+    said = "compiled, which `generate.py` is not, so its samples differ by rounding"
+    assert (
+        f"in fp32, with autoguidance 1.5 by the weights of step 1; {said}"
+        in (tmp_path / "again" / "README.md").read_text()
+    )
 
 
 def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) -> None:
