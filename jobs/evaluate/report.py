@@ -154,6 +154,8 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     reference = _reference(rows)
     of = "most network evaluations (EVALS)" + (" of the guidance nearest to 1" if told else "")
     legend = f"* within the 95% interval of the set with {of}, or better: {reference['name']}"
+    if any(row["autoguidance"] for row in rows):
+        legend += "; auto: the scale of autoguidance"
     return f"{shown}\n\n{textwrap.fill(legend, width, break_on_hyphens=False)}"
 
 
@@ -183,7 +185,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             {
                 "name": evaluation.samples.name,
                 **asdict(sampler),
-                "way": f"{sampler.sampler}{_guided(settings)}",
+                "way": sampler.sampler + (f", auto {weak.scale:g}" if (weak := settings.autoguidance) else ""),
                 "evaluations": settings.evaluations,
                 "guidance": guidance,
                 "autoguidance": asdict(settings.autoguidance) if settings.autoguidance else None,

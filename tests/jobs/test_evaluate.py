@@ -230,10 +230,10 @@ def test_autoguided_sets_are_another_line_and_take_two_evaluations(evaluated: Pa
     settings = replace(plain.samples.settings, autoguidance=Autoguidance(2.0, 10, "sha256"))
     guided = replace(plain, samples=replace(plain.samples, settings=settings))
     rows = report.quality_rows([guided, plain])
-    assert [(row["way"], row["evaluations"]) for row in rows] == [("dpm++", 10), ("dpm++, autoguidance 2", 20)]
+    assert [(row["way"], row["evaluations"]) for row in rows] == [("dpm++", 10), ("dpm++, auto 2", 20)]
     over, lines = quality_lines(rows)
-    assert (over, [*lines]) == ("evaluations", [("dpm++", None), ("dpm++, autoguidance 2", None)])
-    assert "dpm++, autoguidance 2 20 300" in " ".join(report.quality([guided, plain], 80).split())
+    assert (over, [*lines]) == ("evaluations", [("dpm++", None), ("dpm++, auto 2", None)])
+    assert "dpm++, auto 2 20 300" in " ".join(report.quality([guided, plain], 80).split())
     assert "the same way: dpm++-10; dpm++-10, autoguidance 2." in report.two(plain, guided, 200)
 
 
