@@ -153,9 +153,10 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
     reference = _reference(rows)
     of = "most network evaluations (EVALS)" + (" of the guidance nearest to 1" if told else "")
+    of += " and least autoguidance" if any(row["autoguidance"] for row in rows) else ""
     legend = f"* within the 95% interval of the set with {of}, or better: {reference['name']}"
     if any(row["autoguidance"] for row in rows):
-        legend += "; auto: the scale of autoguidance"
+        legend += "; auto is its scale"
     return f"{shown}\n\n{textwrap.fill(legend, width, break_on_hyphens=False)}"
 
 
@@ -207,10 +208,12 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _reference(rows: Sequence[Json]) -> Json:
-    """Returns the set with most network evaluations, the last of several; with classes, the least exaggerated one."""
+    """Returns the set with most network evaluations, the last of several; the least exaggerated one where some are."""
 
-    def key(row: Json) -> tuple[float, int]:
-        return -abs(row["guidance"] - 1) if row["guidance"] is not None else 0.0, row["evaluations"]
+    def key(row: Json) -> tuple[float, float, int]:
+        exaggerated = abs(row["guidance"] - 1) if row["guidance"] is not None else 0.0
+        scale = row["autoguidance"]["scale"] if row["autoguidance"] else 1.0
+        return -exaggerated, -scale, row["evaluations"]
 
     # `max` returns the first of several that are equal.
     return max(reversed(rows), key=key)

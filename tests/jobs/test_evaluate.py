@@ -231,6 +231,7 @@ def test_autoguided_sets_are_another_line_and_take_two_evaluations(evaluated: Pa
     guided = replace(plain, samples=replace(plain.samples, settings=settings))
     rows = report.quality_rows([guided, plain])
     assert [(row["way"], row["evaluations"]) for row in rows] == [("dpm++", 10), ("dpm++, auto 2", 20)]
+    assert report._reference(rows)["way"] == "dpm++"  # although it has fewer evaluations
     over, lines = quality_lines(rows)
     assert (over, [*lines]) == ("evaluations", [("dpm++", None), ("dpm++, auto 2", None)])
     assert "dpm++, auto 2 20 300" in " ".join(report.quality([guided, plain], 80).split())
