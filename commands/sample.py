@@ -15,7 +15,7 @@ from diffusion.errors import UserError
 from diffusion.settings import SAMPLERS, SamplerName, SamplerSettings
 from jobs.experiments.table import EXPERIMENTS, Entry
 from jobs.runtime.job import submitted
-from jobs.sample import exports, sample_set
+from jobs.sample import autoguidance, exports, sample_set
 from jobs.sample.exports import Form
 from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.sample.sample_set import SampleSet, Weights
@@ -63,7 +63,7 @@ class Sample:
     steps: Annotated[
         int | None, optional("INT", f"{_defaults(lambda entry: entry.sampler.steps)}; {_of_other_samplers()}")
     ] = None
-    """Network evaluations for each sample."""
+    """Steps of the sampler: a network evaluation each, or two with guidance or autoguidance, four with both."""
     eta: float = 0.0
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
     weights: Weights = "ema"
@@ -109,10 +109,12 @@ class Sample:
         there = run.read_samples(self.name) if self.name is not None else {}
         if self.sampler is None and self.steps is None:
             default = sample_set.sampler_of(there) or default
-        autoguided, weak = self.autoguidance, self.weak_checkpoint
-        if there and autoguided is None and weak is None:
-            guided = sample_set.autoguidance_of(there)
-            autoguided, weak = (guided.scale, guided.step) if guided is not None else (1.0, None)
+        autoguided, weak, guided = self.autoguidance, self.weak_checkpoint, sample_set.autoguidance_of(there)
+        if guided is not None and autoguided != 1:
+            autoguided = guided.scale if autoguided is None else autoguided
+            weak = guided.step if weak is None else weak
+        elif there and weak is None:
+            autoguided = 1.0 if autoguided is None else autoguided
         name = self.sampler if self.sampler is not None else default.sampler
         if name != EXPERIMENTS[experiment].sampler.sampler and weak is None:
             autoguided = 1.0 if autoguided is None else autoguided
@@ -129,6 +131,7 @@ class Sample:
             guidance=self.guidance,
             autoguided=autoguided,
             weak=weak,
+            begun=guided,
             compile=self.compile or bool(there.get("compile")),
             say=partial(print, file=sys.stderr) if self.where.dry_run else print,  # what it shows can be parsed
         )
@@ -144,8 +147,10 @@ class Sample:
                 exports.export(asked, self.export)
                 self._say_export(asked, where)
             return 0
-        place = self.where.place(run)
         missing = tuple(asked.missing())
+        if missing and settings.autoguidance is not None:
+            autoguidance.check(run, settings.autoguidance, settings.weights)
+        place = self.where.place(run)
         device, retries = self.where.resolve_device(place, asked.settings.precision), self.where.retries_at(place)
         job = SampleJob(asked, missing, self.where.processes, device, merge=True, export=self.export, retries=retries)
         merge = SampleMergeJob(asked, self.export)
@@ -164,10 +169,13 @@ class Sample:
         if isinstance(place, OnSlurm):
             place = replace(place, processes=1)  # the elements of an array are one task each
             place.check_array(elements, merge)
-        is_plain = (self.name, self.sampler, self.steps, self.autoguidance, self.weak_checkpoint) == (None,) * 5
-        if is_plain and not self.eta and not asked.read_manifest():
-            # Their sampler may have been the default when they were begun.
+        is_plain = (self.name, self.autoguidance, self.weak_checkpoint) == (None, None, None)
+        if is_plain and not asked.read_manifest():
+            # Their sampler may have been the default when they were begun, or their autoguidance.
+            names_one = self.sampler is not None or self.steps is not None or self.eta
             for begun in sample_set.begun_with_other_samplers(run, settings):
+                if names_one and begun.settings.sampler != settings.sampler:
+                    continue
                 with suppress(SlurmError):  # it is a hint, for which no command fails
                     if queue.active(begun.job_ids()):
                         continue

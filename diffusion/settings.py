@@ -167,7 +167,7 @@ class SamplerSettings:
 
     sampler: SamplerName
     steps: int
-    """Network evaluations for each sample."""
+    """Network evaluations for each sample; guidance of either kind doubles them."""
     eta: float = 0.0
     """DDIM's noise: 0 is deterministic, 1 is as random as ddpm."""
 

@@ -924,8 +924,8 @@ FAULTS = [
     Fault(
         "a set without autoguidance goes on under the name of one with it",
         "jobs/sample/sample_set.py",
-        '{"autoguidance": None, **self.as_json()}.items()',
-        "self.as_json().items()",
+        '{**ours, "autoguidance": ours.get("autoguidance")}.items()',
+        "ours.items()",
         "tests/jobs/test_autoguidance.py::test_a_set_goes_on_as_it_was_begun_and_is_not_mixed_with_others",
     ),
     Fault(
@@ -941,6 +941,13 @@ FAULTS = [
         "jobs/sample/autoguidance.py",
         "key=lambda other: abs(SHARE * other - step)",
         "key=lambda other: -other",
+        "tests/jobs/test_autoguidance.py::test_the_weak_checkpoint_is_the_nearest_good_one_to_a_quarter_of_the_steps",
+    ),
+    Fault(
+        "a checkpoint that a signal has left behind guides samples",
+        "jobs/sample/autoguidance.py",
+        "for other in checkpoints.firsts(held, keep_every) if",
+        "for other in held if",
         "tests/jobs/test_autoguidance.py::test_the_weak_checkpoint_is_the_nearest_good_one_to_a_quarter_of_the_steps",
     ),
     Fault(

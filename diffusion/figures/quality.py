@@ -17,7 +17,7 @@ COLORS = dict(zip(SAMPLERS, PALETTE, strict=False))
 Row = Mapping[str, Any]
 Over = Literal["guidance", "evaluations"]
 MARKERS = ("o", "s", "^", "D", "v")
-"""Tell lines of one sampler with several guidances apart."""
+"""Tell lines of one sampler with several guidances, of either kind, apart."""
 
 
 def sampler_errors(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -64,7 +64,8 @@ def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
     figure = Figure(figsize=(5 * len(names), 4.5), layout="constrained")
     over, lines = quality_lines(rows)
     of = {row["way"]: row["sampler"] for row in rows}
-    scales = list(dict.fromkeys(scale for _, scale in lines))
+    # What tells lines of one sampler apart, the same for all samplers.
+    kinds = list(dict.fromkeys((way.removeprefix(of[way]), scale) for way, scale in lines))
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         metrics = [row["metrics"][name] for row in rows]
         # The floor depends on the number of samples, and sets may differ in it: the band holds the floors of all.
@@ -81,7 +82,7 @@ def quality(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
                 [row[over] for row in own],
                 [metric["value"] for metric in found],
                 [[m["value"] - m["low"] for m in found], [m["high"] - m["value"] for m in found]],
-                fmt=MARKERS[scales.index(scale) % len(MARKERS)] + ("-" if way == of[way] else "--"),
+                fmt=MARKERS[kinds.index((way.removeprefix(of[way]), scale)) % len(MARKERS)] + "-",
                 color=COLORS[of[way]],
                 linewidth=2,
                 capsize=4,

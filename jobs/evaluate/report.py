@@ -58,7 +58,14 @@ def _drawn_by(settings: SampleSettings) -> str:
 
 def _guided(settings: SampleSettings) -> str:
     weak = settings.autoguidance
-    return f", autoguidance {weak.scale:g}" if weak is not None else ""
+    return f", autoguidance {weak.scale:g} by step {weak.step}" if weak is not None else ""
+
+
+def _auto(settings: SampleSettings, several: bool) -> str:
+    """The same in few letters, with the weak checkpoint only if there are several."""
+    if (weak := settings.autoguidance) is None:
+        return ""
+    return f", auto {weak.scale:g}" + (f" by {weak.step}" if several else "")
 
 
 def num_judged(results: Json) -> int:
@@ -152,11 +159,11 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     headers = ("SAMPLER", "EVALS", *told, "N", *(name.upper() for name in names))
     shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
     reference = _reference(rows)
-    of = "most network evaluations (EVALS)" + (" of the guidance nearest to 1" if told else "")
-    of += " and least autoguidance" if any(row["autoguidance"] for row in rows) else ""
-    legend = f"* within the 95% interval of the set with {of}, or better: {reference['name']}"
+    least = [*(["the guidance nearest to 1"] if told else [])]
     if any(row["autoguidance"] for row in rows):
-        legend += "; auto is its scale"
+        least.append("the least autoguidance (auto)")
+    of = "most network evaluations (EVALS)" + (f" of {' and '.join(least)}" if least else "")
+    legend = f"* within the 95% interval of the set with {of}, or better: {reference['name']}"
     return f"{shown}\n\n{textwrap.fill(legend, width, break_on_hyphens=False)}"
 
 
@@ -179,6 +186,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     Those count twice what `sample --steps` says where guidance takes two predictions, four times where both kinds do.
     """
     rows: list[dict[str, Any]] = []
+    several = len({weak.step for one in evaluations if (weak := one.samples.settings.autoguidance)}) > 1
     for evaluation in evaluations:
         results, settings = evaluation.read(), evaluation.samples.settings
         sampler, guidance = settings.sampler, settings.guidance
@@ -186,7 +194,7 @@ def quality_rows(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
             {
                 "name": evaluation.samples.name,
                 **asdict(sampler),
-                "way": sampler.sampler + (f", auto {weak.scale:g}" if (weak := settings.autoguidance) else ""),
+                "way": sampler.sampler + _auto(settings, several),
                 "evaluations": settings.evaluations,
                 "guidance": guidance,
                 "autoguidance": asdict(settings.autoguidance) if settings.autoguidance else None,

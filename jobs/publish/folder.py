@@ -16,7 +16,7 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import sha256, whole_folder
 from jobs.publish import card
-from jobs.sample import sample_set
+from jobs.sample import autoguidance, sample_set
 from jobs.sample.sample_set import SampleSet, SampleSettings
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import Named
@@ -70,7 +70,7 @@ def publish(
     experiment, config = run.read_experiment()
     programs = code(config)
     step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
-    found = examples(run, manifest["files"][checkpoints.EMA]["sha256"])
+    found = examples(run, manifest["files"][checkpoints.EMA]["sha256"], say)
     if found is None:
         say(f"The card has no picture and no numbers: no samples of step {step:,} are there; `sample` draws some.")
     settings = found.settings if found is not None else _default(run, experiment, config, step, say)
@@ -99,17 +99,25 @@ def _copy(run: RunFolder, step: int, expected: str, target: Path) -> None:
         shutil.copyfile(weights, target)
     # The copy is hashed, so that what is published is what was verified, whatever happens to the run's own file.
     if not target.exists() or sha256(target) != expected:
-        raise UserError(f"{weights} is gone, or has changed; draw other samples, and run the command again")
+        raise UserError(f"{weights} has changed meanwhile; run the command again")
 
 
-def examples(run: RunFolder, weights_sha256: str) -> SampleSet | None:
+def examples(run: RunFolder, weights_sha256: str, say: Callable[[str], None]) -> SampleSet | None:
     """The newest complete set that the weights with this hash have drawn, if possible one with numbers.
 
     Of compiled sets, whose bytes the published program does not draw, only if there are no others.
     """
     sets = [sample_set.read(run, name) for name in complete_sets(run)]
     sets.sort(key=lambda one: one.settings.compile)
-    ours = [one for one in sets if one.settings.weights_sha256 == weights_sha256]
+    ours = []
+    for one in sets:
+        if one.settings.weights_sha256 == weights_sha256:
+            try:
+                if one.settings.autoguidance is not None:
+                    autoguidance.check(run, one.settings.autoguidance, "ema")
+                ours.append(one)
+            except UserError as error:
+                say(f"The samples {one.name} are left out: {error}")
     return next((one for one in ours if card.evaluation(one)), ours[0] if ours else None)
 
 

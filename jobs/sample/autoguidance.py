@@ -39,12 +39,14 @@ def choose(
     scale: float | None,
     weak: int | None,
     default: float,
+    keep_every: int,
     say: Callable[[str], None],
 ) -> Autoguidance | None:
     """How the checkpoint `step` is guided; None if it is not. Raises UserError where it cannot be.
 
-    `scale` and `weak`, the step of the weak checkpoint, are None where the user names none. The `default` needs a
-    checkpoint with at most half of the steps; where there is none it says so.
+    `scale` and `weak`, the step of the weak checkpoint, are None where the user names none. Else it is one of those
+    that `keep_every` keeps, with at most half of the steps; where there is none the `default` is not guided, and says
+    so. Others that happen to be there depend on when the training was interrupted.
     """
     asked = default if scale is None else scale
     require(math.isfinite(asked) and asked >= 1, "--autoguidance must be at least 1 and finite", asked)
@@ -57,14 +59,28 @@ def choose(
         rule = f"--weak-checkpoint must be a step before {step} that {run} holds ({listed})"
         require(weak in held and weak < step, rule, weak)
         return _guided_by(run, weak, weights, asked)
-    for other in sorted((other for other in held if 2 * other <= step), key=lambda other: abs(SHARE * other - step)):
-        with suppress(CorruptCheckpoint):  # another one does as well
+    kept = [other for other in checkpoints.firsts(held, keep_every) if 2 * other <= step]
+    for other in sorted(kept, key=lambda other: abs(SHARE * other - step)):
+        try:
             return _guided_by(run, other, weights, asked)
-    lacking = f"{run} holds no good checkpoint with at most half of the {step} steps (--train.keep-every keeps some)"
+        except CorruptCheckpoint as error:
+            say(f"WARNING: {error}; it cannot guide these samples, so another one does")
+    lacking = f"{run} has kept no good checkpoint with at most half of the {step} steps (--train.keep-every)"
     if scale is not None:
-        raise UserError(f"--autoguidance {scale:g} needs one with fewer steps: {lacking}")
+        raise UserError(f"--autoguidance {scale:g} needs --weak-checkpoint, because {lacking}")
     say(f"{lacking}, so the samples are drawn without autoguidance.")
     return None
+
+
+def check(run: RunFolder, guided: Autoguidance, weights: Literal["ema", "model"]) -> None:
+    """Raises UserError if the weak weights, with which a set was begun, are not there any more."""
+    with suppress(CorruptCheckpoint):
+        if _guided_by(run, guided.step, weights, guided.scale) == guided:
+            return
+    raise UserError(
+        f"the checkpoint of step {guided.step}, which guides these samples, is gone, or has changed; "
+        "choose another --name, and --weak-checkpoint or --autoguidance 1"
+    )
 
 
 def _guided_by(run: RunFolder, weak: int, weights: Literal["ema", "model"], scale: float) -> Autoguidance:

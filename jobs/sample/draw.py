@@ -37,6 +37,8 @@ from jobs.terminal.tables import duration
 
 def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, watchdog: Watchdog) -> None:
     """Draws these shards; raises Stopped when a signal comes."""
+    if not shards:
+        return  # no weights are needed, which may be gone
     run = RunFolder(samples.run)
     precision = resolve_precision(samples.settings.precision, device)
     if reason := lacking(precision, device):
@@ -166,7 +168,8 @@ def load_guide(run: RunFolder, settings: SampleSettings, device: torch.device) -
     if (weak := settings.autoguidance) is None:
         return None
     experiment = run.read_experiment()[1].build()
-    return _load(run, experiment, weak.step, settings.weights, weak.weights_sha256, device), weak.scale
+    model = _load(run, experiment, weak.step, settings.weights, weak.weights_sha256, device)
+    return model, weak.scale
 
 
 def _load(

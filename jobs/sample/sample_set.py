@@ -76,7 +76,8 @@ class SampleSettings:
     def contradicts(self, manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         """Yields the settings in which a manifest says otherwise, so that its set cannot go on: its value, and ours."""
         theirs = {"compile": False, **manifest}
-        for key, value in {"autoguidance": None, **self.as_json()}.items():
+        ours = self.as_json()
+        for key, value in {**ours, "autoguidance": ours.get("autoguidance")}.items():
             # "auto" is from before it was resolved with the plan.
             if theirs.get(key) != value and (key, theirs.get(key)) != ("precision", "auto"):
                 yield key, theirs.get(key), value
@@ -108,12 +109,14 @@ def choose(
     guidance: float | None = None,
     autoguided: float | None = None,
     weak: int | None = None,
+    begun: Autoguidance | None = None,
     compile: bool = False,
     say: Callable[[str], None],
 ) -> SampleSettings:
     """What the samples that a user asks for depend on; raises UserError where they cannot be drawn.
 
-    `autoguided` is the scale of autoguidance, `weak` the step of the weak checkpoint; None is the default.
+    `autoguided` is the scale of autoguidance, `weak` the step of the weak checkpoint; None is the default. `begun` is
+    that of a set which goes on: if it is what is asked for, it is taken over unseen, since a complete set needs none.
     """
     experiment, config = run.read_experiment()
     entry = EXPERIMENTS[experiment]
@@ -129,6 +132,16 @@ def choose(
         for flag, value in (("--classes", classes), ("--guidance", guidance)):
             require(value is None, f"{flag} is for models that know classes ({known}), not for {experiment}", value)
     step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
+    guide = begun
+    if begun is None or (autoguided, weak) != (begun.scale, begun.step):
+        guide = autoguidance.choose(
+            *(run, step, weights),
+            scale=autoguided,
+            weak=weak,
+            default=entry.autoguidance,
+            keep_every=config.train.keep_every,
+            say=say,
+        )
     return SampleSettings(
         step=step,
         weights=weights,
@@ -138,9 +151,7 @@ def choose(
         precision=precision_of(run, config.train.precision, "fp32"),
         sub_batch_size=entry.sub_batch_size,
         shard_size=entry.shard_size,
-        autoguidance=autoguidance.choose(
-            run, step, weights, scale=autoguided, weak=weak, default=entry.autoguidance, say=say
-        ),
+        autoguidance=guide,
         compile=compile,
         **told,
     )
@@ -189,6 +200,14 @@ def sampler_of(written: Mapping[str, Any]) -> SamplerSettings | None:
     """The sampler that a manifest or a line of quality.jsonl names, if it names one."""
     sampler = written.get("sampler")
     return SamplerSettings(**sampler) if sampler else None
+
+
+def _told_apart(*guides: dict[str, Any] | None) -> list[str]:
+    """Kinds of autoguidance as a sentence names them, with their hashes only where all else is equal."""
+    named = [f"{one['scale']:g} by step {one['step']}" if one else "1" for one in guides]
+    if len({*named}) == len(named):
+        return named
+    return [f"{name} ({one['weights_sha256'][:8]})" for name, one in zip(named, guides, strict=True) if one]
 
 
 def autoguidance_of(written: Mapping[str, Any]) -> Autoguidance | None:
@@ -310,7 +329,7 @@ class SampleSet:
             return
         for key, theirs, ours in self.settings.contradicts(manifest):
             if key == "autoguidance":
-                theirs, ours = (f"{one['scale']:g} by step {one['step']}" if one else "1" for one in (theirs, ours))
+                theirs, ours = _told_apart(theirs, ours)
             raise UserError(f"samples {self.name} were drawn with {key}={theirs}, not {ours}; choose another --name")
         if manifest["num_samples"] > self.num_samples:
             raise UserError(

@@ -10,10 +10,12 @@ import torch
 from accelerate.state import AcceleratorState
 
 from diffusion.process.cuda_graphs import in_one_launch
+from diffusion.process.guidance import autoguided
 from jobs.experiments.table import EXPERIMENTS
 from jobs.runtime.compiling import compiled_at_first
 from jobs.runtime.numerics import Kind, Precision, set_numerics
 from jobs.runtime.world import World, start
+from jobs.sample import draw
 from jobs.storage.checkpoints import Snapshot
 from jobs.train.state import Training
 from tests.gpu import jobs
@@ -91,6 +93,16 @@ def test_captured_predictions_are_the_predictions(experiment: str, device: Kind)
             assert found.device == xt.device and torch.equal(found, model.predict_for(xt, t, *told))
 
 
+def test_guided_predictions_are_those_of_both_networks_captured_or_not(device: Kind) -> None:
+    preset = EXPERIMENTS["1d"].preset
+    strong, weak = (preset.build().build_model().to(device).eval() for _ in range(2))
+    evaluate = draw.evaluation(strong, (weak, 2.0), False, device, pytest.fail)
+    with torch.inference_mode():
+        for t in (900, 3):
+            inputs = torch.randn(8, 1, device=device), torch.full((8,), t, device=device)
+            assert torch.equal(evaluate(*inputs), autoguided(strong.predict, weak.predict, 2.0)(*inputs))
+
+
 def test_compiled_predictions_are_the_predictions_captured_or_not(device: Kind) -> None:
     """Those of a sampling job, up to the rounding of another order of summation; with classes it has all layers."""
     preset = EXPERIMENTS["mnist-classes"].preset
@@ -101,7 +113,7 @@ def test_compiled_predictions_are_the_predictions_captured_or_not(device: Kind) 
     inputs = [torch.randn(8, 1, 28, 28, device=device), *torch.arange(8, device=device).expand(2, 8)]
     with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
         expected = model.predict(*inputs)
-        compiled = compiled_at_first(model.network, model.predict, lambda seconds: None)
+        compiled = compiled_at_first([model.network], model.predict, lambda seconds: None)
         found = compiled(*inputs)
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
         assert torch.equal(compiled(*inputs), found)

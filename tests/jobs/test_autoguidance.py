@@ -91,13 +91,37 @@ def test_a_set_goes_on_as_it_was_begun_and_is_not_mixed_with_others(root: Path, 
     begun = np.load(run.samples / "s" / "samples.npz")["arr_0"]
     done(*how, "--num-samples", 20, cwd=root, **NO_FIGURES)
     assert np.array_equal(np.load(run.samples / "s" / "samples.npz")["arr_0"][:10], begun)
-    for other, theirs in ((("--autoguidance", 1), "1"), (("--autoguidance", 2), "2 by step 10")):
+    for *other, theirs in (
+        ("--autoguidance", 1, "1"),
+        ("--autoguidance", 3, "3 by step 20"),
+        ("--weak-checkpoint", 10, "2 by step 10"),
+    ):
         ended = launch(*how, *other, "--num-samples", 20, cwd=root)
         assert ended.code == 2
         assert f"drawn with autoguidance=2 by step 20, not {theirs}; choose another --name" in sentence(ended.err)
-    # As a kill leaves it behind: the training must keep what it is drawn with.
-    sample_set.read(run, "s").write_manifest()
+    # A complete set needs its weights no more; else the training must keep them.
+    (run.checkpoints / "step-00000020").rename(root / "gone")
+    assert "20 samples are in" in done(*how, "--autoguidance", 2, "--num-samples", 20, cwd=root).out
+    sample_set.read(run, "s").write_manifest()  # as a kill leaves it behind
     assert run.drawn_steps() == {20, 40}
+    (run.samples / "s" / "shard-00000.npy").unlink()
+    ended = launch(*how, "--num-samples", 20, cwd=root)
+    assert ended.code == 2
+    assert "the checkpoint of step 20, which guides these samples, is gone, or has changed;" in sentence(ended.err)
+    (root / "gone").rename(run.checkpoints / "step-00000020")
+    done(*how, "--num-samples", 20, cwd=root, **NO_FIGURES)
+    assert np.array_equal(np.load(run.samples / "s" / "samples.npz")["arr_0"][:10], begun)
+
+
+def test_a_set_begun_before_its_sampler_was_autoguided_is_named(root: Path) -> None:
+    how = ("sample", "mnist-small/a", "--steps", 2)
+    done(*how, "--autoguidance", 1, "--num-samples", 10, cwd=root, **NO_FIGURES)
+    run = RunFolder(root / "runs" / "mnist-small" / "a")
+    (begun,) = sample_set.complete(run)
+    sample_set.read(run, begun).write_manifest()  # as a kill leaves it behind
+    words = f"the same command with --name {begun} --num-samples 10 draws the rest of that set"
+    assert words in done(*how, "--num-samples", 10, cwd=root, **NO_FIGURES).out
+    assert words not in done(*how[:-1], 3, "--num-samples", 10, cwd=root, **NO_FIGURES).out
 
 
 def shown(root: Path, *arguments: object) -> dict[str, object]:
@@ -118,30 +142,38 @@ def test_the_default_is_for_the_experiments_own_sampler_and_for_runs_that_have_k
         "scale": 3.0,
     }
     early = done("sample", "mnist-small/a", "--checkpoint", 1, "--dry-run", cwd=root)
-    assert "mnist-small/a holds no good checkpoint with at most half of the 1 steps" in early.err
+    assert "mnist-small/a has kept no good checkpoint with at most half of the 1 steps" in early.err
     assert '"autoguidance"' not in early.out
 
 
-def chosen(run: RunFolder, step: int = 40, scale: float | None = 2, weak: int | None = None) -> int | None:
-    said: list[str] = []
-    found = autoguidance.choose(run, step, "ema", scale=scale, weak=weak, default=1.0, say=said.append)
-    assert said == []
+def chosen(
+    run: RunFolder,
+    step: int = 40,
+    scale: float | None = 2,
+    weak: int | None = None,
+    keep_every: int = 10,
+    said: Callable[[str], None] = pytest.fail,
+) -> int | None:
+    how = {"scale": scale, "weak": weak, "default": 1.0, "keep_every": keep_every}
+    found = autoguidance.choose(run, step, "ema", **how, say=said)  # type: ignore[arg-type]
     return found and found.step
 
 
 @pytest.mark.processes  # a training before it
 def test_the_weak_checkpoint_is_the_nearest_good_one_to_a_quarter_of_the_steps(run: RunFolder) -> None:
     assert (chosen(run), chosen(run, 30), chosen(run, weak=30), chosen(run, scale=1)) == (10, 10, 30, None)
+    # Where the training was interrupted does not decide over samples.
+    shutil.copytree(run.checkpoints / "step-00000010", run.checkpoints / "step-00000005")
+    assert (chosen(run, 20), chosen(run, keep_every=20)) == (10, 20)
     (run.checkpoints / "step-00000010" / "optimizer.pt").write_bytes(b"damaged")
-    assert chosen(run) == 20
+    said: list[str] = []
+    assert chosen(run, said=said.append) == 20
+    assert "it cannot guide these samples, so another one does" in said[0]
     with pytest.raises(UserError, match=r"step-00000010: optimizer\.pt has not the size that was written"):
         chosen(run, weak=10)
     for wrong, words in (
-        (
-            {"step": 30},
-            "--autoguidance 2 needs one with fewer steps: .* with at most half of the 30",
-        ),
-        ({"weak": 40}, r"--weak-checkpoint must be a step before 40 that .* holds \(30, 20, 10\); got 40"),
+        ({"keep_every": 0}, "--autoguidance 2 needs --weak-checkpoint, because .* at most half of the 40 steps"),
+        ({"weak": 40}, r"--weak-checkpoint must be a step before 40 that .* holds \(30, 20, 10, 5\); got 40"),
         ({"weak": 15}, "--weak-checkpoint must be a step before 40"),
         ({"weak": 10, "scale": None}, "--weak-checkpoint needs --autoguidance above 1"),
         ({"scale": 0.5}, "--autoguidance must be at least 1 and finite; got 0.5"),

@@ -235,7 +235,10 @@ def test_autoguided_sets_are_another_line_and_take_two_evaluations(evaluated: Pa
     over, lines = quality_lines(rows)
     assert (over, [*lines]) == ("evaluations", [("dpm++", None), ("dpm++, auto 2", None)])
     assert "dpm++, auto 2 20 300" in " ".join(report.quality([guided, plain], 80).split())
-    assert "the same way: dpm++-10; dpm++-10, autoguidance 2." in report.two(plain, guided, 200)
+    assert "the same way: dpm++-10; dpm++-10, autoguidance 2 by step 10." in report.two(plain, guided, 200)
+    other = replace(settings, autoguidance=Autoguidance(2.0, 20, "sha256"))
+    rows = report.quality_rows([guided, replace(plain, samples=replace(plain.samples, settings=other))])
+    assert {row["way"] for row in rows} == {"dpm++, auto 2 by 10", "dpm++, auto 2 by 20"}
 
 
 def test_a_metric_without_an_interval_is_shown_and_not_judged(evaluated: Path, tmp_path: Path) -> None:

@@ -147,6 +147,19 @@ def test_samples_of_other_weights_of_the_step_are_no_examples(runs: Path, tmp_pa
 
 
 @pytest.mark.processes
+def test_a_set_whose_weak_weights_are_gone_is_no_example(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(runs / "1d" / "a", tmp_path / "runs" / "1d" / "a"))
+    shutil.rmtree(run.checkpoints / "step-00000001")
+    said: list[str] = []
+    folder.publish(run, 3, "mit", tmp_path / "model", said.append)
+    assert said[0].startswith(
+        "The samples s are left out: the checkpoint of step 1, which guides these samples, is gone"
+    )
+    assert not (tmp_path / "model" / "weak.safetensors").exists()
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["autoguidance"] is None
+
+
+@pytest.mark.processes
 def test_a_compiled_set_is_an_example_if_there_is_no_other(runs: Path, tmp_path: Path) -> None:
     """Because the published program does not draw its bytes."""
     run = RunFolder(shutil.copytree(runs / "1d" / "a", tmp_path / "runs" / "1d" / "a"))

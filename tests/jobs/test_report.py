@@ -148,6 +148,9 @@ def test_a_set_of_classes_says_which(run: RunFolder) -> None:
     assert "guidance" not in shown(run).text
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "classes": [0, 1, 2, 7], "guidance": 1.5}))
     assert "seed 0; classes 0-2+7 in turn, guidance 1.5." in shown(run).text
+    guided = {"autoguidance": {"scale": 2.0, "step": 1000, "weights_sha256": "0"}}
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **guided}))
+    assert "guidance 1.5; autoguidance 2 by the weights of step 1,000." in shown(run).text
 
 
 def test_a_long_curve_keeps_its_peaks() -> None:
