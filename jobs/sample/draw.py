@@ -37,15 +37,16 @@ from jobs.terminal.tables import duration
 
 def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: SignalWatch, watchdog: Watchdog) -> None:
     """Draws these shards; raises Stopped when a signal comes."""
-    if not shards:
-        return  # no weights are needed, which may be gone
     run = RunFolder(samples.run)
     precision = resolve_precision(samples.settings.precision, device)
     if reason := lacking(precision, device):
         raise JobError(reason)
     set_numerics(precision)
-    experiment, model = load_model(run, samples.settings, own_device(device))
-    guide = load_guide(run, samples.settings, own_device(device))
+    where = own_device(device)
+    if not shards:
+        return  # no weights are needed, which may be gone
+    experiment, model = load_model(run, samples.settings, where)
+    guide = load_guide(run, samples.settings, where)
 
     console, compiled = Console(run.log), samples.settings.compile
     evaluate = evaluation(model, guide, compiled, device, console.say)
