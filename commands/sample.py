@@ -148,8 +148,8 @@ class Sample:
                 self._say_export(asked, where)
             return 0
         missing = tuple(asked.missing())
-        if missing and settings.autoguidance is not None:
-            autoguidance.check(run, settings.autoguidance, settings.weights)
+        if missing and guided is not None and settings.autoguidance == guided:  # taken over unseen
+            autoguidance.check(run, guided, settings.weights)
         place = self.where.place(run)
         device, retries = self.where.resolve_device(place, asked.settings.precision), self.where.retries_at(place)
         job = SampleJob(asked, missing, self.where.processes, device, merge=True, export=self.export, retries=retries)

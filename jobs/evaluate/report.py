@@ -159,7 +159,7 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
     headers = ("SAMPLER", "EVALS", *told, "N", *(name.upper() for name in names))
     shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
     reference = _reference(rows)
-    least = [*(["the guidance nearest to 1"] if told else [])]
+    least = ["the guidance nearest to 1"] if told else []
     if any(row["autoguidance"] for row in rows):
         least.append("the least autoguidance (auto)")
     of = "most network evaluations (EVALS)" + (f" of {' and '.join(least)}" if least else "")

@@ -46,7 +46,7 @@ def sample(samples: SampleSet, shards: Sequence[int], device: Kind, signals: Sig
     if not shards:
         return  # no weights are needed, which may be gone
     experiment, model = load_model(run, samples.settings, where)
-    guide = load_guide(run, samples.settings, where)
+    guide = load_guide(run, experiment, samples.settings, where)
 
     console, compiled = Console(run.log), samples.settings.compile
     evaluate = evaluation(model, guide, compiled, device, console.say)
@@ -164,11 +164,12 @@ def load_model(run: RunFolder, settings: SampleSettings, device: torch.device) -
     return experiment, _load(run, experiment, settings.step, settings.weights, settings.weights_sha256, device)
 
 
-def load_guide(run: RunFolder, settings: SampleSettings, device: torch.device) -> tuple[DiffusionModel, float] | None:
+def load_guide(
+    run: RunFolder, experiment: Experiment, settings: SampleSettings, device: torch.device
+) -> tuple[DiffusionModel, float] | None:
     """The model with the weak weights that the settings name, and how strongly it guides; None if they name none."""
     if (weak := settings.autoguidance) is None:
         return None
-    experiment = run.read_experiment()[1].build()
     model = _load(run, experiment, weak.step, settings.weights, weak.weights_sha256, device)
     return model, weak.scale
 
