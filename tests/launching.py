@@ -61,6 +61,7 @@ def start(
     whole = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",  # else a compiler starts processes that import torch, too
         "COLUMNS": "200",
         "WANDB_MODE": "disabled",
         "DIFFUSION_PROFILE": "",

@@ -47,10 +47,10 @@ NO_MATPLOTLIB = ROOT / "tests" / "no_figures"
 """Where Python finds no plotting library."""
 EARLY = ("PYTHON", "OMP_", "MKL_", "MPL", "LD_", "TORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "CUDA")
 """Variables that begin so are read when a process or a library begins: too early for one that is forked."""
-THREADS = "OMP_NUM_THREADS"
-"""One of them that a forked process can make up for."""
-LATE = (THREADS, "TORCHINDUCTOR_CACHE_DIR")
-"""That one, and one that is read when it is used."""
+THREADS, COMPILE_THREADS = "OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"
+"""Two of them that a forked process can make up for."""
+LATE = (THREADS, COMPILE_THREADS, "TORCHINDUCTOR_CACHE_DIR")
+"""Those, and one that is read when it is used."""
 OURS_READ = ("MNIST_ROOT", "FASHION_MNIST_ROOT")
 """Variables that the project reads when it is imported: a command with others imports it anew."""
 
@@ -344,6 +344,7 @@ def _become(command: list[str], env: dict[str, str]) -> NoReturn:
         _slow(*env["LAUNCHED_SLOWED"].split(":"))
     if env.get(THREADS, "1") != "1":
         importlib.import_module("torch").set_num_threads(int(env[THREADS]))
+    importlib.import_module("torch._inductor.config").compile_threads = int(env.get(COMPILE_THREADS, "1"))
     sys.argv = command if command[0] != "-m" else command[1:]
     code = 0
     try:

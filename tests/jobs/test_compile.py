@@ -46,7 +46,9 @@ def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path
     """On any number of processes, each of which compiles: two of them until it is stopped, one where it is not."""
     runs = tmp_path / "runs" / "1d"
     done(*COMMAND, "--name", "plain", cwd=tmp_path, **NO_FIGURES)
-    compiled = done(*COMMAND, "--train.compile", "--name", "compiled", cwd=tmp_path, **NO_FIGURES)
+    # With several compilers, as a user has them.
+    several = {**NO_FIGURES, "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    compiled = done(*COMMAND, "--train.compile", "--name", "compiled", cwd=tmp_path, **several)
     said = r"Compiled the network in \d+ (?:s|min) \(--train.compile\)"
     assert len(re.findall(said, compiled.out)) == 1
     # The same arithmetic in another order of summation.
@@ -64,7 +66,7 @@ def test_a_compiled_training_is_the_same_training_and_continues_as_such(tmp_path
 
 
 def test_compiled_samples_are_the_samples_however_they_are_drawn(tmp_path: Path) -> None:
-    done("train", "1d", *SMALL, "--name", "a", cwd=tmp_path, **NO_FIGURES)
+    done("train", "1d", *SMALL, "--train.steps", STEPS, "--name", "a", cwd=tmp_path, **NO_FIGURES)
     sets = tmp_path / "runs" / "1d" / "a" / "samples"
 
     def drawn(name: str, n: int, *more: object) -> str:
