@@ -1,5 +1,6 @@
 """The commands `train` and `resume`: they make a run or take one up again, and start its job."""
 
+import platform
 import sys
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
@@ -207,9 +208,18 @@ def as_begun(run: RunFolder, config: ExperimentConfig, where: Where) -> Experime
 
 
 def _check_idle(run: RunFolder) -> None:
-    """Raises UserError if a Slurm job of the run waits or runs."""
+    """Raises UserError if a Slurm job of the run waits or runs, or another machine is seen at work on it.
+
+    That may be for a colleague, whose jobs this user's Slurm does not list, or in reach of no Slurm at all.
+    """
     for job_id, state in queue.active(run.read_launch().get("job_ids", [])).items():
         raise UserError(f"{run} is on Slurm already: job {job_id} is {state}")
+    host = run.read_status().get("host")
+    if host != platform.node() and states.lives(run):
+        raise UserError(
+            f"{run} was at work on {host} a moment ago, so it runs there or has just died; "
+            f"if it has died, it can be continued in {states.BEAT_S:.0f} s"
+        )
 
 
 def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfig) -> None:

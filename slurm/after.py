@@ -19,6 +19,8 @@ from slurm.task import Retried
 
 END = re.compile(r"^srun: error: (\S+): tasks? ([\d,\- ]+): (.+)$", re.MULTILINE)
 """How srun says that tasks have ended: `srun: error: n1: task 2: Killed`."""
+PATIENCE_S = 3600.0
+"""The controller may be away for long, and a job ends only when it is back."""
 
 
 class _Log(io.TextIOBase):
@@ -44,7 +46,7 @@ def _decide() -> int:
 
     folder, code, log_start = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a requeue sends it to us as well
-    queue.PATIENCE_S = 3600  # the controller may be away for long, and a job ends only when it is back
+    queue.PATIENCE_S = PATIENCE_S
     # submitit sets it in its tasks alone; its paths and ours (`task._folder`) are read from it.
     os.environ["SUBMITIT_FOLDER"] = folder
     # Cancelled, or queued again already: then what follows is decided.
@@ -59,7 +61,11 @@ def _decide() -> int:
     cluster = submitted.function.cluster
 
     def come_back(left_out: Sequence[str]) -> str | None:
-        new = task.requeue(left_out)
+        try:
+            new = task.requeue(left_out)
+        except queue.Unanswered as error:
+            print(error, file=sys.stderr)
+            return None
         return None if new is None else queue.on_cluster(cluster, new)
 
     if wish.exists():

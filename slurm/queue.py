@@ -29,6 +29,10 @@ PATIENCE_S = 20.0
 """For so long a job asks again. What runs after the job has more time (slurm/after.py)."""
 
 
+class Unanswered(SlurmError):
+    """The controller has not answered a job in time, so nobody knows what it knows, or what it has done."""
+
+
 def has_slurm(patience_s: float = 2) -> bool:
     """Whether this machine belongs to a Slurm cluster.
 
@@ -104,7 +108,7 @@ def insist(*command: str, when: re.Pattern[str] = AWAY) -> "subprocess.Completed
     """
     said, deadline = False, time.monotonic() + PATIENCE_S
     # Slurm's tools give up by themselves. Cut off by us, one would leave it open whether it has done what it was told.
-    while (done := ask(*command, timeout_s=None)).returncode != 0 and when.search(done.stdout + done.stderr):
+    while is_away(done := ask(*command, timeout_s=None), when):
         if time.monotonic() > deadline:
             break
         if not said:
@@ -112,6 +116,11 @@ def insist(*command: str, when: re.Pattern[str] = AWAY) -> "subprocess.Completed
         said = True
         time.sleep(AGAIN_S)
     return done
+
+
+def is_away(done: "subprocess.CompletedProcess[str]", words: re.Pattern[str] = AWAY) -> bool:
+    """Whether a command has failed because the controller did not answer."""
+    return done.returncode != 0 and words.search(done.stdout + done.stderr) is not None
 
 
 def last_words(text: str) -> str:

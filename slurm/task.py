@@ -19,7 +19,8 @@ WISH = "requeue"
 class Requeue:
     """Queues the job of this task again when it is called, unless the job has been cancelled.
 
-    In a container, which has none of Slurm's tools, the job's script does it afterwards (slurm/after.py).
+    In a container, which has none of Slurm's tools, the job's script does it afterwards (slurm/after.py); and where the
+    controller does not answer, because the script can wait for it.
     """
 
     def __init__(self, working_s: float, cluster: str | None = None) -> None:
@@ -28,13 +29,18 @@ class Requeue:
 
     def __call__(self) -> str | None:
         """Returns the id under which the job comes back, None if it does not."""
-        if shutil.which("scontrol") is None and shutil.which("sbatch") is None:
-            wish().touch()
-            job_id: str | None = own_id()
-        else:
-            job_id = requeue()
+        has_tools = shutil.which("scontrol") is not None or shutil.which("sbatch") is not None
+        try:
+            job_id = requeue() if has_tools else self._by_the_script()
+        except queue.Unanswered as error:
+            print(f"{error}; the job's script asks again", file=sys.stderr, flush=True)
+            job_id = self._by_the_script()
         self.came_back |= job_id is not None
         return None if job_id is None else queue.on_cluster(self._cluster, job_id)
+
+    def _by_the_script(self) -> str:
+        wish().touch()
+        return own_id()
 
     def had_its_time(self) -> bool:
         """Whether the job stops because its time limit is near, rather than to make room for another one.
@@ -164,6 +170,7 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
 
     Only one task calls it, while the job still runs, whichever signal has come: before Slurm 24.05, a job that ends by
     itself in the grace time of a preemption counts as completed, and Slurm does not queue it again.
+    Raises Unanswered where the controller does not say whether it has.
     """
     job_id = own_id()
     if shutil.which("scontrol") is None:
@@ -206,11 +213,14 @@ def _has_enough_without(left_out: Sequence[str], job: dict[str, str]) -> bool:
 def is_current() -> bool:
     """Whether this job runs as Slurm knows it: not cancelled, not queued again, not started a second time elsewhere.
 
-    True where that cannot be asked.
+    True where that cannot be asked, or is not answered.
     """
     if shutil.which("scontrol") is None:
         return True
-    job = _fields("job", own_id())
+    try:
+        job = _fields("job", own_id())
+    except queue.Unanswered:
+        return True
     return job.get("JobState") == "RUNNING" and job.get("Restarts") == os.environ.get("SLURM_RESTART_COUNT", "0")
 
 
@@ -240,7 +250,11 @@ def stay_away() -> None:
     attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
     if attempt == "0" or shutil.which("scontrol") is None:
         return
-    job = _fields("job", own_id())
+    try:
+        job = _fields("job", own_id())
+    except queue.Unanswered as error:
+        print(error, file=sys.stderr, flush=True)
+        return
     # If Slurm has taken this node for dead and started the job elsewhere, that one must still come back.
     if job.get("JobState") == "RUNNING" and job.get("Restarts") == attempt:
         _tell("update", f"JobId={own_id()}", "Requeue=0")
@@ -264,6 +278,8 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
         for without in ([f"--exclude={','.join([*asked, *left_out])}"], []) if left_out else ([],):
             # Not after a time-out: the job may have been submitted all the same.
             done = queue.insist(*command, *without, str(script), when=queue.UNREACHED)
+            if queue.is_away(done, queue.UNREACHED):
+                raise queue.Unanswered(f"sbatch: {queue.last_words(done.stdout + done.stderr)}")
             number = queue.submitted_id(done.stdout) if done.returncode == 0 else None
             if number is not None:
                 break
@@ -278,8 +294,14 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
 
 
 def _fields(kind: str, name: str) -> dict[str, str]:
-    """Asks for the fields of a job or a partition, named as by `scontrol show`; values end at the first space."""
-    shown = queue.insist("scontrol", "--oneliner", "show", kind, name).stdout
+    """Asks for the fields of a job or a partition, named as by `scontrol show`; values end at the first space.
+
+    {} if Slurm knows none of that name; raises Unanswered if it does not answer.
+    """
+    done = queue.insist("scontrol", "--oneliner", "show", kind, name)
+    if queue.is_away(done):
+        raise queue.Unanswered(f"scontrol: {queue.last_words(done.stdout + done.stderr)}")
+    shown = done.stdout
     record = re.search(r"^(?:JobId|PartitionName)=.*$", shown, re.MULTILINE)  # among a site's notices
     fields = re.findall(r"([\w:/]+)=(\S*)", record[0]) if record is not None else []
     return dict(reversed(fields))  # the first of a name counts: from 25.11 on, the user's command line comes last

@@ -67,7 +67,7 @@ def read_npz(path: Path) -> list[Split]:
             try:
                 found = [(arrays[images], arrays.get(labels)) for images, labels in pairs if images in arrays]
             except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
-                raise UserError(f"{path} cannot be read: {error}") from None
+                raise UserError(f"{path} cannot be read: {error}") from error
             # What is no array in there, numpy returns as bytes.
             return [(np.asarray(images), None if labels is None else np.asarray(labels)) for images, labels in found]
     known = ", ".join(names[0] for names in NPZ_NAMES)
@@ -100,7 +100,7 @@ def read_cifar(folder: Path) -> list[Split]:
             try:
                 content = path.read_bytes()
             except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from None
+                raise UserError(f"{path} cannot be read: {error.strerror}") from error
             # Said to be not for security, because a Python in FIPS mode refuses md5 otherwise.
             if (md5 := hashlib.md5(content, usedforsecurity=False).hexdigest()) != CIFAR_MD5[name]:
                 raise UserError(f"{path} is not CIFAR-10's own file: its md5 is {md5} instead of {CIFAR_MD5[name]}")
@@ -113,7 +113,7 @@ def read_cifar(folder: Path) -> list[Split]:
     try:
         return [read(train), read(test)]
     except (pickle.UnpicklingError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from None
+        raise UserError(f"{folder} cannot be read: {error}") from error
 
 
 def _numpy(path: Path) -> Any:
@@ -125,7 +125,7 @@ def _numpy(path: Path) -> Any:
         with np.errstate(over="raise"):
             return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, ArithmeticError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _idx(path: Path) -> NDArray[Any]:
@@ -139,7 +139,7 @@ def _idx(path: Path) -> NDArray[Any]:
             fits = (zero, kind) == (0, 8) and size <= MOST_PACKED * path.stat().st_size
             body = file.read(size + 1) if fits else b""  # not more, however much is packed in there
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not fits or len(body) != size:
         raise UserError(f"{path} must be an IDX file of unsigned bytes, as MNIST's are")
     return np.frombuffer(body, np.uint8).reshape(shape)

@@ -139,7 +139,7 @@ def _read(root: Path, size: tuple[int, ...], channels: int | None) -> dict[Split
         else:
             return _pictures(root, size, channels)
     except OSError as error:
-        raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from None
+        raise UserError(f"{error.filename or root} cannot be read: {error.strerror}") from error
     splits: tuple[Split, ...] = ("train", "test")
     # Not strict, because files may hold images for training alone.
     return {split: _checked(root, *pair, size, channels) for split, pair in zip(splits, found, strict=False)}

@@ -116,8 +116,15 @@ def submitted(jobs: Sequence[IndependentJob], submit: Callable[[], str]) -> str:
     return jobs[0].submitted(submit)
 
 
-OUTSIDE = re.compile(r"gloo|nccl|connection|socket|timed out|timeout|\bECC\b", re.IGNORECASE)
-"""Libraries say so in a RuntimeError where a network, another process or a GPU has failed."""
+OUTSIDE = re.compile(
+    r"gloo|nccl|connection|socket|timed out|timeout|\bECC\b|CUDA error: (?!device-side assert|out of memory)"
+    r"|(?:CUBLAS|CUDNN)_STATUS_(?:EXECUTION_FAILED|INTERNAL_ERROR)",
+    re.IGNORECASE,
+)
+"""Libraries say so in a RuntimeError where a network, another process or a GPU has failed.
+
+A fault in the code may end in such an error of CUDA, too; then it ends the run once its budget is used up.
+"""
 
 
 def is_outside(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from diffusion.errors import OutsideError, UserError
-from jobs.runtime.job import JobError, MachineError, process_node
+from jobs.runtime.job import MachineError, process_node
 
 Kind = Literal["cuda", "cpu"]
 Precision = Literal["bf16", "tf32", "fp32"]
@@ -52,7 +52,8 @@ def own_device(kind: Kind) -> torch.device:
 
     CUDA's current device is that one from now on: streams, and so CUDA graphs, are of the current one, whichever GPU
     the tensors are on.
-    Raises MachineError where there is none for it: what was sent to a GPU must not compute on the CPU in silence.
+    Raises MachineError where there is none for it: what was sent to a GPU must not compute on the CPU in silence. One
+    of a node's GPUs may have fallen off its bus.
     """
     if kind == "cpu":
         return torch.device("cpu")
@@ -73,7 +74,9 @@ def _own_index() -> int:
     if found == 0:
         raise MachineError(f"{whereabouts()} finds no GPU; the driver may be too old for torch {torch.__version__}")
     if rank >= found > 1:
-        raise JobError(f"{whereabouts()} is number {rank} of its node and sees {found} GPUs; each needs one of its own")
+        raise MachineError(
+            f"{whereabouts()} is number {rank} of its node and sees {found} GPUs; each needs one of its own"
+        )
     # A single one is this task's own where Slurm binds GPUs to tasks; if it is not, jobs/runtime/world.py finds out.
     return rank if rank < found else 0
 

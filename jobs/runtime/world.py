@@ -31,6 +31,8 @@ COLLECTIVE = timedelta(days=1)
 The watchdog ends those that hang far earlier (jobs/health), and knows a hang from a job that was stopped as a whole.
 This clock goes on in such a job, and a collective that ends in vain takes all processes along.
 """
+LEAVING_S = 10.0
+"""The first process waits so long for the others to leave: one may have died after all was saved."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,18 @@ class World:
             return
         # Not by a collective: who waits in one cannot be told to wait for nobody any more.
         store = dist.distributed_c10d._get_default_store()
-        with suppress(RuntimeError):  # the first one, which keeps it, may have seen all others and left
+        with suppress(RuntimeError):
             store.add("closing", 1)
             while store.add("closing", 0) < self.size:
                 if waits_for_nobody():
                     return
                 time.sleep(0.1)
+            # The first one, which keeps the store, leaves last: torch would print stack traces of those who still ask.
+            if self.rank > 0:
+                store.add("left", 1)
+            deadline = time.monotonic() + LEAVING_S
+            while self.rank == 0 and store.add("left", 0) < self.size - 1 and time.monotonic() < deadline:
+                time.sleep(0.02)
         with suppress(RuntimeError):
             dist.destroy_process_group()
 
@@ -169,6 +177,7 @@ def _meet(port_file: Path, backend: str) -> None:
 def _check_own_gpus(accelerator: Accelerator) -> None:
     """Raises JobError on every process if two of them share a GPU; NCCL would hang or fail later.
 
+    Where a node's second GPU has fallen off its bus, its process is given the first: another node may help.
     The processes compare through the store by which they have met, because a collective would already hang.
     """
     gpu = torch.cuda.get_device_properties(accelerator.device)
@@ -180,6 +189,6 @@ def _check_own_gpus(accelerator: Accelerator) -> None:
         if " MIG " in name:
             raise JobError(f"process {rank} has a MIG slice ({name}): slices cannot train together; use --gpus 1")
         if name in gpus[:rank]:
-            raise JobError(
+            raise MachineError(
                 f"processes {gpus.index(name)} and {rank} have one and the same GPU ({name}); each needs one of its own"
             )

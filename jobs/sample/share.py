@@ -72,7 +72,10 @@ class Share(IndependentJob):
         come_back: Callable[[Sequence[str]], str | None] | None,
         own: str | None = None,
     ) -> bool:
-        fault = faults.patiently(lambda: faults.judge_share(self._failure, self.left, self.retries, cause, node, own))
+        fault = faults.patiently(
+            lambda: faults.judge_share(self._failure, self.left, self.retries, cause, node, own),
+            long=come_back is not None,
+        )
         then = "The job is tried again." if fault.again else self.advice
         # What a process has printed itself before it failed is not said twice.
         said = f"{fault.cause}. " if fault.again or fault.traceback is None else ""

@@ -57,8 +57,14 @@ def folder_name(step: int) -> str:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in the folder, newest first."""
-    names = [path.name.removeprefix("step-") for path in folder.glob("step-*")]
+    """Steps of the checkpoints in the folder, newest first; none if there is no such folder.
+
+    Raises OSError if it cannot be listed. A glob would find nothing then, and a run would begin anew.
+    """
+    try:
+        names = [name.removeprefix("step-") for name in os.listdir(folder) if name.startswith("step-")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     # A copy that a person has put there, such as step-00000100-good, is none of ours.
     return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
@@ -94,7 +100,7 @@ def verify(folder: Path, step: int) -> dict[str, Any]:
 def newest(folder: Path, say: Callable[[str], None]) -> int | None:
     """Returns the step of the newest good checkpoint, None if there is no checkpoint; warns of each bad one.
 
-    Raises UserError if there are only bad ones: to begin anew is for a person to decide.
+    Raises UserError if there are only bad ones, or if the folder is gone: to begin anew is for a person to decide.
     """
     manifest = _newest(folder, say)
     return None if manifest is None else int(manifest["step"])
@@ -109,7 +115,22 @@ def _newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
             say(f"WARNING: {error}; falling back to the one before it")
     if steps(folder):
         raise UserError(f"no checkpoint in {folder} is good; to begin anew, move them away")
+    _check_there(folder)
     return None
+
+
+def _check_there(folder: Path) -> None:
+    """Raises UserError if a folder is gone in which checkpoints were saved: it may only be out of reach of this node.
+
+    It may be a link into a file system that is not mounted here, for example.
+    """
+    if folder.is_dir() or not (saved := _valid(read_jsonl(_ledger_file(folder)))):
+        return
+    where = f"{folder} leads to {folder.readlink()}, which" if folder.is_symlink() else f"{folder}"
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    raise UserError(
+        f"{where} is not there, though step {max(saved):,} was saved in it; to begin anew, make an empty folder there"
+    ) from missing
 
 
 def lowest(folder: Path) -> set[int]:

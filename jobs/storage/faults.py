@@ -39,6 +39,8 @@ HUNG = re.compile(
 """The first line of each of these files (jobs/health/watcher.py)."""
 FULL_S = (10, 60, 300)
 """If the disk is full: the pauses before what must not be lost is written again."""
+LONG_FULL_S = (*FULL_S, *11 * (300,))
+"""The same for what waits beside a job and holds up nobody."""
 T = TypeVar("T")
 WITHOUT_A_WORD = "died without a word"
 """The cause where nobody knows one."""
@@ -117,9 +119,12 @@ def _to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def patiently(decide: Callable[[], T], say: Callable[[str], None] = _to_stderr) -> T:
-    """Returns what `decide` does. If it cannot write that down, it is called again later: the disk may be full."""
-    for pause_s in FULL_S:
+def patiently(decide: Callable[[], T], say: Callable[[str], None] = _to_stderr, *, long: bool = False) -> T:
+    """Returns what `decide` does. If it cannot write that down, it is called again later: the disk may be full.
+
+    That is for six minutes, or for an hour if it is `long`.
+    """
+    for pause_s in LONG_FULL_S if long else FULL_S:
         try:
             return decide()
         except OSError as error:

@@ -95,7 +95,10 @@ class TrainJob:
         if _has_been_taken_over(run, on_slurm=come_back is not None):
             return False
         stays = come_back is None
-        fault = faults.patiently(lambda: faults.judge(run, self.retries, cause, node, self.begun, stays=stays))
+        # Nobody would queue it again if the script of a Slurm job gave up.
+        fault = faults.patiently(
+            lambda: faults.judge(run, self.retries, cause, node, self.begun, stays=stays), long=not stays
+        )
         if fault is None:
             return False
         then = "The job is tried again." if fault.again else f"Continue with: python launch.py resume {run}"

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from diffusion.errors import UserError
 from diffusion.process.cuda_graphs import not_captured
 from jobs.experiments.settings import TrainSettings
 from jobs.experiments.table import EXPERIMENTS
 from jobs.followers.start import machine_of
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, END, FIGURES, HELD_OUT, SAVING, START, Watchdog
-from jobs.runtime.job import JobError, Requeue, process_node
+from jobs.runtime.job import JobError, MachineError, Requeue, process_node
 from jobs.runtime.numerics import (
     Kind,
     differing,
@@ -50,13 +51,15 @@ def train(
     settings = config.train
     before = last_start(run)
     precision = resolve_precision(precision_of(run, settings.precision, "auto"), device)
+    # Another node may have what this one lacks: the run has been at work on one.
+    unfit_here: type[JobError] = MachineError if before else JobError
     if unfit := lacking(precision, device):
-        raise JobError(unfit)
+        raise unfit_here(unfit)
     world = start(processes, device, precision)
     gpu_test.check(world.device)
     # Each process has asked its own hardware, and the nodes of a job may differ.
     if (first := world.of_first(precision)) != precision:
-        raise JobError(
+        raise unfit_here(
             f"{whereabouts()} computes in {precision}, the first process in {first}: name a --train.precision"
         )
     compiled = world.of_first(compiles(settings, device, starts(read_jsonl(run.timing))))
@@ -70,7 +73,6 @@ def train(
     recorder: Recorder = NodeRecorder(run, owner, here) if here is not None else NoRecorder()
     if world.rank == 0:
         assert here is not None
-        advise(training, EXPERIMENTS[experiment].cpu_advice, console)
         machine = {
             "processes": processes,
             "nodes": here.nodes,
@@ -88,6 +90,8 @@ def train(
             console.say(f"This run may have other bytes if it is interrupted: {'; '.join(unlike)}.")
         recorder = RunRecorder(run, training, owner, console, requeue is not None, machine, here)
     try:
+        if world.rank == 0:
+            advise(training, EXPERIMENTS[experiment].cpu_advice, console)
         recorder.start()
         if training.step < settings.steps:
             watchdog.phase("compiling", COMPILING)
@@ -114,6 +118,9 @@ def train(
     except NotFinite as error:
         good = next(iter(checkpoints.steps(run.checkpoints)), "0, the beginning")
         raise NotFinite(f"{error}; the last good checkpoint is of step {good}") from None
+    except UserError as error:  # of the data, which are read now
+        owner.check()
+        raise unfit_here(str(error)) from error
     except Exception:
         # A process that fails because its run has been taken over must not mark the new job's run as failed.
         owner.check()

@@ -15,6 +15,7 @@ from diffusion.errors import UserError
 from diffusion.settings import SettingsError
 from jobs.experiments.settings import TrainSettings
 from jobs.files import write_json
+from jobs.runtime.job import failure_of
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import CorruptCheckpoint, Snapshot
 from jobs.storage.run_folder import RunFolder
@@ -122,6 +123,35 @@ def test_to_begin_anew_is_for_a_person_to_decide(tmp_path: Path) -> None:
         checkpoints.newest(tmp_path, said.append)
     assert len(said) == 2
     assert checkpoints.steps(tmp_path) == [20, 10]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path: Path) -> None:
+    """A glob would find nothing in it, and the run would begin anew."""
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        checkpoints.steps(loop)
+    assert checkpoints.steps(tmp_path / "none") == []
+
+
+def test_a_folder_that_is_out_of_reach_is_not_begun_anew(tmp_path: Path) -> None:
+    """A link to a file system that this node has not mounted, or one that somebody has emptied."""
+    there, link = tmp_path / "scratch", tmp_path / "run" / "checkpoints"
+    there.mkdir()
+    link.parent.mkdir()
+    link.symlink_to(there)
+    assert checkpoints.newest(link, pytest.fail) is None  # nothing was saved yet
+    save(link, 10, 20)
+    there.rename(tmp_path / "unmounted")
+    expected = f"{link} leads to {there}, which is not there, though step 20 was saved in it; to begin anew, make"
+    with pytest.raises(UserError, match=expected) as raised:
+        checkpoints.newest(link, pytest.fail)
+    assert failure_of(raised.value, "").outside  # so it is tried again, perhaps on another node
+    link.unlink()
+    with pytest.raises(UserError, match=f"{link} is not there, though step 20"):
+        checkpoints.newest(link, pytest.fail)
+    link.mkdir()  # as the sentence says
+    assert checkpoints.newest(link, pytest.fail) is None
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])

@@ -1,21 +1,29 @@
 """A fault of the machine does not end a run, and a fault of its own does: `--retries`, here, with real processes."""
 
+import errno
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.distributed import DistNetworkError
 
+from diffusion.errors import UserError
 from jobs.files import write_json
-from jobs.runtime.job import JobError, MachineError, is_outside
+from jobs.health.watchdog import Watchdog
+from jobs.runtime.job import JobError, MachineError, failure_of, is_outside
+from jobs.runtime.signals import SignalWatch
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
+from jobs.train.loop import train
 from tests.held import AFTER_STEP, held, let_go, start_held
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until, workers
 
@@ -208,10 +216,48 @@ def test_what_the_machine_does_may_come_twice_at_the_same_step(run: RunFolder) -
 def test_whose_fault_an_exception_is() -> None:
     theirs = (OSError(28, "No space left on device"), DistNetworkError("the other end"), MachineError("no GPU"))
     gloo = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
-    ecc = RuntimeError("CUDA error: uncorrectable ECC error encountered")
-    assert [is_outside(error) for error in (*theirs, gloo, ecc)] == [True] * 5
+    assert [is_outside(error) for error in (*theirs, gloo)] == [True] * 4
+    of_gpus = (
+        *("CUDA error: uncorrectable ECC error encountered", "CUDA error: unspecified launch failure"),
+        "CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb)`",
+        *("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "CUDA error: unknown error"),
+    )
+    assert [is_outside(RuntimeError(words)) for words in of_gpus] == [True] * 6
     ours = (ValueError("connection"), RuntimeError("The size of tensor a (3) must match"), JobError("loss is NaN"))
     assert [is_outside(error) for error in ours] == [False] * 3
+    of_code = ("CUDA error: device-side assert triggered", "CUDA error: out of memory", "CUDA out of memory. Tried")
+    assert [is_outside(RuntimeError(words)) for words in of_code] == [False] * 3
+
+
+def test_what_another_node_may_have_ends_no_run_that_was_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data, or a GPU that computes in its precision. A new run, whose settings may be wrong, is not tried again."""
+    images = tmp_path / "images.npz"
+    np.savez(images, np.zeros((40, 8, 8), np.uint8))
+    network = ("--model.dim", 8, "--model.dim-mults", 1, "--model.attn-heads", 1)
+    settings = ("--data.root", images, *network, "--train.batch-size", 4, "--train.steps", 2, "--name", "a")
+    done("train", "images", *settings, cwd=tmp_path, **NO_FIGURES)
+    run = RunFolder(tmp_path / "runs" / "images" / "a")
+    experiment, config = run.read_experiment()
+    run.write_experiment(experiment, replace(config, train=replace(config.train, steps=9)))
+    before = run.metrics.read_bytes()
+    new = RunFolder(shutil.copytree(run.path, tmp_path / "new"))
+    new.timing.unlink()
+
+    def is_given_up(run: RunFolder) -> bool:
+        refused = pytest.raises((UserError, JobError))
+        with SignalWatch() as signals, Watchdog(tmp_path / "hang") as watchdog, refused as raised:
+            train(run, 1, "cpu", signals, watchdog, None)
+        return failure_of(raised.value, "").for_good
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.train.loop.lacking", lambda precision, kind: "a V100 does not compute in bf16")
+        assert (is_given_up(run), is_given_up(new)) == (False, True)
+    images.rename(tmp_path / "unmounted")
+    assert (is_given_up(run), is_given_up(new)) == (False, True)
+    assert run.metrics.read_bytes() == before
 
 
 def test_an_exception_of_the_code_counts_even_if_another_process_is_killed_because_of_it(run: RunFolder) -> None:
@@ -232,6 +278,23 @@ def test_a_job_whose_run_goes_on_elsewhere_does_not_come_back(run: RunFolder) ->
     )  # the last one runs here, not on Slurm
     write_json(run.status, {"state": State.RUNNING, "on_slurm": False, "host": platform.node()})
     assert job.try_again_after("process 0 was ended by SIGKILL", None, None)
+
+
+def test_the_script_of_a_job_waits_an_hour_for_a_full_disk(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process here six minutes; nobody else would queue the job again."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(faults, "judge", full)
+    for come_back, seconds in ((lambda left_out: "17", 3670), (None, 370)):
+        waited.clear()
+        write_json(run.status, {"state": State.RUNNING, "on_slurm": come_back is not None, "host": platform.node()})
+        with pytest.raises(OSError, match="No space left"):
+            TrainJob(run.path, 1, "cpu", retries=3).try_again_after("was killed", "n1", come_back)
+        assert sum(waited) == seconds
 
 
 def test_a_run_that_has_ended_well_is_not_started_again(run: RunFolder) -> None:

@@ -14,6 +14,7 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.files import write_json
 from jobs.storage import checkpoints
 from jobs.storage.checkpoints import Snapshot
+from jobs.storage.records import now
 from jobs.storage.run_folder import RunFolder
 from tests.launching import (
     NO_FIGURES,
@@ -118,6 +119,22 @@ def test_a_running_run_is_not_started_twice_and_a_dead_one_locks_nobody_out(tmp_
     assert third.returncode == 130
     assert f"resume {run.relative_to(tmp_path)}" in out
     assert status(run)["state"] == "interrupted"
+
+
+def test_a_run_that_is_at_work_on_another_machine_is_not_started(tmp_path: Path) -> None:
+    """By a colleague's job, which Slurm does not list among ours; or here, where there is no Slurm."""
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **NO_FIGURES)
+    run = RunFolder(tmp_path / "runs" / "1d" / "a")
+    before = run.metrics.read_bytes()
+    resume = ("resume", "1d/a", "--train.steps", "40")
+    at_work = {**run.read_status(), "state": "running", "host": "n7", "on_slurm": True}
+    write_json(run.status, {**at_work, "updated": now()})
+    refused = launch(*resume, cwd=tmp_path)
+    assert refused.code == 2
+    assert "at work on n7 a moment ago" in sentence(refused.err)
+    assert run.metrics.read_bytes() == before
+    write_json(run.status, {**at_work, "updated": now(60)})  # it has died
+    done(*resume, cwd=tmp_path, **NO_FIGURES)
 
 
 def test_a_second_ctrl_c_ends_at_once_with_the_last_checkpoint_intact(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from slurm.task import SlurmTask
 from tests.disturbances import small_disk
 from tests.launching import ROOT, done, launch, sentence
 from tests.slurm.record import RECORDED
-from tests.slurm.works import Talkative
+from tests.slurm.works import Lost, Talkative
 from tests.warm import searched_first
 
 DONE, FAILED, TASK_KILLED, SHELL_KILLED, CANCELLED, ARRAY, RUNNING, WAITING = map(str, range(1, 9))
@@ -407,12 +407,48 @@ def test_a_job_waits_for_a_controller_that_is_away(
     assert "requeue" not in asked.read_text()  # Slurm does it, as its configuration says
 
 
-def test_a_job_does_not_ask_for_ever(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a container from which the controller cannot be reached: then its script queues it again."""
-    tools.write("scontrol", "echo 'scontrol: error: Unable to contact slurm controller' >&2; exit 1")
+ANSWERS = """
+cd "$(dirname "$0")"; echo "$*" >> asked
+[ $(wc -l < asked) -le {answers} ] || { echo 'scontrol: error: Unable to contact slurm controller' >&2; exit 1; }
+echo JobId=7 JobState=RUNNING Restarts=0
+"""
+
+
+@pytest.mark.parametrize("answers", [0, 1, 2])
+def test_a_job_asks_its_script_to_queue_it_again_where_the_controller_does_not_answer(
+    answers: int, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No answer says neither that the job comes back nor that it may not. The script can wait for longer."""
+    tools.write("scontrol", ANSWERS.replace("{answers}", str(answers)))
     monkeypatch.setattr(queue, "AGAIN_S", 0.0)
-    monkeypatch.setattr(queue, "PATIENCE_S", 0.5)
-    assert queue.insist("scontrol", "requeue", "7").returncode == 1
+    monkeypatch.setattr(queue, "PATIENCE_S", 0.2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    requeue = task.Requeue(60.0)
+    assert (requeue(), requeue.came_back, task.wish().exists()) == ("7", True, True)
+    assert task.is_current()  # as far as anybody knows
+    with pytest.raises(queue.Unanswered):
+        task.requeue()
+
+
+@pytest.mark.parametrize("wished", [True, False])
+def test_a_script_that_is_not_answered_says_that_the_job_has_failed(
+    wished: bool, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.write("scontrol", "echo 'scontrol: error: Unable to contact slurm controller' >&2; exit 1")
+    DelayedSubmission(SlurmTask(Lost(tmp_path), 60.0)).dump(tmp_path / "7_submitted.pkl")  # type: ignore[arg-type]
+    environment = {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path)}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if wished:
+        task.wish().touch()
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setattr(queue, "PATIENCE_S", queue.PATIENCE_S)  # so that it is restored
+    monkeypatch.setattr(after, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "argv", ["after", str(tmp_path), "1", "0"])
+    assert after.main() == 1
+    assert (tmp_path / "said").read_text() == ("the job could not be queued again" if wished else "None")
 
 
 def test_an_element_of_an_array_submits_itself_alone(

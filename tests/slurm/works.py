@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,3 +51,30 @@ class Talkative:
         print("It is tried again.", flush=True)
         self.decided.touch()
         return True
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A job whose tasks have died, and whose controller is gone; leaves a file of what is said of it."""
+
+    folder: Path
+    retries: int = 3
+
+    def comes_back_as(self, job_id: str) -> None:
+        raise AssertionError(job_id)
+
+    def is_done(self, cause: str | None) -> bool:
+        return False
+
+    def failed(self, rank: int, trace: str) -> None:
+        (self.folder / "said").write_text(trace)
+
+    def try_again_after(
+        self,
+        cause: str | None,
+        node: str | None,
+        come_back: Callable[[Sequence[str]], str | None],
+        own: str | None = None,
+    ) -> bool:
+        (self.folder / "said").write_text(str(come_back([])))
+        return False
