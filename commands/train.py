@@ -234,7 +234,8 @@ def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfi
     ]
     if changed:
         raise UserError(
-            f"{run} exists with other settings: {'; '.join(changed)}. Choose another --name or the same settings"
+            f"{run} exists with other settings: {'; '.join(changed)}. Choose another --name or the same settings; "
+            f"python launch.py resume {run} continues it with its own"
         )
 
 

@@ -198,7 +198,10 @@ def _path(name: str, asked_by: str) -> Path:
         return FOLDER / f"{name}.toml"
     if (path := Path(name).expanduser()).is_file():
         return path
-    raise UserError(f"{asked_by} must be a TOML file or one of {', '.join(known)}; got {name}")
+    raise UserError(
+        f"{asked_by} must be a TOML file or one of {', '.join(known)}; got {name}: "
+        f"`python launch.py doctor --write-profile NAME` writes one on a login node"
+    )
 
 
 def _flag(name: str) -> str:

@@ -188,7 +188,10 @@ def load_samples(chosen: SampleSet, sample: SampleFormat) -> "NDArray[Any]":
     if f"{array.dtype} {list(array.shape)}" != wanted:
         raise UserError(f"{path} must hold {wanted}; got {array.dtype} {list(array.shape)}")
     if len(array) < sample.fewest:
-        raise UserError(f"an evaluation needs at least {sample.fewest} samples; got {len(array)} in {path}")
+        raise UserError(
+            f"an evaluation needs at least {sample.fewest} samples; got {len(array)} in {path}: "
+            "draw more with `sample --num-samples 1000`"
+        )
     finite = np.isfinite(array)
     if not finite.all():
         raise UserError(f"samples must be finite; {int((~finite).sum()):,} of {len(array):,} in {path} are not")

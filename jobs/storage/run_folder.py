@@ -270,7 +270,10 @@ def find(run: str, runs_dir: Path) -> RunFolder:
         return max(runs, key=_created)
     if Path(run).is_dir():
         raise UserError(f"a run folder holds experiment.json; {run} does not")
-    raise UserError(f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}; got {run!r}")
+    raise UserError(
+        f"there is no run {run!r} in {runs_dir}, which `python launch.py status` lists; "
+        f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}"
+    )
 
 
 def _created(run: RunFolder) -> str:

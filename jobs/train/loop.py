@@ -202,7 +202,7 @@ def run_steps(training: Training, recorder: Recorder, signals: SignalWatch, watc
         if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             raise NotFinite(
                 f"the loss or its gradient was not finite in the {MAX_SKIPPED_IN_A_ROW} steps up to {training.step}; "
-                "a smaller --train.lr may help"
+                "a new run with a smaller --train.lr may help"
             )
         reason = update.stop
     return reason if training.step < last else Stop.NO

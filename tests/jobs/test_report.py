@@ -258,7 +258,7 @@ def test_the_command_writes_the_page_whole_or_not_at_all(run: RunFolder, tmp_pat
     assert "because links lead out of its folder: figures/x.png" in sentence(done("report", "1d/old", cwd=tmp_path).out)
     for arguments, reason in (
         ((), "report needs a RUN"),
-        (("1d/nothing",), "RUN is a run folder"),
+        (("1d/nothing",), "there is no run '1d/nothing' in runs, which"),
         (("1d/old", "--out", "."), "--out names the page itself"),
         (("1d/old", "--out", "nowhere/a.html"), "nowhere is none"),
     ):

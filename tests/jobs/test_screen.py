@@ -116,7 +116,7 @@ def test_a_file_gets_plain_blocks_until_no_run_lives(tmp_path: Path) -> None:
     assert "\033" not in shown
     assert re.search(r"1d/a +finished .*###### *\S* +75% .*#=_ 0\.5", shown)
     ended = launch("status", "1d/none", "--watch", cwd=tmp_path)
-    assert ended.code == 2 and "RUN is a run folder" in sentence(ended.err)
+    assert ended.code == 2 and "there is no run" in sentence(ended.err)
 
 
 class Terminal:
