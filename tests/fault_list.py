@@ -1133,7 +1133,7 @@ FAULTS = [
         "one process waits for those of another launcher",
         "slurm/place.py",
         "            forget_other_launchers()\n",
-        "",
+        "            pass\n",
         "tests/jobs/test_surroundings.py::test_variables_of_other_launchers_change_nothing",
     ),
     Fault(
