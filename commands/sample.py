@@ -136,6 +136,7 @@ class Sample:
             say=partial(print, file=sys.stderr) if self.where.dry_run else print,  # what it shows can be parsed
         )
         asked = sample_set.plan(run, settings, self.num_samples, self.name)
+        planned = asked.read_manifest()
         where = f"{run}/samples/{asked.name}"
         if self.export is not None:
             exports.check(self.export, config.data.sample.shape)
@@ -170,7 +171,7 @@ class Sample:
             place = replace(place, processes=1)  # the elements of an array are one task each
             place.check_array(elements, merge)
         is_plain = (self.name, self.autoguidance, self.weak_checkpoint) == (None, None, None)
-        if is_plain and not asked.read_manifest():
+        if is_plain and not planned:
             # Their sampler may have been the default when they were begun, or their autoguidance.
             names_one = self.sampler is not None or self.steps is not None or self.eta
             for begun in sample_set.begun_with_other_samplers(run, settings):
@@ -183,21 +184,26 @@ class Sample:
                 rest = f"the same command with {flags} draws the rest of that set"
                 print(f"{begun.name} is incomplete; unless it is being drawn just now, {rest}.")
         print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
-        # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
-        asked.write_manifest()
-        faults.forgive_set(asked.folder)
-        if isinstance(place, OnSlurm):
-            self.where.copy_code(place)
-            place.run_array(elements, submitted, self.where.processes, merge, min(ROUNDS, retries))
-            if not self.where.wait:
-                return 0
-            # The ids are asked for again and again, because the last job submits more if elements were lost.
-            place.wait(asked.job_ids, lambda: False if asked.is_complete() else None)
-            code = 0 if asked.is_complete() else 1
-        else:
-            # Not a lock, because others may draw meanwhile: by this open file `cancel` finds the processes.
-            with ownership.sampling(run.path) as descriptor:
-                code = place.run(job, keep_open=descriptor)
+        with asked.alone():
+            # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
+            asked.begin(planned)
+            faults.forgive_set(asked.folder)
+            if isinstance(place, OnSlurm):
+                self.where.copy_code(place)
+                place.run_array(elements, submitted, self.where.processes, merge, min(ROUNDS, retries))
+                if not self.where.wait:
+                    return 0
+                # The ids are asked for again and again, because the last job submits more if elements were lost.
+                place.wait(asked.job_ids, lambda: False if asked.is_complete() else None)
+                code = 0
+            else:
+                # By this open file `cancel` finds the processes, whichever sets they draw.
+                with ownership.sampling(run.path) as descriptor:
+                    code = place.run(job, keep_open=descriptor)
+        if code == 0 and not asked.is_complete():
+            why = "some are missing, or another command has asked for another number of them"
+            print(f"{where} does not hold these {asked.num_samples:,} samples: {why}.", file=sys.stderr)
+            return 1
         if code == 0:
             files = ", ".join(file.name for file in (asked.file, asked.picture) if file.exists())
             print(f"{asked.num_samples:,} samples are in {where}: {files}.")

@@ -802,6 +802,20 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
     ),
     Fault(
+        "two commands draw one set at a time",
+        "jobs/sample/sample_set.py",
+        "            if not is_free:\n",
+        "            if False:\n",
+        "tests/jobs/test_samples.py::test_a_set_is_drawn_by_one_command_at_a_time",
+    ),
+    Fault(
+        "a merge takes the place of a larger set",
+        "jobs/sample/sample_set.py",
+        '.get("num_samples", 0)) > self.num_samples:',
+        '.get("num_samples", 0)) < 0:',
+        "tests/jobs/test_samples.py::test_where_a_lock_does_not_reach_a_set_never_shrinks",
+    ),
+    Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",
         "jobs/runtime/numerics.py",
         "        torch.cuda.set_device(device)\n",

@@ -111,7 +111,7 @@ def evaluation(
 def write_shard(
     samples: SampleSet, shard: int, experiment: Experiment, predict: Callable[..., Tensor], abar: Tensor
 ) -> None:
-    """Draws one shard and puts it in place."""
+    """Draws one shard and puts it in place; raises JobError if the set is to hold more samples by now."""
     start, stop = samples.shard_range(shard)
     size = samples.settings.sub_batch_size
     # Always full sub-batches, so that a sample does not depend on how many are asked for; the surplus is dropped.
@@ -119,6 +119,7 @@ def write_shard(
     parts = [draw(predict, abar, experiment, samples.settings, first, first + size) for first in firsts]
     content = BytesIO()
     np.save(content, experiment.to_array(torch.cat(parts)[: stop - start]), allow_pickle=False)
+    samples.check_wanted()
     write_atomically(samples.shard_path(shard), content.getvalue())
 
 

@@ -57,7 +57,7 @@ class SampleJob(Share):
         # This job may have begun before, and a shard that lies there is whole.
         mine = [shard for shard in self.shards[process_rank() :: self.processes] if not self.target.has_shard(shard)]
         sample(self.target, mine, self.device, signals, watchdog)
-        # Two processes that end together merge twice, into the same bytes.
+        # Two processes that end together merge twice, into the same bytes. Whether one has merged, the command looks.
         if self.merge and not self.target.missing():
             watchdog.phase("merging", END)
             merge(self.target)

@@ -3,7 +3,7 @@
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -13,10 +13,11 @@ from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
 from jobs.files import sha256, whole, write_json
+from jobs.runtime.job import JobError
 from jobs.sample import autoguidance
 from jobs.sample.autoguidance import Autoguidance
 from jobs.sample.classes import check_guidance, label, parse, predictions
-from jobs.storage import checkpoints
+from jobs.storage import checkpoints, ownership
 from jobs.storage.records import precision_of
 from jobs.storage.run_folder import SAMPLES_NAME, RunFolder, check_name, number_of_shards
 
@@ -337,10 +338,42 @@ class SampleSet:
                 f"--num-samples {self.num_samples}; choose another --name"
             )
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other commands from drawing the set meanwhile; raises UserError if one draws it already.
+
+        The kernel frees the set when this process ends, however it ends.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                is_free = stack.enter_context(ownership.locked(self.folder)) is not None
+            except UserError:  # files cannot be locked here, which is no reason not to draw
+                is_free = True
+            if not is_free:
+                raise UserError(f"samples {self.name} are being drawn already, by another command")
+            yield
+
+    def begin(self, planned: Mapping[str, Any]) -> None:
+        """Writes that the set is being drawn; raises UserError if its manifest is not the one it was planned with."""
+        if self.read_manifest() != planned:
+            raise UserError(f"samples {self.name} have just been changed by another command; start this one again")
+        self.write_manifest()
+
+    def check_wanted(self) -> None:
+        """Raises JobError if the set is to hold more samples by now.
+
+        A lock does not reach other machines everywhere: this is asked before each file takes the place of another.
+        """
+        if (wanted := self.read_manifest().get("num_samples", 0)) > self.num_samples:
+            raise JobError(
+                f"samples {self.name} are to hold {wanted} by now, not {self.num_samples}: another command draws them"
+            )
+
     def merge(self) -> None:
         """Writes the file from the shards and completes the manifest. Idempotent; memory does not grow with n.
 
-        Two processes that merge at once write the same bytes.
+        Two processes that merge at once write the same bytes. Raises JobError if the set is to hold more by now.
         """
         import numpy as np
 
@@ -358,8 +391,10 @@ class SampleSet:
                     np.lib.format.write_array_header_1_0(file, header)
                     for shard in range(self.num_shards):
                         file.write(self.settings.classes_of(*self.shard_range(shard)).astype("<i8").data)
+            self.check_wanted()
         # The manifest comes last, because what it calls complete must be there.
         hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
+        self.check_wanted()
         self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **hashes})
 
 

@@ -1,5 +1,7 @@
 """Sampling jobs write exactly the samples asked for, the same bytes however they are run."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -24,8 +26,8 @@ from jobs.sample import draw, sample_set
 from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
-from tests.held import AFTER_SHARD, held, start_held
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, wait_until
+from tests.held import AFTER_SHARD, held, let_go, start_held
+from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, sentence, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +281,55 @@ def test_only_a_set_that_the_run_would_go_on_with_is_named(before: str, now: str
     again = replace(old, precision=now)  # as the same command with --name asks for
     with pytest.raises(UserError, match="drawn with precision") if not named else nullcontext():
         sample_set.plan(run, again, 64, None)
+
+
+AFTER_MANIFEST = "jobs.sample.sample_set.SampleSet.write_manifest"
+
+
+def test_a_set_is_drawn_by_one_command_at_a_time(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--name", "race")
+    process = start_held(AFTER_MANIFEST, 1, *command, "--num-samples", 1000, cwd=root)
+    held(root)
+    for number in (1000, 2000):
+        refused = launch(*command, "--num-samples", number, cwd=root, **NO_FIGURES)
+        assert refused.code == 2
+        assert "samples race are being drawn already, by another command" in sentence(refused.err)
+    let_go(root)
+    assert finish(process).code == 0
+    folder = root / "runs" / "1d" / "a" / "samples" / "race"
+    assert len(np.load(folder / "samples.npz")["arr_0"]) == 1000
+    done(*command, "--num-samples", 2000, cwd=root, **NO_FIGURES)
+    assert len(np.load(folder / "samples.npz")["arr_0"]) == 2000
+
+
+@pytest.mark.parametrize("place", [AFTER_MANIFEST, AFTER_SHARD])
+def test_where_a_lock_does_not_reach_a_set_never_shrinks(place: str, root: Path) -> None:
+    """The smaller command has planned before the larger one began, and goes on after its end."""
+    command = ("sample", "1d/a", "--steps", 3, "--name", "race")
+    process = start_held(place, 1, *command, "--num-samples", 65536, cwd=root)
+    held(root)
+    folder = root / "runs" / "1d" / "a" / "samples" / "race"
+    (folder / ".lock").unlink()  # as if on another machine
+    done(*command, "--num-samples", 70000, cwd=root, **NO_FIGURES)
+    before = contents(folder)
+    let_go(root)
+    ended = finish(process)
+    assert ended.code == 1
+    assert "samples race are to hold 70000 by now, not 65536" in sentence(ended.err)
+    assert "samples are in" not in ended.out
+    assert {name: content for name, content in contents(folder).items() if "failure" not in name} == before
+
+
+def test_a_set_is_drawn_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    asked = sample_set.SampleSet(tmp_path, "s", SETTINGS, 10, 4)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with asked.alone():
+        asked.begin({})
+    with pytest.raises(UserError, match="samples s have just been changed by another command"):
+        asked.begin({})
 
 
 @pytest.mark.parametrize(
