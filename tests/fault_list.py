@@ -816,6 +816,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_where_a_lock_does_not_reach_a_set_never_shrinks",
     ),
     Fault(
+        "samples that are not finite make a set",
+        "jobs/sample/draw.py",
+        "if bad := int((~torch.isfinite(x0)).flatten(1).any(1).sum()):",
+        "if bad := 0:",
+        "tests/jobs/test_classes.py::test_samples_that_are_not_finite_are_no_samples",
+    ),
+    Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",
         "jobs/runtime/numerics.py",
         "        torch.cuda.set_device(device)\n",

@@ -111,14 +111,24 @@ def evaluation(
 def write_shard(
     samples: SampleSet, shard: int, experiment: Experiment, predict: Callable[..., Tensor], abar: Tensor
 ) -> None:
-    """Draws one shard and puts it in place; raises JobError if the set is to hold more samples by now."""
+    """Draws one shard and puts it in place.
+
+    Raises JobError for samples that are not finite, and if the set is to hold more of them by now.
+    """
     start, stop = samples.shard_range(shard)
     size = samples.settings.sub_batch_size
     # Always full sub-batches, so that a sample does not depend on how many are asked for; the surplus is dropped.
     firsts = range(start, stop, size)
     parts = [draw(predict, abar, experiment, samples.settings, first, first + size) for first in firsts]
+    x0 = torch.cat(parts)[: stop - start]
+    # As pixels they would be black, and as good as any other.
+    if bad := int((~torch.isfinite(x0)).flatten(1).any(1).sum()):
+        raise JobError(
+            f"{bad:,} of the {len(x0):,} samples from {start:,} on are not finite: "
+            "choose less guidance, another sampler or other weights, and another --name"
+        )
     content = BytesIO()
-    np.save(content, experiment.to_array(torch.cat(parts)[: stop - start]), allow_pickle=False)
+    np.save(content, experiment.to_array(x0), allow_pickle=False)
     samples.check_wanted()
     write_atomically(samples.shard_path(shard), content.getvalue())
 

@@ -96,6 +96,14 @@ def test_sets_of_other_classes_are_left_out_of_a_comparison(root: Path, capsys: 
     assert capsys.readouterr().err == "Left out: one, which is of other classes\n"
 
 
+def test_samples_that_are_not_finite_are_no_samples(root: Path) -> None:
+    ended = launch(*SAMPLE, "--num-samples", "50", "--guidance", "1e300", "--name", "nan", cwd=root, **NO_FIGURES)
+    assert ended.code == 1
+    assert "50 of the 50 samples from 0 on are not finite: choose less guidance" in sentence(ended.err)
+    assert "samples are in" not in ended.out
+    assert not list((root / RUN / "samples" / "nan").glob("*.np[yz]"))
+
+
 def test_other_classes_are_another_set_and_models_without_classes_have_none(root: Path) -> None:
     done(*SAMPLE, "--num-samples", "50", "--name", "kept", cwd=root, **NO_FIGURES)
     before = contents(root / RUN / "samples" / "kept")
