@@ -121,6 +121,7 @@ class Sample:
         usual = default.steps if name == default.sampler else SAMPLERS[name].default_steps or timesteps
         # A process with fewer timesteps than that has no more of them to visit.
         steps = self.steps if self.steps is not None else min(usual, timesteps)
+        say = partial(print, file=sys.stderr) if self.where.dry_run else print  # what it shows can be parsed
         settings = sample_set.choose(
             run,
             seed=self.seed,
@@ -133,7 +134,7 @@ class Sample:
             weak=weak,
             begun=guided,
             compile=self.compile or bool(there.get("compile")),
-            say=partial(print, file=sys.stderr) if self.where.dry_run else print,  # what it shows can be parsed
+            say=say,
         )
         asked = sample_set.plan(run, settings, self.num_samples, self.name)
         planned = asked.read_manifest()
@@ -148,7 +149,10 @@ class Sample:
                 exports.export(asked, self.export)
                 self._say_export(asked, where)
             return 0
-        missing = tuple(asked.missing())
+        damaged = asked.damaged()
+        for shard in damaged:
+            say(f"WARNING: {where}/{asked.shard_path(shard).name} has changed since it was written; it is drawn again")
+        missing = tuple(sorted({*asked.missing(), *damaged}))
         if missing and guided is not None and settings.autoguidance == guided:  # taken over unseen
             autoguidance.check(run, guided, settings.weights)
         place = self.where.place(run)
@@ -186,7 +190,7 @@ class Sample:
         print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
         with asked.alone():
             # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
-            asked.begin(planned)
+            asked.begin(planned, damaged)
             faults.forgive_set(asked.folder)
             if isinstance(place, OnSlurm):
                 self.where.copy_code(place)

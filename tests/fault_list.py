@@ -823,6 +823,13 @@ FAULTS = [
         "tests/jobs/test_classes.py::test_samples_that_are_not_finite_are_no_samples",
     ),
     Fault(
+        "a set that grows takes damaged shards over",
+        "commands/sample.py",
+        "damaged = asked.damaged()",
+        "damaged: list[int] = []",
+        "tests/jobs/test_samples.py::test_a_set_that_grows_takes_no_damaged_shard_over",
+    ),
+    Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",
         "jobs/runtime/numerics.py",
         "        torch.cuda.set_device(device)\n",

@@ -2,7 +2,7 @@
 
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -279,6 +279,13 @@ class SampleSet:
     def missing(self) -> list[int]:
         return [shard for shard in range(self.num_shards) if not self.has_shard(shard)]
 
+    def damaged(self) -> list[int]:
+        """The shards that are there, but not with the bytes that the manifest has recorded."""
+        recorded = self.read_manifest().get("sha256", {})
+        paths = {shard: self.shard_path(shard) for shard in range(self.num_shards)}
+        there = {shard: path for shard, path in paths.items() if path.name in recorded and self.has_shard(shard)}
+        return [shard for shard, path in there.items() if sha256(path) != recorded[path.name]]
+
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json, {} if there is none."""
         return RunFolder(self.run).read_samples(self.name)
@@ -290,7 +297,7 @@ class SampleSet:
         return bool(merged) and self.file.is_file() and not self.missing()
 
     def write_manifest(self, **more: Any) -> None:
-        """Settings and number of samples; `complete` and hashes once all are there."""
+        """Settings and number of samples; `complete` once all are there, and hashes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         values = {**self.settings.as_json(), "num_samples": self.num_samples, "complete": False, **more}
         write_json(self.folder / "manifest.json", values)
@@ -354,11 +361,18 @@ class SampleSet:
                 raise UserError(f"samples {self.name} are being drawn already, by another command")
             yield
 
-    def begin(self, planned: Mapping[str, Any]) -> None:
-        """Writes that the set is being drawn; raises UserError if its manifest is not the one it was planned with."""
+    def begin(self, planned: Mapping[str, Any], damaged: Collection[int] = ()) -> None:
+        """Writes that the set is being drawn, without the shards that are damaged, and keeps the hashes of the others.
+
+        Raises UserError if the manifest is not the one that the set was planned with.
+        """
         if self.read_manifest() != planned:
             raise UserError(f"samples {self.name} have just been changed by another command; start this one again")
-        self.write_manifest()
+        for shard in damaged:
+            self.shard_path(shard).unlink(missing_ok=True)
+        good = {self.shard_path(shard).name for shard in range(self.num_shards) if self.has_shard(shard)}
+        hashes = {name: value for name, value in planned.get("sha256", {}).items() if name in good}
+        self.write_manifest(**({"sha256": hashes} if hashes else {}))
 
     def check_wanted(self) -> None:
         """Raises JobError if the set is to hold more samples by now.

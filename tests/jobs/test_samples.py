@@ -241,6 +241,37 @@ def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("when", ["before it grows", "while it grows"])
+def test_a_set_that_grows_takes_no_damaged_shard_over(when: str, root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--num-samples")
+    done(*command, 140_000, "--name", "good", cwd=root, **NO_FIGURES)
+    done(*command, 70_000, "--name", "big", cwd=root, **NO_FIGURES)
+    folder = root / "runs" / "1d" / "a" / "samples" / "big"
+    if when == "while it grows":
+        process = start_held(AFTER_MANIFEST, 1, *command, 140_000, "--name", "big", cwd=root)
+        os.kill(held(root), signal.SIGKILL)
+        finish(process)
+    shard = folder / "shard-00000.npy"
+    content = bytearray(shard.read_bytes())
+    content[1000:1004] = b"\xff" * 4  # a NaN
+    shard.write_bytes(content)
+    grown = done(*command, 140_000, "--name", "big", cwd=root, **NO_FIGURES)
+    assert "big/shard-00000.npy has changed since it was written; it is drawn again" in grown.out
+    assert grown.out.count("has changed since") == 1
+    assert contents(folder) == contents(folder.with_name("good"))
+
+
+def test_a_set_without_hashes_grows(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--name", "old", "--num-samples")
+    done(*command, 10, cwd=root, **NO_FIGURES)
+    path = root / "runs" / "1d" / "a" / "samples" / "old" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    assert "has changed since" not in done(*command, 20, cwd=root, **NO_FIGURES).out
+    assert json.loads(path.read_text())["sha256"].keys() == {"samples.npz", "shard-00000.npy"}
+
+
 def test_a_plain_command_names_the_set_that_was_begun_when_another_sampler_was_the_default(root: Path) -> None:
     done("sample", "1d", "--num-samples", "70000", "--steps", "3", cwd=root, **NO_FIGURES)
     (folder,) = (root / "runs" / "1d" / "a" / "samples").iterdir()
