@@ -64,7 +64,7 @@ class Sample:
         int | None, optional("INT", f"{_defaults(lambda entry: entry.sampler.steps)}; {_of_other_samplers()}")
     ] = None
     """Steps of the sampler: a network evaluation each, or two with guidance or autoguidance, four with both."""
-    eta: float = 0.0
+    eta: Annotated[float | None, optional("FLOAT", "0")] = None
     """Noise of ddim: 0 is deterministic, 1 as random as ddpm."""
     weights: Weights = "ema"
     """The moving average of the weights, or the weights themselves."""
@@ -125,7 +125,7 @@ class Sample:
         settings = sample_set.choose(
             run,
             seed=self.seed,
-            sampler=SamplerSettings(sampler=name, steps=steps, eta=self.eta or default.eta),
+            sampler=SamplerSettings(sampler=name, steps=steps, eta=default.eta if self.eta is None else self.eta),
             weights=self.weights,
             checkpoint=self.checkpoint,
             classes=self.classes,
@@ -177,7 +177,7 @@ class Sample:
         is_plain = (self.name, self.autoguidance, self.weak_checkpoint) == (None, None, None)
         if is_plain and not planned:
             # Their sampler may have been the default when they were begun, or their autoguidance.
-            names_one = self.sampler is not None or self.steps is not None or self.eta
+            names_one = (self.sampler, self.steps, self.eta) != (None, None, None)
             for begun in sample_set.begun_with_other_samplers(run, settings):
                 if names_one and begun.settings.sampler != settings.sampler:
                     continue

@@ -830,6 +830,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_set_that_grows_takes_no_damaged_shard_over",
     ),
     Fault(
+        "an eta of 0 that is typed is not heard",
+        "commands/sample.py",
+        "default.eta if self.eta is None else self.eta",
+        "self.eta or default.eta",
+        "tests/jobs/test_samples.py::test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set",
+    ),
+    Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",
         "jobs/runtime/numerics.py",
         "        torch.cuda.set_device(device)\n",

@@ -228,6 +228,17 @@ def test_what_would_change_existing_samples_is_refused(root: Path) -> None:
     assert contents(folder) == before
 
 
+def test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set(root: Path) -> None:
+    command = ("sample", "1d/a", "--num-samples", 10, "--name", "noisy")
+    done(*command, "--sampler", "ddim", "--steps", 3, "--eta", 0.5, cwd=root, **NO_FIGURES)
+    refused = launch(*command, "--eta", 0, cwd=root)
+    assert refused.code == 2
+    assert "'eta': 0.5}, not {'sampler': 'ddim', 'steps': 3, 'eta': 0.0}" in sentence(refused.err)
+    for eta in ((), ("--eta", 0.5)):
+        done(*command, *eta, cwd=root, **NO_FIGURES)
+    assert "as random as ddpm. (default: 0)" in sentence(done("sample", "--help", cwd=root).out)
+
+
 def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
     command = ("sample", "1d", "--num-samples", "200000", "--sampler", "dpm++", "--steps", "3", "--name", "kept")
     done(*command, cwd=root)  # with its picture, or the same command would have that left to do
