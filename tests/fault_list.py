@@ -837,6 +837,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set",
     ),
     Fault(
+        "a set that has grown keeps its picture",
+        "jobs/sample/draw.py",
+        "        samples.picture.unlink(missing_ok=True)\n",
+        "",
+        "tests/jobs/test_samples.py::test_the_picture_of_a_set_that_has_grown_is_of_all_of_it",
+    ),
+    Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",
         "jobs/runtime/numerics.py",
         "        torch.cuda.set_device(device)\n",

@@ -210,6 +210,9 @@ def merge(samples: SampleSet) -> None:
     """Merges the shards, which must all exist, and draws a picture of the first; skips what is done already."""
     run = RunFolder(samples.run)
     if not samples.is_complete():
+        samples.check_wanted()
+        # It is of the set as it was before it grew. As long as there is none, this is not done.
+        samples.picture.unlink(missing_ok=True)
         samples.merge()
     if not samples.picture.exists():
         _, config = run.read_experiment()

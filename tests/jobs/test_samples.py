@@ -272,6 +272,14 @@ def test_a_set_that_grows_takes_no_damaged_shard_over(when: str, root: Path) -> 
     assert contents(folder) == contents(folder.with_name("good"))
 
 
+def test_the_picture_of_a_set_that_has_grown_is_of_all_of_it(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--num-samples")
+    for number, name in ((500, "whole"), (100, "grown"), (500, "grown")):
+        done(*command, number, "--name", name, cwd=root)
+    folder = root / "runs" / "1d" / "a" / "samples"
+    assert contents(folder / "grown") == contents(folder / "whole")
+
+
 def test_a_set_without_hashes_grows(root: Path) -> None:
     command = ("sample", "1d/a", "--steps", 3, "--name", "old", "--num-samples")
     done(*command, 10, cwd=root, **NO_FIGURES)
