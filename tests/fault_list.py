@@ -844,6 +844,20 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_the_picture_of_a_set_that_has_grown_is_of_all_of_it",
     ),
     Fault(
+        "a complete set becomes smaller once it has begun to grow",
+        "jobs/sample/sample_set.py",
+        'manifest.get("held", 0))',
+        "0)",
+        "tests/jobs/test_samples.py::test_a_complete_set_outlives_a_growth_that_is_stopped",
+    ),
+    Fault(
+        "a command calls a set complete that another one has made smaller",
+        "commands/sample.py",
+        "if code == 0 and not asked.is_complete():",
+        "if False:",
+        "tests/jobs/test_samples.py::test_a_set_that_has_shrunk_meanwhile_is_not_called_complete",
+    ),
+    Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",
         "jobs/runtime/numerics.py",
         "        torch.cuda.set_device(device)\n",

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from io import BytesIO
 from itertools import chain, count, repeat
 
 import numpy as np
@@ -18,7 +17,6 @@ from diffusion.process.model import DiffusionModel, Experiment
 from diffusion.process.randomness import Stream, normal
 from diffusion.process.samplers import FUNCTIONS, Denoiser
 from diffusion.process.transfer import sent
-from jobs.files import write_atomically
 from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, DRAWING, Watchdog
 from jobs.runtime.compiling import chooses_in_order, compiled_at_first
@@ -127,10 +125,7 @@ def write_shard(
             f"{bad:,} of the {len(x0):,} samples from {start:,} on are not finite: "
             "choose less guidance, another sampler or other weights, and another --name"
         )
-    content = BytesIO()
-    np.save(content, experiment.to_array(x0), allow_pickle=False)
-    samples.check_wanted()
-    write_atomically(samples.shard_path(shard), content.getvalue())
+    samples.put_shard(shard, experiment.to_array(x0))
 
 
 def draw(

@@ -5,6 +5,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from io import BytesIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ from diffusion.errors import UserError
 from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
-from jobs.files import sha256, whole, write_json
+from jobs.files import sha256, whole, write_atomically, write_json
 from jobs.runtime.job import JobError
 from jobs.sample import autoguidance
 from jobs.sample.autoguidance import Autoguidance
@@ -276,6 +277,15 @@ class SampleSet:
         except (FileNotFoundError, ValueError, EOFError):
             return False
 
+    def put_shard(self, shard: int, samples: "NDArray[Any]") -> None:
+        """Puts a shard in place, whole or not at all; raises JobError if the set is to hold more samples by now."""
+        import numpy as np
+
+        content = BytesIO()
+        np.save(content, samples, allow_pickle=False)
+        self.check_wanted()
+        write_atomically(self.shard_path(shard), content.getvalue())
+
     def missing(self) -> list[int]:
         return [shard for shard in range(self.num_shards) if not self.has_shard(shard)]
 
@@ -331,7 +341,7 @@ class SampleSet:
             )
 
     def check_existing(self) -> None:
-        """Raises UserError if the folder holds samples of other settings, or more of them."""
+        """Raises UserError if the folder holds samples of other settings, or was complete with more of them."""
         manifest = self.read_manifest()
         if not manifest:
             return
@@ -339,9 +349,9 @@ class SampleSet:
             if key == "autoguidance":
                 theirs, ours = _told_apart(theirs, ours)
             raise UserError(f"samples {self.name} were drawn with {key}={theirs}, not {ours}; choose another --name")
-        if manifest["num_samples"] > self.num_samples:
+        if (held := _held(manifest)) > self.num_samples:
             raise UserError(
-                f"samples {self.name} already hold {manifest['num_samples']}, more than "
+                f"samples {self.name} already hold {held}, more than "
                 f"--num-samples {self.num_samples}; choose another --name"
             )
 
@@ -372,7 +382,20 @@ class SampleSet:
             self.shard_path(shard).unlink(missing_ok=True)
         good = {self.shard_path(shard).name for shard in range(self.num_shards) if self.has_shard(shard)}
         hashes = {name: value for name, value in planned.get("sha256", {}).items() if name in good}
-        self.write_manifest(**({"sha256": hashes} if hashes else {}))
+        more = {"held": _held(planned), "sha256": hashes}
+        self.write_manifest(**{key: value for key, value in more.items() if value})
+        # After the manifest, so that no complete set loses samples.
+        self._cut_last_shard()
+
+    def _cut_last_shard(self) -> None:
+        """Cuts the last shard to its length if it is of a set that was to be larger, and never came to its end."""
+        import numpy as np
+
+        last = self.num_shards - 1
+        start, stop = self.shard_range(last)
+        with suppress(FileNotFoundError, ValueError, EOFError):  # there is none, or it is damaged
+            if len(samples := np.load(self.shard_path(last))) > stop - start:
+                self.put_shard(last, samples[: stop - start])
 
     def check_wanted(self) -> None:
         """Raises JobError if the set is to hold more samples by now.
@@ -410,6 +433,11 @@ class SampleSet:
         hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
         self.check_wanted()
         self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **hashes})
+
+
+def _held(manifest: Mapping[str, Any]) -> int:
+    """With how many samples a set is complete, or was before it began to grow; it keeps all of them."""
+    return int(manifest["num_samples"] if manifest.get("complete") else manifest.get("held", 0))
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:

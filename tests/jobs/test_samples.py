@@ -27,7 +27,7 @@ from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
 from tests.held import AFTER_SHARD, held, let_go, start_held
-from tests.launching import NO_FIGURES, TINY, done, finish, launch, relatives, sentence, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, relatives, sentence, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +368,56 @@ def test_where_a_lock_does_not_reach_a_set_never_shrinks(place: str, root: Path)
     assert "samples race are to hold 70000 by now, not 65536" in sentence(ended.err)
     assert "samples are in" not in ended.out
     assert {name: content for name, content in contents(folder).items() if "failure" not in name} == before
+
+
+def test_a_set_that_has_shrunk_meanwhile_is_not_called_complete(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--name", "race", "--num-samples")
+    process = start_held(AFTER_SHARD, 1, *command, 70000, cwd=root)
+    held(root)
+    folder = root / "runs" / "1d" / "a" / "samples" / "race"
+    (folder / ".lock").unlink()  # as if on another machine
+    done(*command, 1000, cwd=root, **NO_FIGURES)
+    let_go(root)
+    ended = finish(process)
+    assert ended.code == 1
+    assert "runs/1d/a/samples/race does not hold these 70,000 samples" in ended.err
+    assert "samples are in" not in ended.out
+    assert len(np.load(folder / "samples.npz")["arr_0"]) == 1000
+
+
+def test_a_set_that_never_came_to_its_end_may_become_smaller(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--num-samples")
+    for number in (70_000, 200_000):
+        done(*command, number, "--name", f"of-{number}", cwd=root, **NO_FIGURES)
+    process = start_held(AFTER_SHARD, 3, *command, 200_000, "--name", "s", cwd=root)
+    os.kill(held(root), signal.SIGKILL)
+    finish(process)
+    folder = root / "runs" / "1d" / "a" / "samples" / "s"
+    before = (folder / "shard-00000.npy").stat().st_mtime_ns
+    done(*command, 70_000, "--name", "s", cwd=root, **NO_FIGURES)
+    surplus = {"shard-00002.npy"}
+    found = {name: content for name, content in contents(folder).items() if name not in surplus}
+    assert found == contents(folder.with_name("of-70000"))
+    done(*command, 200_000, "--name", "s", cwd=root, **NO_FIGURES)
+    assert contents(folder) == contents(folder.with_name("of-200000"))
+    assert (folder / "shard-00000.npy").stat().st_mtime_ns == before
+
+
+def test_a_complete_set_outlives_a_growth_that_is_stopped(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--name", "gr", "--num-samples")
+    done(*command, 100, cwd=root, **NO_FIGURES)
+    folder = root / "runs" / "1d" / "a" / "samples" / "gr"
+    before = contents(folder)
+    for _ in range(2):
+        process = start_held(AFTER_SHARD, 1, *command, 200_000, cwd=root)
+        held(root)
+        assert interrupt(process, signal.SIGINT).code == 130
+    refused = launch(*command, 99, cwd=root)
+    assert refused.code == 2
+    assert "samples gr already hold 100, more than --num-samples 99; choose another --name" in sentence(refused.err)
+    done(*command, 100, cwd=root, **NO_FIGURES)
+    found = {name: content for name, content in contents(folder).items() if name != "shard-00001.npy"}
+    assert found == before
 
 
 def test_a_set_is_drawn_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
