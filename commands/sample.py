@@ -127,7 +127,7 @@ class Sample:
             seed=self.seed,
             sampler=SamplerSettings(sampler=name, steps=steps, eta=default.eta if self.eta is None else self.eta),
             weights=self.weights,
-            checkpoint=self.checkpoint,
+            checkpoint=self.checkpoint if self.checkpoint is not None else sample_set.step_of(run, self.name, there),
             classes=self.classes,
             guidance=self.guidance,
             autoguided=autoguided,

@@ -858,6 +858,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_set_that_has_shrunk_meanwhile_is_not_called_complete",
     ),
     Fault(
+        "a named set does not go on with its own checkpoint",
+        "jobs/sample/sample_set.py",
+        "    return step\n\n\ndef _told_apart",
+        "    return None\n\n\ndef _told_apart",
+        "tests/jobs/test_samples.py::test_a_named_set_goes_on_with_its_own_checkpoint",
+    ),
+    Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",
         "jobs/runtime/numerics.py",
         "        torch.cuda.set_device(device)\n",

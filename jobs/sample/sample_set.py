@@ -204,6 +204,16 @@ def sampler_of(written: Mapping[str, Any]) -> SamplerSettings | None:
     return SamplerSettings(**sampler) if sampler else None
 
 
+def step_of(run: RunFolder, name: str | None, written: Mapping[str, Any]) -> int | None:
+    """The step of the checkpoint that a manifest names, None if it names none; raises UserError if that is gone."""
+    step = written.get("step")
+    if step is not None and step not in checkpoints.steps(run.checkpoints):
+        raise UserError(
+            f"samples {name} were drawn with the checkpoint of step {step}, which is gone; choose another --name"
+        )
+    return step
+
+
 def _told_apart(*guides: dict[str, Any] | None) -> list[str]:
     """Kinds of autoguidance as a sentence names them, with their hashes only where all else is equal."""
     named = [f"{one['scale']:g} by step {one['step']}" if one else "1" for one in guides]

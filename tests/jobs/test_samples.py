@@ -228,6 +228,27 @@ def test_what_would_change_existing_samples_is_refused(root: Path) -> None:
     assert contents(folder) == before
 
 
+def test_a_named_set_goes_on_with_its_own_checkpoint(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--num-samples", 70_000, "--name")
+    done(*command, "whole", cwd=root, **NO_FIGURES)
+    process = start_held(AFTER_SHARD, 1, *command, "s", cwd=root)
+    held(root)
+    assert interrupt(process, signal.SIGINT).code == 130
+    done("resume", "1d/a", "--train.steps", 60, cwd=root, **NO_FIGURES)
+    done(*command, "s", cwd=root, **NO_FIGURES)
+    folder = root / "runs" / "1d" / "a" / "samples"
+    assert contents(folder / "s") == contents(folder / "whole")
+    refused = launch(*command, "s", "--checkpoint", 60, cwd=root)
+    assert refused.code == 2
+    assert "samples s were drawn with step=50, not 60; choose another --name" in sentence(refused.err)
+    (folder / "s" / "shard-00001.npy").unlink()
+    shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints" / "step-00000050")
+    refused = launch(*command, "s", cwd=root)
+    assert refused.code == 2
+    gone = "samples s were drawn with the checkpoint of step 50, which is gone; choose another --name"
+    assert gone in sentence(refused.err)
+
+
 def test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set(root: Path) -> None:
     command = ("sample", "1d/a", "--num-samples", 10, "--name", "noisy")
     done(*command, "--sampler", "ddim", "--steps", 3, "--eta", 0.5, cwd=root, **NO_FIGURES)
