@@ -187,8 +187,8 @@ class Sample:
                 flags = f"--name {begun.name} --num-samples {max(begun.num_samples, asked.num_samples)}"
                 rest = f"the same command with {flags} draws the rest of that set"
                 print(f"{begun.name} is incomplete; unless it is being drawn just now, {rest}.")
-        print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
         with asked.alone():
+            print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
             # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
             asked.begin(planned, damaged)
             faults.forgive_set(asked.folder)

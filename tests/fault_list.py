@@ -802,7 +802,7 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
     ),
     Fault(
-        "two commands draw one set at a time",
+        "two commands draw one set at once",
         "jobs/sample/sample_set.py",
         "            if not is_free:\n",
         "            if False:\n",
