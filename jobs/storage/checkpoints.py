@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
@@ -26,6 +27,8 @@ MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 FILES, MANIFEST = (MODEL, EMA, OPTIMIZER), "manifest.json"
 Named = int | Literal["best"]
 """How users name a checkpoint: by its step, or as the one with the lowest held-out loss."""
+OPEN_FILES = Path("/proc/self/fd")
+"""Where Linux has a path to each open file of this process."""
 SLOW_S = 10.0
 """The user is told about a checkpoint that takes longer to write."""
 
@@ -248,8 +251,8 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
                 save_file(alone, temporary / file)
             del alone
         optimizer = _own(snapshot.optimizer)
-        with _words_of_a_full_disk():
-            torch.save(optimizer, temporary / OPTIMIZER)
+        with _words_of_a_full_disk(), _in_ascii(temporary) as written:
+            torch.save(optimizer, written / OPTIMIZER)
         for file in (MODEL, EMA):  # safetensors keeps its files to their user; the umask says who may read ours
             (temporary / file).chmod((temporary / OPTIMIZER).stat().st_mode)
         recorded = {}
@@ -269,6 +272,27 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
         return is_other
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _in_ascii(folder: Path) -> Iterator[Path]:
+    """Gives a path of ASCII to the folder.
+
+    torch.save writes other bytes to any other path: its archive has the name `archive` then, and not that of the file.
+    """
+    if str(folder).isascii():
+        yield folder
+    elif OPEN_FILES.is_dir():
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            yield OPEN_FILES / str(descriptor)
+        finally:
+            os.close(descriptor)
+    else:  # macOS; not the way of all, because on a cluster's node /tmp may be full
+        with TemporaryDirectory() as aside:
+            link = Path(aside) / "checkpoint"
+            link.symlink_to(folder.absolute(), target_is_directory=True)
+            yield link
 
 
 @contextmanager

@@ -97,6 +97,23 @@ def test_equal_states_make_equal_files(tmp_path: Path) -> None:
         assert (tmp_path / "a/step-00000007" / name).read_bytes() == (tmp_path / "b/step-00000007" / name).read_bytes()
 
 
+@pytest.mark.parametrize("on", ["Linux", "macOS"])
+@pytest.mark.parametrize("name", ["zü".encode(), b"r\xff"])
+def test_the_bytes_do_not_depend_on_the_name_of_the_folder(
+    name: bytes, on: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if on == "macOS":
+        monkeypatch.setattr(checkpoints, "OPEN_FILES", tmp_path / "proc")
+    other = tmp_path / os.fsdecode(name)
+    save(tmp_path / "zu", 7)
+    save(other, 7)
+    for file in (*checkpoints.FILES, "manifest.json"):
+        assert (other / "step-00000007" / file).read_bytes() == (tmp_path / "zu/step-00000007" / file).read_bytes()
+    assert checkpoints.newest(other, pytest.fail) == 7
+    moved = other.rename(tmp_path / "moved")  # safetensors reads nothing below a name that is no text
+    assert checkpoints.load(moved, 7).optimizer["param_groups"] == snapshot(7).optimizer["param_groups"]
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_is_used(
     damage: Callable[[Path], None], tmp_path: Path
