@@ -107,9 +107,13 @@ def examples(run: RunFolder, weights_sha256: str, say: Callable[[str], None]) ->
 
     Of compiled sets, whose bytes the published program does not draw, only if there are no others.
     """
-    sets = [sample_set.read(run, name) for name in complete_sets(run)]
+    sets, ours = [], []
+    for name in complete_sets(run):
+        try:
+            sets.append(sample_set.read(run, name))
+        except UserError as error:  # of another version, or damaged
+            say(f"The samples {name} are left out: {error}")
     sets.sort(key=lambda one: one.settings.compile)
-    ours = []
     for one in sets:
         if one.settings.weights_sha256 == weights_sha256:
             try:

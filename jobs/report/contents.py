@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusion.errors import UserError
 from jobs.evaluate import report
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
@@ -65,6 +66,8 @@ class Content:
     samples: list[Samples]
     left_out: list[str]
     """Names of older sets of samples, which are not shown."""
+    unknown: list[str]
+    """Names of sets whose manifests do not say what the page does: of another version, or damaged."""
     checkpoints: list[Json]
     """The manifests of the checkpoints that are there, newest first."""
 
@@ -111,7 +114,8 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
     experiment, config = run.read_experiment()
     launch, described = states.read_launch(run), detail.describe(run, jobs)
     complete = sample_set.complete(run)
-    shown = [_samples(run, name, facts, width) for name, facts in list(complete.items())[:SETS]]
+    known = {name: facts for name, facts in complete.items() if _is_known(run, name, facts)}
+    shown = [_samples(run, name, facts, width) for name, facts in list(known.items())[:SETS]]
     # The training's own picture stands in where no set has been drawn.
     drawn = {} if shown else {"figures/samples.png": "Samples at the end of the training"}
     return Content(
@@ -128,7 +132,8 @@ def read(run: RunFolder, jobs: Mapping[str, states.SlurmJob] | None, width: int)
         quality=read_jsonl(run.quality),
         pictures=_pictures(run, {**drawn, **STRIPS}, width),
         samples=shown,
-        left_out=list(complete)[SETS:],
+        left_out=list(known)[SETS:],
+        unknown=[name for name in complete if name not in known],
         checkpoints=_checkpoints(run.checkpoints),
     )
 
@@ -137,6 +142,16 @@ def outside(run: RunFolder) -> list[str]:
     """The names of pictures of samples, and in figures/, that a page leaves out: links lead to them, out of the run."""
     found = [*run.figures.glob("[!.]*.png"), *run.samples.glob("[!.]*/[!.]*.png")]
     return sorted(path.relative_to(run.path).as_posix() for path in found if leads_out(run.path, path))
+
+
+def _is_known(run: RunFolder, name: str, facts: Json) -> bool:
+    """Whether the manifest of a set says what a page does."""
+    try:
+        sample_set.read(run, name)
+    except UserError:
+        return False
+    numbers, hashes = (facts["num_samples"], facts["step"]), facts.get("sha256")
+    return all(isinstance(n, int) for n in numbers) and isinstance(hashes, dict) and sample_set.DRAWN in hashes
 
 
 def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:

@@ -160,6 +160,18 @@ def test_a_set_whose_weak_weights_are_gone_is_no_example(runs: Path, tmp_path: P
 
 
 @pytest.mark.processes
+def test_a_set_that_cannot_be_described_is_no_example(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(runs / "1d" / "a", tmp_path / "runs" / "1d" / "a"))
+    (run.samples / "older").mkdir()
+    (run.samples / "older" / "samples.npz").touch()
+    write_json(run.samples / "older" / "manifest.json", {"num_samples": 5, "complete": True, "sampler": "ddpm"})
+    said: list[str] = []
+    folder.publish(run, 3, "mit", tmp_path / "model", said.append)
+    assert said[0].startswith("The samples older are left out: ") and "a set of samples of this version" in said[0]
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["seed"] == 3  # that of the other set
+
+
+@pytest.mark.processes
 def test_a_compiled_set_is_an_example_if_there_is_no_other(runs: Path, tmp_path: Path) -> None:
     """Because the published program does not draw its bytes."""
     run = RunFolder(shutil.copytree(runs / "1d" / "a", tmp_path / "runs" / "1d" / "a"))

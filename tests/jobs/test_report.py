@@ -14,6 +14,7 @@ from PIL import Image
 
 from commands.report import Report
 from diffusion.errors import UserError
+from jobs.files import write_json
 from jobs.report import contents, curves, page
 from jobs.report.curves import Point
 from jobs.storage import faults
@@ -175,6 +176,15 @@ def test_what_a_run_does_not_have_has_no_section(run: RunFolder) -> None:
         assert section in whole and section not in bare
     assert "created" in bare  # its state
     assert "All settings" in bare
+
+
+@pytest.mark.parametrize("harm", [{"sha256": {}}, {"step": "20"}, {"sampler": "ddpm"}])
+def test_a_set_that_cannot_be_described_is_left_out_and_named(harm: dict[str, Any], run: RunFolder) -> None:
+    shutil.copytree(run.samples / "before", run.samples / "older")
+    write_json(run.samples / "older" / "manifest.json", {**run.read_samples("before"), **harm})
+    text = shown(run).text
+    assert "Sets of samples that this version cannot describe, not shown here: older." in text
+    assert "Samples: before" in text and "Samples: older" not in text
 
 
 def test_a_failure_is_shown_and_what_others_wrote_is_text_and_no_page(run: RunFolder) -> None:
