@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion.errors import UserError
 from jobs.evaluate import report
+from jobs.evaluate.plan import Evaluation
 from jobs.experiments import experiment_json
 from jobs.experiments.configs import ExperimentConfig
 from jobs.report.pictures import Picture, leads_out, picture
@@ -166,9 +167,11 @@ def _samples(run: RunFolder, name: str, facts: Json, width: int) -> Samples:
         facts["sha256"][sample_set.DRAWN],
     ):
         results = {}
-    files = sorted((path.name for path in folder.glob("[!.]*.png")), key=lambda file: (file != "grid.png", file))
+    # So would its figures; while they are missing, those of the evaluation before it are still there.
+    drawn = results and not Evaluation(sample_set.read(run, name), measured).undrawn.exists()
+    files = sorted(path.name for path in folder.glob("[!.]*.png") if path.name != "grid.png") if drawn else []
     texts = {file: file.removesuffix(".png").replace("-", " ").capitalize() for file in files}
-    pictures = {f"samples/{name}/{file}": text for file, text in {**texts, "grid.png": "Samples"}.items()}
+    pictures = {f"samples/{name}/{file}": text for file, text in {"grid.png": "Samples", **texts}.items()}
     return Samples(
         name=name,
         facts=facts,

@@ -178,6 +178,25 @@ def test_what_a_run_does_not_have_has_no_section(run: RunFolder) -> None:
     assert "All settings" in bare
 
 
+def test_figures_of_an_evaluation_stand_only_beside_the_samples_that_it_is_of(run: RunFolder) -> None:
+    evaluate(run)
+    folder = run.samples / "before"
+    shutil.copy(folder / "grid.png", folder / "samplers.png")
+    names = ["samples/before/grid.png", "samples/before/samplers.png"]
+
+    def pictures() -> list[str]:
+        return [entry.name for entry in contents.read(run, {}, 100).samples[0].pictures]
+
+    assert pictures() == names
+    drawn = run.read_samples("before")
+    write_json(folder / "manifest.json", {**drawn, "sha256": {"samples.npz": 64 * "0"}})  # it has grown
+    assert pictures() == names[:1]
+    write_json(folder / "manifest.json", drawn)
+    (folder / ".evaluation").mkdir()
+    (folder / ".evaluation" / "undrawn").touch()  # evaluated again, where nothing could be plotted
+    assert pictures() == names[:1]
+
+
 @pytest.mark.parametrize("harm", [{"sha256": {}}, {"step": "20"}, {"sampler": "ddpm"}])
 def test_a_set_that_cannot_be_described_is_left_out_and_named(harm: dict[str, Any], run: RunFolder) -> None:
     shutil.copytree(run.samples / "before", run.samples / "older")
