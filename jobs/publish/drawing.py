@@ -28,9 +28,9 @@ def arguments(folder: Path) -> tuple[argparse.Namespace, dict[str, Any]]:
     config = json.loads((folder / "config.json").read_text())
     parser = argparse.ArgumentParser(description="Draws samples of the model in this folder.")
     parser.add_argument("--num-samples", type=count, default=16)
-    parser.add_argument("--seed", type=int, default=config["seed"], help="each seed gives other samples")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=npz_file, default=Path("generated.npz"), help="file that is written")
+    parser.add_argument("--seed", type=seed, default=config["seed"], help="each seed gives other samples")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=npz_file, default="generated.npz", help="file that is written")
     if not (n := config["num_classes"]):
         return parser.parse_args(), config
     parser.add_argument("--classes", help=f"such as 7, 3,5 or 0-{n - 1}: sample i has the (i mod n)-th of these n")
@@ -50,10 +50,29 @@ def count(text: str) -> int:
     return n
 
 
+def seed(text: str) -> int:
+    """A seed that the random number generator takes."""
+    if not 0 <= (n := int(text)) < 2**63:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 2^63 - 1; got {n}")
+    return n
+
+
+def device(text: str) -> torch.device:
+    """A device on which torch can compute here."""
+    try:
+        torch.zeros(1, device=text).cpu()
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch has all three words for it
+        raise argparse.ArgumentTypeError(f"must be a device that torch can use here; got {text}") from error
+    return torch.device(text)
+
+
 def npz_file(text: str) -> Path:
-    """A path that numpy takes as it is: to another one it would add the suffix."""
-    if (path := Path(text)).suffix != ".npz":
+    """A path that numpy takes as it is, to another one it would add the suffix, and where a file can be written."""
+    path = Path(text)
+    if path.suffix != ".npz":
         raise argparse.ArgumentTypeError(f"must end in .npz; got {text}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that can be written to; got {text}")
     return path
 
 
@@ -82,20 +101,20 @@ def draw(
     predict = load(config["weights"])
     if guide := config["autoguidance"]:
         predict = autoguided(predict, load(guide["weights"]), guide["scale"])
-    device, sampler, size = torch.device(asked.device), config["sampler"], config["sub_batch_size"]
+    is_bf16, sampler, size = config["precision"] == "bf16", config["sampler"], config["sub_batch_size"]
 
     def noise(first: int, stream: Stream, step: int) -> Tensor:
         numbers = normal(asked.seed, stream, step, first, first + size, tuple(config["sample_shape"]))
-        return torch.from_numpy(numbers).to(device)
+        return torch.from_numpy(numbers).to(asked.device)
 
     parts = []
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
+    with torch.inference_mode(), torch.autocast(asked.device.type, torch.bfloat16, enabled=is_bf16):
         # Always full batches, because samples depend on their size in the last bits; the surplus is dropped.
         for first in range(0, asked.num_samples, size):
             later = partial(noise, first, Stream.SAMPLE_STEP)
             eps = predict
             if n := config["num_classes"]:
-                classes = torch.from_numpy(classes_of(asked, first, first + size)).to(device)
+                classes = torch.from_numpy(classes_of(asked, first, first + size)).to(asked.device)
                 eps = guided(predict, classes, n, asked.guidance)
             *_, x0 = FUNCTIONS[sampler["sampler"]](
                 # On the host, because samplers read single numbers of it, and would wait for the GPU at each.
@@ -105,6 +124,8 @@ def draw(
                 noise=later,
                 eta=sampler["eta"],
             )
+            if not x0[: asked.num_samples - first].isfinite().all():
+                raise SystemExit("error: what the network draws here is not finite, so nothing is written")
             parts.append(x0)
     return torch.cat(parts)[: asked.num_samples]
 

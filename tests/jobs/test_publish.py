@@ -204,7 +204,16 @@ def test_a_folder_with_something_in_it_is_refused(runs: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
-    [("--num-samples", "0", "must be at least 1; got 0"), ("--out", "foo", "must end in .npz; got foo")],
+    [
+        ("--num-samples", "0", "must be at least 1; got 0"),
+        ("--seed", "-1", "must lie between 0 and 2^63 - 1; got -1"),
+        ("--seed", str(2**63), f"must lie between 0 and 2^63 - 1; got {2**63}"),
+        ("--device", "foo", "must be a device that torch can use here; got foo"),
+        ("--device", "cuda:77", "must be a device that torch can use here; got cuda:77"),
+        ("--device", "meta", "must be a device that torch can use here; got meta"),
+        ("--out", "foo", "must end in .npz; got foo"),
+        ("--out", "nowhere/x.npz", "must be a file in a folder that can be written to; got nowhere/x.npz"),
+    ],
 )
 def test_a_published_model_refuses_what_it_cannot_draw_or_write(
     flag: str,
@@ -231,4 +240,10 @@ def test_a_published_model_refuses_classes_as_sample_does(
         with pytest.raises(SystemExit, match="2"):
             drawing.arguments(tmp_path / "model")
         assert words in capsys.readouterr().err
+    flags = ("--guidance", "1e300", "--device", "cpu", "--out", tmp_path / "drawn.npz")
+    command = [sys.executable, tmp_path / "model" / "generate.py", *flags]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "error: what the network draws here is not finite, so nothing is written\n"
+    assert not (tmp_path / "drawn.npz").exists()
     assert "of classes 0-1 in turn with guidance 1" in (tmp_path / "model" / "README.md").read_text()
