@@ -9,8 +9,9 @@ from tyro.conf import arg
 from commands.arguments import AMONG_OPTIONS, CHOICES
 from commands.train import as_begun, check_same_settings, choice, create, is_finished, run_training, with_notify
 from commands.where import Launch, show
+from diffusion.errors import UserError
 from jobs import notify
-from jobs.experiments import grid
+from jobs.experiments import experiment_json, grid
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import faults, provenance, run_folder
 from jobs.storage.run_folder import RunFolder, State
@@ -33,17 +34,26 @@ class Sweep:
     where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 
     def __call__(self) -> int:
-        experiment, base, points = self.chosen.experiment, self.chosen.config, grid.points(self.grid)
+        experiment, base = self.chosen.experiment, self.chosen.config
+        points = grid.points(self.grid, experiment_json.flags(base))
         if not any(name.startswith("data.") for name in points[0]):
             base = base.absolute()  # once for all points: own images are read for it
         folder = self.where.runs_dir / experiment
         place = self.where.place(RunFolder(folder / run_folder.check_name(self.name)))
         device, retries = self.where.resolve_device(place), self.where.retries_at(place)
         jobs, busy = [], 0
+        same: dict[str, str] = {}
         for i, point in enumerate(points):
             # By tyro and not by hand: so a point takes, and refuses, what the flags do.
             words = grid.arguments(point)
-            config = tyro.cli(type(base), default=base, args=words, prog="--grid", registry=CHOICES).absolute()
+            typed = " ".join(words)
+            # With the name of a command, because tyro says that its --help tells more.
+            program = f"launch.py train {experiment}"
+            config = tyro.cli(type(base), default=base, args=words, prog=program, registry=CHOICES).absolute()
+            # Compared as settings: 1e-3 and 0.001 are one value.
+            if (settings := experiment_json.write(experiment, config)) in same:
+                raise UserError(f"--grid must train no run twice; {same[settings]} and {typed} are the same settings")
+            same[settings] = typed
             config = with_notify(config, self.where)
             run = RunFolder(folder / grid.run_name(self.name, i))
             config = as_begun(run, config, self.where)

@@ -7,8 +7,21 @@ from pathlib import Path
 import pytest
 
 from diffusion.errors import UserError
-from jobs.experiments import grid
-from tests.launching import NO_FIGURES, TINY, as_if_drawn, done, finish, launch, start, status, steps_logged, wait_until
+from jobs.experiments import experiment_json, grid
+from jobs.experiments.table import EXPERIMENTS
+from tests.launching import (
+    NO_FIGURES,
+    TINY,
+    as_if_drawn,
+    done,
+    finish,
+    launch,
+    sentence,
+    start,
+    status,
+    steps_logged,
+    wait_until,
+)
 
 GRID = ("--grid", "train.lr=1e-3,4e-3", "train.seed=1")
 COMMAND = (
@@ -27,23 +40,43 @@ COMMAND = (
 )
 
 
+KNOWN = experiment_json.flags(EXPERIMENTS["1d"].preset)
+
+
 def test_a_grid_is_a_product() -> None:
-    assert grid.points(["train.lr=1,2", "train.seed=0,1"]) == [
+    assert grid.points(["train.lr=1,2", "train.seed=0,1"], KNOWN) == [
         {"train.lr": "1", "train.seed": "0"},
         {"train.lr": "1", "train.seed": "1"},
         {"train.lr": "2", "train.seed": "0"},
         {"train.lr": "2", "train.seed": "1"},
     ]
-    assert grid.arguments({"train.batch_size": "8", "data.means": "-1 1"}) == [
+    (point,) = grid.points(["train.batch_size=8", "data.means=-1 1"], KNOWN)
+    assert grid.arguments(point) == [
         *("--train.batch-size", "8"),
         *("--data.means", "-1", "1"),
     ]
 
 
-@pytest.mark.parametrize("axis", ["train.lr", "train.lr=", "=1,2", "train.lr=1,,2"])
+@pytest.mark.parametrize("axis", ["train.lr", "train.lr=", "=1,2", "train.lr=1,,2", "train.lr=1,--help", "train.lr=-h"])
 def test_an_axis_that_is_none_is_refused(axis: str) -> None:
     with pytest.raises(UserError, match="--grid takes SETTING=VALUE"):
-        grid.points([axis])
+        grid.points([axis], KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"),
+    [
+        (("help=x",), "settings that `train EXPERIMENT --help` shows, such as train.lr; got help"),
+        (("train.foo=1",), "settings that `train EXPERIMENT --help` shows, such as train.lr; got train.foo"),
+        (("train.batch_size=64", "train.batch-size=128"), "--grid must name each setting once; got train.batch-size"),
+        (("train.lr=1e-3,0.001",), "--train.lr 1e-3 and --train.lr 0.001 are the same settings"),
+        (("train.lr=1e-3,x",), "see launch.py train 1d --help"),
+    ],
+)
+def test_a_grid_that_is_none_is_refused_and_writes_nothing(axes: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    ended = launch("sweep", "1d", *TINY, "--name", "S", "--cluster", "local", "--grid", *axes, cwd=tmp_path)
+    assert ended.code == 2 and words in sentence(ended.err)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sweep_trains_each_point_once_and_status_sorts_them(tmp_path: Path) -> None:
