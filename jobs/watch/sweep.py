@@ -21,8 +21,8 @@ def named(name: str, runs_dir: Path) -> list[RunFolder]:
 def runs_of(sweep: str, runs_dir: Path) -> list[RunFolder]:
     """Returns the runs of the sweep S or EXPERIMENT/S, in order; [] if there is no such sweep, or a folder is meant."""
     folder, _, name = sweep.rpartition("/")
-    # `Path.glob` takes no absolute pattern.
-    if Path(sweep).is_dir() or not NAME.fullmatch(name) or folder.startswith("/"):
+    # Anything else would be a pattern to `Path.glob`.
+    if Path(sweep).is_dir() or not NAME.fullmatch(name) or not (sweep == name or NAME.fullmatch(folder)):
         return []
     found = [RunFolder(path.parent) for path in runs_dir.glob(f"{folder or '*'}/{name}-[0-9]*/launch.json")]
     # The name alone does not tell: a user may have called any run so.

@@ -115,6 +115,12 @@ def test_losses_of_different_noise_levels_are_not_compared(tmp_path: Path) -> No
         assert (losses == sorted(losses)) == (schedule == second["diffusion"]["beta_schedule"])
 
 
+def test_a_name_of_a_sweep_is_no_pattern(tmp_path: Path) -> None:
+    for command in ("status", "report"):
+        ended = launch(command, "**a/S", cwd=tmp_path)
+        assert ended.code == 2 and "RUN is a run folder" in sentence(ended.err)
+
+
 def test_ctrl_c_ends_the_whole_sweep(tmp_path: Path) -> None:
     endless = ("--train.steps", "1000000", "--name", "S", "--cluster", "local", "--grid", "train.seed=0,1")
     process = start("sweep", "1d", *TINY, *endless, cwd=tmp_path, **NO_FIGURES)
