@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
@@ -15,7 +16,7 @@ from diffusion.gaussian1d.mixture import Mixture
 from diffusion.process.randomness import Stream, normal, uniform
 from diffusion.process.samplers import Denoiser, Predict, ddpm
 
-_HISTOGRAM: dict[str, Any] = {"density": True, "histtype": "stepfilled", "color": MODEL, "alpha": 0.5}
+_HISTOGRAM: dict[str, Any] = {"histtype": "stepfilled", "color": MODEL, "alpha": 0.5}
 """How histograms look: one shape each, as a bar for each bin takes a third more of the time that a figure takes."""
 
 
@@ -33,7 +34,7 @@ def forward_process(mixture: Mixture, abar: Tensor, path: Path) -> None:
     for axes, t in zip(all_axes, times, strict=True):
         a = float(abar[t])
         xt = a**0.5 * x0 + (1 - a) ** 0.5 * eps
-        axes.hist(xt.numpy(), bins=80, range=(low, high), **_HISTOGRAM, label="forward process")
+        _histogram(axes, xt.numpy(), 80, (low, high), label="forward process")
         axes.plot(grid, mixture.at(a).pdf(grid), color=EXACT, linewidth=2, label="exact density")
         axes.set(title=f"t = {t}", xlabel="$x_t$", xlim=(low, high))
     all_axes[0].set_ylabel("density")
@@ -66,14 +67,7 @@ def reverse_process(predict: Predict, mixture: Mixture, abar: Tensor, path: Path
         (start, x[0], mixture.at(float(abar[-1])).pdf(grid), "noise $x_T$"),
         (end, x[-1], mixture.pdf(grid), "data $x_0$"),
     ):
-        axes.hist(
-            values,
-            bins=60,
-            range=(low, high),
-            orientation="horizontal",
-            **_HISTOGRAM,
-            label="model",
-        )
+        _histogram(axes, values, 60, (low, high), orientation="horizontal", label="model")
         axes.plot(density, grid, color=EXACT, linewidth=2, label="exact")
         axes.set(title=title, xlabel="density")
     start.set_ylabel("$x$")
@@ -89,7 +83,7 @@ def samples(mixture: Mixture, x: NDArray[Any], path: Path) -> None:
     figure, axes = new_figure()
     # About the square root of n, so that chance in a bin stays small beside its height.
     bins = min(120, max(10, round(len(x) ** 0.5)))
-    axes.hist(x, bins=bins, range=(low, high), **_HISTOGRAM, label=f"{len(x):,} samples of the model")
+    _histogram(axes, x, bins, (low, high), label=f"{len(x):,} samples of the model")
     axes.plot(grid, mixture.pdf(grid), color=EXACT, linewidth=2, label="exact density")
     axes.set(title="Samples of the model against the exact mixture", xlabel="$x_0$", ylabel="density", xlim=(low, high))
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -104,7 +98,7 @@ def guidance(components: list[Mixture], drawn: list[list[Tensor]], scales: Seque
     grid = torch.linspace(low, high, 400, dtype=torch.float64)
     for row, (component, by_scale) in enumerate(zip(components, drawn, strict=True)):
         for axes, x, scale in zip(all_axes[row], by_scale, scales, strict=True):
-            axes.hist(x.numpy(), bins=80, range=(low, high), **_HISTOGRAM, label="samples")
+            _histogram(axes, x.numpy(), 80, (low, high), label="samples")
             axes.plot(grid, component.pdf(grid), color=EXACT, linewidth=2, label="exact density of the class")
             axes.set_xlim(low, high)
             if row == 0:
@@ -128,6 +122,13 @@ def excess_loss(excess: Tensor, floor: Tensor, path: Path) -> None:
     )
     axes.legend(frameon=False)
     save(figure, path)
+
+
+def _histogram(axes: Axes, x: NDArray[Any], bins: int, inside: tuple[float, float], **more: Any) -> None:
+    """Draws the density of x [n], flat at 0 if nothing lies inside: a bad model, or too few steps."""
+    low, high = inside
+    has_some = bool(((low <= x) & (x <= high)).any())  # else numpy would divide by their number, 0
+    axes.hist(x, bins=bins, range=inside, density=has_some, **_HISTOGRAM, **more)
 
 
 def _range(mixture: Mixture) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The 1D evaluation against closed forms: the exact denoiser must be perfect, known mistakes must show their size."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy import integrate, stats
 from torch import Tensor
 
-from diffusion.gaussian1d import distances
+from diffusion.gaussian1d import distances, figures
 from diffusion.gaussian1d.evaluation import Evaluator1d
 from diffusion.gaussian1d.experiment import Gaussian1d
 from diffusion.gaussian1d.mixture import Mixture
@@ -159,6 +160,14 @@ def test_an_evaluation_finds_a_known_mistake_and_survives_without_the_model() ->
     assert list(alone.units()) == ["samples"]
     known = {4: ["w1", "ks", "kl", "share_0", "share_1"]}  # a new metric needs a new version, or nobody gets it
     assert list(alone.metrics(results)) == known[Gaussian1dProblem.metrics_version]
+
+
+@pytest.mark.usefixtures("coarse_figures")
+def test_samples_that_all_lie_outside_of_a_figure_are_drawn_without_a_warning(tmp_path: Path) -> None:
+    """As after one step of DPM-Solver++: warnings are errors in tests."""
+    figures.samples(MIXTURE, np.full(100, 99.0), tmp_path / "grid.png")
+    figures.guidance([MIXTURE], [[torch.full((100,), 99.0)]], [1.0], tmp_path / "guidance.png")
+    assert (tmp_path / "grid.png").is_file() and (tmp_path / "guidance.png").is_file()
 
 
 def test_another_sampler_to_compare_comes_with_a_new_version() -> None:
