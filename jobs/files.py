@@ -20,10 +20,11 @@ def whole(path: Path) -> Iterator[Path]:
     # In the same folder, because a rename is atomic within one file system only. The dot hides it from readers.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        # Bytes before the name: otherwise a power cut may leave the name of a file whose bytes never reached the disk.
-        sync_file(temporary)
-        temporary.replace(path)
+        with _named(path):
+            yield temporary
+            # Bytes before the name: otherwise a power cut may leave a name of bytes that never reached the disk.
+            sync_file(temporary)
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -38,9 +39,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
     made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(made, ignore_errors=True)  # of a process that was killed: in a container they have the same ids
     try:
-        made.mkdir()
-        yield made
-        os.sync()  # there may be very many files
+        with _named(path):
+            made.mkdir()
+            yield made
+            os.sync()  # there may be very many files
         try:
             made.rename(path)
         except OSError as error:
@@ -50,6 +52,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors meanwhile name the file that is written: of a full disk the system names none, or what is copied to it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and (error.filename is None or error.filename2 is not None):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
