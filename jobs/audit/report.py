@@ -3,6 +3,7 @@
 import shutil
 from typing import Any
 
+from diffusion.errors import reason
 from jobs.audit.plan import Audit, Stretch
 from jobs.files import write_atomically
 from jobs.storage.records import read_jsonl
@@ -10,7 +11,7 @@ from jobs.storage.run_folder import RunFolder, as_typed
 
 
 def conclude(audit: Audit) -> tuple[bool, str]:
-    """Whether all is computed and equal, and what to tell people; keeps that in report.txt.
+    """Whether all is computed and equal, and what to tell people; keeps that in report.txt, if it can be written.
 
     Checkpoints that were computed stay where one differs, to be looked at.
     """
@@ -28,7 +29,10 @@ def conclude(audit: Audit) -> tuple[bool, str]:
     else:
         lines.append(f"What was computed is in {as_typed(audit.folder)}.")
     text = "\n".join(lines)
-    write_atomically(audit.folder / "report.txt", text + "\n")
+    try:
+        write_atomically(audit.folder / "report.txt", text + "\n")
+    except OSError as error:  # hours of computing must not be lost to a full disk
+        text += f"\nThis is not kept: {reason(error)}"
     return equal, text
 
 

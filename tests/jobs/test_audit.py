@@ -150,6 +150,19 @@ def test_a_start_without_its_settings_is_named(trained: Path, tmp_path: Path) ->
     assert [line for line in said if "step 50 were not recorded" in line] == []
 
 
+def test_what_an_audit_has_found_is_told_whatever_the_folder_is_called_and_takes(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    audit = planned(tmp_path, tmp_path / "audit\udcff")
+    audit.folder.mkdir()
+    equal, text = report.conclude(audit)
+    assert not equal and text.endswith(f"What was computed is in {audit.folder}.")
+    written = audit.folder / "report.txt"
+    assert written.read_text().endswith(f"What was computed is in {tmp_path}/audit\\udcff.\n")
+    written.unlink()
+    written.mkdir()  # which no file replaces
+    assert report.conclude(audit) == (False, f"{text}\nThis is not kept: {written}: Is a directory")
+
+
 @pytest.mark.parametrize("harm", ["the run deletes it", "the disk takes no more"])
 def test_a_checkpoint_that_cannot_be_copied_leaves_nothing(harm: str, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "runs", tmp_path / "runs")

@@ -10,8 +10,10 @@ import pytest
 
 from jobs.storage import ownership, provenance
 from jobs.storage.records import Tail, read_jsonl
+from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
 from tests.launching import done
+from tests.old_runs import ARCHIVES, unpack
 
 
 def test_a_change_in_another_encoding_is_kept_byte_for_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +34,14 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     assert (folder / "log.txt").read_text(encoding="utf-8") == f"Finished {tmp_path}/caf?\n"
     shown = done("status", "--runs-dir", tmp_path / "Läufe", cwd=tmp_path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
     assert shown.out == f"There are no runs in {tmp_path}/L?ufe.\n"
+
+
+def test_a_report_of_a_run_in_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    run = unpack(ARCHIVES[0], "1d", folder, tmp_path)
+    RunFolder(run).update_launch(argv=["launch.py", "train", "1d", "--runs-dir", str(folder)])
+    done("report", run, cwd=tmp_path)
+    assert f"{tmp_path}/caf\\udce9" in (run / "report.html").read_text()
 
 
 def test_lines_that_a_power_cut_has_spoilt_are_skipped(tmp_path: Path) -> None:
