@@ -661,6 +661,20 @@ FAULTS = [
         "tests/jobs/test_starts.py::test_a_name_that_another_command_has_just_taken_is_not_continued",
     ),
     Fault(
+        "the bytes of a checkpoint depend on the name of its folder",
+        "jobs/storage/checkpoints.py",
+        "if str(folder).isascii():",
+        "if True:",
+        "tests/jobs/test_checkpoints.py::test_the_bytes_do_not_depend_on_the_name_of_the_folder",
+    ),
+    Fault(
+        "a full disk has no name",
+        "jobs/files.py",
+        "            raise OSError(error.errno, error.strerror, str(path)) from error\n",
+        "            raise\n",
+        "tests/jobs/test_files.py::test_a_full_disk_is_told_with_the_name_of_the_file",
+    ),
+    Fault(
         "status.json is written in its place",
         "jobs/files.py",
         'temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")',
@@ -956,6 +970,13 @@ FAULTS = [
         "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[npy]",
     ),
     Fault(
+        "a published model writes samples that are not finite",
+        "jobs/publish/drawing.py",
+        "            if not x0[: asked.num_samples - first].isfinite().all():\n",
+        "            if False:\n",
+        "tests/jobs/test_publish.py::test_a_published_model_refuses_classes_as_sample_does",
+    ),
+    Fault(
         "a published model begins and goes on with the same noise",
         "jobs/publish/drawing.py",
         "partial(noise, first, Stream.SAMPLE_STEP)",
@@ -1033,6 +1054,20 @@ FAULTS = [
         "guided(predict, classes, n, asked.guidance)",
         'guided(predict, classes, n, config["guidance"])',
         "tests/jobs/test_publish.py::test_generate_py_draws_what_sample_draws_without_this_project[1d-classes]",
+    ),
+    Fault(
+        "a report shows figures of an evaluation of other samples",
+        "jobs/report/contents.py",
+        "drawn = results and not Evaluation(",
+        "drawn = not Evaluation(",
+        "tests/jobs/test_report.py::test_figures_of_an_evaluation_stand_only_beside_the_samples_that_it_is_of",
+    ),
+    Fault(
+        "a grid trains a run twice",
+        "commands/sweep.py",
+        "            same[settings] = typed\n",
+        "",
+        "tests/jobs/test_sweep.py::test_a_grid_that_is_none_is_refused_and_writes_nothing",
     ),
     Fault(
         "a report blurs the held-out loss with a running mean",
