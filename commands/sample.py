@@ -19,7 +19,7 @@ from jobs.sample import autoguidance, exports, sample_set
 from jobs.sample.exports import Form
 from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.sample.sample_set import SampleSet, Weights
-from jobs.storage import faults, ownership, run_folder
+from jobs.storage import checkpoints, faults, ownership, run_folder
 from slurm import queue
 from slurm.errors import SlurmError
 from slurm.place import ROUNDS, OnSlurm
@@ -187,6 +187,8 @@ class Sample:
                 flags = f"--name {begun.name} --num-samples {max(begun.num_samples, asked.num_samples)}"
                 rest = f"the same command with {flags} draws the rest of that set"
                 print(f"{begun.name} is incomplete; unless it is being drawn just now, {rest}.")
+        if missing and not planned and settings.step not in checkpoints.steps(run.checkpoints):
+            return self()  # a training goes on meanwhile, and keeps newer ones; that of a set which is begun it keeps
         with asked.alone():
             print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
             # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.

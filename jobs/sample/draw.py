@@ -194,7 +194,7 @@ def _load(
     if hashlib.sha256(content).hexdigest() != expected:  # it was verified when the job was planned
         raise JobError(
             f"{path} is not the file that these samples are drawn with: it is gone, or has changed. "
-            "The same command again does what can be done without it"
+            "The same command does what can be done without it; another --name begins another set"
         )
     model.network.load_state_dict(load(content))
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -371,10 +371,9 @@ class SampleSet:
 
         The kernel frees the set when this process ends, however it ends.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             try:
-                is_free = stack.enter_context(ownership.locked(self.folder)) is not None
+                is_free = stack.enter_context(ownership.locked(self.run, f".drawing-{self.name}")) is not None
             except UserError:  # files cannot be locked here, which is no reason not to draw
                 is_free = True
             if not is_free:

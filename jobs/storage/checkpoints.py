@@ -105,8 +105,10 @@ def newest(folder: Path, say: Callable[[str], None]) -> int | None:
 
     Raises UserError if there are only bad ones, or if the folder is gone: to begin anew is for a person to decide.
     """
-    manifest = _newest(folder, say)
-    return None if manifest is None else int(manifest["step"])
+    if (manifest := _newest(folder, say)) is None:
+        _check_there(folder)
+        return None
+    return int(manifest["step"])
 
 
 def _newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -118,7 +120,6 @@ def _newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
             say(f"WARNING: {error}; falling back to the one before it")
     if steps(folder):
         raise UserError(f"no checkpoint in {folder} is good; to begin anew, move them away")
-    _check_there(folder)
     return None
 
 

@@ -30,14 +30,15 @@ class Superseded(OutsideError):
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[int | None]:
-    """Locks the folder for this machine; yields None if a living process has it locked, UserError if nobody can.
+def locked(run: Path, lock: str = LOCK) -> Iterator[int | None]:
+    """Locks a run, or what another `lock` in its folder stands for, for this machine.
 
-    Yields a file descriptor; child processes that inherit it keep the lock. The kernel drops the lock when the last
-    process that holds the descriptor ends, however it ends: a dead writer never locks anybody out.
+    Yields None if a living process has it locked; raises UserError if nobody can. Else yields a file descriptor; child
+    processes that inherit it keep the lock. The kernel drops the lock when the last process that holds the descriptor
+    ends, however it ends: a dead writer never locks anybody out.
     """
     # Writable, because NFS makes a byte-range lock of flock, and an exclusive one needs a descriptor that may write.
-    descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(run / lock, os.O_RDWR | os.O_CREAT, 0o666)
     # flock belongs to the open file, not to the process: children that inherit the descriptor hold it as well. The
     # file is never deleted: one process could lock the deleted file while another locks a new one of the same name.
     try:

@@ -249,6 +249,19 @@ def test_a_named_set_goes_on_with_its_own_checkpoint(root: Path) -> None:
     assert gone in sentence(refused.err)
 
 
+def test_a_new_set_takes_a_newer_checkpoint_if_the_training_has_just_deleted_its_own(root: Path) -> None:
+    """Between the choice and the manifest, which keeps it, lies the import of torch, and Slurm is asked."""
+    checkpoint = root / "runs" / "1d" / "a" / "checkpoints" / "step-00000050"
+    process = start_held("jobs.sample.sample_set.plan", 1, "sample", "1d/a", "--num-samples", 10, cwd=root)
+    held(root)
+    done("resume", "1d/a", "--train.steps", 70, cwd=root, **NO_FIGURES)
+    shutil.rmtree(checkpoint)
+    let_go(root)
+    ended = finish(process)
+    assert ended.code == 0, ended
+    assert "10 samples are in runs/1d/a/samples/step-00000070-" in ended.out
+
+
 def test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set(root: Path) -> None:
     command = ("sample", "1d/a", "--num-samples", 10, "--name", "noisy")
     done(*command, "--sampler", "ddim", "--steps", 3, "--eta", 0.5, cwd=root, **NO_FIGURES)
@@ -380,7 +393,7 @@ def test_where_a_lock_does_not_reach_a_set_never_shrinks(place: str, root: Path)
     process = start_held(place, 1, *command, "--num-samples", 65536, cwd=root)
     held(root)
     folder = root / "runs" / "1d" / "a" / "samples" / "race"
-    (folder / ".lock").unlink()  # as if on another machine
+    (folder.parent.parent / f".drawing-{folder.name}").unlink()  # as if on another machine
     done(*command, "--num-samples", 70000, cwd=root, **NO_FIGURES)
     before = contents(folder)
     let_go(root)
@@ -396,7 +409,7 @@ def test_a_set_that_has_shrunk_meanwhile_is_not_called_complete(root: Path) -> N
     process = start_held(AFTER_SHARD, 1, *command, 70000, cwd=root)
     held(root)
     folder = root / "runs" / "1d" / "a" / "samples" / "race"
-    (folder / ".lock").unlink()  # as if on another machine
+    (folder.parent.parent / f".drawing-{folder.name}").unlink()  # as if on another machine
     done(*command, 1000, cwd=root, **NO_FIGURES)
     let_go(root)
     ended = finish(process)
