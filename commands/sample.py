@@ -88,7 +88,10 @@ class Sample:
     ] = None
     """How far predictions are led away from those of an earlier checkpoint, for plainer samples: 1 is not at all
     (Karras et al. 2024). Any other scale takes two network evaluations a step."""
-    weak_checkpoint: Annotated[int | None, optional("STEP", "the one nearest to a quarter of the steps")] = None
+    weak_checkpoint: Annotated[
+        int | None,
+        optional("STEP", "of those that --train.keep-every has kept, the one nearest to a quarter of the steps"),
+    ] = None
     """That earlier checkpoint."""
     compile: FlagCreatePairsOff[bool] = False
     """Compile the network with torch.compile: about a minute first, in each process, and quicker evaluations on a GPU

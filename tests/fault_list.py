@@ -1572,11 +1572,11 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_new_set_takes_a_newer_checkpoint_if_the_training_has_just_deleted_its_own",
     ),
     Fault(
-        "the first process leaves while the others still ask it",
-        "jobs/runtime/world.py",
-        'while self.rank == 0 and store.add("left", 0)',
-        'while False and store.add("left", 0)',
-        "tests/jobs/test_shards.py::test_any_number_of_processes_trains_the_same_bytes",
+        "a run that dies while it draws figures counts as failed",
+        "jobs/watch/states.py",
+        "in UNSETTLED and _has_last_step(run, status)",
+        "in UNSETTLED and False",
+        "tests/jobs/test_overview.py::test_a_run_that_dies_while_it_draws_figures_is_finished",
     ),
     Fault(
         "the last step is given up because the disk cannot be written for a moment",

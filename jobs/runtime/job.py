@@ -3,6 +3,7 @@
 All have what `slurm.place.Job` asks for: a call that does the work, `failed` and `submitted`.
 """
 
+import errno
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from diffusion.errors import OutsideError, UserError
+from diffusion.errors import OutsideError, UserError, reason
 from jobs.runtime.malloc import importing, keep_freed_memory
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import undisturbed
@@ -153,6 +154,8 @@ def failure_of(error: Exception, doing: str) -> Failure:
         # One with a cause is of a disk that cannot be read at this moment.
         outside = isinstance(error, MachineError) or isinstance(error.__cause__, OSError)
         return Failure(str(error), outside, not outside)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is not None:
+        return Failure(reason(error), True, False)
     return Failure(f"In {doing}:\n{''.join(traceback.format_exception(error))}", is_outside(error), False)
 
 

@@ -143,7 +143,10 @@ def _samples(run: RunFolder, folder: Path) -> dict[str, Any]:
         facts = {"num_samples": num_samples, "complete": manifest["complete"], "num_shards": num_shards}
     except (OSError, UserError, KeyError):
         facts = {"num_samples": 0, "complete": False, "num_shards": 0}
-    return {"name": folder.name, **facts, "shards": len(list(folder.glob("shard-*.npy")))}
+    there = {path.name for path in folder.glob("shard-*.npy")}
+    # A set that was to be larger may have more of them.
+    shards = sum(f"shard-{shard:05d}.npy" in there for shard in range(facts["num_shards"]))
+    return {"name": folder.name, **facts, "shards": shards}
 
 
 def _job(job_id: str, jobs: Mapping[str, SlurmJob] | None) -> str:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
 from diffusion.errors import UserError
-from jobs.storage import faults, ownership
+from jobs.storage import checkpoints, faults, ownership
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
 
@@ -93,6 +93,9 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
         # Its files do not say yet that it has failed: whoever judges the hang has not been there.
         if state == State.FAILED and state != status.get("state") and (hang := faults.new_hang(run.path)) is not None:
             reason = f"{faults.describe_hang(hang)[0]}; stacks in {faults.HANG}/{hang.name}"
+        # Whatever has ended it while it drew figures, and whoever could not write that down any more.
+        if state == State.FAILED and status.get("state") in UNSETTLED and _has_last_step(run, status):
+            state, reason = State.FINISHED, "figures and final numbers are missing; the same command draws them"
     alive = state == State.RUNNING
     return Overview(
         run=run.label,
@@ -171,6 +174,14 @@ def _death(job: SlurmJob | None) -> tuple[str, str]:
     if job.state in TELLING:
         return State.FAILED, job.state
     return State.FAILED, f"killed by {job.signal}" if job.signal else faults.WITHOUT_A_WORD
+
+
+def _has_last_step(run: RunFolder, status: dict[str, Any]) -> bool:
+    """Whether the last step is saved; the file is not read, because a table of runs must come at once."""
+    try:
+        return status.get("total") in checkpoints.steps(run.checkpoints)
+    except OSError:
+        return False
 
 
 def _silence(status: dict[str, Any]) -> str:

@@ -90,6 +90,19 @@ def test_a_failure_names_its_last_words_unless_slurm_knows_better(make: Callable
     assert seen(run, {"17": JobState("OUT_OF_MEMORY")}) == ("failed", "OUT_OF_MEMORY")
 
 
+def test_a_run_that_dies_while_it_draws_figures_is_finished(make: Callable[..., RunFolder]) -> None:
+    """Slurm has ended the job with its script, for example, and nobody could write that down."""
+    run = make("a", jobs=("17",), state="running", step=39_900)
+    jobs = {"17": JobState("TIMEOUT")}
+    assert seen(run, jobs) == ("failed", "TIMEOUT")
+    (run.checkpoints / "step-00040000").mkdir(parents=True)
+    finished = ("finished", "figures and final numbers are missing; the same command draws them")
+    assert seen(run, jobs) == finished
+    assert seen(run, {"17": JobState("RUNNING")}) == ("running", "silent for 60 min")
+    run.status.write_text(json.dumps({**run.read_status(), "state": "failed", "traceback": "loss is NaN"}))
+    assert seen(run, jobs)[0] == "failed"
+
+
 def test_without_an_answer_from_slurm_nobody_is_declared_dead(make: Callable[..., RunFolder]) -> None:
     run = make("a", jobs=("17",), state="running")
     found = states.summarize(run, None)

@@ -7,9 +7,11 @@ import platform
 import shutil
 import signal
 import subprocess
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
 from jobs.train.loop import train
 from tests.held import AFTER_STEP, held, let_go, start_held
+from tests.jobs.parallel import run as in_processes
 from tests.launching import NO_FIGURES, TINY, done, finish, launch, start, status, steps_logged, wait_until, workers
 
 COMMAND = ("train", "1d", *TINY, "--name", "a", "--device", "cpu", "--train.checkpoint-every", "50")
@@ -230,9 +233,25 @@ def test_whose_fault_an_exception_is() -> None:
     assert [is_outside(RuntimeError(words)) for words in of_code] == [False] * 3
 
 
-def test_what_another_node_may_have_ends_no_run_that_was_at_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@dataclass(frozen=True)
+class Judged:
+    """A training on a node that may lack something; leaves in a file whether another try may help."""
+
+    run: Path
+    lacking: str | None
+
+    def __call__(self) -> int:
+        sys.stdout = sys.stderr  # stdout is for how the job has ended
+        with SignalWatch() as signals, Watchdog(self.run / "hang") as watchdog:
+            try:
+                with mock.patch("jobs.train.loop.lacking", return_value=self.lacking):
+                    return train(RunFolder(self.run), 1, "cpu", signals, watchdog, None)
+            except (UserError, JobError) as error:
+                write_json(self.run / "given-up.json", failure_of(error, "").for_good)
+        return 0
+
+
+def test_what_another_node_may_have_ends_no_run_that_was_at_work(tmp_path: Path) -> None:
     """Its data, or a GPU that computes in its precision. A new run, whose settings may be wrong, is not tried again."""
     images = tmp_path / "images.npz"
     np.savez(images, np.zeros((40, 8, 8), np.uint8))
@@ -246,15 +265,13 @@ def test_what_another_node_may_have_ends_no_run_that_was_at_work(
     new = RunFolder(shutil.copytree(run.path, tmp_path / "new"))
     new.timing.unlink()
 
-    def is_given_up(run: RunFolder) -> bool:
-        refused = pytest.raises((UserError, JobError))
-        with SignalWatch() as signals, Watchdog(tmp_path / "hang") as watchdog, refused as raised:
-            train(run, 1, "cpu", signals, watchdog, None)
-        return failure_of(raised.value, "").for_good
+    def is_given_up(run: RunFolder, lacking: str | None = None) -> bool:
+        outcome, said = in_processes(Judged(run.path, lacking), 1)
+        assert outcome.exit_code == 0, said
+        return bool(json.loads((run.path / "given-up.json").read_text()))
 
-    with monkeypatch.context() as patch:
-        patch.setattr("jobs.train.loop.lacking", lambda precision, kind: "a V100 does not compute in bf16")
-        assert (is_given_up(run), is_given_up(new)) == (False, True)
+    v100 = "a V100 does not compute in bf16"
+    assert (is_given_up(run, v100), is_given_up(new, v100)) == (False, True)
     images.rename(tmp_path / "unmounted")
     assert (is_given_up(run), is_given_up(new)) == (False, True)
     assert run.metrics.read_bytes() == before
