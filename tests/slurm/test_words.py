@@ -436,7 +436,7 @@ def test_a_script_that_is_not_answered_says_that_the_job_has_failed(
     wished: bool, tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tools.write("scontrol", "echo 'scontrol: error: Unable to contact slurm controller' >&2; exit 1")
-    DelayedSubmission(SlurmTask(Lost(tmp_path), 60.0)).dump(tmp_path / "7_submitted.pkl")  # type: ignore[arg-type]
+    DelayedSubmission(SlurmTask(Lost(tmp_path / "said"), 60.0)).dump(tmp_path / "7_submitted.pkl")  # type: ignore[arg-type]
     environment = {"SLURM_JOB_ID": "7", "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_FOLDER": str(tmp_path)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

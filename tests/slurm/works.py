@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from slurm.task import Requeue
 
@@ -54,27 +55,13 @@ class Talkative:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A job whose tasks have died, and whose controller is gone; leaves a file of what is said of it."""
-
-    folder: Path
-    retries: int = 3
-
-    def comes_back_as(self, job_id: str) -> None:
-        raise AssertionError(job_id)
-
-    def is_done(self, cause: str | None) -> bool:
-        return False
+class Lost(Talkative):
+    """One whose controller is gone; its file says what is said of it."""
 
     def failed(self, rank: int, trace: str) -> None:
-        (self.folder / "said").write_text(trace)
+        self.decided.write_text(trace)
 
-    def try_again_after(
-        self,
-        cause: str | None,
-        node: str | None,
-        come_back: Callable[[Sequence[str]], str | None],
-        own: str | None = None,
-    ) -> bool:
-        (self.folder / "said").write_text(str(come_back([])))
+    def try_again_after(self, *arguments: object) -> bool:
+        come_back = cast(Callable[[Sequence[str]], str | None], arguments[2])
+        self.decided.write_text(str(come_back([])))
         return False
