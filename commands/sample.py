@@ -190,8 +190,9 @@ class Sample:
                 flags = f"--name {begun.name} --num-samples {max(begun.num_samples, asked.num_samples)}"
                 rest = f"the same command with {flags} draws the rest of that set"
                 print(f"{begun.name} is incomplete; unless it is being drawn just now, {rest}.")
-        if missing and not planned and settings.step not in checkpoints.steps(run.checkpoints):
-            return self()  # a training goes on meanwhile, and keeps newer ones; that of a set which is begun it keeps
+        is_kept = planned.get("complete") is False  # by a training that goes on, as long as the set is incomplete
+        if missing and not is_kept and settings.step not in checkpoints.steps(run.checkpoints):
+            return self()  # it has just been deleted: a newer one is taken, or one sentence says that it is gone
         with asked.alone():
             print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
             # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.

@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import time
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
 from typing import Annotated, Any, Union
@@ -19,7 +20,7 @@ from jobs.experiments.settings import TrackingSettings, TrainSettings, may_chang
 from jobs.experiments.table import EXPERIMENTS
 from jobs.storage import checkpoints, faults, ownership, provenance, run_folder
 from jobs.storage.checkpoints import CorruptCheckpoint
-from jobs.storage.records import now, precision_of
+from jobs.storage.records import HEARTBEAT_S, now, precision_of
 from jobs.storage.run_folder import RunFolder, State
 from jobs.train.job import TrainJob
 from jobs.watch import states
@@ -214,12 +215,15 @@ def _check_idle(run: RunFolder) -> None:
     """
     for job_id, state in queue.active(run.read_launch().get("job_ids", [])).items():
         raise UserError(f"{run} is on Slurm already: job {job_id} is {state}")
-    host = run.read_status().get("host")
-    if host != platform.node() and states.lives(run):
-        raise UserError(
-            f"{run} was at work on {host} a moment ago, so it runs there or has just died; "
-            f"if it has died, it can be continued in {states.BEAT_S:.0f} s"
-        )
+    seen, deadline = run.read_status(), time.monotonic() + states.BEAT_S
+    if seen.get("host") == platform.node() or not states.lives(run):
+        return
+    print(f"{run} was at work on {seen['host']} a moment ago; looking whether it lives.", file=sys.stderr)
+    # By this machine's clock: the other one's may be ahead.
+    while states.lives(run) and time.monotonic() < deadline:
+        if run.read_status().get("updated") != seen.get("updated"):
+            raise UserError(f"{run} is at work on {seen['host']}")
+        time.sleep(HEARTBEAT_S / 2)
 
 
 def check_same_settings(run: RunFolder, experiment: str, config: ExperimentConfig) -> None:

@@ -37,6 +37,9 @@ class Merge(Job, Protocol):
     def lost(self, jobs: Sequence[Any]) -> Sequence[Any]:
         """Returns jobs that do what these have left undone."""
 
+    def comes_back_as(self, job_id: str) -> None:
+        """Records under which id the job is queued again."""
+
 
 J = TypeVar("J", bound=Job)
 ROUNDS = 2
@@ -253,6 +256,9 @@ class AfterArray:
 
     def failed(self, rank: int, trace: str) -> None:
         self.then.failed(rank, trace)
+
+    def comes_back_as(self, job_id: str) -> None:
+        self.then.comes_back_as(job_id)
 
     def _submit(self, lost: Sequence[Any]) -> bool:
         """Submits lost jobs again, and their merge; returns whether that is possible from this node."""

@@ -176,6 +176,8 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
     if shutil.which("scontrol") is None:
         return _resubmit(job_id, left_out)
     before = _fields("job", job_id)
+    if before.get("Restarts", own_start := os.environ.get("SLURM_RESTART_COUNT", "0")) != own_start:
+        return job_id  # a newer start goes on already: Slurm may have taken this node for dead meanwhile
     if before.get("JobState") == "COMPLETING":
         # The job is ending already: Slurm itself has requeued it (then its end time is unknown), or it was cancelled.
         return job_id if before.get("EndTime") == "Unknown" else None

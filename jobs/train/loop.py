@@ -120,7 +120,8 @@ def train(
         raise NotFinite(f"{error}; the last good checkpoint is of step {good}") from None
     except UserError as error:  # of the data, which are read now
         owner.check()
-        raise unfit_here(str(error)) from error
+        passing = isinstance(error.__cause__, OSError)
+        raise (MachineError if passing else unfit_here)(str(error)) from error
     except Exception:
         # A process that fails because its run has been taken over must not mark the new job's run as failed.
         owner.check()

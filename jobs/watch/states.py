@@ -94,7 +94,7 @@ def summarize(run: RunFolder, jobs: Jobs | None) -> Overview:
         if state == State.FAILED and state != status.get("state") and (hang := faults.new_hang(run.path)) is not None:
             reason = f"{faults.describe_hang(hang)[0]}; stacks in {faults.HANG}/{hang.name}"
         # Whatever has ended it while it drew figures, and whoever could not write that down any more.
-        if state == State.FAILED and status.get("state") in UNSETTLED and _has_last_step(run, status):
+        if state == State.FAILED and status.get("state") in UNSETTLED and _has_last_step(run):
             state, reason = State.FINISHED, "figures and final numbers are missing; the same command draws them"
     alive = state == State.RUNNING
     return Overview(
@@ -176,11 +176,12 @@ def _death(job: SlurmJob | None) -> tuple[str, str]:
     return State.FAILED, f"killed by {job.signal}" if job.signal else faults.WITHOUT_A_WORD
 
 
-def _has_last_step(run: RunFolder, status: dict[str, Any]) -> bool:
+def _has_last_step(run: RunFolder) -> bool:
     """Whether the last step is saved; the file is not read, because a table of runs must come at once."""
     try:
-        return status.get("total") in checkpoints.steps(run.checkpoints)
-    except OSError:
+        # Not as of the last heartbeat: a run that is to train on may have died before its first.
+        return run.read_experiment()[1].train.steps in checkpoints.steps(run.checkpoints) and not run.read_failure()
+    except (OSError, UserError):
         return False
 
 

@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ def test_a_run_that_dies_while_it_draws_figures_is_finished(make: Callable[..., 
     finished = ("finished", "figures and final numbers are missing; the same command draws them")
     assert seen(run, jobs) == finished
     assert seen(run, {"17": JobState("RUNNING")}) == ("running", "silent for 60 min")
+    _, config = run.read_experiment()
+    run.write_experiment("mnist", replace(config, train=replace(config.train, steps=80_000)))
+    assert seen(run, jobs) == ("failed", "TIMEOUT")  # it was to train on, and died before it did
+    run.write_experiment("mnist", config)
     run.status.write_text(json.dumps({**run.read_status(), "state": "failed", "traceback": "loss is NaN"}))
     assert seen(run, jobs)[0] == "failed"
 

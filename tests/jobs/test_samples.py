@@ -262,6 +262,20 @@ def test_a_new_set_takes_a_newer_checkpoint_if_the_training_has_just_deleted_its
     assert "10 samples are in runs/1d/a/samples/step-00000070-" in ended.out
 
 
+def test_a_complete_set_stays_complete_if_its_checkpoint_goes_while_it_is_to_grow(root: Path) -> None:
+    command = ("sample", "1d/a", "--name", "kept", "--num-samples")
+    done(*command, 10, cwd=root, **NO_FIGURES)
+    before = contents(root / "runs" / "1d" / "a" / "samples" / "kept")
+    process = start_held("jobs.sample.sample_set.plan", 1, *command, 20, cwd=root)
+    held(root)
+    done("resume", "1d/a", "--train.steps", 70, cwd=root, **NO_FIGURES)
+    shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints" / "step-00000050")
+    let_go(root)
+    ended = finish(process)
+    assert ended.code == 2 and "step 50, which is gone" in sentence(ended.err)
+    assert contents(root / "runs" / "1d" / "a" / "samples" / "kept") == before
+
+
 def test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set(root: Path) -> None:
     command = ("sample", "1d/a", "--num-samples", 10, "--name", "noisy")
     done(*command, "--sampler", "ddim", "--steps", 3, "--eta", 0.5, cwd=root, **NO_FIGURES)

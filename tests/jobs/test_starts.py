@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,11 +130,15 @@ def test_a_run_that_is_at_work_on_another_machine_is_not_started(tmp_path: Path)
     resume = ("resume", "1d/a", "--train.steps", "40")
     at_work = {**run.read_status(), "state": "running", "host": "n7", "on_slurm": True}
     write_json(run.status, {**at_work, "updated": now()})
-    refused = launch(*resume, cwd=tmp_path)
+    process = start(*resume, cwd=tmp_path)
+    while process.poll() is None:  # its heart beats
+        write_json(run.status, {**at_work, "updated": now()})
+        time.sleep(0.1)
+    refused = finish(process)
     assert refused.code == 2
-    assert "at work on n7 a moment ago" in sentence(refused.err)
+    assert f"{run} is at work on n7".replace(f"{tmp_path}/", "") in sentence(refused.err)
     assert run.metrics.read_bytes() == before
-    write_json(run.status, {**at_work, "updated": now(60)})  # it has died
+    write_json(run.status, {**at_work, "updated": now(28)})  # it has died
     done(*resume, cwd=tmp_path, **NO_FIGURES)
 
 

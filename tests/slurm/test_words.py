@@ -401,10 +401,13 @@ def test_a_job_waits_for_a_controller_that_is_away(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     task.stay_away()
     assert asked.read_text().count("update JobId=7 Requeue=0\n") == 3
-    job.write_text("JobId=7 JobState=RUNNING Restarts=0 PreemptTime=2025-01-01T00:00:00 Requeue=1 Partition=low\n")
+    job.write_text("JobId=7 JobState=RUNNING Restarts=1 PreemptTime=2025-01-01T00:00:00 Requeue=1 Partition=low\n")
     asked.unlink()
     assert task.requeue() == "7"
     assert "requeue" not in asked.read_text()  # Slurm does it, as its configuration says
+    job.write_text("JobId=7 JobState=RUNNING Restarts=2\n")
+    assert task.requeue() == "7"
+    assert "requeue" not in asked.read_text()  # Slurm has started it elsewhere: that one must not be stopped
 
 
 ANSWERS = """
