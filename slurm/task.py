@@ -149,6 +149,11 @@ def own_id() -> str:
     return os.environ["SLURM_JOB_ID"]
 
 
+def _own_start() -> str:
+    """Returns how often Slurm had started this job before, as `scontrol` shows it under Restarts."""
+    return os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
 def wish() -> Path:
     """Returns the file by which a task asks the job's script to queue the job again."""
     return _folder() / f"{own_id()}_{WISH}"
@@ -176,7 +181,7 @@ def requeue(left_out: Sequence[str] = ()) -> str | None:
     if shutil.which("scontrol") is None:
         return _resubmit(job_id, left_out)
     before = _fields("job", job_id)
-    if before.get("Restarts", own_start := os.environ.get("SLURM_RESTART_COUNT", "0")) != own_start:
+    if before.get("Restarts", _own_start()) != _own_start():
         return job_id  # a newer start goes on already: Slurm may have taken this node for dead meanwhile
     if before.get("JobState") == "COMPLETING":
         # The job is ending already: Slurm itself has requeued it (then its end time is unknown), or it was cancelled.
@@ -223,7 +228,7 @@ def is_current() -> bool:
         job = _fields("job", own_id())
     except queue.Unanswered:
         return True
-    return job.get("JobState") == "RUNNING" and job.get("Restarts") == os.environ.get("SLURM_RESTART_COUNT", "0")
+    return job.get("JobState") == "RUNNING" and job.get("Restarts") == _own_start()
 
 
 def _comes_back_by_itself(job: dict[str, str]) -> bool:
@@ -249,7 +254,7 @@ def stay_away() -> None:
 
     24.05 and later would, if the job has queued itself again in the grace time of an earlier preemption.
     """
-    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+    attempt = _own_start()
     if attempt == "0" or shutil.which("scontrol") is None:
         return
     try:

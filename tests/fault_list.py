@@ -1572,6 +1572,13 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_new_set_takes_a_newer_checkpoint_if_the_training_has_just_deleted_its_own",
     ),
     Fault(
+        "the first process leaves while the others still ask it",
+        "jobs/runtime/world.py",
+        'while self.rank == 0 and store.add("left", 0)',
+        'while False and store.add("left", 0)',
+        "tests/jobs/test_parallel.py::test_the_first_process_leaves_when_the_others_have_no_more_to_ask_it",
+    ),
+    Fault(
         "a run that dies while it draws figures counts as failed",
         "jobs/watch/states.py",
         "in UNSETTLED and _has_last_step(run)",

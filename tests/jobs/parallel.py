@@ -158,6 +158,32 @@ class CloseJob:
 
 
 @dataclass(frozen=True)
+class LastJob:
+    """The second process asks the first one whether all have come, and then not again for two seconds."""
+
+    folder: Path
+
+    def __call__(self) -> int:
+        group, asks_again = start(2, "cpu", "fp32"), self.folder / "asks-again"
+        if group.rank == 0:
+            wait_until((self.folder / "rests").exists)
+            assert not asks_again.exists()
+            group.close()
+            assert asks_again.exists()
+            return 0
+        rest = time.sleep
+
+        def long_rest(seconds: float) -> None:
+            (self.folder / "rests").touch()
+            rest(2)
+            asks_again.touch()
+
+        with mock.patch.object(time, "sleep", long_rest):
+            group.close()
+        return 0
+
+
+@dataclass(frozen=True)
 class PausedJob:
     """The second process comes to a collective later than it may come to the meeting, as after a pause of all."""
 

@@ -21,7 +21,7 @@ from jobs.runtime import world
 from jobs.runtime.job import MachineError
 from jobs.storage import checkpoints
 from slurm import local
-from tests.jobs.parallel import CloseJob, ExamplesJob, FailJob, LateJob, LoneJob, PausedJob, SkipJob, run
+from tests.jobs.parallel import CloseJob, ExamplesJob, FailJob, LastJob, LateJob, LoneJob, PausedJob, SkipJob, run
 from tests.launching import NO_FIGURES, TINY, finish, start, status, steps_logged, wait_until, workers
 
 pytestmark = pytest.mark.processes  # which tests/jobs/parallel.py starts
@@ -59,6 +59,12 @@ def test_at_the_end_all_wait_for_the_one_that_draws_figures(tmp_path: Path) -> N
     outcome, err = run(CloseJob(tmp_path), 2)
     assert outcome.exit_code == 0, err
     assert {path.name for path in tmp_path.iterdir()} == {"comes", "leaves"}
+
+
+def test_the_first_process_leaves_when_the_others_have_no_more_to_ask_it(tmp_path: Path) -> None:
+    """torch would print a stack trace of each that asks it in vain."""
+    outcome, err = run(LastJob(tmp_path), 2)
+    assert outcome.exit_code == 0, err
 
 
 def test_a_job_that_was_stopped_as_a_whole_is_not_ended_by_its_collectives(tmp_path: Path) -> None:
