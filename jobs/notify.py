@@ -161,8 +161,9 @@ SEND = {"mail": _mail, "webhook": _webhook, "wandb": _wandb}
 
 
 def main() -> None:
-    from jobs.followers.loop import leave, say
+    from jobs.followers.loop import leave, say, use_own_temporary_folder
 
+    use_own_temporary_folder()
     # Whatever hangs, a mail program or a library: the job waits no longer for this process.
     signal.signal(signal.SIGALRM, lambda number, frame: leave())
     signal.alarm(END_S)

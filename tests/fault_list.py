@@ -1106,6 +1106,13 @@ FAULTS = [
     ),
     # Who looks on.
     Fault(
+        "each tracked start leaves folders of wandb's among the machine's temporary files",
+        "jobs/followers/loop.py",
+        "    _remove_temporary_folder()\n    os._exit(0)",
+        "    os._exit(0)",
+        "tests/jobs/test_tracking.py::test_files_are_read_as_wandb_reads_them_and_nothing_else_is_left",
+    ),
+    Fault(
         "what wandb still has in memory counts as written",
         "jobs/followers/training.py",
         "            self._write_position(safe)",

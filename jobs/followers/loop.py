@@ -2,8 +2,10 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +22,8 @@ END_S = 25.0
 """A follower may outlive its job by so many seconds."""
 ATTEMPTS = 3
 """A follower starts so often in all if wandb breaks, for example when a signal has ended wandb's own process."""
+TEMPORARY = "tracking-"
+"""What the name of a follower's folder for temporary files begins with."""
 
 
 class Followed(Protocol):
@@ -50,6 +54,7 @@ def follow(start: Callable[[int], Followed]) -> None:
     # Niceness is added up, and a new attempt keeps it.
     if attempt == 1:
         os.nice(10)
+    use_own_temporary_folder()
     ended = threading.Event()
     threading.Thread(target=_watch_stdin, args=(ended,), daemon=True).start()
     try:
@@ -62,6 +67,7 @@ def follow(start: Callable[[int], Followed]) -> None:
         os.environ.pop("WANDB_SERVICE", None)  # the address of what has just been killed
         if attempt < ATTEMPTS:
             os.environ["FOLLOWER_ATTEMPT"] = str(attempt + 1)
+            _remove_temporary_folder()
             # Not in this interpreter, where wandb's module still holds the broken connection. An exec keeps the pipes.
             os.execv(sys.executable, sys.orig_argv)
         say(f"Tracking has stopped, the next start sends the rest ({first_line(error)})")
@@ -79,10 +85,22 @@ def _watch_stdin(ended: threading.Event) -> None:
     leave()
 
 
+def use_own_temporary_folder() -> None:
+    """Before wandb is imported, which makes folders: `leave` removes them, as it runs no exit handler of wandb's."""
+    tempfile.tempdir = tempfile.mkdtemp(prefix=TEMPORARY)
+
+
 def leave() -> None:
     """Ends this process and wandb's at once; wandb's own way to end would wait for a server for ever."""
     _kill_children()
+    _remove_temporary_folder()
     os._exit(0)
+
+
+def _remove_temporary_folder() -> None:
+    folder = Path(tempfile.gettempdir())
+    if folder.name.startswith(TEMPORARY):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _kill_children() -> None:

@@ -68,8 +68,12 @@ def segments(run: Path) -> list[list[dict[str, Any]]]:
     return found
 
 
-def test_files_are_read_as_wandb_reads_them(tmp_path: Path) -> None:
-    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **OFFLINE, **NO_FIGURES)
+def test_files_are_read_as_wandb_reads_them_and_nothing_else_is_left(tmp_path: Path) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    env = {**OFFLINE, **NO_FIGURES, "TMPDIR": str(temporary)}
+    done("train", "1d", *TINY, "--train.steps", "20", "--name", "a", cwd=tmp_path, **env)
+    assert list(temporary.iterdir()) == []
     run = tmp_path / "runs" / "1d" / "a"
     (folder,) = run.glob("wandb/offline-run-*")
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", folder]
