@@ -1098,6 +1098,13 @@ FAULTS = [
         "tests/jobs/test_evaluate.py::test_numbers_name_the_samples_that_they_rest_on",
     ),
     Fault(
+        "a name of what is measured is cut where there is little room",
+        "jobs/evaluate/report.py",
+        'width=width, whole=("METRIC",))',
+        'width=width, texts=("METRIC",))',
+        "tests/jobs/test_evaluate.py::test_names_of_what_is_measured_are_never_cut",
+    ),
+    Fault(
         "guidance counts one of its two predictions",
         "jobs/sample/classes.py",
         "return (1 if scale in (None, 0, 1) else 2) *",

@@ -87,7 +87,7 @@ def one(evaluation: Evaluation, width: int) -> str:
         for row in metric_rows(results).values()
     ]
     headers = ("METRIC", "VALUE ", "95% INTERVAL", "FLOOR")
-    parts = [title(evaluation), tables.render(headers, rows, width=width, names=(), texts=("METRIC",))]
+    parts = [title(evaluation), tables.render(headers, rows, width=width, whole=("METRIC",))]
     parts.append(textwrap.fill(legend(results), width))
     parts += [_render(entry, width) for entry in results["tables"].values()]
     return "\n\n".join(parts)
@@ -137,7 +137,7 @@ def two(a: Evaluation, b: Evaluation, width: int) -> str:
         notes.append(textwrap.fill(note, width, break_on_hyphens=False))
     legend = "BETTER: the better one, if the interval of the difference excludes 0."
     return "\n\n".join(
-        ["\n".join(notes), tables.render(headers, rows, width=width, names=(), texts=("METRIC", "BETTER")), legend]
+        ["\n".join(notes), tables.render(headers, rows, width=width, whole=("METRIC", "BETTER")), legend]
     )
 
 
@@ -157,7 +157,7 @@ def quality(evaluations: Sequence[Evaluation], width: int) -> str:
         cells.append((row["way"], f"{row['evaluations']:,}", *told, f"{row['num_judged']:,}", *numbers))
     told = () if rows[0]["guidance"] is None else ("GUIDANCE",)
     headers = ("SAMPLER", "EVALS", *told, "N", *(name.upper() for name in names))
-    shown = tables.render(headers, cells, width=width, names=(), texts=("SAMPLER",))
+    shown = tables.render(headers, cells, width=width, whole=("SAMPLER",))
     reference = _reference(rows)
     least = ["the guidance nearest to 1"] if told else []
     if any(row["autoguidance"] for row in rows):
@@ -268,7 +268,7 @@ def _render(entry: Json, width: int) -> str:
     shown = {name.upper(): cells for name, cells in columns(entry).items()}
     texts = [name.upper().replace("_", " ") for name, value in entry["rows"][0].items() if isinstance(value, str)]
     rows = list(zip(*shown.values(), strict=True))
-    return f"{entry['title']}\n{tables.render(list(shown), rows, width=width, names=(), texts=texts)}"
+    return f"{textwrap.fill(entry['title'], width)}\n{tables.render(list(shown), rows, width=width, whole=texts)}"
 
 
 def _cell(value: Any) -> str:

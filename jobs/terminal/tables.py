@@ -1,6 +1,8 @@
 """Tables and durations for a terminal."""
 
+import textwrap
 from collections.abc import Collection, Sequence
+from itertools import zip_longest
 from typing import Any
 
 LEAST = 6
@@ -8,16 +10,23 @@ LEAST = 6
 
 
 def render(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], *, width: int, names: Collection[str], texts: Collection[str]
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    width: int,
+    names: Collection[str] = (),
+    texts: Collection[str] = (),
+    whole: Collection[str] = (),
 ) -> str:
     """Returns the table in lines of at most `width` characters.
 
     Columns of names and texts are aligned to the left, and cut where there is too little room: names in the middle,
-    texts at their end. All others are numbers.
+    texts at their end. Those of texts that must stay whole go on in a line below. All others are numbers.
     """
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
-    may_shrink = [i for i, header in enumerate(headers) if header in names or header in texts]
+    left = {*names, *texts, *whole}
+    may_shrink = [i for i, header in enumerate(headers) if header in left]
     # One character at a time from what is widest then, so that no column is cut while another has more to give.
     while sum(widths) + gap * (len(widths) - 1) > width:
         widest = max(may_shrink, key=lambda i: widths[i])
@@ -28,11 +37,14 @@ def render(
     for row in (headers, *rows):
         cells = []
         for header, cell, size in zip(headers, row, widths, strict=True):
-            if header in names or header in texts:
-                cells.append(_cut(cell, size, keep_end=header in names).ljust(size))
+            if header in whole:
+                cells.append(textwrap.wrap(cell, size, subsequent_indent="  ", break_on_hyphens=False))
             else:
-                cells.append(cell.rjust(size))
-        lines.append((" " * gap).join(cells).rstrip())
+                cells.append([_cut(cell, size, keep_end=header in names) if header in left else cell])
+        for line in zip_longest(*cells, fillvalue=""):
+            placed = zip(headers, line, widths, strict=True)
+            aligned = [cell.ljust(size) if name in left else cell.rjust(size) for name, cell, size in placed]
+            lines.append((" " * gap).join(aligned).rstrip())
     return "\n".join(lines)
 
 

@@ -162,6 +162,19 @@ def test_what_is_printed_fits_a_terminal(evaluated: Path) -> None:
             assert "W1" in text
 
 
+def test_names_of_what_is_measured_are_never_cut(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "runs", tmp_path / "runs")
+    few, name = planned(tmp_path, "few"), "bits per dimension of test digits that it has not seen, without a class"
+    written = json.loads((few.folder / "metrics.json").read_text())
+    written["metrics"]["kl"]["label"] = name
+    (few.folder / "metrics.json").write_text(json.dumps(written))
+    for text in (report.one(few, 80), report.two(few, few, 80)):
+        lines = text.partition("METRIC")[2].splitlines()
+        first = next(i for i, line in enumerate(lines) if line.startswith("bits per dimension"))
+        below = [line for line in lines[first + 1 : first + 4] if line.startswith("  ")]
+        assert [word for word in " ".join([lines[first], *below]).split() if word in name.split()] == name.split()
+
+
 def test_a_comparison_finds_the_earlier_checkpoint_worse_and_a_set_equal_to_itself(evaluated: Path) -> None:
     late, early = planned(evaluated, "more"), planned(evaluated, "early")
     shown = done("evaluate", "1d/a/samples/more", "1d/a/samples/early", "--json", cwd=evaluated)
