@@ -3,8 +3,9 @@
 import platform
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import Field, asdict, dataclass, field, make_dataclass, replace
+from dataclasses import Field, asdict, dataclass, field, fields, make_dataclass, replace
 from typing import Annotated, Any, Union
 
 from tyro.conf import arg, subcommand
@@ -102,6 +103,21 @@ class Resume:
         train, tracking = replace(config.train, **changed), replace(config.tracking, **given(self.tracking))
         config = replace(config.moved(self.data.root), train=train, tracking=tracking)
         return run_training(run, experiment, config, self.where, is_new=False)
+
+
+def refuse_fixed(words: Iterable[str]) -> None:
+    """Raises UserError for a setting that `resume` does not take; tyro would only say that it knows no such flag."""
+    known = {flag for entry in EXPERIMENTS.values() for flag in experiment_json.flags(entry.preset)}
+    sections = (("data", Data), ("train", TrainChanges), ("tracking", TrackingChanges))
+    takes = {f"{name}.{option.name.replace('_', '-')}" for name, kind in sections for option in fields(kind)}
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag[2:] in known - takes:
+            raise UserError(
+                f"{flag} is fixed when a run begins, because its result depends on it: "
+                f"`python launch.py train EXPERIMENT {flag} ...` trains a new run with another value; "
+                "`python launch.py resume --help` lists what may change"
+            )
 
 
 class NameTaken(UserError):
