@@ -109,6 +109,12 @@ def _at_home(word: str) -> str:
     return flag + equals + os.path.expanduser(path) if path.startswith("~") else word
 
 
+def _of_another_user(error: PermissionError) -> str | None:
+    from jobs.storage.run_folder import not_yours  # here, because --help needs nothing of it
+
+    return not_yours(error)
+
+
 def main() -> int:
     """Reads the command line and runs the command; returns the exit code."""
     words = [_at_home(word) for word in sys.argv[1:]]
@@ -156,7 +162,8 @@ def main() -> int:
                 print("error: the folder that you are in has been deleted; go to another one", file=sys.stderr)
                 return 2
             raise
-        print(f"error: {reason(error)}", file=sys.stderr)
+        whose = _of_another_user(error) if isinstance(error, PermissionError) else None
+        print(f"error: {whose or reason(error)}", file=sys.stderr)
         return 2
 
 

@@ -237,6 +237,23 @@ def as_typed(path: Path) -> str:
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
+def not_yours(error: PermissionError) -> str | None:
+    """Says whose run it is that the user cannot write to; None if the error is about anything else."""
+    path = Path(os.fsdecode(error.filename)).absolute()
+    # os.path, because methods of Path raise where a folder may not be looked into.
+    folder = next((parent for parent in path.parents if os.path.isfile(parent / "experiment.json")), None)
+    if folder is None or folder.stat().st_uid == os.geteuid():
+        return None
+    try:
+        owner = folder.owner()
+    except KeyError:
+        owner = f"user {folder.stat().st_uid}"
+    return (
+        f"{RunFolder(folder)} belongs to {owner}, and you may not write to it: status, logs, export and "
+        "report --out FILE only read it; a copy in a folder of your own (cp -r) is another run, and yours"
+    )
+
+
 def check_name(name: str, pattern: re.Pattern[str] = NAME) -> str:
     """Returns the name; raises UserError if it is not one."""
     if not pattern.fullmatch(name):

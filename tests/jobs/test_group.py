@@ -1,11 +1,14 @@
-"""In a folder of a group, where the umask lets the group write, its members can do all that who started the run can."""
+"""In a folder of a group, where the umask lets the group write, its members can do all that who started the run can.
+
+Elsewhere others are told whose run it is.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.launching import ROOT, TINY, Finished, status
+from tests.launching import NO_FIGURES, ROOT, TINY, Finished, done, sentence, status
 
 GROUP = 4000
 HERE = ("--device", "cpu", "--cluster", "local")
@@ -40,3 +43,15 @@ def test_members_watch_sample_and_continue_a_run(tmp_path: Path, no_plots: dict[
     found = [path for path in run.rglob("*") if not path.is_symlink()]
     assert {path.stat().st_gid for path in found} == {GROUP}
     assert [path for path in found if path.stat().st_mode & 0o020 == 0] == []
+
+
+def test_others_are_told_whose_run_it_is_and_change_nothing(tmp_path: Path) -> None:
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o711)
+    done("train", "1d", *TINY, "--train.steps", 20, "--name", "a", *HERE, cwd=tmp_path, **NO_FIGURES)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for command in (("sample", "1d/a"), ("resume", "1d/a", "--train.steps", 40), ("report", "1d/a")):
+        ended = as_user(3003, tmp_path, *command)
+        assert ended.code == 2, ended
+        assert "runs/1d/a belongs to root, and you may not write to it" in sentence(ended.err)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
