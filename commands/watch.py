@@ -139,7 +139,14 @@ class Sync:
     def __call__(self) -> int:
         if not self.runs:
             raise UserError("sync needs a RUN: a run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run")
-        runs = [run_folder.find(name, self.runs_dir) for name in self.runs]
+        runs = []
+        for run in (run_folder.find(name, self.runs_dir) for name in self.runs):
+            if sync.segments(run) or _is_alive(run):  # which may still begin one
+                runs.append(run)
+            else:
+                print(f"{run}: there is nothing to send: it was {sync.why_nothing(run)}.")
+        if not runs:
+            return 0
         sync.check_server()
         if self.live:
             sync.sync_live(runs, _is_alive, print)

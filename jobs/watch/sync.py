@@ -41,6 +41,13 @@ def segments(run: RunFolder) -> list[Path]:
     return sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
 
 
+def why_nothing(run: RunFolder) -> str:
+    """How a run was tracked that has no such files."""
+    if (run.path / "wandb").exists():
+        return "tracked online, so wandb has it already"
+    return "not tracked (--tracking.mode disabled, or WANDB_MODE=disabled)"
+
+
 def is_sent(segment: Path) -> bool:
     """Whether wandb has sent the segment; then it leaves this file beside it."""
     return segment.with_name(f"{segment.name}.synced").exists()

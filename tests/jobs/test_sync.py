@@ -189,5 +189,10 @@ def test_what_cannot_be_sent_is_said_in_one_sentence(tmp_path: Path) -> None:
     assert ended.code == 1
     assert ended.err == f"error: nothing can be sent: {address} does not answer within 3 s\n"
     assert not sync.is_sent(sync.segments(RunFolder(tmp_path / "runs" / "1d" / "a"))[0])
+    done(*TRAIN, "--train.steps", "10", "--name", "b", cwd=tmp_path, WANDB_MODE="disabled", **NO_FIGURES)
+    ended = launch("sync", "1d/b", "1d/a", cwd=tmp_path, WANDB_BASE_URL=address, WANDB_API_KEY=KEY)
+    assert ended.code == 1 and "does not answer" in ended.err
+    assert ended.out.startswith("runs/1d/b: there is nothing to send: it was not tracked")
+    assert done("sync", "1d/b", cwd=tmp_path, WANDB_BASE_URL=address, WANDB_API_KEY=KEY).out == ended.out
     ended = launch("sync", cwd=tmp_path)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
