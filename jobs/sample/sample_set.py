@@ -1,5 +1,6 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
+import hashlib
 import shutil
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -32,6 +33,10 @@ Weights = Literal["ema", "model"]
 
 DRAWN = "samples.npz"
 """All samples of a set in one file, below its folder; arr_0 are the samples, arr_1 their classes, if they have some."""
+DRAWING = ".drawing-"
+"""Begins the name of a file below a run's folder that is locked by who draws a set."""
+MAX_NAME = 255 - len(DRAWING)
+"""Letters in the name of a set: file names end at 255 bytes."""
 LABEL_BYTES = 8
 """Size of the class of one sample in it."""
 
@@ -61,9 +66,15 @@ class SampleSettings:
     def label(self) -> str:
         """The default name of the set, as in step-00002000-dpm++-25-seed0."""
         model = f"{'-model' if self.weights == 'model' else ''}{'-compiled' if self.compile else ''}"
-        told = f"-classes{label(self.classes)}-guidance{self.guidance:g}" if self.classes else ""
         guided = f"-{self.autoguidance.label}" if self.autoguidance else ""
-        return f"step-{self.step:08d}-{self.sampler.label}{told}{guided}{model}-seed{self.seed}"
+        begin, end = f"step-{self.step:08d}-{self.sampler.label}", f"{guided}{model}-seed{self.seed}"
+        if not self.classes:
+            return begin + end
+        begin, end = f"{begin}-classes", f"-guidance{self.guidance:g}{end}"
+        told = label(self.classes)
+        if len(begin + told + end) > MAX_NAME:
+            told = f"{len(self.classes)}-hash{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        return begin + told + end
 
     @property
     def evaluations(self) -> int:
@@ -358,7 +369,13 @@ class SampleSet:
         for key, theirs, ours in self.settings.contradicts(manifest):
             if key == "autoguidance":
                 theirs, ours = _told_apart(theirs, ours)
-            raise UserError(f"samples {self.name} were drawn with {key}={theirs}, not {ours}; choose another --name")
+            elif key == "classes" and theirs:
+                theirs, ours = (label(classes).replace("+", ",") for classes in (theirs, ours))
+            told = f"{key}={theirs}, not {ours}"
+            if key == "sampler" and isinstance(theirs, dict):
+                other = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+                told = ", not ".join(" ".join(f"{name}={one.get(name)}" for name in other) for one in (theirs, ours))
+            raise UserError(f"samples {self.name} were drawn with {told}; choose another --name")
         if (held := _held(manifest)) > self.num_samples:
             raise UserError(
                 f"samples {self.name} already hold {held}, more than "
@@ -373,7 +390,7 @@ class SampleSet:
         """
         with ExitStack() as stack:
             try:
-                is_free = stack.enter_context(ownership.locked(self.run, f".drawing-{self.name}")) is not None
+                is_free = stack.enter_context(ownership.locked(self.run, f"{DRAWING}{self.name}")) is not None
             except UserError:  # files cannot be locked here, which is no reason not to draw
                 is_free = True
             if not is_free:

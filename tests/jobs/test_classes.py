@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from commands.evaluate import Evaluate
-from diffusion.settings import SettingsError
+from diffusion.settings import SamplerSettings, SettingsError
 from jobs.sample.classes import label, parse
+from jobs.sample.sample_set import SampleSettings
+from jobs.storage.run_folder import SAMPLES_NAME, check_name
 from tests.launching import NO_FIGURES, TINY, done, launch, sentence
 
 SAMPLE = ("sample", "1d-classes/a", "--steps", "4")
@@ -109,10 +112,11 @@ def test_other_classes_are_another_set_and_models_without_classes_have_none(root
     before = contents(root / RUN / "samples" / "kept")
     manifest = json.loads(before["manifest.json"])
     assert (manifest["classes"], manifest["guidance"]) == ([0, 1, 2], 1.0)
-    for flag, value in (("--classes", "0"), ("--guidance", "3")):
+    changes = (("--classes", "0,2", "classes=0-2, not 0,2"), ("--guidance", "3", "guidance=1.0, not 3.0"))
+    for flag, value, words in changes:
         refused = launch(*SAMPLE, "--num-samples", "50", "--name", "kept", flag, value, cwd=root)
         assert refused.code == 2
-        assert "choose another --name" in sentence(refused.err)
+        assert f"samples kept were drawn with {words}; choose another --name" in sentence(refused.err)
     assert contents(root / RUN / "samples" / "kept") == before
 
     done("sample", "1d/a", "--num-samples", "50", "--steps", "4", "--name", "s", cwd=root, **NO_FIGURES)
@@ -153,6 +157,30 @@ def test_what_cannot_be_drawn_is_refused_and_nothing_is_written(
 def test_classes_on_the_command_line(text: str, classes: tuple[int, ...], name: str) -> None:
     assert parse(text, 10) == classes
     assert label(classes) == name
+
+
+def test_a_set_whose_classes_no_file_name_can_list_is_told_from_others_by_a_hash() -> None:
+    begin, end = "step-00000040-ddim-4-classes", "-guidance1.5-seed0"
+    some = SampleSettings(
+        step=40,
+        weights="ema",
+        weights_sha256="",
+        sampler=SamplerSettings(sampler="ddim", steps=4),
+        seed=0,
+        precision="fp32",
+        sub_batch_size=1,
+        shard_size=1,
+        classes=(0,),
+        guidance=1.5,
+    )
+    for classes in (tuple(range(0, last, 2)) for last in range(100, 200)):
+        listed, name = f"{begin}{label(classes)}{end}", replace(some, classes=classes).label
+        if len(f".drawing-{listed}") <= 255:  # the longest name that a file of the set has
+            assert name == listed
+        else:
+            assert name.startswith(f"{begin}{len(classes)}-hash") and name.endswith(end) and len(name) < 100
+            other = replace(some, classes=(*classes[:-1], 999)).label
+            assert name != other and check_name(other, SAMPLES_NAME)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "3,", "9-0", "0-10", "1,1", "0-4,3", "1.5", "99999999999"])

@@ -223,6 +223,9 @@ def test_what_would_change_existing_samples_is_refused(root: Path) -> None:
         ended = launch(*(changed if flag in command else [*command, flag, value]), cwd=root)
         assert ended.code == 2, ended
         assert "choose another --name" in ended.err
+    ended = launch(*command, "--eta", "0.5", "--steps", "4", cwd=root)
+    words = "samples kept were drawn with steps=3 eta=0.0, not steps=4 eta=0.5; choose another --name"
+    assert words in sentence(ended.err)
     again = done(*command, cwd=root)
     assert "already" in again.out
     assert contents(folder) == before
@@ -281,7 +284,7 @@ def test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set(root: Path) -> None
     done(*command, "--sampler", "ddim", "--steps", 3, "--eta", 0.5, cwd=root, **NO_FIGURES)
     refused = launch(*command, "--eta", 0, cwd=root)
     assert refused.code == 2
-    assert "'eta': 0.5}, not {'sampler': 'ddim', 'steps': 3, 'eta': 0.0}" in sentence(refused.err)
+    assert "samples noisy were drawn with eta=0.5, not eta=0.0" in sentence(refused.err)
     for eta in ((), ("--eta", 0.5)):
         done(*command, *eta, cwd=root, **NO_FIGURES)
     assert "as random as ddpm. (default: 0)" in sentence(done("sample", "--help", cwd=root).out)
