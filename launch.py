@@ -125,8 +125,10 @@ def main() -> int:
             raise UserError("--train.micro-batch-size is gone: --train.grad-shards N computes the batch in N parts")
         if any(word.replace("_", "-").startswith("--train.no-cuda-graph") for word in words):
             raise UserError("--train.no-cuda-graph is --train.cuda-graph never now")
-        if words[:1] == ["resume"]:
-            import_module("commands.train").refuse_fixed(words)
+        if words and words[0] in COMMANDS:
+            import_module("commands.arguments").refuse_second(words)
+        if words and words[0] in ("train", "resume", "sweep"):
+            import_module("commands.train").refuse_flags(words[0], words)
         if {"-h", "--help"} & set(words):
             # tyro's own keeps line breaks before a line that is indented, as those of docstrings are.
             tyro._strings.remove_single_line_breaks = _flowing

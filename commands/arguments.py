@@ -1,11 +1,13 @@
 """Arguments that commands have in common, also those that start no job."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from diffusion.errors import UserError
 from jobs.experiments.settings import Choice
 
 
@@ -23,6 +25,21 @@ Run = Annotated[
     Positional[str],
     arg(metavar="RUN", help="A run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run."),
 ]
+
+ONE_RUN = ("sample", "resume", "status", "logs", "cancel", "audit")
+"""The commands that take one RUN and no other word without a flag."""
+
+
+def refuse_second(words: Sequence[str]) -> None:
+    """Raises UserError where two words follow a command that takes one; tyro would call the second an option."""
+    if len(words) < 3 or words[1].startswith("-") or words[2].startswith("-"):
+        return
+    command, first, second = words[:3]
+    if command in ONE_RUN:
+        raise UserError(f"{command} takes one RUN, such as EXPERIMENT/NAME; got {first} and {second}")
+    if command == "train":
+        raise UserError(f"train takes the name of a run by --name {second}; got {first} and {second}")
+
 
 CHOICES = ConstructorRegistry()
 """How tyro reads --train.compile and --train.cuda-graph: they were flags, so they may stand alone."""

@@ -37,7 +37,7 @@ class Doctor:
     """Write a profile of this cluster into slurm/profiles, or to a path that ends in .toml: what it says of itself, and
     the plainest form of request that it takes. What is given with --slurm.FIELD is kept."""
     json: bool = False
-    """Print it for scripts."""
+    """Print JSON, for scripts."""
     where: Annotated[Where, AMONG_OPTIONS] = field(default_factory=Where)
 
     def __call__(self) -> int:

@@ -58,7 +58,7 @@ class Evaluate:
     likelihood: bool = False
     """Also compute the likelihood along the probability-flow ODE (images only, minutes on a CPU; 1d always has it)."""
     json: bool = False
-    """Print it for scripts."""
+    """Print JSON, for scripts."""
     data: Data = field(default_factory=Data)
     where: Annotated[Launch, AMONG_OPTIONS] = field(default_factory=Launch)
 

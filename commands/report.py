@@ -22,7 +22,11 @@ class Report:
 
     runs: Annotated[
         Positional[tuple[str, ...]],
-        arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere, or sweeps.", help_behavior_hint="(required)"),
+        arg(
+            metavar="RUN [RUN ...]",
+            help="Each a run folder, EXPERIMENT/NAME, EXPERIMENT for its last created run, or a sweep.",
+            help_behavior_hint="(required)",
+        ),
     ]
     out: Annotated[Path | None, optional("FILE", "RUN/report.html, or reports/ for several runs")] = None
     """Where the page goes."""

@@ -26,7 +26,7 @@ class Sweep:
     """Trains a grid of settings, each point a run of its own; run again, trains what is not finished."""
 
     chosen: Annotated[Any, arg(name="", constructor=Union[tuple(map(choice, EXPERIMENTS))])]  # noqa: UP007
-    """Which experiment, and the settings that all points share."""
+    """Which experiment, and the settings that all points share; `train EXPERIMENT --help` shows them."""
     name: Annotated[str, arg(metavar="NAME")]
     """Name of the sweep; its runs are called NAME-000, NAME-001, ..."""
     grid: Annotated[tuple[str, ...], arg(metavar="SETTING=VALUE,VALUE,...")]

@@ -44,7 +44,7 @@ class Train:
     """Trains a model; with the name of a run that exists, continues it."""
 
     chosen: Annotated[Any, arg(name="", constructor=Union[tuple(map(choice, EXPERIMENTS))])]  # noqa: UP007
-    """Which experiment."""
+    """Which experiment; `train EXPERIMENT --help` shows its settings, too."""
     name: Annotated[str | None, optional("NAME", "date and time")] = None
     """Name of the run."""
     where: Annotated[LaunchTraining, AMONG_OPTIONS] = field(default_factory=LaunchTraining)
@@ -105,19 +105,25 @@ class Resume:
         return run_training(run, experiment, config, self.where, is_new=False)
 
 
-def refuse_fixed(words: Iterable[str]) -> None:
-    """Raises UserError for a setting that `resume` does not take; tyro would only say that it knows no such flag."""
+def refuse_flags(command: str, words: Iterable[str]) -> None:
+    """Raises UserError for a setting without its section, or one that `resume` does not take.
+
+    tyro would only say that it knows no such flag.
+    """
     known = {flag for entry in EXPERIMENTS.values() for flag in experiment_json.flags(entry.preset)}
     sections = (("data", Data), ("train", TrainChanges), ("tracking", TrackingChanges))
     takes = {f"{name}.{option.name.replace('_', '-')}" for name, kind in sections for option in fields(kind)}
     for word in words:
-        flag = word.partition("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag[2:] in known - takes:
+        flag = word.partition("=")[0].replace("_", "-").removeprefix("--")
+        meant = [name for name in known if word.startswith("--") and flag in (name, name.partition(".")[2])]
+        if len(meant) == 1 and command == "resume" and meant[0] not in takes:
             raise UserError(
-                f"{flag} is fixed when a run begins, because its result depends on it: "
-                f"`python launch.py train EXPERIMENT {flag} ...` trains a new run with another value; "
+                f"--{meant[0]} is fixed when a run begins, because its result depends on it: "
+                f"`python launch.py train EXPERIMENT --{meant[0]} ...` trains a new run with another value; "
                 "`python launch.py resume --help` lists what may change"
             )
+        if len(meant) == 1 and meant[0] != flag:
+            raise UserError(f"there is no --{flag}; it is called --{meant[0]}")
 
 
 class NameTaken(UserError):

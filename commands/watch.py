@@ -27,11 +27,15 @@ class Status:
     # Optional, because tyro imports typeguard to understand `str | None`, which takes longer than all the rest.
     run: Annotated[
         Positional[Optional[str]],  # noqa: UP045
-        arg(metavar="[RUN]", help="A run or a sweep.", help_behavior_hint="(default: all runs)"),
+        arg(
+            metavar="[RUN]",
+            help="A run folder, EXPERIMENT/NAME, EXPERIMENT for its last created run, or a sweep.",
+            help_behavior_hint="(default: all runs)",
+        ),
     ] = None
     runs_dir: RunsDir = Path("runs")
     json: bool = False
-    """Print it for scripts."""
+    """Print JSON, for scripts."""
     watch: bool = False
     """Draw it again and again, until Ctrl-C; where the output is no terminal, until no run lives."""
 
@@ -130,7 +134,11 @@ class Sync:
 
     runs: Annotated[
         Positional[tuple[str, ...]],
-        arg(metavar="RUN [RUN ...]", help="Runs, named as everywhere.", help_behavior_hint="(required)"),
+        arg(
+            metavar="RUN [RUN ...]",
+            help="Each a run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run.",
+            help_behavior_hint="(required)",
+        ),
     ]
     live: bool = False
     """Go on until the runs have ended."""

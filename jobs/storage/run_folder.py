@@ -286,7 +286,13 @@ def find(run: str, runs_dir: Path) -> RunFolder:
             raise UserError(f"there is no run of {run} in {runs_dir} yet; start one with: python launch.py train {run}")
         return max(runs, key=_created)
     if Path(run).is_dir():
-        raise UserError(f"a run folder holds experiment.json; {run} does not")
+        near = [*sorted(Path(run).glob("[!.]*/experiment.json")), *(p / "experiment.json" for p in Path(run).parents)]
+        meant = next((f"; {path.parent} does" for path in near if path.is_file()), "")
+        raise UserError(f"a run folder holds experiment.json; {run} does not{meant}")
+    if not runs_dir.is_dir():
+        raise UserError(
+            f"the folder {runs_dir}, which may hold the run {run!r}, is not there; --runs-dir DIR is that of your runs"
+        )
     raise UserError(
         f"there is no run {run!r} in {runs_dir}, which `python launch.py status` lists; "
         f"RUN is a run folder, EXPERIMENT/NAME or one of {', '.join(EXPERIMENTS)}"

@@ -311,3 +311,11 @@ def test_a_run_that_is_none(tmp_path: Path) -> None:
     ended = launch("status", "1d/nothing", cwd=tmp_path)
     assert ended.code == 2
     assert "1d/nothing" in ended.err
+
+
+def test_a_folder_around_a_run_or_inside_it_names_that_run(make: Callable[..., RunFolder]) -> None:
+    run = make("a", 10)
+    run.checkpoints.mkdir(exist_ok=True)
+    for folder in (run.path.parent, run.checkpoints):
+        with pytest.raises(UserError, match=f"{re.escape(str(folder))} does not; {re.escape(str(run.path))} does"):
+            find(str(folder), run.path.parent)
