@@ -1,8 +1,10 @@
 """Arguments that commands have in common, also those that start no job."""
 
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tyro.conf import Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -42,7 +44,10 @@ def refuse_second(words: Sequence[str]) -> None:
 
 
 CHOICES = ConstructorRegistry()
-"""How tyro reads --train.compile and --train.cuda-graph: they were flags, so they may stand alone."""
+"""How tyro reads --train.compile and --train.cuda-graph: they were flags, so they may stand alone; and numbers."""
+
+NUMBERS: dict[Any, tuple[str, str]] = {int: ("INT", "a whole number"), float: ("FLOAT", "a number")}
+"""How the help and errors call them."""
 
 
 @CHOICES.primitive_rule
@@ -63,4 +68,38 @@ def _choice(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[str] | None:
         instance_from_str=read,
         is_instance=lambda value: value in words,
         str_from_instance=lambda value: [value],
+    )
+
+
+@CHOICES.primitive_rule
+def _number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A number, or a word in its place. Where it is neither, tyro would show the errors that Python raises for it."""
+    members = get_args(info.type) if get_origin(info.type) in (Union, UnionType) else (info.type,)
+    kind = next((member for member in members if member in NUMBERS), None)
+    words: dict[str, Any] = {}
+    for member in members:
+        if member is NoneType:
+            words["None"] = None
+        elif get_origin(member) is Literal:
+            words |= {word: word for word in get_args(member)}
+        elif isinstance(member, type) and issubclass(member, Enum):
+            words |= {word.name: word for word in member}
+        elif member is not kind:
+            return None
+    if kind is None:
+        return None
+    metavar, called = NUMBERS[kind]
+
+    def read(given: list[str]) -> Any:
+        try:
+            return words[given[0]] if given[0] in words else kind(given[0])
+        except ValueError:
+            raise ValueError(f"it must be {' or '.join([called, *words])}; got {given[0]}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="|".join([*(f"{{{word}}}" for word in words), metavar]),
+        instance_from_str=read,
+        is_instance=lambda value: value in words.values() or isinstance(value, int | kind),
+        str_from_instance=lambda value: [str(value)],
     )

@@ -39,7 +39,10 @@ TWENTY = (*TINY, "--diffusion.timesteps", 21, "--train.steps", 20, "--device", "
         (["train", "1d", "--train.stps", "3"], ["--train.stps", "--train.steps"]),
         (["train", "1d", "--train.steps", "0"], ["train.steps must be at least 1", "0"]),
         (["train", "1d", "--train.steps", "-5"], ["train.steps must be at least 1", "-5"]),
-        (["train", "1d", "--train.steps", "many"], ["--train.steps", "many"]),
+        (["train", "1d", "--train.steps", "1e4"], ["--train.steps: it must be a whole number; got 1e4"]),
+        (["train", "1d", "--train.lr", "1,5"], ["--train.lr: it must be a number; got 1,5"]),
+        (["train", "1d", "--slurm.time-min", "2h"], ["it must be a whole number or as_it_was; got 2h"]),
+        (["train", "1d", "--train.grad-shards", "x"], ["it must be a whole number or None; got x"]),
         (["train", "1d", "--train.batch-size", "0"], ["train.batch-size must be at least 1", "0"]),
         (["train", "1d", "--train.micro-batch-size", "8"], ["--train.micro-batch-size", "--train.grad-shards N"]),
         (["train", "1d", "--train.no-cuda-graph"], ["--train.cuda-graph never"]),
@@ -82,6 +85,7 @@ TWENTY = (*TINY, "--diffusion.timesteps", 21, "--train.steps", 20, "--device", "
         (["sample", "1d", "first"], ["sample takes one RUN, such as EXPERIMENT/NAME; got 1d and first"]),
         (["status", "--runs-dir", "/dev/null"], ["--runs-dir must be a folder", "/dev/null"]),
         (["sample", "1d/a"], ["1d/a"]),
+        (["sample", "1d/a", "--checkpoint", "last"], ["--checkpoint: it must be a whole number or best or None"]),
     ],
 )
 def test_a_wrong_command_gets_one_sentence_and_writes_nothing(
