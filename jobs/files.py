@@ -20,7 +20,7 @@ def whole(path: Path) -> Iterator[Path]:
     # In the same folder, because a rename is atomic within one file system only. The dot hides it from readers.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _named(path):
+        with named(path):
             yield temporary
             # Bytes before the name: otherwise a power cut may leave a name of bytes that never reached the disk.
             sync_file(temporary)
@@ -39,7 +39,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     made = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(made, ignore_errors=True)  # of a process that was killed: in a container they have the same ids
     try:
-        with _named(path):
+        with named(path):
             made.mkdir()
             yield made
             os.sync()  # there may be very many files
@@ -55,7 +55,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Errors meanwhile name the file that is written: of a full disk the system names none, or what is copied to it."""
     try:
         yield

@@ -3,7 +3,7 @@
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.launching import wait_until
@@ -20,17 +20,18 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+def fill_up(filler: Path) -> None:
+    """Fills a disk with this file."""
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
 def fill(disk: Path, seconds: float) -> None:
     """Fills the disk, and makes room again."""
-    filler = disk / "filler"
-    try:
-        with filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(b"x" * 4096)
-    except OSError:
-        time.sleep(seconds)
-    finally:
-        filler.unlink()
+    fill_up(disk / "filler")
+    time.sleep(seconds)
+    (disk / "filler").unlink()
 
 
 def block(folder: Path, seconds: float) -> None:

@@ -1606,6 +1606,28 @@ FAULTS = [
         "                self._save_this_step()\n",
         "tests/jobs/test_retries.py::test_the_last_step_is_saved_again_and_again_and_not_made_again",
     ),
+    Fault(
+        "a line of metrics.jsonl stays torn after a full disk",
+        "jobs/storage/records.py",
+        "self._file.truncate(self._synced)",
+        "pass",
+        "tests/jobs/test_slow_disk.py::test_lines_that_a_full_disk_has_torn_are_whole_when_it_has_room",
+    ),
+    Fault(
+        "lines are believed to be on a disk that could not be synced",
+        "jobs/storage/records.py",
+        "            self._written = None\n            os.fsync",
+        "            os.fsync",
+        "tests/jobs/test_slow_disk.py::"
+        "test_no_checkpoint_is_written_before_its_lines_and_what_the_disk_has_lost_is_written_again",
+    ),
+    Fault(
+        "a heartbeat that cannot be written ends a training",
+        "jobs/train/recorder.py",
+        "        with self._spared():\n            self._status.beat(",
+        "        if True:\n            self._status.beat(",
+        "tests/jobs/test_slow_disk.py::test_lines_that_a_full_disk_has_torn_are_whole_when_it_has_room",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

@@ -52,7 +52,8 @@ class WritingRecorder(AuditRecorder):
 
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         if metrics is not None:
-            self._metrics.write({"step": self._training.step, **metrics})
+            self._metrics.add({"step": self._training.step, **metrics})
+            self._metrics.write()
             self._progress.update(self._training.step, "")
         super().after_step(metrics)
 

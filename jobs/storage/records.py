@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from jobs.files import write_atomically, write_json
+from jobs.files import named, write_atomically, write_json
 from jobs.storage.ownership import Ownership
 from jobs.storage.run_folder import RunFolder, State
 
@@ -33,20 +33,41 @@ def now(ago_s: float = 0.0) -> str:
 
 
 class Metrics:
-    """Writes metrics.jsonl: one object for each logged step, with nothing but values that the settings determine."""
+    """Writes metrics.jsonl: one object for each logged step, with nothing but values that the settings determine.
+
+    Lines are kept until they are on the disk, so one that cannot take them for a while ends no training.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         """Continues after `step`: later lines are cut, because training will make them again."""
         cut_after(path, step)
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("ab", buffering=0)
+        self._synced = os.fstat(self._file.fileno()).st_size
+        self._lines = b""
+        """All since the last `sync`; so many bytes of them are in the file, None where that is not known."""
+        self._written: int | None = 0
 
-    def write(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()  # others read the file while it grows; only `sync` puts it on the disk
+    def add(self, values: dict[str, Any]) -> None:
+        """Remembers a line."""
+        self._lines += json.dumps(values).encode() + b"\n"
+
+    def write(self) -> None:
+        """Puts all lines into the file, which others read while it grows; raises OSError where that cannot be."""
+        with named(self._path):
+            if self._written is None:  # a line may be torn, or have been lost on its way to the disk
+                self._file.truncate(self._synced)
+            done, self._written = self._written or 0, None
+            while done < len(self._lines):
+                done += self._file.write(self._lines[done:])
+            self._written = done
 
     def sync(self) -> None:
         """Puts the lines on the disk; only after that a checkpoint that covers them may be written."""
-        os.fsync(self._file.fileno())
+        self.write()
+        with named(self._path):
+            self._written = None
+            os.fsync(self._file.fileno())
+        self._synced, self._lines, self._written = self._synced + len(self._lines), b"", 0
 
     def close(self) -> None:
         self._file.close()
@@ -214,8 +235,8 @@ class Status:
 
     def write(self, **values: Any) -> None:
         """Writes at once."""
-        self._owner.check()
         self._beat = time.monotonic()
+        self._owner.check()
         self.values.update(values, updated=now())
         # A process that has failed for good has the last word, also where a heartbeat comes after it.
         write_json(self._run.status, {**self.values, **self._run.final_failure()})

@@ -4,12 +4,14 @@ import os
 import resource
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from diffusion.errors import reason
 from jobs import notify
 from jobs.experiments.settings import TrainSettings
 from jobs.followers.start import FollowerProcess, follow_training
@@ -17,7 +19,7 @@ from jobs.runtime.job import JobError, MachineError, Requeue
 from jobs.runtime.surroundings import decorate
 from jobs.storage import checkpoints, faults
 from jobs.storage.ownership import Ownership
-from jobs.storage.records import Metrics, Status, append_timing, cut_after, last_step, now, read_jsonl, skipped
+from jobs.storage.records import Metrics, Status, append, append_timing, cut_after, last_step, now, read_jsonl, skipped
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal.console import Console
 from jobs.terminal.progress import Progress
@@ -133,6 +135,9 @@ class RunRecorder(Recorder):
                 f"WARNING: {number} line{'s' if number > 1 else ''} of {name} cannot be read and count for nothing"
             )
         self._metrics = Metrics(run.metrics, training.step)
+        self._timing: list[dict[str, Any]] = []
+        """Lines that are not in the file yet."""
+        self._told = False
         self._progress = Progress(console, "train", settings.steps, training.step, "images", settings.batch_size)
         self._started = self._saved_at = time.monotonic()
         self._snapshot_s = 0.0
@@ -160,7 +165,7 @@ class RunRecorder(Recorder):
         if compile_s is not None:
             self._console.say(f"Compiled the network in {duration(compile_s)} (--train.compile).")
         compiled = {"compile": "never" if compile_s is None else "always", "compile_s": round(compile_s or 0, 3)}
-        append_timing(self._run, {"event": "begin", "step": self._training.step, **compiled})
+        self._mark({"event": "begin", "step": self._training.step, **compiled})
         # Rates count steps alone, so the clock starts after compiling; and only steps are worth a checkpoint.
         self._clock, self._saved_at = self._read_clock(), time.monotonic()
         self._progress.restart_clock(self._training.step)
@@ -168,16 +173,19 @@ class RunRecorder(Recorder):
     def after_step(self, metrics: dict[str, Any] | None) -> None:
         step = self._training.step
         if metrics is not None:
-            self._owner.check()
-            self._metrics.write({"step": step, **metrics})
+            self._metrics.add({"step": step, **metrics})
+            with self._spared():
+                self._owner.check()
+                self._metrics.write()
             loss = metrics["loss"]
             self._progress.update(step, "skipped" if loss is None else f"loss {loss:.4f}")
             held_out = metrics.get("held_out_loss", self._status.values["held_out_loss"])
-            self._status.beat(loss=loss, held_out_loss=held_out)
+            self._status.values.update(loss=loss, held_out_loss=held_out)
             if time.monotonic() - self._clock.time >= TIMING_S:
                 self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
-        self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
+        with self._spared():
+            self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
         periods, minutes = self._due_after
         self._due |= any(step % every == 0 for every in periods)
         self._due |= time.monotonic() - self._saved_at >= 60 * minutes
@@ -226,7 +234,7 @@ class RunRecorder(Recorder):
             "checkpoint_wait_s": self._checkpoint_wait_s(),
             "memory_mb": _memory_mb(self._training.world.device),
         }
-        append_timing(self._run, timing)
+        self._mark(timing)
         if self._missing is not None:
             facts["missing"] = self._missing
         self._status.write(state=state, step=self._training.step, eta_s=None, **facts)
@@ -235,7 +243,7 @@ class RunRecorder(Recorder):
     def draw(self, cut_short: Callable[[], bool]) -> None:
         self._progress.close()
         mark = {"event": "figures", "step": self._training.step, "checkpoint_wait_s": self._checkpoint_wait_s()}
-        append_timing(self._run, mark)
+        self._mark(mark)
         self._wait_for_judge(cut_short)
         self._missing = decorate("figures and final numbers", self._draw, self._console.say, self._console.log)
 
@@ -309,7 +317,25 @@ class RunRecorder(Recorder):
             **{name: round(seconds, 6) for name, seconds in parts.items()},
             "memory_mb": _memory_mb(self._training.world.device),
         }
-        append_timing(self._run, timing)
+        self._mark(timing)
+
+    def _mark(self, line: dict[str, Any]) -> None:
+        """Appends a line to timing.jsonl, and those before it that could not be written."""
+        self._timing.append({"time": now(), **line})
+        with self._spared():
+            while self._timing:
+                append(self._run.timing, self._timing[0])
+                del self._timing[0]
+
+    @contextmanager
+    def _spared(self) -> Iterator[None]:
+        """While entered, a small record that cannot be written ends no training: its steps need no disk."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._console.say(f"WARNING: {reason(error)}; it is written when it can be")
 
     def _read_clock(self) -> "_Clock":
         training, saving_s = self._training, self._checkpoint_wait_s()
@@ -339,10 +365,14 @@ class RunRecorder(Recorder):
         started = time.perf_counter()
         snapshot = self._training.snapshot()
         self._snapshot_s += time.perf_counter() - started
-        # Lines first: a resume can make the lines after a checkpoint again, but not those before it.
-        self._metrics.sync()
-        self._writer.write(snapshot)
         self._saved_at, self._due = time.monotonic(), False
+        try:
+            # Lines first: a resume can make the lines after a checkpoint again, but not those before it.
+            self._metrics.sync()
+        except OSError as error:
+            self._console.say(f"WARNING: no checkpoint was written, because its lines cannot be: {reason(error)}")
+        else:
+            self._writer.write(snapshot)
 
 
 def pace(settings: TrainSettings, device: torch.device) -> tuple[set[int], float]:

@@ -123,30 +123,32 @@ def test_lines_that_somebody_has_edited_or_a_disk_has_cut_are_skipped_with_a_sen
     assert "finished" in done("status", run, cwd=tmp_path).out
 
 
-def test_a_full_disk_ends_the_run_and_loses_no_checkpoint(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "none", disk], check=True)
-    try:
+def cpu_s(pid: int) -> float:
+    """The seconds for which a process has computed."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_full_disk_ends_no_training_and_loses_neither_checkpoint_nor_line(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", megabytes=16) as disk:
         settings = ("--train.steps", "1000000", "--train.checkpoint-every", "50", "--runs-dir", disk)
         run = disk / "1d" / "a"
         process = start(*COMMAND, *settings, cwd=tmp_path)
         wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
         filler = disk / "filler"
         subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], stderr=subprocess.DEVNULL, check=False)
-        ended = finish(process)
-        assert ended.code == 1
-        assert "No space left" in ended.err
-        kept = checkpoints.newest(run / "checkpoints", pytest.fail)
+        kept, spent = checkpoints.newest(run / "checkpoints", pytest.fail), cpu_s(process.pid)
         assert kept
+        wait_until(lambda: cpu_s(process.pid) > spent + 1)
+        assert checkpoints.newest(run / "checkpoints", pytest.fail) == kept
         filler.unlink()
-        lines = steps_logged(run)
-        process = start("resume", run, cwd=tmp_path, **NO_FIGURES)
-        wait_until(lambda: steps_logged(run) > lines)
-        assert interrupt(process, signal.SIGINT).code == 130
-        assert checkpoints.newest(run / "checkpoints", pytest.fail) == status(run)["step"] == steps_logged(run) > kept
-    finally:
-        subprocess.run(["umount", disk], check=True)
+        wait_until(lambda: checkpoints.steps(run / "checkpoints")[0] > kept)
+        ended = interrupt(process, signal.SIGINT)
+        assert ended.code == 130 and "metrics.jsonl: No space left on device" in ended.out, ended
+        step = checkpoints.newest(run / "checkpoints", pytest.fail)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, step + 1))
+        assert status(run)["step"] == step
 
 
 def test_what_follows_a_fault_is_decided_again_when_the_disk_has_room(

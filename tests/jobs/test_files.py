@@ -3,13 +3,12 @@
 import errno
 import os
 import shutil
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from jobs.files import whole_folder, write_atomically
-from tests.disturbances import small_disk
+from tests.disturbances import fill_up, small_disk
 from tests.launching import launch, sentence
 from tests.old_runs import ARCHIVES, unpack
 
@@ -57,16 +56,10 @@ def test_what_cannot_be_written_leaves_the_old_file_and_nothing_else(
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("status.json", "old")]
 
 
-def fill_up(disk: Path) -> None:
-    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-
-
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "big").write_bytes(bytes(8192))
     with small_disk(tmp_path / "disk", megabytes=1) as disk:
-        fill_up(disk)
+        fill_up(disk / "filler")
         with pytest.raises(OSError, match="No space left") as refused:
             write_atomically(disk / "status.json", "new")
         assert refused.value.filename == str(disk / "status.json")
@@ -81,7 +74,7 @@ def test_a_command_says_that_the_disk_is_full_in_one_sentence(tmp_path: Path) ->
     with small_disk(tmp_path / "disk", megabytes=16) as disk:
         run = unpack(ARCHIVES[0], "1d", disk / "runs", tmp_path)
         settings = (run / "experiment.json").read_text()
-        fill_up(disk)
+        fill_up(disk / "filler")
         for command, file in ((("report",), "report.html"), (("resume", "--train.steps", 4000), "experiment.json")):
             ended = launch(command[0], run, *command[1:], cwd=disk)
             assert ended.code == 2 and sentence(ended.err).endswith(f"{file}: No space left on device"), ended

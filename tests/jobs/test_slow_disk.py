@@ -1,5 +1,7 @@
 """A file system that stands still: training goes on, and saves when it can."""
 
+import errno
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -18,10 +20,12 @@ from jobs.followers.start import machine_of
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
+from jobs.storage.records import read_jsonl
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
 from jobs.train.recorder import RunRecorder, pace
 from jobs.train.state import Training
+from tests.disturbances import fill_up, small_disk
 from tests.launching import wait_until
 
 
@@ -106,6 +110,54 @@ def test_lines_are_on_the_disk_before_the_checkpoint_that_covers_them(
         recorder.after_step({"loss": 0.5})
         recorder._writer.wait()
     assert synced.index("metrics.jsonl") < synced.index("model.safetensors")
+
+
+def test_lines_that_a_full_disk_has_torn_are_whole_when_it_has_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with small_disk(tmp_path / "disk", megabytes=2) as disk, recorded(disk / "a", steps=99) as (training, recorder):
+        filler, loss = disk / "filler", 1 / 3
+        for step in range(1, 99):
+            if step == 3:
+                fill_up(filler)
+            if step == 95:
+                filler.unlink()
+            training.step = step
+            recorder._status._beat = 0.0  # a heartbeat is due
+            recorder.after_step({"loss": loss, "note": "x" * 99})
+        recorder.save()
+        written = [json.loads(line) for line in recorder._run.metrics.read_text().splitlines()]
+        assert [line["step"] for line in written] == list(range(1, 99))
+        assert recorder._run.read_status()["step"] == 98
+        assert capsys.readouterr().out.count("No space left on device; it is written when it can be") == 1
+
+
+def test_no_checkpoint_is_written_before_its_lines_and_what_the_disk_has_lost_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = os.fsync
+
+    def lose(descriptor: int) -> None:
+        """Fails once, as a network file system does that has had no room for what it had accepted."""
+        if os.readlink(path := f"/proc/self/fd/{descriptor}").endswith("metrics.jsonl"):
+            monkeypatch.setattr(os, "fsync", sync)
+            size = os.path.getsize(path)
+            with open(path, "r+b") as file:
+                file.write(bytes(size))
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        sync(descriptor)
+
+    with recorded(tmp_path / "a", steps=20, checkpoint_every=2) as (training, recorder):
+        monkeypatch.setattr(os, "fsync", lose)
+        for step in (1, 2, 3):
+            training.update()
+            recorder.after_step({"loss": 0.5})
+            if step == 2:
+                assert checkpoints.steps(recorder._run.checkpoints) == []
+        recorder.save()
+        assert checkpoints.steps(recorder._run.checkpoints) == [3]
+        assert [line["step"] for line in read_jsonl(recorder._run.metrics)] == [1, 2, 3]
+        assert b"\0" not in recorder._run.metrics.read_bytes()
 
 
 @pytest.mark.parametrize(
