@@ -1,5 +1,6 @@
 """The commands `train` and `resume`: they make a run or take one up again, and start its job."""
 
+import errno
 import platform
 import sys
 import time
@@ -193,7 +194,9 @@ def create(run: RunFolder, experiment: str, config: ExperimentConfig, facts: dic
     except FileExistsError:
         raise NameTaken(f"{run} has just been made by another command; the same command again continues it") from None
     except OSError as error:
-        raise UserError(f"{run} cannot be made: {reason(error)}") from error
+        # Of a full disk it would name a file that is gone again.
+        why = error.strerror if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason(error)
+        raise UserError(f"{run} cannot be made: {why}") from error
 
 
 def check_settings(config: ExperimentConfig, processes: int) -> None:

@@ -108,11 +108,16 @@ class Submission:
         working_s = 60 * asked.time_min - asked.signal_delay_s
         # All is written before there is a job: a full disk fails in time, and once the job may run, only names change.
         script, pickles = self.folder / f".{mark}.sh", []
-        script.write_text(self.script())
-        for i, work in enumerate(self.works):
-            task = SlurmTask(work, working_s, asked.cluster, asked.host_suffix, asked.interface)
-            pickles.append(self.folder / f".{mark}-{i}.pkl")
-            DelayedSubmission(task).dump(pickles[-1])
+        try:
+            script.write_text(self.script())
+            for i, work in enumerate(self.works):
+                task = SlurmTask(work, working_s, asked.cluster, asked.host_suffix, asked.interface)
+                pickles.append(self.folder / f".{mark}-{i}.pkl")
+                DelayedSubmission(task).dump(pickles[-1])
+        except OSError as error:
+            for path in (script, *pickles):
+                path.unlink(missing_ok=True)
+            raise UserError(f"no job can be submitted from {self.folder}: {error.strerror}") from error
         with outside_any_job():
             # Without a time limit: sbatch may have queued the job before it is cut off, and its id would be lost.
             done = queue.ask("sbatch", "--parsable", str(script), timeout_s=None)

@@ -1628,6 +1628,13 @@ FAULTS = [
         "        if True:\n            self._status.beat(",
         "tests/jobs/test_slow_disk.py::test_lines_that_a_full_disk_has_torn_are_whole_when_it_has_room",
     ),
+    Fault(
+        "a job that is submitted is lost from sight because the disk is full",
+        "jobs/train/job.py",
+        'faults.patiently(partial(run.add_job, "job_ids", own))',
+        'run.add_job("job_ids", own)',
+        "tests/jobs/test_retries.py::test_the_id_of_a_job_is_written_down_when_the_disk_has_room",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

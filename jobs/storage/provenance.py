@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion.errors import OutsideError
+from jobs.files import named
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CODE = ("launch.py", "commands", "diffusion", "jobs", "slurm")
@@ -69,7 +70,8 @@ def save_code(folder: Path) -> None:
     try:
         for name in _files(ROOT):
             (made / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, made / name)  # without its mode: the umask says who may read and delete it
+            with named(folder):
+                shutil.copyfile(ROOT / name, made / name)  # without its mode: the umask says who may read and delete it
         # The first copy says itself what the run began with; a later one is looked up by the digest in its name.
         if folder.name != "code" and folder.name != f"code-{_digest(made)[:8]}":
             raise OutsideError("the code was edited while it was copied for the job; start the job again")

@@ -93,7 +93,7 @@ def skipped(folder: Path) -> dict[str, int]:
 
 def append(path: Path, values: dict[str, Any]) -> None:
     """Appends a line to a file of lines. Where the last one was cut, it stays alone."""
-    with path.open("a+b") as file:
+    with named(path), path.open("a+b") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 1))
         end = b"" if file.read(1) in (b"", b"\n") else b"\n"

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +164,12 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
     try:
         job_id = submit()
     except BaseException:  # Ctrl-C, too: a run without a job must not be called queued
-        for run, status in zip(runs, before, strict=True):
-            write_json(run.status, {**status, "state": status.get("state", State.FAILED), "updated": now()})
+        with suppress(OSError):  # the disk may be full, which is then what there is to say
+            for run, status in zip(runs, before, strict=True):
+                write_json(run.status, {**status, "state": status.get("state", State.FAILED), "updated": now()})
         raise
     for i, run in enumerate(runs):
         own = job_id if len(runs) == 1 else job_ids.element(job_id, i)
-        run.add_job("job_ids", own)
+        # The job waits or runs, and without its id nobody could cancel it.
+        faults.patiently(partial(run.add_job, "job_ids", own))
     return job_id

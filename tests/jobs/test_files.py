@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.files import whole_folder, write_atomically
+from jobs.storage.records import append
 from tests.disturbances import fill_up, small_disk
 from tests.launching import launch, sentence
 from tests.old_runs import ARCHIVES, unpack
@@ -79,3 +80,12 @@ def test_a_command_says_that_the_disk_is_full_in_one_sentence(tmp_path: Path) ->
             ended = launch(command[0], run, *command[1:], cwd=disk)
             assert ended.code == 2 and sentence(ended.err).endswith(f"{file}: No space left on device"), ended
         assert (run / "experiment.json").read_text() == settings
+        grid = ("sweep", "1d", "--grid", "train.lr=1e-3,2e-3", "--name", "s")
+        for command, made in ((("train", "1d", "--name", "b"), "b"), (grid, "s-000")):
+            ended = launch(*command, cwd=disk)
+            expected = f"error: runs/1d/{made} cannot be made: No space left on device"
+            assert ended.code == 2 and sentence(ended.err) == expected, ended
+        assert [path.name for path in (disk / "runs" / "1d").iterdir()] == [run.name]
+        with pytest.raises(OSError, match="No space left on device") as refused:
+            append(run / "faults.jsonl", {"cause": "x" * 4096})
+        assert refused.value.filename == str(run / "faults.jsonl")

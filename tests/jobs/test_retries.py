@@ -24,7 +24,7 @@ from jobs.runtime.job import JobError, MachineError, failure_of, is_outside
 from jobs.runtime.signals import SignalWatch
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder, State
-from jobs.train.job import TrainJob
+from jobs.train.job import TrainJob, submit_runs
 from jobs.train.loop import train
 from tests.held import AFTER_STEP, held, let_go, start_held
 from tests.jobs.parallel import run as in_processes
@@ -312,6 +312,23 @@ def test_the_script_of_a_job_waits_an_hour_for_a_full_disk(run: RunFolder, monke
         with pytest.raises(OSError, match="No space left"):
             TrainJob(run.path, 1, "cpu", retries=3).try_again_after("was killed", "n1", come_back)
         assert sum(waited) == seconds
+
+
+def test_the_id_of_a_job_is_written_down_when_the_disk_has_room(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), None]
+    add_job = RunFolder.add_job
+
+    def add(self: RunFolder, *arguments: Any) -> None:
+        if error := full.pop(0):
+            raise error
+        add_job(self, *arguments)
+
+    monkeypatch.setattr(RunFolder, "add_job", add)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    assert submit_runs([run.path], lambda: "17") == "17"
+    assert run.read_launch()["job_ids"] == ["17"]
 
 
 def test_a_run_that_has_ended_well_is_not_started_again(run: RunFolder) -> None:

@@ -24,7 +24,7 @@ from slurm.place import OnSlurm
 from slurm.profile import Profile
 from slurm.submit import Shape, Submission
 from slurm.task import SlurmTask
-from tests.disturbances import small_disk
+from tests.disturbances import fill_up, small_disk
 from tests.launching import ROOT, done, launch, sentence
 from tests.slurm.record import RECORDED
 from tests.slurm.works import Lost, Talkative
@@ -297,6 +297,16 @@ def test_a_submission_among_notices(version: str, tools: Tools, tmp_path: Path) 
     submission = Submission("a", [print], Profile(), 1, False, tmp_path / "slurm", tmp_path)  # type: ignore[list-item]
     assert submission.submit() == "9"
     assert (tmp_path / "slurm" / "9_submitted.pkl").exists()
+
+
+def test_nothing_is_submitted_from_a_full_disk_and_nothing_left_there(tools: Tools, tmp_path: Path) -> None:
+    tools.write("sbatch", "echo 9")
+    with small_disk(tmp_path / "disk", megabytes=1) as disk:
+        fill_up(disk / "filler")
+        submission = Submission("a", [print], Profile(), 1, False, disk / "slurm", tmp_path)  # type: ignore[list-item]
+        with pytest.raises(UserError, match=f"no job can be submitted from {disk}/slurm: No space left on device"):
+            submission.submit()
+        assert list((disk / "slurm").iterdir()) == []
 
 
 def test_a_refusal_among_notices(tools: Tools, tmp_path: Path) -> None:
