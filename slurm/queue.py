@@ -208,6 +208,22 @@ def active(job_ids: Iterable[str]) -> dict[str, str]:
     }
 
 
+def waits_for(job_id: str, script: str) -> str | None:
+    """Returns the job or array of this script that waits for a job to end, "" if there is none, None if nobody tells.
+
+    That is for a job, which asks about itself: after its end its follower waits no more.
+    """
+    if shutil.which("squeue") is None:
+        return None
+    done = insist("squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%E|%o")
+    if done.returncode != 0:
+        return None
+    # An element that waits is called 20_[3], and whoever waits for a whole array depends on 17_*.
+    row = rf"^ *(\d+)\S*\|.*\bafterany:{job_id}(?![\d_]).*\|.*/{re.escape(script)} *$"
+    found = re.findall(row, done.stdout, re.MULTILINE)
+    return found[-1] if found else ""
+
+
 class JobState(NamedTuple):
     """What Slurm says of a job."""
 

@@ -283,21 +283,37 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
     with outside_any_job():
         # If Slurm refuses the job without those nodes, it may come back to them.
         for without in ([f"--exclude={','.join([*asked, *left_out])}"], []) if left_out else ([],):
-            # Not after a time-out: the job may have been submitted all the same.
-            done = queue.insist(*command, *without, str(script), when=queue.UNREACHED)
-            if queue.is_away(done, queue.UNREACHED):
-                raise queue.Unanswered(f"sbatch: {queue.last_words(done.stdout + done.stderr)}")
-            number = queue.submitted_id(done.stdout) if done.returncode == 0 else None
+            number, said = _submit_once(job_id, script, *command, *without)
             if number is not None:
                 break
     if number is None:
-        print(f"could not submit the job again: {queue.last_words(done.stdout + done.stderr)}", flush=True)
+        print(f"could not submit the job again: {said}", flush=True)
         return None
     new_id = f"{number}_{index}" if index else number
     # The new job looks for its pickle under its own id, and for the script if it has to come back in this way again.
     shutil.copy2(script, script.with_name(f"{number}_submission.sh"))
     shutil.copy2(pickle, pickle.with_name(f"{new_id}_submitted.pkl"))
     return new_id
+
+
+def _submit_once(job_id: str, script: Path, *command: str) -> tuple[str | None, str]:
+    """Submits the script of a job that waits for this one to end; returns its id, None if that fails, and why.
+
+    If no answer comes, the job may have been submitted all the same. It is not submitted again before squeue, which may
+    be missing on this node, has told that it has not.
+    """
+    deadline = time.monotonic() + queue.PATIENCE_S
+    while True:
+        done = queue.insist(*command, str(script), when=queue.UNREACHED)
+        said = queue.last_words(done.stdout + done.stderr)
+        if queue.is_away(done, queue.UNREACHED):
+            raise queue.Unanswered(f"sbatch: {said}")
+        if not queue.is_away(done):
+            return queue.submitted_id(done.stdout) if done.returncode == 0 else None, said
+        time.sleep(queue.AGAIN_S)
+        waiting = queue.waits_for(job_id, script.name)
+        if waiting != "" or time.monotonic() > deadline:
+            return waiting, said
 
 
 def _fields(kind: str, name: str) -> dict[str, str]:

@@ -1635,6 +1635,13 @@ FAULTS = [
         'run.add_job("job_ids", own)',
         "tests/jobs/test_retries.py::test_the_id_of_a_job_is_written_down_when_the_disk_has_room",
     ),
+    Fault(
+        "a job whose submission is not answered submits itself twice",
+        "slurm/task.py",
+        'if waiting != "" or',
+        "if False or",
+        "tests/slurm/test_words.py::test_a_job_is_submitted_once_if_the_answer_does_not_come[here]",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

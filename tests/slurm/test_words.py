@@ -488,18 +488,52 @@ def test_an_element_of_an_array_submits_itself_alone(
     assert (tmp_path / "20_3_submitted.pkl").read_text() == "pickle"
 
 
+OTHERS = """7094002_[2-3]|(null)|(null)
+7094003|afterany:7094001(unfulfilled)|/a b/7094001_submission.sh
+7094004_[3]|afterany:7094002_3(unfulfilled)|/a b/7094002_submission.sh
+7094005|afterany:7094002_*(unfulfilled)|/a b/.mark.sh
+"""
+"""What squeue 22.05.8 has said of jobs that wait: two are submitted again, one follows an array."""
+
+
+@pytest.mark.parametrize(
+    ("job_id", "squeue", "expected", "times"),
+    [
+        ("7094001", OTHERS, "7094003", 1),
+        ("7094002_3", OTHERS, "7094004_3", 1),
+        ("709400", OTHERS, "20", 2),
+        ("7094002", OTHERS, "20", 2),
+        ("7094001", None, None, 1),
+    ],
+    ids=["here", "element", "not here", "followed", "nobody tells"],
+)
 def test_a_job_is_submitted_once_if_the_answer_does_not_come(
-    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job_id: str,
+    squeue: str | None,
+    expected: str | None,
+    times: int,
+    tools: Tools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The controller may have taken it."""
-    tools.write("sbatch", f"echo asked >> {tmp_path}/asked; echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    """The controller may have taken it, which squeue tells, where there is one."""
+    asked = tmp_path / "asked"
+    silent = f"[ -s {asked} ] || {{ echo 'Socket timed out on send/recv operation' >&2; echo x >> {asked}; exit 1; }}"
+    tools.write("sbatch", f"{silent}; echo x >> {asked}; echo 20")
+    if squeue is not None:
+        tools.write("squeue", f"echo {shlex.quote(squeue)}")
     monkeypatch.setattr(queue, "AGAIN_S", 0.0)
     monkeypatch.setenv("PATH", str(tools.folder))
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    array, _, index = job_id.partition("_")
+    own = {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": index} if index else {"SLURM_JOB_ID": array}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
-    (tmp_path / "7_submission.sh").write_text("#!/bin/bash\n")
-    assert task.requeue() is None
-    assert (tmp_path / "asked").read_text() == "asked\n"
+    (tmp_path / f"{array}_submission.sh").write_text("#!/bin/bash\n")
+    (tmp_path / f"{job_id}_submitted.pkl").write_text("pickle")
+    assert task.requeue() == expected
+    assert asked.read_text() == "x\n" * times
+    assert expected is None or (tmp_path / f"{expected}_submitted.pkl").exists()
 
 
 @either
