@@ -665,7 +665,7 @@ FAULTS = [
         "jobs/storage/checkpoints.py",
         "if str(folder).isascii():",
         "if True:",
-        "tests/jobs/test_checkpoints.py::test_the_bytes_do_not_depend_on_the_name_of_the_folder",
+        "tests/jobs/test_checkpoints.py::test_neither_bytes_nor_reading_depend_on_the_name_of_the_folder",
     ),
     Fault(
         "a full disk has no name",
@@ -1641,6 +1641,13 @@ FAULTS = [
         'if waiting != "" or',
         "if False or",
         "tests/slurm/test_words.py::test_a_job_is_submitted_once_if_the_answer_does_not_come[here]",
+    ),
+    Fault(
+        "a run below a folder whose name is no text cannot be continued",
+        "jobs/storage/checkpoints.py",
+        "    with _in_ascii(folder / folder_name(step)) as path:\n",
+        "    for path in [folder / folder_name(step)]:\n",
+        "tests/jobs/test_checkpoints.py::test_neither_bytes_nor_reading_depend_on_the_name_of_the_folder",
     ),
     # What only a real Slurm shows.
     Fault(

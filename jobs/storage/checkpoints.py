@@ -178,9 +178,9 @@ def load(folder: Path, step: int) -> Snapshot:
     import torch
     from safetensors.torch import load_file
 
-    path = folder / folder_name(step)
-    optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-    return Snapshot(step, load_file(path / MODEL), load_file(path / EMA), optimizer)
+    with _in_ascii(folder / folder_name(step)) as path:
+        optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
+        return Snapshot(step, load_file(path / MODEL), load_file(path / EMA), optimizer)
 
 
 def ledger(folder: Path) -> dict[int, dict[str, str]]:
@@ -280,6 +280,7 @@ def _in_ascii(folder: Path) -> Iterator[Path]:
     """Gives a path of ASCII to the folder.
 
     torch.save writes other bytes to any other path: its archive has the name `archive` then, and not that of the file.
+    safetensors reads from none that is no text.
     """
     if str(folder).isascii():
         yield folder
