@@ -241,11 +241,11 @@ def _check_idle(run: RunFolder) -> None:
     for job_id, state in queue.active(run.read_launch().get("job_ids", [])).items():
         raise UserError(f"{run} is on Slurm already: job {job_id} is {state}")
     seen, deadline = run.read_status(), time.monotonic() + states.BEAT_S
-    if seen.get("host") == platform.node() or not states.lives(run):
+    if seen.get("host") == platform.node() or not states.beats(run):
         return
     print(f"{run} was at work on {seen['host']} a moment ago; looking whether it lives.", file=sys.stderr)
-    # By this machine's clock: the other one's may be ahead.
-    while states.lives(run) and time.monotonic() < deadline:
+    # By this machine's clock: the other one's may be ahead, or behind.
+    while states.beats(run) and time.monotonic() < deadline:
         if run.read_status().get("updated") != seen.get("updated"):
             raise UserError(f"{run} is at work on {seen['host']}")
         time.sleep(HEARTBEAT_S / 2)

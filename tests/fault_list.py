@@ -1649,6 +1649,13 @@ FAULTS = [
         "    for path in [folder / folder_name(step)]:\n",
         "tests/jobs/test_checkpoints.py::test_neither_bytes_nor_reading_depend_on_the_name_of_the_folder",
     ),
+    Fault(
+        "a run on a machine whose clock is behind is taken for dead and started a second time",
+        "jobs/watch/states.py",
+        "run.status.stat().st_mtime < BEAT_S",
+        "run.status.stat().st_mtime < 0",
+        "tests/jobs/test_starts.py::test_a_run_that_is_at_work_on_another_machine_is_not_started",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

@@ -1,9 +1,11 @@
 """Whether a run lives, and why not: from its folder and from what Slurm says of its job."""
 
+import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from tempfile import TemporaryFile
 from typing import Any, Literal, Protocol
 
 from diffusion.errors import UserError
@@ -122,6 +124,20 @@ def lives(run: RunFolder) -> bool | None:
         return False
     age_s = _age_s(status)
     return True if status["state"] == State.RUNNING and age_s is not None and age_s < BEAT_S else None
+
+
+def beats(run: RunFolder) -> bool:
+    """Whether the run's heart has just beaten: also by the clock of its disk, since those of two machines may differ.
+
+    A file without a name is made in the run's folder, where it is at work.
+    """
+    if lives(run) is not None or read_status(run)["state"] != State.RUNNING:
+        return lives(run) is True
+    try:
+        with TemporaryFile(dir=run.path) as new:
+            return os.fstat(new.fileno()).st_mtime - run.status.stat().st_mtime < BEAT_S
+    except OSError:
+        return False
 
 
 def is_alive(run: RunFolder, jobs: Jobs | None) -> bool:

@@ -1,6 +1,7 @@
 """Who starts a run, under which name, and how often: no two commands train one run, and nobody is locked out."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -129,16 +130,18 @@ def test_a_run_that_is_at_work_on_another_machine_is_not_started(tmp_path: Path)
     before = run.metrics.read_bytes()
     resume = ("resume", "1d/a", "--train.steps", "40")
     at_work = {**run.read_status(), "state": "running", "host": "n7", "on_slurm": True}
-    write_json(run.status, {**at_work, "updated": now()})
-    process = start(*resume, cwd=tmp_path)
-    while process.poll() is None:  # its heart beats
-        write_json(run.status, {**at_work, "updated": now()})
-        time.sleep(0.1)
-    refused = finish(process)
-    assert refused.code == 2
-    assert f"{run} is at work on n7".replace(f"{tmp_path}/", "") in sentence(refused.err)
-    assert run.metrics.read_bytes() == before
+    for behind_s in (0, 600, -600):  # so far is its clock behind ours
+        write_json(run.status, {**at_work, "updated": now(behind_s)})
+        process = start(*resume, cwd=tmp_path)
+        while process.poll() is None:  # its heart beats
+            write_json(run.status, {**at_work, "updated": now(behind_s)})
+            time.sleep(0.1)
+        refused = finish(process)
+        assert refused.code == 2
+        assert f"{run} is at work on n7".replace(f"{tmp_path}/", "") in sentence(refused.err)
+        assert run.metrics.read_bytes() == before
     write_json(run.status, {**at_work, "updated": now(28)})  # it has died
+    os.utime(run.status, times=2 * (time.time() - 28,))
     done(*resume, cwd=tmp_path, **NO_FIGURES)
 
 
