@@ -1656,6 +1656,13 @@ FAULTS = [
         "run.status.stat().st_mtime < 0",
         "tests/jobs/test_starts.py::test_a_run_that_is_at_work_on_another_machine_is_not_started",
     ),
+    Fault(
+        "a job that is queued again fails because the disk is full",
+        "jobs/train/recorder.py",
+        "        with self._spared():  # it comes back",
+        "        if True:  # it comes back",
+        "tests/jobs/test_slow_disk.py::test_a_job_that_is_queued_again_while_the_disk_is_full_has_not_failed",
+    ),
     # What only a real Slurm shows.
     Fault(
         "a job is not queued again when it is told to save",

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,9 +217,10 @@ class RunRecorder(Recorder):
         job_id = requeue()
         if job_id is None:
             return False
-        self.finish(State.REQUEUED, f"{saved} It is queued again as job {job_id}.", **facts)
+        with self._spared():  # it comes back, whether that can be written down or not
+            self.finish(State.REQUEUED, f"{saved} It is queued again as job {job_id}.", **facts)
         if job_id not in self._run.read_launch().get("job_ids", []):
-            self._run.add_job("job_ids", job_id)
+            faults.patiently(partial(self._run.add_job, "job_ids", job_id), self._console.say)
         return True
 
     def finish(self, state: State, message: str, **facts: Any) -> None:

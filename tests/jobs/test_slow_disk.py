@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,32 @@ def test_lines_that_a_full_disk_has_torn_are_whole_when_it_has_room(
         assert [line["step"] for line in written] == list(range(1, 99))
         assert recorder._run.read_status()["step"] == 98
         assert capsys.readouterr().out.count("No space left on device; it is written when it can be") == 1
+
+
+@dataclass(frozen=True)
+class Requeued:
+    """Has queued the job again under this id."""
+
+    job_id: str
+
+    def __call__(self) -> str:
+        return self.job_id
+
+    def had_its_time(self) -> bool:
+        return True
+
+
+def test_a_job_that_is_queued_again_while_the_disk_is_full_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", megabytes=2) as disk, recorded(disk / "a", steps=9) as (training, recorder):
+        recorder._run.add_job("job_ids", "7")
+        training.step = 1
+        fill_up(disk / "filler")
+        assert recorder.queue_again(Requeued("7"), "Saved.")
+        monkeypatch.setattr("time.sleep", lambda seconds: (disk / "filler").unlink())
+        assert recorder.queue_again(Requeued("8"), "Saved.")
+        assert recorder._run.read_launch()["job_ids"] == ["7", "8"]
 
 
 def test_no_checkpoint_is_written_before_its_lines_and_what_the_disk_has_lost_is_written_again(
