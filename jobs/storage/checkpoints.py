@@ -356,10 +356,13 @@ def set_aside(folder: Path, newer_than: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Deletes a checkpoint. It is renamed first, so that no reader finds half of one under its name."""
+    """Deletes a checkpoint. It is renamed first, so that no reader finds half of one under its name.
+
+    On NFS a folder stays as long as somebody here reads a file that was in it; the next start cleans up.
+    """
     doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 class Writer:

@@ -97,6 +97,24 @@ def test_equal_states_make_equal_files(tmp_path: Path) -> None:
         assert (tmp_path / "a/step-00000007" / name).read_bytes() == (tmp_path / "b/step-00000007" / name).read_bytes()
 
 
+def test_a_checkpoint_that_is_still_read_on_nfs_keeps_no_other_from_being_saved_or_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1, 2, 3)
+
+    def refuse(*arguments: object, **more: object) -> None:  # a deleted file that is read has another name there
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    with monkeypatch.context() as nfs:
+        nfs.setattr(os, "rmdir", refuse)
+        save(tmp_path, 3)  # by a run that had gone back to step 2
+        checkpoints.prune(tmp_path, 1)
+    assert checkpoints.newest(tmp_path, pytest.fail) == 3
+    assert checkpoints.steps(tmp_path) == [3]
+    checkpoints.clean(tmp_path)
+    assert os.listdir(tmp_path) == ["step-00000003"]
+
+
 @pytest.mark.parametrize("on", ["Linux", "macOS"])
 @pytest.mark.parametrize("name", ["zü".encode(), b"r\xff"])
 def test_neither_bytes_nor_reading_depend_on_the_name_of_the_folder(
@@ -222,9 +240,9 @@ def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch:
     save(tmp_path, 10, 20, 30)
     delete, seen = shutil.rmtree, []
 
-    def look_and_delete(path: Path) -> None:
+    def look_and_delete(path: Path, ignore_errors: bool) -> None:
         seen.append(checkpoints.steps(tmp_path))
-        delete(path)
+        delete(path, ignore_errors)
 
     monkeypatch.setattr(shutil, "rmtree", look_and_delete)
     checkpoints.prune(tmp_path, 2)
