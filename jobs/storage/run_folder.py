@@ -128,19 +128,21 @@ class RunFolder:
         mine = path.with_name(f"{path.name}.{rank}")
         write_json(mine, {"failed_rank": rank, "traceback": trace, **facts})
         try:
-            os.link(mine, path)  # only one of several processes can make it, and its file is complete already
-        except FileExistsError:
-            known = self.read_failure()
-            if "state" in facts and "state" not in known:  # whoever was going to decide has decided
-                write_json(path, {**known, **facts})
-                write_json(self.status, {**self.read_status(), **self.final_failure()})
-            return False
+            with suppress(FileExistsError):
+                os.link(mine, path)  # only one of several processes can make it, and its file is complete already
+            is_first = mine.stat().st_nlink > 1  # on NFS, link may say of what it has made itself that it exists
         except OSError:  # a file system without links: then there may be two first ones
             mine.replace(path)
+            is_first = True
         finally:
             mine.unlink(missing_ok=True)
-        write_json(self.status, {**self.read_status(), **self.final_failure()})
-        return True
+        known = self.read_failure()
+        is_last = "state" in facts and "state" not in known  # whoever was going to decide has decided
+        if is_last:
+            write_json(path, {**known, **facts})
+        if is_first or is_last:
+            write_json(self.status, {**self.read_status(), **self.final_failure()})
+        return is_first
 
     def read_failure(self) -> dict[str, Any]:
         """Reads what the first failing process wrote; {} if none has failed."""

@@ -212,6 +212,24 @@ def test_a_failure_is_recorded_where_files_cannot_be_linked(
     assert run.read_failure()["failed_rank"] == 1
 
 
+def test_a_failure_is_the_first_although_nfs_says_of_its_file_that_it_exists(
+    make: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def answer_is_lost(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))  # so the question that is sent again is answered
+
+    monkeypatch.setattr(os, "link", answer_is_lost)
+    run = make("a", state="running")
+    assert run.write_failure(1, "broken", state=State.FAILED)
+    assert seen(run) == ("failed", "broken")
+    monkeypatch.undo()
+    assert not run.write_failure(0, "an echo", state=State.FAILED)
+    assert seen(run) == ("failed", "broken")
+
+
 def test_looking_leaves_no_trace_and_keeps_nobody_out(make: Callable[..., RunFolder]) -> None:
     run = make("a", state="running")
     before = sorted(path.name for path in run.path.iterdir())
