@@ -811,8 +811,8 @@ FAULTS = [
     Fault(
         "a set that has lost a shard counts as complete",
         "jobs/sample/sample_set.py",
-        "self.file.is_file() and not self.missing()",
-        "self.file.is_file()",
+        "return self._is_merged(self.read_manifest()) and not self.missing()",
+        "return self._is_merged(self.read_manifest())",
         "tests/jobs/test_samples.py::test_a_lost_or_cut_shard_is_drawn_again",
     ),
     Fault(
@@ -840,8 +840,22 @@ FAULTS = [
         "a set that grows takes damaged shards over",
         "commands/sample.py",
         "damaged = asked.damaged()",
-        "damaged: list[int] = []",
+        "damaged: list[object] = []",
         "tests/jobs/test_samples.py::test_a_set_that_grows_takes_no_damaged_shard_over",
+    ),
+    Fault(
+        "a complete set is called whole though its bytes have changed",
+        "commands/sample.py",
+        "asked.picture.exists() and not damaged:",
+        "asked.picture.exists():",
+        "tests/jobs/test_samples.py::test_what_has_changed_of_a_complete_set_is_made_again",
+    ),
+    Fault(
+        "a model is published with samples that have changed",
+        "jobs/publish/folder.py",
+        "    elif changed := found.damaged():",
+        "    elif changed := list[Path]():",
+        "tests/jobs/test_publish.py::test_a_set_that_has_changed_is_published_after_the_command_that_draws_it_again",
     ),
     Fault(
         "an eta of 0 that is typed is not heard",
@@ -1086,8 +1100,8 @@ FAULTS = [
     Fault(
         "samples are judged without a look at their hash",
         "jobs/evaluate/plan.py",
-        'if sha256(path) != chosen.read_manifest()["sha256"][DRAWN]:',
-        "if False:",
+        "    if sha256(path) != recorded:",
+        "    if False:",
         "tests/jobs/test_evaluate.py::test_samples_that_are_not_those_that_were_drawn_are_refused",
     ),
     Fault(

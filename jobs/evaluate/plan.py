@@ -144,7 +144,6 @@ def plan(
         raise UserError(f"--likelihood is for images, others always have it; got {experiment}")
     chosen = sample_set.read(run, _choose(run, name, checkpoint))
     load_samples(chosen, config.data.sample)
-    manifest = chosen.read_manifest()
     protocol = {
         "version": config.data.metrics_version,
         "seed": SEED,
@@ -154,7 +153,7 @@ def plan(
         "samples": {"num_samples": chosen.num_samples, **chosen.settings.as_json()},
         "weights_are_there": True,
         "sha256": {
-            "samples": manifest["sha256"][DRAWN],
+            "samples": sample_set.hashes_in(chosen.read_manifest())[DRAWN],
             "weights": chosen.settings.weights_sha256,
             **config.data.digest(inception=inception),
         },
@@ -176,9 +175,10 @@ def load_samples(chosen: SampleSet, sample: SampleFormat) -> "NDArray[Any]":
     """The samples of a complete set; raises UserError unless they are those that were drawn, and can be evaluated."""
     import numpy as np
 
-    path = chosen.file
-    if sha256(path) != chosen.read_manifest()["sha256"][DRAWN]:
-        raise UserError(f"{path} is not the file that was drawn: its sha256 differs from its manifest.json")
+    path, recorded = chosen.file, sample_set.hashes_in(chosen.read_manifest()).get(DRAWN)
+    if sha256(path) != recorded:
+        differs = "its sha256 differs from its manifest.json" if recorded else "its manifest.json names no sha256 of it"
+        raise UserError(f"{path} is not known to be what was drawn: {differs}; write it again with: {chosen.command}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             array: NDArray[Any] = arrays["arr_0"]

@@ -11,7 +11,7 @@ from jobs.experiments.configs import ExperimentConfig
 from jobs.experiments.experiment_json import MAY_CHANGE
 from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.classes import label, predictions
-from jobs.sample.sample_set import DRAWN, SampleSet, SampleSettings
+from jobs.sample.sample_set import DRAWN, SampleSet, SampleSettings, hashes_in
 from jobs.storage import checkpoints
 from jobs.storage.provenance import versions
 from jobs.storage.run_folder import RunFolder
@@ -48,8 +48,8 @@ def evaluation(samples: SampleSet) -> dict[str, Any]:
     """What `evaluate` has found about these samples; {} if it has not, or if they are other ones by now."""
     try:
         found = json.loads((samples.folder / "metrics.json").read_text())
-        ours = found["protocol"]["sha256"]["samples"] == samples.read_manifest()["sha256"][DRAWN]
-    except (FileNotFoundError, ValueError, KeyError):
+        ours = found["protocol"]["sha256"]["samples"] == hashes_in(samples.read_manifest())[DRAWN]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return {}
     return dict(found) if ours else {}
 

@@ -73,6 +73,8 @@ def publish(
     found = examples(run, manifest["files"][checkpoints.EMA]["sha256"], say)
     if found is None:
         say(f"The card has no picture and no numbers: no samples of step {step:,} are there; `sample` draws some.")
+    elif changed := found.damaged():
+        raise UserError(f"{changed[0]} has changed since it was written; draw it again with: {found.command}")
     settings = found.settings if found is not None else _default(run, experiment, config, step, say)
     # Older sets have "auto" here, which means the run's own.
     settings = replace(settings, precision=precision_of(run, settings.precision, "fp32"))

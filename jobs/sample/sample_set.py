@@ -276,6 +276,16 @@ class SampleSet:
         return self.folder / "grid.png"
 
     @property
+    def command(self) -> str:
+        """The command that draws what is missing of the set; the other settings are those of a named set itself."""
+        of = self.settings
+        told = f" --classes {','.join(map(str, of.classes))} --guidance {of.guidance}" if of.classes else ""
+        told += f" --weights {of.weights}" if of.weights != "ema" else ""
+        told += f" --seed {of.seed}" if of.seed else ""
+        run = RunFolder(self.run)
+        return f"python launch.py sample {run} --name {self.name} --num-samples {self.num_samples}{told}"
+
+    @property
     def num_shards(self) -> int:
         return number_of_shards(self.num_samples, self.settings.shard_size)
 
@@ -307,25 +317,35 @@ class SampleSet:
         self.check_wanted()
         write_atomically(self.shard_path(shard), content.getvalue())
 
+    def shards_among(self, paths: Collection[Path]) -> list[int]:
+        return [shard for shard in range(self.num_shards) if self.shard_path(shard) in paths]
+
     def missing(self) -> list[int]:
         return [shard for shard in range(self.num_shards) if not self.has_shard(shard)]
 
-    def damaged(self) -> list[int]:
-        """The shards that are there, but not with the bytes that the manifest has recorded."""
-        recorded = self.read_manifest().get("sha256", {})
-        paths = {shard: self.shard_path(shard) for shard in range(self.num_shards)}
-        there = {shard: path for shard, path in paths.items() if path.name in recorded and self.has_shard(shard)}
-        return [shard for shard, path in there.items() if sha256(path) != recorded[path.name]]
+    def damaged(self) -> list[Path]:
+        """The shards, and the file of a complete set, that are there without the bytes that the manifest has recorded.
+
+        All is read, about a second for each GB.
+        """
+        manifest = self.read_manifest()
+        recorded = hashes_in(manifest)
+        there = [self.shard_path(shard) for shard in range(self.num_shards) if self.has_shard(shard)]
+        if self._is_merged(manifest):
+            there.append(self.file)
+        return [path for path in there if path.name in recorded and sha256(path) != recorded[path.name]]
 
     def read_manifest(self) -> dict[str, Any]:
         """manifest.json, {} if there is none."""
         return RunFolder(self.run).read_samples(self.name)
 
     def is_complete(self) -> bool:
-        manifest = self.read_manifest()
+        return self._is_merged(self.read_manifest()) and not self.missing()
+
+    def _is_merged(self, manifest: Mapping[str, Any]) -> bool:
         # A set that is extended is complete with its old number until its manifest is written anew.
         merged = manifest.get("complete") and manifest["num_samples"] == self.num_samples
-        return bool(merged) and self.file.is_file() and not self.missing()
+        return bool(merged) and DRAWN in hashes_in(manifest) and self.file.is_file()
 
     def write_manifest(self, **more: Any) -> None:
         """Settings and number of samples; `complete` once all are there, and hashes."""
@@ -397,18 +417,18 @@ class SampleSet:
                 raise UserError(f"samples {self.name} are being drawn already, by another command")
             yield
 
-    def begin(self, planned: Mapping[str, Any], damaged: Collection[int] = ()) -> None:
+    def begin(self, planned: Mapping[str, Any], damaged: Collection[Path] = ()) -> None:
         """Writes that the set is being drawn, without the shards that are damaged, and keeps the hashes of the others.
 
         Raises UserError if the manifest is not the one that the set was planned with.
         """
         if self.read_manifest() != planned:
             raise UserError(f"samples {self.name} have just been changed by another command; start this one again")
-        for shard in damaged:
-            self.shard_path(shard).unlink(missing_ok=True)
+        for path in damaged:
+            path.unlink(missing_ok=True)
         good = {self.shard_path(shard).name for shard in range(self.num_shards) if self.has_shard(shard)}
-        hashes = {name: value for name, value in planned.get("sha256", {}).items() if name in good}
-        more = {"held": _held(planned), "sha256": hashes}
+        recorded = {name: value for name, value in hashes_in(planned).items() if name in good}
+        more = {"held": _held(planned), "sha256": recorded}
         self.write_manifest(**{key: value for key, value in more.items() if value})
         # After the manifest, so that no complete set loses samples.
         self._cut_last_shard()
@@ -456,9 +476,15 @@ class SampleSet:
                         file.write(self.settings.classes_of(*self.shard_range(shard)).astype("<i8").data)
             self.check_wanted()
         # The manifest comes last, because what it calls complete must be there.
-        hashes = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
+        drawn = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
         self.check_wanted()
-        self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **hashes})
+        self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **drawn})
+
+
+def hashes_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The SHA-256 of a set's files by their names, those that its manifest has recorded."""
+    recorded = manifest.get("sha256")
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _held(manifest: Mapping[str, Any]) -> int:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 from dataclasses import replace
@@ -332,6 +333,23 @@ def test_samples_that_are_not_those_that_were_drawn_are_refused(root: Path) -> N
     np.savez(folder(root) / "samples.npz", np.zeros(5000, np.float32))
     assert "its sha256 differs" in sentence(launch("evaluate", "1d/a", "--samples", "more", cwd=root))
     assert not (folder(root) / ".evaluation").exists()
+
+
+@pytest.mark.parametrize("recorded", [None, {}, {"shard-00000.npy": "0"}, [], "0"])
+def test_samples_of_which_no_hash_is_known_are_judged_after_the_command_that_records_it(
+    recorded: object, root: Path
+) -> None:
+    path = folder(root) / "manifest.json"
+    before = path.read_bytes()
+    manifest = {**json.loads(before), "sha256": recorded}
+    if recorded is None:
+        del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    refused = sentence(launch("evaluate", "1d/a", "--samples", "more", cwd=root))
+    assert "its manifest.json names no sha256 of it; write it again with: python launch.py " in refused
+    done(*shlex.split(refused.rpartition("launch.py ")[2]), cwd=root, **NO_FIGURES)
+    assert path.read_bytes() == before
+    assert planned(root, "more").protocol["sha256"]["samples"] == sha256(folder(root) / "samples.npz")
 
 
 def test_constant_samples_get_the_right_numbers(root: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,29 @@ def test_samples_of_other_weights_of_the_step_are_no_examples(runs: Path, tmp_pa
     said: list[str] = []
     folder.publish(run, 3, "mit", tmp_path / "again", said.append)
     assert "no samples of step 3 are there" in said[-1]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("experiment", "damaged"), [("1d", "samples.npz"), *((name, "shard-00000.npy") for name in DRAW)]
+)
+def test_a_set_that_has_changed_is_published_after_the_command_that_draws_it_again(
+    experiment: str, damaged: str, runs: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(shutil.copytree(runs / experiment / "a", tmp_path / "runs" / experiment / "a"))
+    if (run.samples / "newer").exists():
+        shutil.rmtree(run.samples / "newer")
+    path = run.samples / "s" / damaged
+    before, manifest = path.read_bytes(), (run.samples / "s" / "manifest.json").read_bytes()
+    path.write_bytes(before[:-9] + bytes([before[-9] ^ 1]) + before[-8:])
+    refused = launch("export", f"{experiment}/a", "model", cwd=tmp_path)
+    assert refused.code == 2 and not (tmp_path / "model").exists()
+    said = " ".join(refused.err.split())
+    assert f"{damaged} has changed since it was written; draw it again with: python launch.py sample" in said
+    done(*shlex.split(said.rpartition("launch.py ")[2]), cwd=tmp_path, **NO_FIGURES)
+    assert path.read_bytes() == before
+    assert (run.samples / "s" / "manifest.json").read_bytes() == manifest
+    done("export", f"{experiment}/a", "model", cwd=tmp_path)
 
 
 @pytest.mark.processes

@@ -303,6 +303,23 @@ def test_a_lost_or_cut_shard_is_drawn_again(root: Path) -> None:
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("damaged", ["shard-00001.npy", "samples.npz"])
+def test_what_has_changed_of_a_complete_set_is_made_again(damaged: str, root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--num-samples", 70_000, "--name", "s")
+    done(*command, cwd=root)  # with its picture, or the same command would have that left to do
+    folder = root / "runs" / "1d" / "a" / "samples" / "s"
+    before = contents(folder)
+    content = bytearray(before[damaged])
+    content[-9] ^= 1
+    (folder / damaged).write_bytes(content)
+    again = done(*command, "--export", "npy", cwd=root)
+    assert f"s/{damaged} has changed since it was written" in again.out and "already" not in again.out
+    exported = folder / "export-npy-70000.npy"
+    assert np.array_equal(np.load(exported), np.load(folder / "samples.npz")["arr_0"])
+    exported.unlink()
+    assert contents(folder) == before
+
+
 @pytest.mark.parametrize("when", ["before it grows", "while it grows"])
 def test_a_set_that_grows_takes_no_damaged_shard_over(when: str, root: Path) -> None:
     command = ("sample", "1d/a", "--steps", 3, "--num-samples")
