@@ -879,11 +879,25 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_complete_set_outlives_a_growth_that_is_stopped",
     ),
     Fault(
-        "a command calls a set complete that another one has made smaller",
+        "a command calls a set complete that has lost a shard",
         "commands/sample.py",
         "if code == 0 and not asked.is_complete():",
         "if False:",
-        "tests/jobs/test_samples.py::test_a_set_that_has_shrunk_meanwhile_is_not_called_complete",
+        "tests/jobs/test_samples.py::test_a_set_that_has_lost_a_shard_meanwhile_is_not_called_complete",
+    ),
+    Fault(
+        "a smaller number throws samples away that were drawn",
+        "jobs/sample/sample_set.py",
+        'mmap_mode="r")) >= stop - start',
+        'mmap_mode="r")) == stop - start',
+        "tests/jobs/test_samples.py::test_a_set_that_never_came_to_its_end_may_become_smaller_and_keeps_what_is_drawn",
+    ),
+    Fault(
+        "a set that has become smaller holds samples that nobody asked for",
+        "jobs/sample/sample_set.py",
+        "return samples[: stop - start]",
+        "return samples",
+        "tests/jobs/test_samples.py::test_a_set_that_never_came_to_its_end_may_become_smaller_and_keeps_what_is_drawn",
     ),
     Fault(
         "a named set does not go on with its own checkpoint",

@@ -211,6 +211,6 @@ def merge(samples: SampleSet) -> None:
         samples.merge()
     if not samples.picture.exists():
         _, config = run.read_experiment()
-        first = np.load(samples.shard_path(0))
+        first = samples.read_shard(0)
         classes = samples.settings.classes_of(0, len(first)) if samples.settings.classes else None
         decorate(samples.picture.name, lambda: config.build().draw_samples(first, samples.picture, classes), print)

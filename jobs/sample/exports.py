@@ -110,6 +110,4 @@ def _pngs(samples: SampleSet) -> Iterator[tuple[str, bytes]]:
 
 def _parts(samples: SampleSet) -> Iterator["NDArray[Any]"]:
     """Yields the samples in order, those of one shard at a time."""
-    import numpy as np
-
-    return (np.load(samples.shard_path(shard)) for shard in range(samples.num_shards))
+    return (samples.read_shard(shard) for shard in range(samples.num_shards))

@@ -298,15 +298,23 @@ class SampleSet:
         return start, min(start + self.settings.shard_size, self.num_samples)
 
     def has_shard(self, shard: int) -> bool:
-        """Whether the shard is there with all its samples."""
+        """Whether the shard is there with all its samples, or with more, of a set that was to be larger."""
         import numpy as np  # here, because the command line starts without it
 
         start, stop = self.shard_range(shard)
         try:
             # Mapped, so that of each of many shards only the header is read.
-            return len(np.load(self.shard_path(shard), mmap_mode="r")) == stop - start
+            return len(np.load(self.shard_path(shard), mmap_mode="r")) >= stop - start
         except (FileNotFoundError, ValueError, EOFError):
             return False
+
+    def read_shard(self, shard: int) -> "NDArray[Any]":
+        """The samples of the set in a shard that is there."""
+        import numpy as np
+
+        start, stop = self.shard_range(shard)
+        samples: NDArray[Any] = np.load(self.shard_path(shard))
+        return samples[: stop - start]
 
     def put_shard(self, shard: int, samples: "NDArray[Any]") -> None:
         """Puts a shard in place, whole or not at all; raises JobError if the set is to hold more samples by now."""
@@ -430,18 +438,6 @@ class SampleSet:
         recorded = {name: value for name, value in hashes_in(planned).items() if name in good}
         more = {"held": _held(planned), "sha256": recorded}
         self.write_manifest(**{key: value for key, value in more.items() if value})
-        # After the manifest, so that no complete set loses samples.
-        self._cut_last_shard()
-
-    def _cut_last_shard(self) -> None:
-        """Cuts the last shard to its length if it is of a set that was to be larger, and never came to its end."""
-        import numpy as np
-
-        last = self.num_shards - 1
-        start, stop = self.shard_range(last)
-        with suppress(FileNotFoundError, ValueError, EOFError):  # there is none, or it is damaged
-            if len(samples := np.load(self.shard_path(last))) > stop - start:
-                self.put_shard(last, samples[: stop - start])
 
     def check_wanted(self) -> None:
         """Raises JobError if the set is to hold more samples by now.
@@ -467,7 +463,7 @@ class SampleSet:
             with _member(archive, "arr_0") as file:
                 np.lib.format.write_array_header_1_0(file, header)
                 for shard in range(self.num_shards):
-                    file.write(np.load(self.shard_path(shard)).data)
+                    file.write(self.read_shard(shard).data)
             if self.settings.classes:
                 header = {"descr": "<i8", "fortran_order": False, "shape": (self.num_samples,)}
                 with _member(archive, "arr_1") as file:
