@@ -148,7 +148,7 @@ class Evaluate:
         faults.forgive_set(asked.folder)
         if isinstance(place, Here):
             with ownership.sampling(run.path) as descriptor:
-                return place.run(job, keep_open=descriptor)
+                return place.run(job, keep_open=[descriptor])
         self.where.copy_code(place)
         place.run_array(elements, submitted, len(elements), merge, min(ROUNDS, job.retries))
         if self.where.wait:

@@ -196,7 +196,7 @@ class Sample:
         is_kept = planned.get("complete") is False  # by a training that goes on, as long as the set is incomplete
         if missing and not is_kept and settings.step not in checkpoints.steps(run.checkpoints):
             return self()  # it has just been deleted: a newer one is taken, or one sentence says that it is gone
-        with asked.alone():
+        with asked.alone() as lock:
             print(f"{asked.num_samples:,} samples need {(asked.needed_bytes() + more) / 1e6:,.1f} MB of disk.")
             # Before the job waits: as long as this says that the set is not complete, a training keeps its checkpoint.
             asked.begin(planned, damaged)
@@ -212,7 +212,7 @@ class Sample:
             else:
                 # By this open file `cancel` finds the processes, whichever sets they draw.
                 with ownership.sampling(run.path) as descriptor:
-                    code = place.run(job, keep_open=descriptor)
+                    code = place.run(job, keep_open=[descriptor, *lock])
         if code == 0 and not asked.is_complete():
             why = "some are missing, or another command has asked for another number of them"
             print(f"{where} does not hold these {asked.num_samples:,} samples: {why}.", file=sys.stderr)

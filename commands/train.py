@@ -169,7 +169,7 @@ def run_training(run: RunFolder, experiment: str, config: ExperimentConfig, wher
         if run.read_status().get("step", 0) < config.train.steps:  # not if it is only drawn again
             notify.rearm(run)
         if isinstance(place, Here):
-            return place.run(replace(job, begun=now()), keep_open=descriptor)
+            return place.run(replace(job, begun=now()), keep_open=[descriptor])
         where.copy_code(place)
         # The lock guards what the launcher writes, up to the job's id. The job takes the run over with a token.
         place.run(job)

@@ -68,16 +68,15 @@ class Here:
             return f"Would run in this allocation, {shape.tasks_per_node} processes on each of {shape.nodes} nodes."
         return f"Would run on this machine in {self.processes} process{'es' if self.processes > 1 else ''}."
 
-    def run(self, job: Job, keep_open: int | None = None) -> int:
-        """Runs the job to its end and returns its exit code; child processes inherit the descriptor `keep_open`.
+    def run(self, job: Job, keep_open: Sequence[int] = ()) -> int:
+        """Runs the job to its end and returns its exit code; child processes inherit the descriptors `keep_open`.
 
         A job that may be tried again is a child even if it is one process, because its parent must survive to decide.
         """
         retried = job if isinstance(job, Retried) else None
-        descriptors = [] if keep_open is None else [keep_open]
         if self.step is not None:
             # A name that no other start has: one that was killed while its processes met has left its file behind.
-            code = allocation.run(job, self.step, self.folder / f".port-{uuid.uuid4().hex}", keep_open=descriptors)
+            code = allocation.run(job, self.step, self.folder / f".port-{uuid.uuid4().hex}", keep_open=keep_open)
             if code in (0, 130):
                 return code
             ended = f"srun ended with exit code {code}: a process has failed without a word, or none started"
@@ -90,7 +89,7 @@ class Here:
         if self.processes == 1 and (retried is None or retried.retries == 0):
             return job()
         while True:
-            outcome = local.run(job, self.processes, keep_open=descriptors)
+            outcome = local.run(job, self.processes, keep_open=keep_open)
             if outcome.exit_code in (0, 130):
                 return outcome.exit_code
             cause = None

@@ -818,9 +818,16 @@ FAULTS = [
     Fault(
         "two commands draw one set at once",
         "jobs/sample/sample_set.py",
-        "            if not is_free:\n",
+        "            if None in lock:\n",
         "            if False:\n",
         "tests/jobs/test_samples.py::test_a_set_is_drawn_by_one_command_at_a_time",
+    ),
+    Fault(
+        "two commands draw one set at once, of which one has been killed and its processes not yet",
+        "commands/sample.py",
+        "keep_open=[descriptor, *lock])",
+        "keep_open=[descriptor])",
+        "tests/jobs/test_samples.py::test_processes_that_outlive_their_command_keep_others_from_drawing",
     ),
     Fault(
         "a merge takes the place of a larger set",

@@ -411,19 +411,20 @@ class SampleSet:
             )
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[list[int]]:
         """Keeps other commands from drawing the set meanwhile; raises UserError if one draws it already.
 
-        The kernel frees the set when this process ends, however it ends.
+        Yields file descriptors for the processes that draw to inherit. The kernel frees the set when the last of them
+        ends, and this one, however they end.
         """
         with ExitStack() as stack:
             try:
-                is_free = stack.enter_context(ownership.locked(self.run, f"{DRAWING}{self.name}")) is not None
+                lock = [stack.enter_context(ownership.locked(self.run, f"{DRAWING}{self.name}"))]
             except UserError:  # files cannot be locked here, which is no reason not to draw
-                is_free = True
-            if not is_free:
+                lock = []
+            if None in lock:
                 raise UserError(f"samples {self.name} are being drawn already, by another command")
-            yield
+            yield [descriptor for descriptor in lock if descriptor is not None]
 
     def begin(self, planned: Mapping[str, Any], damaged: Collection[Path] = ()) -> None:
         """Writes that the set is being drawn, without the shards that are damaged, and keeps the hashes of the others.

@@ -27,7 +27,7 @@ from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
 from tests.held import AFTER_SHARD, held, let_go, start_held
-from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, relatives, sentence, wait_until
+from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, relatives, sentence, wait_until, workers
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +418,25 @@ def test_a_set_is_drawn_by_one_command_at_a_time(root: Path) -> None:
     assert len(np.load(folder / "samples.npz")["arr_0"]) == 1000
     done(*command, "--num-samples", 2000, cwd=root, **NO_FIGURES)
     assert len(np.load(folder / "samples.npz")["arr_0"]) == 2000
+
+
+def test_processes_that_outlive_their_command_keep_others_from_drawing(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--name", "race", "--num-samples", 200_000, "--device", "cpu")
+    process = start_held(AFTER_SHARD, 1, *command, "--gpus", 2, cwd=root)
+    held(root)
+    children = [pid for pid in workers(process) if pid != process.pid]
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    refused = launch(*command, cwd=root, **NO_FIGURES)
+    for pid in children:
+        os.kill(pid, signal.SIGCONT)  # they have been told to stop meanwhile
+    assert refused.code == 2
+    assert "samples race are being drawn already, by another command" in sentence(refused.err)
+    wait_until(lambda: not relatives(process))
+    finish(process)
+    done(*command, cwd=root, **NO_FIGURES)
 
 
 @pytest.mark.parametrize("place", [AFTER_MANIFEST, AFTER_SHARD])
