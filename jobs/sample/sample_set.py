@@ -1,6 +1,7 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
 import hashlib
+import json
 import shutil
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -328,6 +329,18 @@ class SampleSet:
     def shards_among(self, paths: Collection[Path]) -> list[int]:
         return [shard for shard in range(self.num_shards) if self.shard_path(shard) in paths]
 
+    def add_machine(self, machine: Mapping[str, Any]) -> bool:
+        """Notes a kind of machine that draws shards; returns whether it is a new one."""
+        key = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
+        if (path := self.folder / f".machine-{key}.json").exists():
+            return False
+        write_json(path, machine)
+        return True
+
+    def machines(self) -> list[dict[str, Any]]:
+        """The kinds of machines that have drawn shards, as far as that was noted."""
+        return [json.loads(path.read_text()) for path in sorted(self.folder.glob(".machine-*.json"))]
+
     def missing(self) -> list[int]:
         return [shard for shard in range(self.num_shards) if not self.has_shard(shard)]
 
@@ -433,6 +446,8 @@ class SampleSet:
         """
         if self.read_manifest() != planned:
             raise UserError(f"samples {self.name} have just been changed by another command; start this one again")
+        for machine in planned.get("machines", ()):
+            self.add_machine(machine)  # its own note may have been lost when the folder was copied
         for path in damaged:
             path.unlink(missing_ok=True)
         good = {self.shard_path(shard).name for shard in range(self.num_shards) if self.has_shard(shard)}
@@ -475,7 +490,8 @@ class SampleSet:
         # The manifest comes last, because what it calls complete must be there.
         drawn = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
         self.check_wanted()
-        self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **drawn})
+        machines = {"machines": known} if (known := self.machines()) else {}
+        self.write_manifest(complete=True, **machines, sha256={DRAWN: sha256(self.file), **drawn})
 
 
 def hashes_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
