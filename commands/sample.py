@@ -124,18 +124,24 @@ class Sample:
         usual = default.steps if name == default.sampler else SAMPLERS[name].default_steps or timesteps
         # A process with fewer timesteps than that has no more of them to visit.
         steps = self.steps if self.steps is not None else min(usual, timesteps)
+        checkpoint = self.checkpoint if self.checkpoint is not None else there.get("step")
+        # A set that is complete needs its checkpoint no more, unless it is to grow, or has been damaged.
+        is_gone = bool(there) and checkpoint == there.get("step") not in checkpoints.steps(run.checkpoints)
+        if is_gone and not there.get("complete"):
+            sample_set.check_step(run, self.name, there)
         say = partial(print, file=sys.stderr) if self.where.dry_run else print  # what it shows can be parsed
         settings = sample_set.choose(
             run,
             seed=self.seed,
             sampler=SamplerSettings(sampler=name, steps=steps, eta=default.eta if self.eta is None else self.eta),
             weights=self.weights,
-            checkpoint=self.checkpoint if self.checkpoint is not None else sample_set.step_of(run, self.name, there),
+            checkpoint=checkpoint,
             classes=self.classes,
             guidance=self.guidance,
             autoguided=autoguided,
             weak=weak,
             begun=guided,
+            drawn=there.get("weights_sha256") if is_gone else None,
             compile=self.compile or bool(there.get("compile")),
             say=say,
         )
@@ -159,6 +165,8 @@ class Sample:
                 self._say_export(asked, where)
             return 0
         missing = tuple(sorted({*asked.missing(), *asked.shards_among(damaged)}))
+        if missing:
+            sample_set.check_step(run, self.name, there)
         if missing and guided is not None and settings.autoguidance == guided:  # taken over unseen
             autoguidance.check(run, guided, settings.weights)
         place = self.where.place(run)

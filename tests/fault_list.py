@@ -915,10 +915,17 @@ FAULTS = [
     ),
     Fault(
         "a named set does not go on with its own checkpoint",
-        "jobs/sample/sample_set.py",
-        "    return step\n\n\ndef _told_apart",
-        "    return None\n\n\ndef _told_apart",
+        "commands/sample.py",
+        'else there.get("step")\n',
+        "else None\n",
         "tests/jobs/test_samples.py::test_a_named_set_goes_on_with_its_own_checkpoint",
+    ),
+    Fault(
+        "a complete set cannot be exported once its checkpoint is gone",
+        "commands/sample.py",
+        'if is_gone and not there.get("complete"):',
+        "if is_gone:",
+        "tests/jobs/test_samples.py::test_a_complete_set_needs_its_checkpoint_no_more",
     ),
     Fault(
         "a process of several draws with CUDA graphs of the first one's GPU",

@@ -124,6 +124,7 @@ def choose(
     autoguided: float | None = None,
     weak: int | None = None,
     begun: Autoguidance | None = None,
+    drawn: str | None = None,
     compile: bool = False,
     say: Callable[[str], None],
 ) -> SampleSettings:
@@ -131,6 +132,7 @@ def choose(
 
     `autoguided` is the scale of autoguidance, `weak` the step of the weak checkpoint; None is the default. `begun` is
     that of a set which goes on: if it is what is asked for, it is taken over unseen, since a complete set needs none.
+    So are the weights of such a set, whose checkpoint is gone: `drawn` is their SHA-256.
     """
     experiment, config = run.read_experiment()
     entry = EXPERIMENTS[experiment]
@@ -145,7 +147,11 @@ def choose(
         known = ", ".join(name for name, other in EXPERIMENTS.items() if other.preset.knows_classes)
         for flag, value in (("--classes", classes), ("--guidance", guidance)):
             require(value is None, f"{flag} is for models that know classes ({known}), not for {experiment}", value)
-    step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
+    if drawn is not None and isinstance(checkpoint, int):
+        step = checkpoint
+    else:
+        step, manifest = checkpoints.choose(run.checkpoints, checkpoint, say)
+        drawn = manifest["files"][checkpoints.weights_file(weights)]["sha256"]
     guide = begun
     if begun is None or (autoguided, weak) != (begun.scale, begun.step):
         guide = autoguidance.choose(
@@ -159,7 +165,7 @@ def choose(
     return SampleSettings(
         step=step,
         weights=weights,
-        weights_sha256=manifest["files"][checkpoints.weights_file(weights)]["sha256"],
+        weights_sha256=drawn,
         sampler=sampler,
         seed=seed,
         precision=precision_of(run, config.train.precision, "fp32"),
@@ -216,14 +222,13 @@ def sampler_of(written: Mapping[str, Any]) -> SamplerSettings | None:
     return SamplerSettings(**sampler) if sampler else None
 
 
-def step_of(run: RunFolder, name: str | None, written: Mapping[str, Any]) -> int | None:
-    """The step of the checkpoint that a manifest names, None if it names none; raises UserError if that is gone."""
+def check_step(run: RunFolder, name: str | None, written: Mapping[str, Any]) -> None:
+    """Raises UserError if the checkpoint that a manifest names is gone."""
     step = written.get("step")
     if step is not None and step not in checkpoints.steps(run.checkpoints):
         raise UserError(
             f"samples {name} were drawn with the checkpoint of step {step}, which is gone; choose another --name"
         )
-    return step
 
 
 def _told_apart(*guides: dict[str, Any] | None) -> list[str]:

@@ -292,6 +292,31 @@ def test_a_complete_set_stays_complete_if_its_checkpoint_goes_while_it_is_to_gro
     assert contents(root / "runs" / "1d" / "a" / "samples" / "kept") == before
 
 
+def test_a_complete_set_needs_its_checkpoint_no_more(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--name", "kept", "--num-samples")
+    done(*command, 70_000, cwd=root)  # with its picture, or the same command would have that left to do
+    shutil.rmtree(root / "runs" / "1d" / "a" / "checkpoints" / "step-00000050")
+    folder = root / "runs" / "1d" / "a" / "samples" / "kept"
+    before = contents(folder)
+    said = done(*command, 70_000, "--export", "npy", cwd=root).out
+    assert "70,000 samples are in runs/1d/a/samples/kept already." in said
+    assert len(np.load(folder / "export-npy-70000.npy")) == 70_000
+    (folder / "export-npy-70000.npy").unlink()
+    assert launch(*command, 70_000, "--weights", "model", cwd=root).code == 2
+    (folder / "samples.npz").unlink()
+    done(*command, 70_000, cwd=root)
+    assert contents(folder) == before
+    gone = "samples kept were drawn with the checkpoint of step 50, which is gone; choose another --name"
+    for number in (70_001, 200_000):
+        refused = launch(*command, number, cwd=root)
+        assert refused.code == 2 and gone in sentence(refused.err)
+    content = before["shard-00000.npy"]
+    (folder / "shard-00000.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refused = launch(*command, 70_000, cwd=root)
+    assert refused.code == 2 and gone in sentence(refused.err)
+    assert json.loads(before["manifest.json"]) == json.loads((folder / "manifest.json").read_text())
+
+
 def test_an_eta_of_0_that_is_typed_is_not_the_eta_of_the_set(root: Path) -> None:
     command = ("sample", "1d/a", "--num-samples", 10, "--name", "noisy")
     done(*command, "--sampler", "ddim", "--steps", 3, "--eta", 0.5, cwd=root, **NO_FIGURES)
