@@ -107,7 +107,9 @@ def plan(run: RunFolder, settings: SampleSettings, num_samples: int, name: str |
     """The set of so many samples that a user asks for; raises UserError where that cannot be."""
     require(num_samples >= 1, "--num-samples must be at least 1", num_samples)
     num_bytes = run.read_experiment()[1].data.sample.num_bytes
-    found = SampleSet(run.path, check_name(name or settings.label, SAMPLES_NAME), settings, num_samples, num_bytes)
+    found = SampleSet(
+        run.path, check_name(settings.label if name is None else name, SAMPLES_NAME), settings, num_samples, num_bytes
+    )
     found.check_existing()
     return found
 

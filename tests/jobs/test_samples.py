@@ -613,6 +613,7 @@ def test_a_sampler_takes_its_own_number_of_steps(arguments: list[str], sampler: 
         (["--seed", "-1"], "--seed must lie between"),
         (["--checkpoint", "7"], "--checkpoint must be a step"),
         (["--name", "../x"], "a name is made of"),
+        (["--name", ""], "a name is made of"),
         (["--sampler", "euler"], "euler"),
     ],
 )
