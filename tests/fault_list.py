@@ -1013,10 +1013,17 @@ FAULTS = [
     ),
     Fault(
         "an export removes one that goes on elsewhere",
-        "jobs/sample/exports.py",
-        "            if time.time() - left.stat().st_mtime > ABANDONED_S:\n",
-        "            if True:\n",
+        "jobs/sample/sample_set.py",
+        "                if time.time() - left.stat().st_mtime > ABANDONED_S:\n",
+        "                if True:\n",
         "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[npy]",
+    ),
+    Fault(
+        "what a killed sampling has half written fills the disk for ever",
+        "jobs/sample/sample_set.py",
+        "        self.remove_abandoned()\n",
+        "",
+        "tests/jobs/test_samples.py::test_what_a_killed_process_has_half_written_is_removed_once_it_is_old",
     ),
     Fault(
         "a published model writes samples that are not finite",

@@ -2,10 +2,8 @@
 
 import io
 import shutil
-import time
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal
 
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
 Form = Literal["adm", "png", "zip", "npy"]
 """OpenAI's npz, a folder of PNGs, a zip file of PNGs, one array."""
 
-ABANDONED_S = 3600
-"""An export that has written nothing for so long is not going on any more."""
 _SUFFIX: dict[Form, str] = {"adm": ".npz", "png": "", "zip": ".zip", "npy": ".npy"}
 
 
@@ -50,7 +46,7 @@ def export(samples: SampleSet, form: Form | None) -> None:
     """
     if form is None:
         return
-    _remove_abandoned(samples.folder)
+    samples.remove_abandoned()
     if (target := path(samples, form)).exists():
         return
     if form == "png":
@@ -74,14 +70,6 @@ def export(samples: SampleSet, form: Form | None) -> None:
                             _write_array(member, samples, channels=3)
                         else:
                             shutil.copyfileobj(merged.open(name), member)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what exports have left behind that were killed; one that goes on, perhaps elsewhere, writes often."""
-    for left in folder.glob(".export-*.tmp"):
-        with suppress(OSError):  # another process removes it, too, or has finished it
-            if time.time() - left.stat().st_mtime > ABANDONED_S:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _write_array(file: IO[bytes], samples: SampleSet, channels: int | None = None) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -38,6 +39,8 @@ DRAWING = ".drawing-"
 """Begins the name of a file below a run's folder that is locked by who draws a set."""
 MAX_NAME = 255 - len(DRAWING)
 """Letters in the name of a set: file names end at 255 bytes."""
+ABANDONED_S = 3600
+"""A process that has written nothing for so long to a file that is to appear is not at work on it any more."""
 LABEL_BYTES = 8
 """Size of the class of one sample in it."""
 
@@ -336,6 +339,13 @@ class SampleSet:
     def shards_among(self, paths: Collection[Path]) -> list[int]:
         return [shard for shard in range(self.num_shards) if self.shard_path(shard) in paths]
 
+    def remove_abandoned(self) -> None:
+        """Removes what killed processes have left half-written; one that goes on, perhaps elsewhere, writes often."""
+        for left in self.folder.glob(".*.tmp"):
+            with suppress(OSError):  # another process removes it, too, or has finished it
+                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+
     def add_machine(self, machine: Mapping[str, Any]) -> bool:
         """Notes a kind of machine that draws shards; returns whether it is a new one."""
         key = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
@@ -453,6 +463,7 @@ class SampleSet:
         """
         if self.read_manifest() != planned:
             raise UserError(f"samples {self.name} have just been changed by another command; start this one again")
+        self.remove_abandoned()
         for machine in planned.get("machines", ()):
             self.add_machine(machine)  # its own note may have been lost when the folder was copied
         for path in damaged:

@@ -386,6 +386,18 @@ def test_the_picture_of_a_set_that_has_grown_is_of_all_of_it(root: Path) -> None
     assert contents(folder / "grown") == contents(folder / "whole")
 
 
+def test_what_a_killed_process_has_half_written_is_removed_once_it_is_old(root: Path) -> None:
+    command = ("sample", "1d/a", "--steps", 3, "--name", "s", "--num-samples")
+    done(*command, 10, cwd=root, **NO_FIGURES)
+    folder = root / "runs" / "1d" / "a" / "samples" / "s"
+    old, young = folder / ".samples.npz.7.tmp", folder / ".shard-00000.npy.8.tmp"
+    for left in (old, young):
+        left.touch()
+    os.utime(old, (0, 0))
+    done(*command, 20, cwd=root, **NO_FIGURES)
+    assert young.exists() and not old.exists()
+
+
 def test_a_set_without_hashes_grows(root: Path) -> None:
     command = ("sample", "1d/a", "--steps", 3, "--name", "old", "--num-samples")
     done(*command, 10, cwd=root, **NO_FIGURES)
