@@ -1225,6 +1225,13 @@ FAULTS = [
         "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
     ),
     Fault(
+        "a copied run sends its original's curve once more",
+        "jobs/watch/sync.py",
+        '"wandb/offline-run-*/run-{own}*.wandb"',
+        '"wandb/offline-run-*/*.wandb"',
+        "tests/jobs/test_copies.py::test_a_copy_sends_its_own_tracking_and_none_of_its_original",
+    ),
+    Fault(
         "segments that wandb has are sent again",
         "jobs/watch/sync.py",
         "if segment not in held_back and not is_sent(segment)]",

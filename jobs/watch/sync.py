@@ -37,8 +37,11 @@ def check_server() -> None:
 
 def segments(run: RunFolder) -> list[Path]:
     """Returns wandb's files of what was tracked offline, oldest first: training, samples and evaluations."""
+    launch = run.read_launch()
+    # A copy of a folder also holds those of its original, whose curve they would lengthen once more.
+    own = launch.get("wandb_id", "of-no-run" if launch else "")
     # The folders' names begin with the time of their start.
-    return sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
+    return sorted(run.path.glob(f"wandb/offline-run-*/run-{own}*.wandb"))
 
 
 def why_nothing(run: RunFolder) -> str:

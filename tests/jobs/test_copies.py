@@ -15,6 +15,7 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.sample_set import SampleSet
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.identity import ensure_id
+from jobs.watch.sync import segments
 
 JOBS = {"job_ids": ["17"], "sample_job_ids": ["18", "19"]}
 
@@ -43,6 +44,25 @@ def test_a_copy_has_no_jobs_and_an_id_of_its_own(run: RunFolder) -> None:
     assert run.read_launch() == mine
     shutil.rmtree(run.path)
     assert copy.read_launch()["job_ids"] == ["20"]
+
+
+def test_a_copy_sends_its_own_tracking_and_none_of_its_original(run: RunFolder) -> None:
+    def track(run: RunFolder, wandb_id: str) -> Path:
+        folder = run.path / "wandb" / f"offline-run-20260101_000000-{wandb_id}"
+        folder.mkdir(parents=True)
+        (folder / f"run-{wandb_id}.wandb").touch()
+        return folder / f"run-{wandb_id}.wandb"
+
+    originals = [track(run, "0000abcd"), track(run, "0000abcd-51073f")]  # the training, and a set of samples
+    copy = RunFolder(run.path.with_name("copy"))
+    shutil.copytree(run.path, copy.path)
+    assert segments(copy) == []
+    ensure_id(copy)
+    mine = track(copy, copy.read_launch()["wandb_id"])
+    assert segments(copy) == [mine]
+    assert segments(run) == originals
+    (run.path / "launch.json").unlink()  # whose they are is not known any more, so they are sent
+    assert segments(run) == originals
 
 
 def test_a_moved_run_is_the_same(run: RunFolder) -> None:
