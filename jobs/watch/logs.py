@@ -37,7 +37,7 @@ def title(run: RunFolder) -> str:
     name = as_typed(path)
     if path.exists():
         return f"==> {name}"
-    state = states.read_status(run).get("state", State.CREATED)
+    state = states.summarize(run, None).state  # without Slurm's word, but true of a process that was killed here
     yet = " yet" if state in (State.CREATED, *states.UNSETTLED) else ""
     return f"==> {name} is not there{yet}; the run is {state}"
 

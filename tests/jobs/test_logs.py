@@ -55,6 +55,17 @@ def test_following_a_run_that_is_killed_ends_too(tmp_path: Path) -> None:
     assert finish(following).code == 0
 
 
+def test_a_killed_run_that_has_printed_nothing_is_not_said_to_run(tmp_path: Path) -> None:
+    training = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
+    run = tmp_path / "runs" / "1d" / "a"
+    wait_until(lambda: steps_logged(run) > 10)
+    os.kill(training.pid, signal.SIGKILL)
+    finish(training)
+    (run / "log.txt").unlink(missing_ok=True)
+    shown = done("logs", run, "--follow", cwd=tmp_path)
+    assert shown.err.endswith("log.txt is not there; the run is failed\n")
+
+
 def test_ctrl_c_ends_following_and_nothing_else(tmp_path: Path) -> None:
     training = start(*ENDLESS, cwd=tmp_path, **NO_FIGURES)
     run = tmp_path / "runs" / "1d" / "a"
