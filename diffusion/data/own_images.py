@@ -103,7 +103,7 @@ def load(root: Path, size: tuple[int, ...], channels: int | None) -> Loaded:
         rest = np.delete(images, held_out, axis=0), np.delete(labels, held_out)
         splits = {"train": rest, "test": (images[held_out], labels[held_out])}
     if (n := len(splits["train"][0])) < FEWEST:
-        raise UserError(f"a data set needs at least {FEWEST} images for training; {root} holds {n}")
+        raise UserError(f"a data set needs at least {FEWEST} images for training; {root} holds {n} and those for tests")
     shapes = {images.shape[1:] for images, _ in splits.values()}
     if len(shapes) > 1 or len(splits["test"][0]) == 0:
         raise UserError(f"images for training and tests must be of one size, and some of each; got {shapes} in {root}")

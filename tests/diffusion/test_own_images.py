@@ -297,7 +297,7 @@ def test_a_file_of_arrays_that_cannot_be_used_is_named(what: str, tmp_path: Path
 
 
 def test_what_is_no_data_set_is_refused(grey: NDArray[np.uint8], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 18"):
+    with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 18 and those for tests"):
         load(write_folder(tmp_path / "few", grey[:20]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"needs at least 20 images for training; .* holds 0"):
