@@ -46,6 +46,8 @@ def segments(run: RunFolder) -> list[Path]:
 
 def why_nothing(run: RunFolder) -> str:
     """How a run was tracked that has no such files."""
+    if any(run.path.glob("wandb/offline-run-*")):
+        return "copied from a run that sends this itself"
     if (run.path / "wandb").exists():
         return "tracked online, so wandb has it already"
     return "not tracked (--tracking.mode disabled, or WANDB_MODE=disabled)"
