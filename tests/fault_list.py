@@ -1225,6 +1225,13 @@ FAULTS = [
         "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
     ),
     Fault(
+        "the echo of a killed process counts as what has ended a run",
+        "jobs/storage/faults.py",
+        'is_echo = cause is not None and failure.get("outside")',
+        'is_echo = cause is None and failure.get("outside")',
+        "tests/jobs/test_retries.py::test_a_process_that_is_killed_is_named_also_where_nothing_is_tried_again",
+    ),
+    Fault(
         "a copied run sends its original's curve once more",
         "jobs/watch/sync.py",
         '"wandb/offline-run-*/run-{own}*.wandb"',

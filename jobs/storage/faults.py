@@ -146,7 +146,9 @@ def judge(
     # Created, too: a process may die before it has written the first status.json.
     goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
     # Times compare as text: all are ISO 8601 in UTC, with as many digits.
-    if "state" in failure or not (goes_on or status.get("updated", "") < begun):
+    # What a process has written down as the end may be the echo of another one's, which was killed.
+    is_echo = cause is not None and failure.get("outside") and not failure.get("for_good")
+    if not is_echo and ("state" in failure or not (goes_on or status.get("updated", "") < begun)):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)
     fault, first, tries = _weigh(
@@ -159,7 +161,7 @@ def judge(
         fail(run, f"{first.traceback}\nAnd after a new start, at the same step again:\n\n{fault.traceback}")
     else:
         count = f"; {tries} new start{'s' if tries > 1 else ''} brought no progress" if tries else ""
-        fail(run, f"{fault.traceback or ''}\n{fault.cause}{count}".lstrip())
+        fail(run, f"{fault.traceback or ''}\n{fault.cause}{count}".lstrip(), is_echo=bool(is_echo))
     append(run.path / FILE, asdict(fault))
     if fault.again:
         run.clear_failure()  # the next job may die before it does that
@@ -307,9 +309,9 @@ def finish(run: RunFolder, cause: str) -> bool:
     return True
 
 
-def fail(run: RunFolder, trace: str) -> None:
-    """Writes down that the run has failed for good."""
-    rank = run.read_failure().get("failed_rank")
+def fail(run: RunFolder, trace: str, *, is_echo: bool = False) -> None:
+    """Writes down that the run has failed for good; the process that failed first is not named if it is an echo."""
+    rank = None if is_echo else run.read_failure().get("failed_rank")
     status = {**run.read_status(), "state": State.FAILED, "failed_rank": rank, "traceback": trace, "updated": now()}
     write_json(run.status, status)
 

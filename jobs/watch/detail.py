@@ -76,7 +76,8 @@ def render(detail: dict[str, Any], width: int) -> str:
     if detail["faults"] and (left_out := detail["faults"][-1]["left_out"]):
         lines += _line("left out", *left_out)
     if failed:
-        lines += _line("failure", f"process {detail['failed_rank']} failed first:")
+        rank = detail["failed_rank"]
+        lines += _line("failure", "what is known of it:" if rank is None else f"process {rank} failed first:")
     # Further lines begin where `_line` ends its labels. Flags stay whole, so that they can be copied.
     lines = [textwrap.fill(line, width, subsequent_indent=" " * 15, break_on_hyphens=False) for line in lines]
     return "\n".join([*lines, *(detail["traceback"].rstrip().splitlines() if failed else [])])

@@ -62,6 +62,24 @@ def test_a_run_whose_process_is_killed_goes_on_by_itself_to_the_same_bytes(proce
     assert "tried again" in shown
 
 
+def test_a_process_that_is_killed_is_named_also_where_nothing_is_tried_again(tmp_path: Path) -> None:
+    process = start_held(AFTER_STEP, 60, *COMMAND, "--gpus", 2, "--train.steps", 100, cwd=tmp_path)
+    run = tmp_path / "runs" / "1d" / "a"
+    first = held(tmp_path)
+    (victim,) = {*workers(process)} - {process.pid, first}
+    os.kill(victim, signal.SIGKILL)
+    let_go(tmp_path)  # so that it meets the closed connection, whose error comes before the launcher's word
+    ended = finish(process)
+    assert ended.code == 1
+    assert "process 1 was ended by SIGKILL. Continue with: python launch.py resume" in ended.err
+    (fault,) = lines(run)
+    assert (fault["cause"], fault["again"]) == ("process 1 was ended by SIGKILL", False)
+    shown = done("status", run, cwd=tmp_path).out
+    assert "runs/1d/a: failed\n" in shown
+    assert shown.endswith("process 1 was ended by SIGKILL\n")
+    assert "process 0 failed first" not in shown
+
+
 def test_a_run_is_finished_if_a_process_dies_between_its_last_vote_and_its_end(tmp_path: Path) -> None:
     where = ("--gpus", 2, "--train.steps", 100)
     process = start_held("jobs.train.loop.run_steps", 1, *COMMAND, *where, cwd=tmp_path, times=2)
