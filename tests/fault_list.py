@@ -1227,8 +1227,8 @@ FAULTS = [
     Fault(
         "the echo of a killed process counts as what has ended a run",
         "jobs/storage/faults.py",
-        'is_echo = cause is not None and failure.get("outside")',
-        'is_echo = cause is None and failure.get("outside")',
+        "is_echo = bool(cause is not None and failed_outside)",
+        "is_echo = bool(cause is None and failed_outside)",
         "tests/jobs/test_retries.py::test_a_process_that_is_killed_is_named_also_where_nothing_is_tried_again",
     ),
     Fault(

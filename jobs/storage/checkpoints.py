@@ -113,11 +113,12 @@ def newest(folder: Path, say: Callable[[str], None]) -> int | None:
 
 def _newest(folder: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
     """Returns the manifest of that checkpoint."""
-    for step in steps(folder):
+    there = steps(folder)
+    for step in there:
         try:
             return verify(folder, step)
         except CorruptCheckpoint as error:
-            say(f"WARNING: {error}; falling back to the one before it")
+            say(f"WARNING: {error}{'; falling back to the one before it' if step != there[-1] else ''}")
     if steps(folder):
         raise UserError(f"no checkpoint in {folder} is good; to begin anew, move them away")
     return None

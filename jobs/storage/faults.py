@@ -147,7 +147,8 @@ def judge(
     goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
     # Times compare as text: all are ISO 8601 in UTC, with as many digits.
     # What a process has written down as the end may be the echo of another one's, which was killed.
-    is_echo = cause is not None and failure.get("outside") and not failure.get("for_good")
+    failed_outside = run.state() == State.FAILED and failure.get("outside") and not failure.get("for_good")
+    is_echo = bool(cause is not None and failed_outside)
     if not is_echo and ("state" in failure or not (goes_on or status.get("updated", "") < begun)):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)
@@ -161,7 +162,7 @@ def judge(
         fail(run, f"{first.traceback}\nAnd after a new start, at the same step again:\n\n{fault.traceback}")
     else:
         count = f"; {tries} new start{'s' if tries > 1 else ''} brought no progress" if tries else ""
-        fail(run, f"{fault.traceback or ''}\n{fault.cause}{count}".lstrip(), is_echo=bool(is_echo))
+        fail(run, f"{fault.traceback or ''}\n{fault.cause}{count}".lstrip(), is_echo=is_echo)
     append(run.path / FILE, asdict(fault))
     if fault.again:
         run.clear_failure()  # the next job may die before it does that
