@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -95,6 +96,15 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+def now_in(folder: Path) -> float:
+    """The time by which the disk of this folder gives files theirs: clocks of other machines may differ, also this one's.
+
+    Seconds since 1970. A file without a name is made for that.
+    """
+    with TemporaryFile(dir=folder) as new:
+        return os.fstat(new.fileno()).st_mtime
 
 
 def sha256(path: Path) -> str:

@@ -893,13 +893,6 @@ FAULTS = [
         "tests/jobs/test_samples.py::test_a_set_that_has_lost_a_shard_meanwhile_is_not_called_complete",
     ),
     Fault(
-        "nobody is told that samples of one set are of different machines",
-        "jobs/sample/draw.py",
-        "    note_machine(samples, abar.device)\n",
-        "",
-        "tests/jobs/test_samples.py::test_a_set_names_the_kinds_of_machines_that_have_drawn_it_and_says_when_there_are_several",
-    ),
-    Fault(
         "a smaller number throws samples away that were drawn",
         "jobs/sample/sample_set.py",
         'mmap_mode="r")) >= stop - start',
@@ -1014,7 +1007,7 @@ FAULTS = [
     Fault(
         "an export removes one that goes on elsewhere",
         "jobs/sample/sample_set.py",
-        "                if time.time() - left.stat().st_mtime > ABANDONED_S:\n",
+        "                if now_in(self.folder) - left.stat().st_mtime > ABANDONED_S:\n",
         "                if True:\n",
         "tests/jobs/test_exports.py::test_an_export_appears_whole_or_not_at_all[npy]",
     ),

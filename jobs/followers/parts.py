@@ -54,7 +54,7 @@ class SampleFollower:
 
 def _settings(manifest: dict[str, Any]) -> dict[str, Any]:
     """Returns the settings that determine the samples, named as the flags of `sample`."""
-    others = ("complete", "sha256", "machines", "sampler", "step", "autoguidance")
+    others = ("complete", "sha256", "sampler", "step", "autoguidance")
     about = {key: value for key, value in manifest.items() if key not in others}
     if guided := manifest.get("autoguidance"):
         about |= {"autoguidance": guided["scale"], "weak_checkpoint": guided["step"]}

@@ -164,12 +164,6 @@ def facts(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """Returns the facts on which the bytes of samples depend; machines of one kind have the same."""
-    found = facts(device) | {"device": device.type}
-    return {name: found[name] for name in _on_which_bytes_depend(found) if name in found and name != "nccl"}
-
-
 def shared(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns the facts of a job, which each start records, from those of its processes.
 

@@ -1,7 +1,6 @@
 """The sampling job: draws shards of a set of samples, and merges them when all are there."""
 
 import hashlib
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, count, repeat
@@ -22,15 +21,7 @@ from jobs.health import gpu_test
 from jobs.health.watchdog import COMPILING, DRAWING, Watchdog
 from jobs.runtime.compiling import chooses_in_order, compiled_at_first
 from jobs.runtime.job import JobError, process_rank
-from jobs.runtime.numerics import (
-    Kind,
-    differing,
-    lacking,
-    machine,
-    own_device,
-    resolve_precision,
-    set_numerics,
-)
+from jobs.runtime.numerics import Kind, lacking, own_device, resolve_precision, set_numerics
 from jobs.runtime.prefetch import Prefetch
 from jobs.runtime.signals import SignalWatch, Stop, Stopped
 from jobs.runtime.surroundings import decorate
@@ -134,21 +125,7 @@ def write_shard(
             f"{bad:,} of the {len(x0):,} samples from {start:,} on are not finite: "
             "choose less guidance, another sampler or other weights, and another --name"
         )
-    # Before the shard, so that there is none whose machine is not known.
-    note_machine(samples, abar.device)
     samples.put_shard(shard, experiment.to_array(x0))
-
-
-def note_machine(samples: SampleSet, device: torch.device) -> None:
-    """Notes in the set what kind of machine draws it, and says so if it is new and shards of another kind are there."""
-    here = machine(device)
-    if not samples.add_machine(here):
-        return
-    if others := [other for other in samples.machines() if other != here]:
-        changed = "; ".join(differing(others[0], here))
-        text = f"Samples {samples.name} may differ in their last bits from those of one kind of machine: {changed}."
-        Console(RunFolder(samples.run).log).log(text)
-        print(text, file=sys.stderr, flush=True)  # of any process; where there are several, only the first has a stdout
 
 
 def draw(

@@ -1,9 +1,7 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
 import hashlib
-import json
 import shutil
-import time
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +14,7 @@ from diffusion.errors import UserError
 from diffusion.settings import SamplerSettings, require
 from jobs.experiments.settings import check_seed
 from jobs.experiments.table import EXPERIMENTS
-from jobs.files import sha256, whole, write_atomically, write_json
+from jobs.files import now_in, sha256, whole, write_atomically, write_json
 from jobs.runtime.job import JobError
 from jobs.sample import autoguidance
 from jobs.sample.autoguidance import Autoguidance
@@ -343,20 +341,8 @@ class SampleSet:
         """Removes what killed processes have left half-written; one that goes on, perhaps elsewhere, writes often."""
         for left in self.folder.glob(".*.tmp"):
             with suppress(OSError):  # another process removes it, too, or has finished it
-                if time.time() - left.stat().st_mtime > ABANDONED_S:
+                if now_in(self.folder) - left.stat().st_mtime > ABANDONED_S:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
-
-    def add_machine(self, machine: Mapping[str, Any]) -> bool:
-        """Notes a kind of machine that draws shards; returns whether it is a new one."""
-        key = hashlib.sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()[:12]
-        if (path := self.folder / f".machine-{key}.json").exists():
-            return False
-        write_json(path, machine)
-        return True
-
-    def machines(self) -> list[dict[str, Any]]:
-        """The kinds of machines that have drawn shards, as far as that was noted."""
-        return [json.loads(path.read_text()) for path in sorted(self.folder.glob(".machine-*.json"))]
 
     def missing(self) -> list[int]:
         return [shard for shard in range(self.num_shards) if not self.has_shard(shard)]
@@ -463,15 +449,13 @@ class SampleSet:
         """
         if self.read_manifest() != planned:
             raise UserError(f"samples {self.name} have just been changed by another command; start this one again")
-        self.remove_abandoned()
-        for machine in planned.get("machines", ()):
-            self.add_machine(machine)  # its own note may have been lost when the folder was copied
         for path in damaged:
             path.unlink(missing_ok=True)
         good = {self.shard_path(shard).name for shard in range(self.num_shards) if self.has_shard(shard)}
         recorded = {name: value for name, value in hashes_in(planned).items() if name in good}
         more = {"held": _held(planned), "sha256": recorded}
         self.write_manifest(**{key: value for key, value in more.items() if value})
+        self.remove_abandoned()
 
     def check_wanted(self) -> None:
         """Raises JobError if the set is to hold more samples by now.
@@ -508,8 +492,7 @@ class SampleSet:
         # The manifest comes last, because what it calls complete must be there.
         drawn = {self.shard_path(shard).name: sha256(self.shard_path(shard)) for shard in range(self.num_shards)}
         self.check_wanted()
-        machines = {"machines": known} if (known := self.machines()) else {}
-        self.write_manifest(complete=True, **machines, sha256={DRAWN: sha256(self.file), **drawn})
+        self.write_manifest(complete=True, sha256={DRAWN: sha256(self.file), **drawn})
 
 
 def hashes_in(manifest: Mapping[str, Any]) -> dict[str, Any]:

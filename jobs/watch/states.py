@@ -1,14 +1,13 @@
 """Whether a run lives, and why not: from its folder and from what Slurm says of its job."""
 
-import os
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from tempfile import TemporaryFile
 from typing import Any, Literal, Protocol
 
 from diffusion.errors import UserError
+from jobs.files import now_in
 from jobs.storage import checkpoints, faults, ownership
 from jobs.storage.run_folder import RunFolder, State
 from jobs.terminal import tables
@@ -127,15 +126,11 @@ def lives(run: RunFolder) -> bool | None:
 
 
 def beats(run: RunFolder) -> bool:
-    """Whether the run's heart has just beaten: also by the clock of its disk, since those of two machines may differ.
-
-    A file without a name is made in the run's folder, where it is at work.
-    """
+    """Whether the run's heart has just beaten: also by the clock of its disk, since those of two machines may differ."""
     if lives(run) is not None or read_status(run)["state"] != State.RUNNING:
         return lives(run) is True
     try:
-        with TemporaryFile(dir=run.path) as new:
-            return os.fstat(new.fileno()).st_mtime - run.status.stat().st_mtime < BEAT_S
+        return now_in(run.path) - run.status.stat().st_mtime < BEAT_S
     except OSError:
         return False
 

@@ -27,20 +27,7 @@ from jobs.sample.job import SampleJob, SampleMergeJob
 from jobs.storage import faults
 from jobs.storage.run_folder import RunFolder
 from tests.held import AFTER_SHARD, held, let_go, start_held
-from tests.jobs.other_cpu import OTHER
-from tests.launching import (
-    NO_FIGURES,
-    TINY,
-    done,
-    finish,
-    interrupt,
-    launch,
-    relatives,
-    sentence,
-    start,
-    wait_until,
-    workers,
-)
+from tests.launching import NO_FIGURES, TINY, done, finish, interrupt, launch, relatives, sentence, wait_until, workers
 
 
 @pytest.fixture(scope="module")
@@ -487,28 +474,6 @@ def test_processes_that_outlive_their_command_keep_others_from_drawing(root: Pat
     wait_until(lambda: not relatives(process))
     finish(process)
     done(*command, cwd=root, **NO_FIGURES)
-
-
-def test_a_set_names_the_kinds_of_machines_that_have_drawn_it_and_says_when_there_are_several(root: Path) -> None:
-    def drawn(number: int, *more: object, module: str | None = None) -> tuple[str, list[str]]:
-        command = ("sample", "1d/a", "--steps", 3, "--name", "s", "--num-samples", number, "--device", "cpu", *more)
-        ended = finish(start(*command, cwd=root, module=module, **NO_FIGURES))
-        assert ended.code == 0, ended
-        manifest = json.loads((root / "runs" / "1d" / "a" / "samples" / "s" / "manifest.json").read_text())
-        return ended.err, sorted(machine["cpu"] for machine in manifest["machines"])
-
-    own = torch.backends.cpu.get_cpu_capability()
-    both, two = sorted([own, OTHER]), ("--gpus", 2)
-    for number in (140_000, 200_000):
-        assert drawn(number, *two) == ("", [own])
-    said, machines = drawn(400_000, *two, module="tests.jobs.other_cpu")
-    words = f"Samples s may differ in their last bits from those of one kind of machine: cpu {own} before, {OTHER} now."
-    assert said.splitlines() == [words] and machines == both
-    assert words in (root / "runs" / "1d" / "a" / "log.txt").read_text()
-    assert drawn(500_000, *two, module="tests.jobs.other_cpu") == ("", both)
-    for note in (root / "runs" / "1d" / "a" / "samples" / "s").glob(".machine-*"):
-        note.unlink()  # as `cp RUN/samples/s/*` leaves them out
-    assert drawn(600_000) == ("", both)
 
 
 @pytest.mark.parametrize("place", [AFTER_MANIFEST, AFTER_SHARD])
