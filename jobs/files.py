@@ -99,7 +99,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def now_in(folder: Path) -> float:
-    """The time by which the disk of this folder gives files theirs: clocks of other machines may differ, also this one's.
+    """The time by which the disk of this folder gives files theirs, which the clock of a machine may differ from.
 
     Seconds since 1970. A file without a name is made for that.
     """

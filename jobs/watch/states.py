@@ -126,7 +126,7 @@ def lives(run: RunFolder) -> bool | None:
 
 
 def beats(run: RunFolder) -> bool:
-    """Whether the run's heart has just beaten: also by the clock of its disk, since those of two machines may differ."""
+    """Whether the run has just given a sign of life, also by its disk's clock: those of two machines may differ."""
     if lives(run) is not None or read_status(run)["state"] != State.RUNNING:
         return lives(run) is True
     try:
