@@ -154,6 +154,9 @@ class Sample:
         # Of a complete set, too: who is told that all is there, or is given an export, relies on it. A second for each
         # GB is little beside the hours that the set took.
         damaged = asked.damaged()
+        missing = tuple(sorted({*asked.missing(), *asked.shards_among(damaged)}))
+        if missing:
+            sample_set.check_step(run, self.name, there)
         for path in damaged:
             again = "put together" if path == asked.file else "drawn"
             say(f"WARNING: {where}/{path.name} has changed since it was written; it is {again} again")
@@ -164,9 +167,6 @@ class Sample:
                 exports.export(asked, self.export)
                 self._say_export(asked, where)
             return 0
-        missing = tuple(sorted({*asked.missing(), *asked.shards_among(damaged)}))
-        if missing:
-            sample_set.check_step(run, self.name, there)
         if missing and guided is not None and settings.autoguidance == guided:  # taken over unseen
             autoguidance.check(run, guided, settings.weights)
         place = self.where.place(run)

@@ -149,6 +149,12 @@ class Sync:
             raise UserError("sync needs a RUN: a run folder, EXPERIMENT/NAME, or EXPERIMENT for its last created run")
         runs = []
         for run in (run_folder.find(name, self.runs_dir) for name in self.runs):
+            if left := sync.others(run):
+                print(
+                    f"{run}: tracking under another id is left out: in a run that this is a copy of, or before "
+                    f"launch.json was lost. `wandb sync FOLDER` sends such a folder: "
+                    f"{', '.join(str(segment.parent) for segment in left)}."
+                )
             if sync.segments(run) or _is_alive(run):  # which may still begin one
                 runs.append(run)
             else:

@@ -1218,10 +1218,24 @@ FAULTS = [
         "tests/jobs/test_sync.py::test_all_segments_are_sent_in_order_and_once",
     ),
     Fault(
+        "a run that was cancelled comes back because one of its processes was killed after that",
+        "jobs/storage/faults.py",
+        'has_failed = run.state() == State.FAILED and "state" in failure',
+        "has_failed = True",
+        "tests/jobs/test_retries.py::test_a_run_that_has_ended_well_is_not_started_again",
+    ),
+    Fault(
+        "an export of a damaged set is given away when the set is good again",
+        "jobs/sample/sample_set.py",
+        '[*damaged, *(self.folder.glob("export-*") if damaged else ())]',
+        "[*damaged]",
+        "tests/jobs/test_samples.py::test_what_has_changed_of_a_complete_set_is_made_again[samples.npz]",
+    ),
+    Fault(
         "the echo of a killed process counts as what has ended a run",
         "jobs/storage/faults.py",
-        "is_echo = bool(cause is not None and failed_outside)",
-        "is_echo = bool(cause is None and failed_outside)",
+        "is_echo = cause is not None and has_failed",
+        "is_echo = cause is None and has_failed",
         "tests/jobs/test_retries.py::test_a_process_that_is_killed_is_named_also_where_nothing_is_tried_again",
     ),
     Fault(

@@ -1,6 +1,7 @@
 """A set of samples on disk: its settings, its shards, and how they become one file. Imports neither torch nor numpy."""
 
 import hashlib
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -292,7 +293,8 @@ class SampleSet:
         told += f" --weights {of.weights}" if of.weights != "ema" else ""
         told += f" --seed {of.seed}" if of.seed else ""
         run = RunFolder(self.run)
-        return f"python launch.py sample {run} --name {self.name} --num-samples {self.num_samples}{told}"
+        named = f"{shlex.quote(str(run))} --name {shlex.quote(self.name)}"
+        return f"python launch.py sample {named} --num-samples {self.num_samples}{told}"
 
     @property
     def num_shards(self) -> int:
@@ -449,8 +451,9 @@ class SampleSet:
         """
         if self.read_manifest() != planned:
             raise UserError(f"samples {self.name} have just been changed by another command; start this one again")
-        for path in damaged:
-            path.unlink(missing_ok=True)
+        # An export may hold what is damaged.
+        for path in [*damaged, *(self.folder.glob("export-*") if damaged else ())]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         good = {self.shard_path(shard).name for shard in range(self.num_shards) if self.has_shard(shard)}
         recorded = {name: value for name, value in hashes_in(planned).items() if name in good}
         more = {"held": _held(planned), "sha256": recorded}

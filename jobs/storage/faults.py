@@ -147,8 +147,8 @@ def judge(
     goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
     # Times compare as text: all are ISO 8601 in UTC, with as many digits.
     # What a process has written down as the end may be the echo of another one's, which was killed.
-    failed_outside = run.state() == State.FAILED and failure.get("outside") and not failure.get("for_good")
-    is_echo = bool(cause is not None and failed_outside)
+    has_failed = run.state() == State.FAILED and "state" in failure
+    is_echo = cause is not None and has_failed and bool(failure.get("outside")) and not failure.get("for_good")
     if not is_echo and ("state" in failure or not (goes_on or status.get("updated", "") < begun)):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)

@@ -44,11 +44,15 @@ def segments(run: RunFolder) -> list[Path]:
     return sorted(run.path.glob(f"wandb/offline-run-*/run-{own}*.wandb"))
 
 
+def others(run: RunFolder) -> list[Path]:
+    """Those that are not the run's and are unsent: of the run that it was copied from, or of a launch.json now lost."""
+    there = sorted(run.path.glob("wandb/offline-run-*/run-*.wandb"))
+    return [segment for segment in there if segment not in segments(run) and not is_sent(segment)]
+
+
 def why_nothing(run: RunFolder) -> str:
     """How a run was tracked that has no such files."""
-    if any(run.path.glob("wandb/offline-run-*")):
-        return "copied from a run that sends this itself"
-    if (run.path / "wandb").exists():
+    if any(run.path.glob("wandb/run-*")):
         return "tracked online, so wandb has it already"
     return "not tracked (--tracking.mode disabled, or WANDB_MODE=disabled)"
 

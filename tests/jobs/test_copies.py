@@ -15,7 +15,7 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.sample.sample_set import SampleSet
 from jobs.storage.run_folder import RunFolder
 from jobs.tracking.identity import ensure_id
-from jobs.watch.sync import segments, why_nothing
+from jobs.watch.sync import others, segments
 
 JOBS = {"job_ids": ["17"], "sample_job_ids": ["18", "19"]}
 
@@ -57,7 +57,7 @@ def test_a_copy_sends_its_own_tracking_and_none_of_its_original(run: RunFolder) 
     copy = RunFolder(run.path.with_name("copy"))
     shutil.copytree(run.path, copy.path)
     assert segments(copy) == []
-    assert "copied" in why_nothing(copy)
+    assert others(copy) == [copy.path / path.relative_to(run.path) for path in originals]
     ensure_id(copy)
     mine = track(copy, copy.read_launch()["wandb_id"])
     assert segments(copy) == [mine]

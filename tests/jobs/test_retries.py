@@ -354,6 +354,11 @@ def test_a_run_that_has_ended_well_is_not_started_again(run: RunFolder) -> None:
         write_json(run.status, {"state": state})
         assert faults.judge(run, 3, "task 1 was ended: Segmentation fault", "n1") is None
         assert run.state() is state
+    run.write_failure(0, "Connection closed by peer", outside=True)
+    for state in (State.FINISHED, State.INTERRUPTED, State.CANCELLED):
+        write_json(run.status, {"state": state})
+        assert faults.judge(run, 3, "process 1 was ended by SIGABRT", "n1") is None
+        assert run.state() is state
 
 
 def test_a_node_on_which_a_run_has_died_twice_without_progress_is_left_out(run: RunFolder) -> None:

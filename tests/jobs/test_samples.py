@@ -337,9 +337,10 @@ def test_what_has_changed_of_a_complete_set_is_made_again(damaged: str, root: Pa
     content = bytearray(before[damaged])
     content[-9] ^= 1
     (folder / damaged).write_bytes(content)
+    exported = folder / "export-npy-70000.npy"
+    exported.write_bytes(b"made of what is damaged")
     again = done(*command, "--export", "npy", cwd=root)
     assert f"s/{damaged} has changed since it was written" in again.out and "already" not in again.out
-    exported = folder / "export-npy-70000.npy"
     assert np.array_equal(np.load(exported), np.load(folder / "samples.npz")["arr_0"])
     exported.unlink()
     assert contents(folder) == before

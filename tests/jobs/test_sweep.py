@@ -116,6 +116,7 @@ def test_losses_of_different_noise_levels_are_not_compared(tmp_path: Path) -> No
 
 
 def test_a_name_of_a_sweep_is_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
     for command in ("status", "report"):
         ended = launch(command, "**a/S", cwd=tmp_path)
         assert ended.code == 2 and "RUN is a run folder" in sentence(ended.err)
