@@ -87,7 +87,8 @@ def _watch_stdin(ended: threading.Event) -> None:
 
 def use_own_temporary_folder() -> None:
     """Before wandb is imported, which makes folders: `leave` removes them, as it runs no exit handler of wandb's."""
-    tempfile.tempdir = tempfile.mkdtemp(prefix=TEMPORARY)
+    with contextlib.suppress(OSError):  # where disks are full, people must be told all the more
+        tempfile.tempdir = tempfile.mkdtemp(prefix=TEMPORARY)
 
 
 def leave() -> None:
@@ -98,7 +99,7 @@ def leave() -> None:
 
 
 def _remove_temporary_folder() -> None:
-    folder = Path(tempfile.gettempdir())
+    folder = Path(tempfile.tempdir or "")  # not gettempdir, which raises OSError where all disks are full
     if folder.name.startswith(TEMPORARY):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,7 +1,10 @@
 """People are told once that a run has finished or has failed, and nobody who tells them can hold it up or fail it."""
 
+import errno
 import json
+import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import notify
+from jobs.followers import loop
 from jobs.storage.run_folder import RunFolder
 from tests.held import AFTER_STEP, held, start_held
 from tests.jobs.test_tracking import alerts, history, segments
@@ -150,6 +154,25 @@ def test_wandb_gets_one_alert_and_not_in_the_file_of_an_offline_run(tmp_path: Pa
     shown = segments(tmp_path / "runs" / "1d" / "a")
     told = [(alerts(segment), history(segment, "loss/train") != []) for segment in shown]
     assert sorted(told) == [([], True), (["1d/a is finished"], False)]  # in one of its own, sent if the network is back
+
+
+def test_people_are_told_although_no_temporary_folder_can_be_made(
+    tmp_path: Path, server: Server, mail: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **more: object) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert train(tmp_path, server, "--train.steps", 20, channels="mail").code == 0
+    mail.unlink()
+    for place, name in ((tempfile, "mkdtemp"), (tempfile, "gettempdir"), (loop, "_kill_children")):
+        monkeypatch.setattr(place, name, full if place is tempfile else lambda: None)
+    for place, name in ((signal, "signal"), (signal, "alarm"), (os, "_exit")):
+        monkeypatch.setattr(place, name, lambda *arguments: None)
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr("sys.argv", ["notify", str(tmp_path / "runs" / "1d" / "a"), "failed", "the disk is full"])
+    monkeypatch.setenv("DIFFUSION_MAIL", "me@example.org")
+    notify.main()
+    assert "1d/a has failed" in mail.read_text()
 
 
 def test_only_one_of_several_who_notice_tells(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
