@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -29,6 +30,8 @@ Named = int | Literal["best"]
 """How users name a checkpoint: by its step, or as the one with the lowest held-out loss."""
 OPEN_FILES = Path("/proc/self/fd")
 """Where Linux has a path to each open file of this process."""
+STILL_READ = (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
+"""What NFS says of a folder in which somebody reads a deleted file, and of that file."""
 SLOW_S = 10.0
 """The user is told about a checkpoint that takes longer to write."""
 
@@ -267,7 +270,7 @@ def save(folder: Path, snapshot: Snapshot, may_write: Callable[[], None]) -> boo
         # Before the checkpoint appears, so that a kill between the two leaves none out.
         is_other = _enter(folder, snapshot.step, {file: str(facts["sha256"]) for file, facts in recorded.items()})
         if (folder / name).exists():  # a run that went back to an older checkpoint comes by again
-            _remove(folder / name)
+            _doom(folder / name)
         temporary.rename(folder / name)
         # Only now may older checkpoints be deleted: a power cut could undo a rename that is not on the disk.
         sync_folder(folder)
@@ -317,10 +320,20 @@ def _own(state: Any) -> Any:
 
 
 def prune(folder: Path, keep: int, needed: Collection[int] = ()) -> None:
-    """Deletes all but the newest `keep` checkpoints and those of the steps that are `needed`."""
+    """Deletes all but the newest `keep` checkpoints and those of the steps that are `needed`, and what was replaced.
+
+    On NFS a folder stays as long as somebody here reads a file that was in it. What else cannot be deleted is raised,
+    after all the rest is gone.
+    """
     for step in steps(folder)[keep:]:
         if step not in needed:
-            _remove(folder / folder_name(step))
+            _doom(folder / folder_name(step))
+    errors: list[BaseException] = []
+    for doomed in folder.glob(".step-*.old"):
+        shutil.rmtree(doomed, onerror=lambda function, path, raised: errors.append(raised[1]))
+    for error in errors:
+        if not (isinstance(error, OSError) and error.errno in STILL_READ):
+            raise error
 
 
 def firsts(found: Iterable[int], every: int) -> set[int]:
@@ -356,14 +369,10 @@ def set_aside(folder: Path, newer_than: int) -> None:
             (folder / folder_name(step)).rename(corrupt)
 
 
-def _remove(path: Path) -> None:
-    """Deletes a checkpoint. It is renamed first, so that no reader finds half of one under its name.
-
-    On NFS a folder stays as long as somebody here reads a file that was in it; the next start cleans up.
-    """
-    doomed = path.with_name(f".{path.name}.{os.getpid()}.old")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+def _doom(path: Path) -> None:
+    """Renames a checkpoint that is to be deleted, so that no reader finds half of one under its name."""
+    # Another one of this step may still be there, on NFS.
+    path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.old"))
 
 
 class Writer:
@@ -387,7 +396,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._begun, self._told = 0.0, False
         self._error: BaseException | None = None
-        self._other: int | None = None
+        self._warnings: list[str] = []
 
     def is_busy(self, say: Callable[[str], None]) -> bool:
         """Whether the last checkpoint is still being written; says so once if that takes long.
@@ -419,9 +428,8 @@ class Writer:
             self._thread.join()
             self._thread = None
         self.waited_s += time.perf_counter() - started
-        other, self._other = self._other, None
-        if other is not None:
-            self._say(f"WARNING: step {other} was made again and is not what checkpoints.jsonl says: other bytes")
+        while self._warnings:
+            self._say(self._warnings.pop(0))
         error, self._error = self._error, None
         if isinstance(error, OSError):
             self._say(
@@ -433,9 +441,13 @@ class Writer:
     def _write(self, snapshot: Snapshot) -> None:
         try:
             if save(self._folder, snapshot, self._may_write):
-                self._other = snapshot.step
+                made_again = f"step {snapshot.step} was made again"
+                self._warnings.append(f"WARNING: {made_again} and is not what checkpoints.jsonl says: other bytes")
             # Before older ones are deleted: if that fails, this one is safe all the same.
             self.newest = snapshot.step
-            prune(self._folder, self._keep, self._needed())
+            try:
+                prune(self._folder, self._keep, self._needed())
+            except OSError as error:
+                self._warnings.append(f"WARNING: older checkpoints could not be deleted: {error}")
         except BaseException as error:  # raised in the training thread by wait()
             self._error = error

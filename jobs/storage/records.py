@@ -41,33 +41,40 @@ class Metrics:
     def __init__(self, path: Path, step: int) -> None:
         """Continues after `step`: later lines are cut, because training will make them again."""
         cut_after(path, step)
-        self._path, self._file = path, path.open("ab", buffering=0)
+        path.touch()
+        self._path, self._file = path, path.open("r+b", buffering=0)
         self._synced = os.fstat(self._file.fileno()).st_size
-        self._lines = b""
-        """All since the last `sync`; so many bytes of them are in the file, None where that is not known."""
-        self._written: int | None = 0
+        self._lines = bytearray()
+        """All since the last `sync`; so many bytes of them are in the file behind those that are synced."""
+        self._written = 0
+        self._pause_until = 0.0
 
     def add(self, values: dict[str, Any]) -> None:
         """Remembers a line."""
         self._lines += json.dumps(values).encode() + b"\n"
 
+    def is_due(self) -> bool:
+        """Whether to try `write`: at each line, but after a failure only every `HEARTBEAT_S`."""
+        return time.monotonic() >= self._pause_until
+
     def write(self) -> None:
         """Puts all lines into the file, which others read while it grows; raises OSError where that cannot be."""
+        self._pause_until = time.monotonic() + HEARTBEAT_S
         with named(self._path):
-            if self._written is None:  # a line may be torn, or have been lost on its way to the disk
-                self._file.truncate(self._synced)
-            done, self._written = self._written or 0, None
-            while done < len(self._lines):
-                done += self._file.write(self._lines[done:])
-            self._written = done
+            # Each byte at its own place: a torn line is completed, a lost one comes back, and the file never shrinks.
+            self._file.seek(self._synced + self._written)
+            while self._written < len(self._lines):
+                self._written += self._file.write(self._lines[self._written :])
+        self._pause_until = 0.0
 
     def sync(self) -> None:
         """Puts the lines on the disk; only after that a checkpoint that covers them may be written."""
         self.write()
+        self._written = 0  # if that fails, the disk may have lost any of them
         with named(self._path):
-            self._written = None
             os.fsync(self._file.fileno())
-        self._synced, self._lines, self._written = self._synced + len(self._lines), b"", 0
+        self._synced += len(self._lines)
+        self._lines.clear()
 
     def close(self) -> None:
         self._file.close()
@@ -227,11 +234,9 @@ class Status:
             "on_slurm": on_slurm,
         }
 
-    def beat(self, **values: Any) -> None:
-        """Remembers the values, and writes status.json if the last time is `HEARTBEAT_S` ago."""
-        self.values.update(values)
-        if time.monotonic() - self._beat >= HEARTBEAT_S:
-            self.write()
+    def is_due(self) -> bool:
+        """Whether the last time that status.json was to be written is `HEARTBEAT_S` ago."""
+        return time.monotonic() - self._beat >= HEARTBEAT_S
 
     def write(self, **values: Any) -> None:
         """Writes at once."""

@@ -1,5 +1,6 @@
 """Checkpoints, metrics, status and messages of a training, which only its first process writes."""
 
+import errno
 import os
 import resource
 import time
@@ -36,6 +37,8 @@ JUDGE = "jobs.evaluate.beside"
 """The module that judges a checkpoint, in a process of its own."""
 LAST_S = 60.0
 """Seconds that a training waits at its end until its last checkpoint is judged (--train.evaluate-every)."""
+SPARED_S = 60.0
+"""Seconds for which a training goes on without a disk that is not full, but fails."""
 
 
 class Recorder(ABC):
@@ -138,7 +141,8 @@ class RunRecorder(Recorder):
         self._metrics = Metrics(run.metrics, training.step)
         self._timing: list[dict[str, Any]] = []
         """Lines that are not in the file yet."""
-        self._told = False
+        self._failing: dict[str, float] = {}
+        """The records that cannot be written, with the time since when; a disk that is full stops that clock."""
         self._progress = Progress(console, "train", settings.steps, training.step, "images", settings.batch_size)
         self._started = self._saved_at = time.monotonic()
         self._snapshot_s = 0.0
@@ -175,9 +179,10 @@ class RunRecorder(Recorder):
         step = self._training.step
         if metrics is not None:
             self._metrics.add({"step": step, **metrics})
-            with self._spared():
-                self._owner.check()
-                self._metrics.write()
+            if self._metrics.is_due():
+                with self._spared("metrics"):
+                    self._owner.check()
+                    self._metrics.write()
             loss = metrics["loss"]
             self._progress.update(step, "skipped" if loss is None else f"loss {loss:.4f}")
             held_out = metrics.get("held_out_loss", self._status.values["held_out_loss"])
@@ -185,8 +190,11 @@ class RunRecorder(Recorder):
             if time.monotonic() - self._clock.time >= TIMING_S:
                 self._write_timing()
         rate, eta_s = self._progress.rate, self._progress.eta_s(step)
-        with self._spared():
-            self._status.beat(step=step, rate_images_per_s=rate and round(rate, 1), eta_s=eta_s and round(eta_s))
+        values = {"step": step, "rate_images_per_s": rate and round(rate, 1), "eta_s": eta_s and round(eta_s)}
+        self._status.values.update(values)
+        if self._status.is_due():
+            with self._spared("status"):
+                self._status.write()
         periods, minutes = self._due_after
         self._due |= any(step % every == 0 for every in periods)
         self._due |= time.monotonic() - self._saved_at >= 60 * minutes
@@ -217,8 +225,12 @@ class RunRecorder(Recorder):
         job_id = requeue()
         if job_id is None:
             return False
-        with self._spared():  # it comes back, whether that can be written down or not
-            self.finish(State.REQUEUED, f"{saved} It is queued again as job {job_id}.", **facts)
+        message = f"{saved} It is queued again as job {job_id}."
+        try:
+            self.finish(State.REQUEUED, message, **facts)
+        except OSError as error:  # it comes back, whether that can be written down or not
+            self._console.say(f"WARNING: {reason(error)}")
+            self._console.say(message)
         if job_id not in self._run.read_launch().get("job_ids", []):
             faults.patiently(partial(self._run.add_job, "job_ids", job_id), self._console.say)
         return True
@@ -324,20 +336,34 @@ class RunRecorder(Recorder):
     def _mark(self, line: dict[str, Any]) -> None:
         """Appends a line to timing.jsonl, and those before it that could not be written."""
         self._timing.append({"time": now(), **line})
-        with self._spared():
+        with self._spared("timing"):
             while self._timing:
                 append(self._run.timing, self._timing[0])
                 del self._timing[0]
 
     @contextmanager
-    def _spared(self) -> Iterator[None]:
+    def _spared(self, record: str) -> Iterator[None]:
         """While entered, a small record that cannot be written ends no training: its steps need no disk."""
         try:
             yield
         except OSError as error:
-            if not self._told:
-                self._told = True
+            if not self._failing:
                 self._console.say(f"WARNING: {reason(error)}; it is written when it can be")
+            self._bear(record, error)
+        else:
+            self._failing.pop(record, None)
+
+    def _bear(self, record: str, error: OSError) -> None:
+        """Raises the error if a record has failed for `SPARED_S`: another node may still have the disk.
+
+        A disk that is full is so for all nodes, and steps are worth keeping in memory until it has room.
+        """
+        at = time.monotonic()
+        since = self._failing.setdefault(record, at)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._failing[record] = at
+        elif at - since >= SPARED_S:
+            raise error
 
     def _read_clock(self) -> "_Clock":
         training, saving_s = self._training, self._checkpoint_wait_s()
@@ -373,7 +399,9 @@ class RunRecorder(Recorder):
             self._metrics.sync()
         except OSError as error:
             self._console.say(f"WARNING: no checkpoint was written, because its lines cannot be: {reason(error)}")
+            self._bear("lines", error)
         else:
+            self._failing.pop("lines", None)
             self._writer.write(snapshot)
 
 

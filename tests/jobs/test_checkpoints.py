@@ -109,10 +109,34 @@ def test_a_checkpoint_that_is_still_read_on_nfs_keeps_no_other_from_being_saved_
         nfs.setattr(os, "rmdir", refuse)
         save(tmp_path, 3)  # by a run that had gone back to step 2
         checkpoints.prune(tmp_path, 1)
-    assert checkpoints.newest(tmp_path, pytest.fail) == 3
-    assert checkpoints.steps(tmp_path) == [3]
+        (still_read,) = tmp_path.glob(".step-00000003.*")
+        (still_read / ".nfs1").touch()
+        save(tmp_path, 4)
+        checkpoints.prune(tmp_path, 1)  # the other one of step 3
+    assert checkpoints.newest(tmp_path, pytest.fail) == 4
+    assert checkpoints.steps(tmp_path) == [4]
     checkpoints.clean(tmp_path)
-    assert os.listdir(tmp_path) == ["step-00000003"]
+    assert os.listdir(tmp_path) == ["step-00000004"]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_told_and_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    unlink = os.unlink
+
+    def refuse(path: str, **more: object) -> None:
+        if path == "model.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, **more)  # type: ignore[arg-type]
+
+    writer = checkpoints.Writer(tmp_path, 1, 0, ours, said.append)
+    monkeypatch.setattr(os, "unlink", refuse)
+    for step in (1, 2, 3):
+        writer.write(snapshot(step))
+        writer.wait()
+    assert (writer.newest, checkpoints.steps(tmp_path)) == (3, [3])
+    assert said == ["WARNING: older checkpoints could not be deleted: [Errno 5] Input/output error"] * 2
 
 
 @pytest.mark.parametrize("on", ["Linux", "macOS"])
@@ -240,9 +264,9 @@ def test_a_checkpoint_that_is_being_deleted_is_none(tmp_path: Path, monkeypatch:
     save(tmp_path, 10, 20, 30)
     delete, seen = shutil.rmtree, []
 
-    def look_and_delete(path: Path, ignore_errors: bool) -> None:
+    def look_and_delete(path: Path, **more: object) -> None:
         seen.append(checkpoints.steps(tmp_path))
-        delete(path, ignore_errors)
+        delete(path, **more)  # type: ignore[call-overload]
 
     monkeypatch.setattr(shutil, "rmtree", look_and_delete)
     checkpoints.prune(tmp_path, 2)

@@ -4,10 +4,13 @@ import errno
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from jobs.followers.start import machine_of
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
 from jobs.storage.ownership import Ownership
-from jobs.storage.records import read_jsonl
+from jobs.storage.records import Metrics, Tail, read_jsonl
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
 from jobs.train.recorder import RunRecorder, pace
@@ -129,7 +132,76 @@ def test_lines_that_a_full_disk_has_torn_are_whole_when_it_has_room(
         written = [json.loads(line) for line in recorder._run.metrics.read_text().splitlines()]
         assert [line["step"] for line in written] == list(range(1, 99))
         assert recorder._run.read_status()["step"] == 98
-        assert capsys.readouterr().out.count("No space left on device; it is written when it can be") == 1
+        words = "No space left on device; it is written when it can be"
+        assert capsys.readouterr().out.count(words) == 1
+        for step in (98, 99):
+            if step == 99:
+                fill_up(filler)
+            recorder._status._beat = recorder._metrics._pause_until = 0.0
+            training.step = step
+            recorder.after_step({"loss": loss, "note": "x" * 4096})
+        assert capsys.readouterr().out.count(words) == 1  # once for each outage
+
+
+def test_a_disk_that_fails_for_a_minute_ends_a_job_and_one_that_is_full_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = errno.ESTALE
+
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with recorded(tmp_path / "a", steps=20) as (_, recorder):
+        for method, place, name in (("after_step", Ownership, "check"), ("_save", Metrics, "sync")):
+            with monkeypatch.context() as disk:
+                disk.setattr(place, name, fail)
+                call = partial(getattr(recorder, method), *([{"loss": 0.5}] if method == "after_step" else []))
+                for number in (errno.ESTALE, errno.EDQUOT, errno.ENOSPC, errno.EIO):  # by `fail`
+                    recorder._status._beat = 0.0
+                    call()
+                    assert recorder._failing
+                    if number != errno.ENOSPC:  # a disk that was full until now has just begun to fail
+                        recorder._failing = dict.fromkeys(recorder._failing, time.monotonic() - 60)
+                with pytest.raises(OSError, match="Input/output"):
+                    call()
+            assert not recorder._metrics._pause_until
+            call()
+            recorder._writer.wait()
+            recorder._failing.pop("status", None)
+            assert not recorder._failing
+
+
+def test_lines_that_wait_are_tried_at_times_and_a_reader_meets_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics, tail, read, tries = Metrics(tmp_path / "metrics.jsonl", 0), Tail(tmp_path / "metrics.jsonl"), [], 0
+
+    def full(*arguments: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    file = metrics._file
+    for step in range(1, 50):
+        metrics.add({"step": step})
+        if step == 10:  # takes half a line, then none
+            file.seek(metrics._synced + metrics._written)
+            metrics._written += file.write(b'{"ste')
+            monkeypatch.setattr(metrics, "_file", SimpleNamespace(seek=full))
+        if metrics.is_due():
+            with suppress(OSError):
+                metrics.write()
+        read += tail.read()
+    assert tries == 1
+    monkeypatch.setattr(metrics, "_file", file)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        metrics.sync()
+    metrics.add({"step": 50})
+    metrics.write()
+    read += tail.read()
+    assert [line["step"] for line in read] == list(range(1, 51))
+    metrics.close()
 
 
 @dataclass(frozen=True)
@@ -146,13 +218,14 @@ class Requeued:
 
 
 def test_a_job_that_is_queued_again_while_the_disk_is_full_has_not_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with small_disk(tmp_path / "disk", megabytes=2) as disk, recorded(disk / "a", steps=9) as (training, recorder):
         recorder._run.add_job("job_ids", "7")
         training.step = 1
         fill_up(disk / "filler")
         assert recorder.queue_again(Requeued("7"), "Saved.")
+        assert "Saved. It is queued again as job 7." in capsys.readouterr().out
         monkeypatch.setattr("time.sleep", lambda seconds: (disk / "filler").unlink())
         assert recorder.queue_again(Requeued("8"), "Saved.")
         assert recorder._run.read_launch()["job_ids"] == ["7", "8"]
