@@ -284,9 +284,9 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
         # If Slurm refuses the job without those nodes, it may come back to them.
         for without in ([f"--exclude={','.join([*asked, *left_out])}"], []) if left_out else ([],):
             number, said = _submit_once(job_id, script, *command, *without)
-            if number is not None:
+            if number != "":
                 break
-    if number is None:
+    if not number:
         print(f"could not submit the job again: {said}", flush=True)
         return None
     new_id = f"{number}_{index}" if index else number
@@ -297,10 +297,10 @@ def _resubmit(job_id: str, left_out: Sequence[str]) -> str | None:
 
 
 def _submit_once(job_id: str, script: Path, *command: str) -> tuple[str | None, str]:
-    """Submits the script of a job that waits for this one to end; returns its id, None if that fails, and why.
+    """Submits the script of a job that waits for this one to end; returns its id, "" if Slurm refuses it, and why.
 
-    If no answer comes, the job may have been submitted all the same. It is not submitted again before squeue, which may
-    be missing on this node, has told that it has not.
+    If no answer comes, the job may have been submitted all the same. It is not submitted again before squeue has told
+    that it has not; None if squeue is missing on this node or tells nothing. Raises Unanswered if time is up.
     """
     deadline = time.monotonic() + queue.PATIENCE_S
     while True:
@@ -309,11 +309,12 @@ def _submit_once(job_id: str, script: Path, *command: str) -> tuple[str | None, 
         if queue.is_away(done, queue.UNREACHED):
             raise queue.Unanswered(f"sbatch: {said}")
         if not queue.is_away(done):
-            return queue.submitted_id(done.stdout) if done.returncode == 0 else None, said
+            return (queue.submitted_id(done.stdout) or "") if done.returncode == 0 else "", said
         time.sleep(queue.AGAIN_S)
-        waiting = queue.waits_for(job_id, script.name)
-        if waiting != "" or time.monotonic() > deadline:
+        if (waiting := queue.waits_for(job_id, script.name)) != "":
             return waiting, said
+        if time.monotonic() > deadline:
+            raise queue.Unanswered(f"sbatch: {said}")
 
 
 def _fields(kind: str, name: str) -> dict[str, str]:

@@ -1721,10 +1721,17 @@ FAULTS = [
         "tests/jobs/test_retries.py::test_the_id_of_a_job_is_written_down_when_the_disk_has_room",
     ),
     Fault(
+        "a job that does not know whether it comes back is called queued again",
+        "slurm/task.py",
+        '        if time.monotonic() > deadline:\n            raise queue.Unanswered(f"sbatch: {said}")\n',
+        "        if time.monotonic() > deadline:\n            return said, said\n",
+        "tests/slurm/test_words.py::test_a_job_that_never_hears_whether_it_was_submitted_leaves_that_to_its_script",
+    ),
+    Fault(
         "a job whose submission is not answered submits itself twice",
         "slurm/task.py",
-        'if waiting != "" or',
-        "if False or",
+        'waits_for(job_id, script.name)) != "":',
+        'waits_for(job_id, script.name)) == "?":',
         "tests/slurm/test_words.py::test_a_job_is_submitted_once_if_the_answer_does_not_come[here]",
     ),
     Fault(

@@ -128,9 +128,11 @@ class RunFolder:
         mine = path.with_name(f"{path.name}.{rank}")
         write_json(mine, {"failed_rank": rank, "traceback": trace, **facts})
         try:
-            with suppress(FileExistsError):
+            try:
                 os.link(mine, path)  # only one of several processes can make it, and its file is complete already
-            is_first = mine.stat().st_nlink > 1  # on NFS, link may say of what it has made itself that it exists
+                is_first = True
+            except FileExistsError:
+                is_first = mine.stat().st_nlink > 1  # on NFS, link may say that of what it has made itself
         except OSError:  # a file system without links: then there may be two first ones
             mine.replace(path)
             is_first = True
@@ -250,6 +252,9 @@ def not_yours(error: PermissionError) -> str | None:
         owner = folder.owner()
     except KeyError:
         owner = f"user {folder.stat().st_uid}"
+    # A lock is the owner's to read and write, and only taken by who wants to change something.
+    if os.path.exists(path) and not os.access(path, os.R_OK) and not path.name.startswith("."):
+        return f"{RunFolder(folder)} belongs to {owner}, and you may not read {path.name} there"
     return (
         f"{RunFolder(folder)} belongs to {owner}, and you may not write to it: status, logs, export and "
         "report --out FILE only read it; a copy in a folder of your own (cp -r) is another run, and yours"

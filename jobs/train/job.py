@@ -158,14 +158,14 @@ def submit_runs(folders: Sequence[Path], submit: Callable[[], str]) -> str:
     """
     runs = [RunFolder(folder) for folder in folders]
     before = [run.read_status() for run in runs]
-    for run, status in zip(runs, before, strict=True):
-        append_timing(run, {"event": State.QUEUED, **({"heard": status["updated"]} if "updated" in status else {})})
-        write_json(run.status, {**status, "state": State.QUEUED, "updated": now()})
     try:
+        for run, status in zip(runs, before, strict=True):
+            append_timing(run, {"event": State.QUEUED, **({"heard": status["updated"]} if "updated" in status else {})})
+            write_json(run.status, {**status, "state": State.QUEUED, "updated": now()})
         job_id = submit()
     except BaseException:  # Ctrl-C, too: a run without a job must not be called queued
-        with suppress(OSError):  # the disk may be full, which is then what there is to say
-            for run, status in zip(runs, before, strict=True):
+        for run, status in zip(runs, before, strict=True):
+            with suppress(OSError):  # the disk may be full, which is then what there is to say
                 write_json(run.status, {**status, "state": status.get("state", State.FAILED), "updated": now()})
         raise
     for i, run in enumerate(runs):

@@ -531,9 +531,25 @@ def test_a_job_is_submitted_once_if_the_answer_does_not_come(
     monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
     (tmp_path / f"{array}_submission.sh").write_text("#!/bin/bash\n")
     (tmp_path / f"{job_id}_submitted.pkl").write_text("pickle")
-    assert task.requeue() == expected
+    assert task.requeue(["n1"]) == expected
     assert asked.read_text() == "x\n" * times
     assert expected is None or (tmp_path / f"{expected}_submitted.pkl").exists()
+
+
+def test_a_job_that_never_hears_whether_it_was_submitted_leaves_that_to_its_script(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools.write("sbatch", "echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    tools.write("squeue", "")  # nothing waits
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setattr(queue, "PATIENCE_S", 0.0)
+    monkeypatch.setenv("PATH", str(tools.folder))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    (tmp_path / "17_submission.sh").write_text("#!/bin/bash\n")
+    with pytest.raises(queue.Unanswered, match="Socket timed out"):
+        task.requeue()
+    assert [path.name for path in tmp_path.glob("*submi*")] == ["17_submission.sh"]
 
 
 @either
