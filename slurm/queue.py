@@ -211,11 +211,14 @@ def active(job_ids: Iterable[str]) -> dict[str, str]:
 def waits_for(job_id: str, script: str) -> str | None:
     """Returns the job or array of this script that waits for a job to end, "" if there is none, None if nobody tells.
 
-    That is for a job, which asks about itself: after its end its follower waits no more.
+    That is for a job, which asks about itself: after its end its follower waits no more. Raises Unanswered if squeue is
+    there and gets no answer.
     """
     if shutil.which("squeue") is None:
         return None
     done = insist("squeue", "--me", "--noheader", "--states=PENDING", "--format=%i|%E|%o")
+    if is_away(done):
+        raise Unanswered(f"squeue: {last_words(done.stdout + done.stderr)}")
     if done.returncode != 0:
         return None
     # An element that waits is called 20_[3], and whoever waits for a whole array depends on 17_*.

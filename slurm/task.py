@@ -303,7 +303,8 @@ def _submit_once(job_id: str, script: Path, *command: str) -> tuple[str | None, 
     that it has not; None if squeue is missing on this node or tells nothing. Raises Unanswered if time is up.
     """
     deadline = time.monotonic() + queue.PATIENCE_S
-    while True:
+    waiting = queue.waits_for(job_id, script.name)  # since an attempt whose answer did not come
+    while not waiting:
         done = queue.insist(*command, str(script), when=queue.UNREACHED)
         said = queue.last_words(done.stdout + done.stderr)
         if queue.is_away(done, queue.UNREACHED):
@@ -311,10 +312,11 @@ def _submit_once(job_id: str, script: Path, *command: str) -> tuple[str | None, 
         if not queue.is_away(done):
             return (queue.submitted_id(done.stdout) or "") if done.returncode == 0 else "", said
         time.sleep(queue.AGAIN_S)
-        if (waiting := queue.waits_for(job_id, script.name)) != "":
-            return waiting, said
+        if (waiting := queue.waits_for(job_id, script.name)) is None:
+            return None, said
         if time.monotonic() > deadline:
             raise queue.Unanswered(f"sbatch: {said}")
+    return waiting, ""
 
 
 def _fields(kind: str, name: str) -> dict[str, str]:

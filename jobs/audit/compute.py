@@ -1,5 +1,6 @@
 """Computes a stretch of a run again, with the training's own loop, and stops where a checkpoint has other bytes."""
 
+from contextlib import suppress
 from typing import Any
 
 from jobs.audit.plan import Part, Stretch
@@ -64,7 +65,8 @@ class WritingRecorder(AuditRecorder):
         # Nobody else takes over an audit's folder, so there is no owner to ask.
         checkpoints.save(self._run.checkpoints, snapshot, lambda: None)
         # A job that goes on needs the newest alone, and the ledger keeps the hashes of the others.
-        checkpoints.prune(self._run.checkpoints, keep=1)
+        with suppress(OSError):  # what cannot be deleted goes with the audit's folder
+            checkpoints.prune(self._run.checkpoints, keep=1)
         if self._stretch.different() is not None:
             self.found_other_bytes = True
             # What follows cannot be equal. All processes stop at the same step, as after a signal.

@@ -30,8 +30,8 @@ Named = int | Literal["best"]
 """How users name a checkpoint: by its step, or as the one with the lowest held-out loss."""
 OPEN_FILES = Path("/proc/self/fd")
 """Where Linux has a path to each open file of this process."""
-STILL_READ = (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY)
-"""What NFS says of a folder in which somebody reads a deleted file, and of that file."""
+STILL_READ = (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.ENOENT)
+"""What NFS says of a folder in which somebody reads a deleted file, and of that file, then and a moment later."""
 SLOW_S = 10.0
 """The user is told about a checkpoint that takes longer to write."""
 

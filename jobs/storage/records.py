@@ -60,17 +60,19 @@ class Metrics:
     def write(self) -> None:
         """Puts all lines into the file, which others read while it grows; raises OSError where that cannot be."""
         self._pause_until = time.monotonic() + HEARTBEAT_S
+        # If it fails, the disk may have lost any of them: NFS says of one write that an earlier one was lost.
+        written, self._written = self._written, 0
         with named(self._path):
             # Each byte at its own place: a torn line is completed, a lost one comes back, and the file never shrinks.
-            self._file.seek(self._synced + self._written)
-            while self._written < len(self._lines):
-                self._written += self._file.write(self._lines[self._written :])
-        self._pause_until = 0.0
+            self._file.seek(self._synced + written)
+            while written < len(self._lines):
+                written += self._file.write(self._lines[written:])
+        self._written, self._pause_until = written, 0.0
 
     def sync(self) -> None:
         """Puts the lines on the disk; only after that a checkpoint that covers them may be written."""
         self.write()
-        self._written = 0  # if that fails, the disk may have lost any of them
+        self._written = 0  # the same here
         with named(self._path):
             os.fsync(self._file.fileno())
         self._synced += len(self._lines)

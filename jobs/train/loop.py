@@ -243,10 +243,12 @@ def take_over(training: Training, run: RunFolder, console: Console) -> tuple[int
     step, token = 0, ""
     if training.world.rank == 0:
         # The token comes first: from now on an older job cannot write, so what is cleaned and read below stays so.
-        token = Ownership.take(run.path).token
+        owner = Ownership.take(run.path)
+        token = owner.token
         run.clear_failure()
         checkpoints.clean(run.checkpoints)
         step = checkpoints.newest(run.checkpoints, console.say) or 0
+        owner.check()  # to verify takes minutes on a slow disk, and a newer job may have saved newer ones meanwhile
         checkpoints.set_aside(run.checkpoints, newer_than=step)
         if step:
             console.say(f"Continuing {run} after step {step:,} of {training.settings.steps:,}.")

@@ -37,8 +37,10 @@ JUDGE = "jobs.evaluate.beside"
 """The module that judges a checkpoint, in a process of its own."""
 LAST_S = 60.0
 """Seconds that a training waits at its end until its last checkpoint is judged (--train.evaluate-every)."""
-SPARED_S = 60.0
-"""Seconds for which a training goes on without a disk that is not full, but fails."""
+SPARED_S = 600.0
+"""Seconds for which a training goes on without a disk that is not full, but fails: a server may start anew."""
+SPARED_TRIES = 3
+"""So often in a row must it have failed: checkpoints are minutes apart."""
 
 
 class Recorder(ABC):
@@ -138,11 +140,13 @@ class RunRecorder(Recorder):
             console.say(
                 f"WARNING: {number} line{'s' if number > 1 else ''} of {name} cannot be read and count for nothing"
             )
+        owner.check()  # the lines that are cut could be those of a newer job by now
         self._metrics = Metrics(run.metrics, training.step)
+        cut_after(run.quality, training.step)
         self._timing: list[dict[str, Any]] = []
         """Lines that are not in the file yet."""
-        self._failing: dict[str, float] = {}
-        """The records that cannot be written, with the time since when; a disk that is full stops that clock."""
+        self._failing: dict[str, tuple[float, int]] = {}
+        """Of each record that cannot be written, since when and how often; a disk that is full does not count."""
         self._progress = Progress(console, "train", settings.steps, training.step, "images", settings.batch_size)
         self._started = self._saved_at = time.monotonic()
         self._snapshot_s = 0.0
@@ -152,7 +156,6 @@ class RunRecorder(Recorder):
         self._due_after = pace(settings, training.world.device)
         self._due = False  # a checkpoint, as soon as the one before it is written
         self._follower: FollowerProcess | None = None
-        cut_after(run.quality, training.step)
         self._judged = last_step(run.quality)  # or is just being judged
         self._judge: FollowerProcess | None = None
         self._ended = False
@@ -358,11 +361,10 @@ class RunRecorder(Recorder):
 
         A disk that is full is so for all nodes, and steps are worth keeping in memory until it has room.
         """
-        at = time.monotonic()
-        since = self._failing.setdefault(record, at)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            self._failing[record] = at
-        elif at - since >= SPARED_S:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        since, tries = (time.monotonic(), 0) if is_full else self._failing.get(record, (time.monotonic(), 0))
+        self._failing[record] = since, tries + 1
+        if time.monotonic() - since >= SPARED_S and tries + 1 >= SPARED_TRIES:
             raise error
 
     def _read_clock(self) -> "_Clock":

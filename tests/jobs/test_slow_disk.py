@@ -22,11 +22,12 @@ from jobs.experiments.table import EXPERIMENTS
 from jobs.followers.start import machine_of
 from jobs.runtime.world import start
 from jobs.storage import checkpoints
-from jobs.storage.ownership import Ownership
+from jobs.storage.ownership import Ownership, Superseded
 from jobs.storage.records import Metrics, Tail, read_jsonl
 from jobs.storage.run_folder import RunFolder
 from jobs.terminal.console import Console
-from jobs.train.recorder import RunRecorder, pace
+from jobs.train.loop import take_over
+from jobs.train.recorder import SPARED_S, RunRecorder, pace
 from jobs.train.state import Training
 from tests.disturbances import fill_up, small_disk
 from tests.launching import wait_until
@@ -143,7 +144,7 @@ def test_lines_that_a_full_disk_has_torn_are_whole_when_it_has_room(
         assert capsys.readouterr().out.count(words) == 1  # once for each outage
 
 
-def test_a_disk_that_fails_for_a_minute_ends_a_job_and_one_that_is_full_does_not(
+def test_a_disk_that_fails_for_long_ends_a_job_and_one_that_is_full_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     number = errno.ESTALE
@@ -156,12 +157,13 @@ def test_a_disk_that_fails_for_a_minute_ends_a_job_and_one_that_is_full_does_not
             with monkeypatch.context() as disk:
                 disk.setattr(place, name, fail)
                 call = partial(getattr(recorder, method), *([{"loss": 0.5}] if method == "after_step" else []))
-                for number in (errno.ESTALE, errno.EDQUOT, errno.ENOSPC, errno.EIO):  # by `fail`
+                for number in (errno.ESTALE, errno.ESTALE, errno.EDQUOT, errno.ENOSPC, errno.EIO):  # by `fail`
                     recorder._status._beat = 0.0
                     call()
                     assert recorder._failing
                     if number != errno.ENOSPC:  # a disk that was full until now has just begun to fail
-                        recorder._failing = dict.fromkeys(recorder._failing, time.monotonic() - 60)
+                        long_ago = time.monotonic() - SPARED_S
+                        recorder._failing = {name: (long_ago, tries) for name, (_, tries) in recorder._failing.items()}
                 with pytest.raises(OSError, match="Input/output"):
                     call()
             assert not recorder._metrics._pause_until
@@ -169,6 +171,62 @@ def test_a_disk_that_fails_for_a_minute_ends_a_job_and_one_that_is_full_does_not
             recorder._writer.wait()
             recorder._failing.pop("status", None)
             assert not recorder._failing
+
+
+def test_lines_that_are_found_lost_when_others_are_written_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a write may say of earlier ones that the disk was full."""
+    metrics = Metrics(tmp_path / "metrics.jsonl", 0)
+    metrics.add({"step": 1})
+    metrics.sync()
+    metrics.add({"step": 2})
+    metrics.write()
+    file = metrics._file
+
+    def lose(*arguments: object) -> None:
+        file.truncate(metrics._synced)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    metrics.add({"step": 3})
+    with monkeypatch.context() as disk:
+        disk.setattr(metrics, "_file", SimpleNamespace(seek=lose))
+        with pytest.raises(OSError, match="No space"):
+            metrics.write()
+    metrics.add({"step": 4})
+    with monkeypatch.context() as disk:  # takes a few bytes at a time, as one that is almost full
+        disk.setattr(metrics, "_file", SimpleNamespace(seek=file.seek, write=lambda lines: file.write(lines[:5])))
+        metrics.write()
+    metrics.sync()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    metrics.close()
+
+
+def test_a_start_that_stood_still_touches_nothing_of_a_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It finds out as late as possible: while it verified checkpoints, and before it cuts lines."""
+    with recorded(tmp_path / "a", steps=20) as (training, recorder):
+        run, owner = recorder._run, Ownership.take(tmp_path / "a")
+        for step in (10, 20):
+            (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+
+        def stand_still(*arguments: object) -> int:
+            Ownership.take(run.path)
+            return 10
+
+        with monkeypatch.context() as slow:
+            slow.setattr(checkpoints, "newest", stand_still)
+            with pytest.raises(Superseded):
+                take_over(training, run, Console(run.log))
+        assert checkpoints.steps(run.checkpoints) == [20, 10]
+        run.metrics.write_text('{"step": 1}\n')
+        alone = machine_of([("here", None)], 0)
+        assert alone is not None
+        with pytest.raises(Superseded):
+            RunRecorder(run, training, owner, Console(run.log), False, {}, alone)
+        assert run.metrics.read_text() == '{"step": 1}\n'
 
 
 def test_lines_that_wait_are_tried_at_times_and_a_reader_meets_each_once(

@@ -521,7 +521,7 @@ def test_a_job_is_submitted_once_if_the_answer_does_not_come(
     silent = f"[ -s {asked} ] || {{ echo 'Socket timed out on send/recv operation' >&2; echo x >> {asked}; exit 1; }}"
     tools.write("sbatch", f"{silent}; echo x >> {asked}; echo 20")
     if squeue is not None:
-        tools.write("squeue", f"echo {shlex.quote(squeue)}")
+        tools.write("squeue", f"[ ! -s {asked} ] || echo {shlex.quote(squeue)}")
     monkeypatch.setattr(queue, "AGAIN_S", 0.0)
     monkeypatch.setenv("PATH", str(tools.folder))
     array, _, index = job_id.partition("_")
@@ -534,6 +534,27 @@ def test_a_job_is_submitted_once_if_the_answer_does_not_come(
     assert task.requeue(["n1"]) == expected
     assert asked.read_text() == "x\n" * times
     assert expected is None or (tmp_path / f"{expected}_submitted.pkl").exists()
+
+
+def test_a_job_that_was_submitted_is_not_submitted_by_its_script_as_well(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task has heard nothing; its script asks before it submits, and submits nothing if nobody answers."""
+    tools.write("sbatch", f"touch {tmp_path}/submitted; echo 20")
+    monkeypatch.setattr(queue, "AGAIN_S", 0.0)
+    monkeypatch.setattr(queue, "PATIENCE_S", 0.0)
+    monkeypatch.setenv("PATH", str(tools.folder))
+    monkeypatch.setenv("SLURM_JOB_ID", "7094001")
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    for name in ("submission.sh", "submitted.pkl"):
+        (tmp_path / f"7094001_{name}").write_text("x")
+    tools.write("squeue", "echo 'Socket timed out on send/recv operation' >&2; exit 1")
+    with pytest.raises(queue.Unanswered, match="squeue: "):
+        task.requeue()
+    tools.write("squeue", f"echo {shlex.quote(OTHERS)}")
+    assert task.requeue() == "7094003"
+    assert (tmp_path / "7094003_submitted.pkl").exists()
+    assert not (tmp_path / "submitted").exists()
 
 
 def test_a_job_that_never_hears_whether_it_was_submitted_leaves_that_to_its_script(
