@@ -137,6 +137,8 @@ def test_a_full_disk_ends_no_training_and_loses_neither_checkpoint_nor_line(tmp_
         wait_until(lambda: len(checkpoints.steps(run / "checkpoints")) >= 2)
         filler = disk / "filler"
         subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=4k"], stderr=subprocess.DEVNULL, check=False)
+        full = cpu_s(process.pid)
+        wait_until(lambda: cpu_s(process.pid) > full + 1)  # a checkpoint was on its way
         kept, spent = checkpoints.newest(run / "checkpoints", pytest.fail), cpu_s(process.pid)
         assert kept
         wait_until(lambda: cpu_s(process.pid) > spent + 1)
