@@ -145,10 +145,10 @@ def judge(
     status, failure = run.read_status(), run.read_failure()
     # Created, too: a process may die before it has written the first status.json.
     goes_on = run.state() in (State.CREATED, State.QUEUED, State.RUNNING, State.REQUEUED)
-    # Times compare as text: all are ISO 8601 in UTC, with as many digits.
     # What a process has written down as the end may be the echo of another one's, which was killed.
     has_failed = run.state() == State.FAILED and "state" in failure
     is_echo = cause is not None and has_failed and bool(failure.get("outside")) and not failure.get("for_good")
+    # Times compare as text: all are ISO 8601 in UTC, with as many digits.
     if not is_echo and ("state" in failure or not (goes_on or status.get("updated", "") < begun)):
         return None
     checkpoint = next(iter(checkpoints.steps(run.checkpoints)), 0)

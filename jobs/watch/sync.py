@@ -46,8 +46,8 @@ def segments(run: RunFolder) -> list[Path]:
 
 def others(run: RunFolder) -> list[Path]:
     """Those that are not the run's and are unsent: of the run that it was copied from, or of a launch.json now lost."""
-    there = sorted(run.path.glob("wandb/offline-run-*/run-*.wandb"))
-    return [segment for segment in there if segment not in segments(run) and not is_sent(segment)]
+    there = set(run.path.glob("wandb/offline-run-*/run-*.wandb"))
+    return sorted(segment for segment in there.difference(segments(run)) if not is_sent(segment))
 
 
 def why_nothing(run: RunFolder) -> str:
